@@ -1,0 +1,53 @@
+"""What the policy decides for one site: a form and how to compute it, or the reason why the site stays as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dilcompile.forms import Form
+from dilcompile.site import AttentionSite
+
+Fidelity = Literal["exact", "approximate"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Rewrite this site into ``form``.
+
+    Args:
+        site: the site decided on.
+        rule: name of the rule that matched, with its file and line.
+        form: the relation family to compute.
+        fidelity: ``exact`` when the rewritten site computes what the user's model computes.
+        kernel: the kernel asked for by name, or None to choose the fastest that supports the site.
+        fallback: what to do when the rewrite fails: ``warn`` and keep the original, keep it silently listed (``keep``), or ``error``.
+        notes: what the user should know (policy keys that have no effect here, rows that see only themselves ...).
+    """
+
+    site: AttentionSite
+    rule: str
+    form: Form
+    fidelity: Fidelity
+    kernel: str | None = None
+    fallback: Literal["warn", "keep", "error"] = "warn"
+    notes: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """This site stays as it is.
+
+    Args:
+        site: the site decided on.
+        rule: name of the rule that matched, or None if no rule did.
+        reason: why, naming the limit.
+        cure: what to change to have it rewritten; empty when keeping it is what the policy asked for.
+        asked: True if the policy itself said ``keep`` (or no rule matched); False if a rule asked for a form that this site can't take.
+    """
+
+    site: AttentionSite
+    rule: str | None
+    reason: str
+    cure: str = ""
+    asked: bool = False

@@ -1,0 +1,164 @@
+"""What the finder says about one attention: its axes, operands and mask, as values without graph nodes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+Length = int | torch.SymInt
+Kind = Literal["self", "cross"]
+Phase = Literal["train", "prefill", "decode"]
+EmptyRows = Literal["zero", "uniform", "nan"]
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """Which pairs a mask lets through, as a conjunction of factors over (batch, query, key).
+
+    Query row ``q`` stands at key position ``t = q + q_offset``.
+
+    Args:
+        causal: only keys ``k <= t``.
+        left: only keys ``k >= t - left``; None for no limit.
+        right: only keys ``k <= t + right``; None for no limit. ``causal`` is kept apart from ``right=0`` because it is what users call it.
+        q_offset: position of query row 0 on the key axis (0: top-left aligned; ``Sk - Sq``: bottom-right).
+        key_padding: a factor ``keep[b, k]`` is known as an operand.
+        documents: a factor ``document[b, t] == document[b, k]`` is known as an operand.
+        unread: what could not be read, in words; the operand stays a tensor. None when everything was read.
+        empty_rows: what the user's spelling gives for a row that may see no key: 0, the mean of all values (a finite fill), or NaN.
+    """
+
+    causal: bool = False
+    left: int | None = None
+    right: int | None = None
+    q_offset: Length = 0
+    key_padding: bool = False
+    documents: bool = False
+    unread: str | None = None
+    empty_rows: EmptyRows = "zero"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The factors by name: any of ``causal``, ``window``, ``document``, ``padding``, ``other``."""
+        names = []
+        if self.causal:
+            names.append("causal")
+        if self.left is not None or self.right is not None:
+            names.append("window")
+        if self.documents:
+            names.append("document")
+        if self.key_padding:
+            names.append("padding")
+        if self.unread is not None:
+            names.append("other")
+        return tuple(names)
+
+    def __str__(self) -> str:
+        parts = []
+        for word in self.words:
+            if word == "window":
+                left = "inf" if self.left is None else str(self.left)
+                right = "inf" if self.right is None else str(self.right)
+                parts.append(f"window({left}, {0 if self.causal else right})")
+            elif word == "other":
+                parts.append(f"other({self.unread})")
+            else:
+                parts.append(word)
+        return " & ".join(parts) or "none"
+
+    @property
+    def formula(self) -> str:
+        """The mask as a predicate over (b, q, k), for people."""
+        offset = self.q_offset if isinstance(self.q_offset, int) else str(self.q_offset)
+        t = "q" if offset == 0 else f"q + {offset}"
+        parts = []
+        if self.causal:
+            parts.append(f"k <= {t}")
+        if self.left is not None:
+            parts.append(f"k >= {t} - {self.left}")
+        if self.right is not None:
+            parts.append(f"k <= {t} + {self.right}")
+        if self.documents:
+            parts.append(f"document[b, {t}] == document[b, k]")
+        if self.key_padding:
+            parts.append("keep[b, k]")
+        if self.unread is not None:
+            parts.append(self.unread)
+        return " and ".join(parts) or "true"
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention in the user's model, as the finder proved it.
+
+    Lengths may be symbolic (``torch.SymInt``). ``scale`` and ``softcap`` are numbers, or None where the model's own tensor is used.
+    """
+
+    index: int
+    module: str
+    source: str
+    spelling: str
+    kind: Kind
+    batch: Length
+    heads: int
+    kv_heads: int
+    q_len: Length
+    k_len: Length
+    head_dim: int
+    v_dim: int
+    dtype: torch.dtype
+    softmax_dtype: torch.dtype
+    device: torch.device
+    scale: float
+    mask: MaskSpec = field(default_factory=MaskSpec)
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    bias: str | None = None
+    phase: Phase = "prefill"
+    layer: int | None = None
+    layer_type: str | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head (1: multi-head; ``heads``: multi-query)."""
+        return self.heads // self.kv_heads
+
+    def __str__(self) -> str:
+        gqa = "" if self.group == 1 else f" kv_heads={self.kv_heads}"
+        value = "" if self.v_dim == self.head_dim else f" v_dim={self.v_dim}"
+        extra = "".join(
+            f" {name}={held}"
+            for name, held in (("softcap", self.softcap), ("bias", self.bias), ("dropout", self.dropout_p or None))
+            if held is not None
+        )
+        default = math.isclose(self.scale, self.head_dim**-0.5, rel_tol=1e-6)
+        scale = "" if default else f" scale={self.scale:.6g}"
+        return (
+            f"{self.module or '<top>'}: {self.kind} {self.spelling} B={self.batch} H={self.heads}{gqa} Sq={self.q_len} Sk={self.k_len} "
+            f"D={self.head_dim}{value} {str(self.dtype).removeprefix('torch.')} mask={self.mask}{scale}{extra}"
+        )
+
+
+@dataclass(frozen=True)
+class Miss:
+    """Something that looks like attention and was left alone.
+
+    Args:
+        module: path of the module that ran it.
+        source: file and line in the user's code.
+        node: name of the graph node at which the proof ended.
+        reason: what could not be proven.
+        cure: what the user can do about it, or why nothing needs doing.
+    """
+
+    module: str
+    source: str
+    node: str
+    reason: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.module or '<top>'} ({self.source}): {self.node}: {self.reason}; {self.cure}"
