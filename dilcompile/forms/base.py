@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from dilcompile.errors import FormError
 from dilcompile.relation import Problem, Relation
 
 if TYPE_CHECKING:
@@ -55,3 +56,29 @@ def parse_options(text: str) -> tuple[str, dict[str, object]]:
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
         raise ValueError(f"not the text of a form: {text!r}")
     return call.func.id, {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+
+
+def integer(form: str, option: str, value: object, least: int) -> None:
+    """Raise FormError unless ``value`` is an int (bool is not) of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise FormError(f"form {form}: {option} must be a whole number of at least {least}, not {value!r}")
+
+
+def one_of(form: str, option: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise FormError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise FormError(f"form {form}: {option} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def unread_mask(site: AttentionSite) -> str | None:
+    """The reason why a site with a mask known only as a tensor keeps its form, or None."""
+    if site.mask.unread is None:
+        return None
+    return f"its mask could not be read ({site.mask.unread}): it stays a tensor over all pairs, which only `keep` can take"
+
+
+def cross_site(site: AttentionSite) -> str | None:
+    """The reason why a form of distances can't be given to cross attention, or None."""
+    if site.kind == "self":
+        return None
+    return "it is cross attention: query and key positions are not those of one sequence"

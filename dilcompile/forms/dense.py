@@ -1,0 +1,33 @@
+"""Dense: every pair that the site's own mask lets through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from dilcompile.forms.base import Form, unread_mask
+from dilcompile.relation import Everything, Problem, Relation, Term, Window
+
+if TYPE_CHECKING:
+    from dilcompile.site import AttentionSite
+
+
+@dataclass(frozen=True)
+class Dense(Form):
+    """What the model computes anyway: a causal window stays an exact causal window, without its S x S mask."""
+
+    name: ClassVar[str] = "dense"
+
+    def relation(self, problem: Problem) -> Relation:
+        """Everything, or a window where the problem has one."""
+        if problem.window_left is None and problem.window_right is None:
+            return Relation(problem, (Term(Everything()),))
+        return Relation(problem, (Term(Window(problem.left, problem.right)),))
+
+    def fidelity(self, site: AttentionSite) -> Literal["exact", "approximate"]:
+        """Always exact."""
+        return "exact"
+
+    def reject(self, site: AttentionSite) -> str | None:
+        """Only a mask that could not be read."""
+        return unread_mask(site)

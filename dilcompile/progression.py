@@ -1,0 +1,87 @@
+"""Arithmetic progressions of positions: one, and one per query row held as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+
+import numpy as np
+import numpy.typing as npt
+
+Positions = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Progression:
+    """Positions ``start, start + step, ...`` below ``stop``, as in ``range``."""
+
+    start: int
+    stop: int
+    step: int = 1
+
+    def __len__(self) -> int:
+        return len(range(self.start, self.stop, self.step))
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.stop}:{self.step}"
+
+    def positions(self) -> range:
+        """The same positions as a ``range``."""
+        return range(self.start, self.stop, self.step)
+
+
+@dataclass(frozen=True)
+class RowKeys:
+    """For each of R query rows the keys ``first, first + step, ...`` below ``stop``; ``first``, ``stop`` are int64 [R]."""
+
+    first: Positions
+    stop: Positions
+    step: int
+
+    @property
+    def count(self) -> Positions:
+        """Keys per row, int64 [R]."""
+        return np.maximum(0, -((self.first - self.stop) // self.step))
+
+    def limited(self, low: Positions | int, high: Positions | int) -> RowKeys:
+        """The keys in ``[low, high)``; the bounds broadcast over the rows."""
+        missing = np.maximum(0, low - self.first)
+        return RowKeys(self.first + -(-missing // self.step) * self.step, np.minimum(self.stop, high), self.step)
+
+    def rows(self, chosen: npt.NDArray[np.bool_]) -> RowKeys:
+        """The same keys for some of the rows; ``chosen`` is bool [R]."""
+        return RowKeys(self.first[chosen], self.stop[chosen], self.step)
+
+    def meet(self, other: RowKeys) -> RowKeys:
+        """The keys common to both, row by row (Chinese remainder theorem)."""
+        divisor = gcd(self.step, other.step)
+        step = self.step * other.step // divisor
+        gap = other.first - self.first
+        inverse = pow(self.step // divisor, -1, other.step // divisor) if other.step > divisor else 0
+        common = self.first + self.step * ((gap // divisor * inverse) % (other.step // divisor))
+        low = np.maximum(self.first, other.first)
+        common = common + -(-(low - common) // step) * step
+        stop = np.where(gap % divisor == 0, np.minimum(self.stop, other.stop), common)
+        return RowKeys(common, stop, step)
+
+
+def union_count(parts: Sequence[RowKeys]) -> Positions:
+    """How many keys the union of ``parts`` has in each row, int64 [R].
+
+    Inclusion and exclusion on the last part; rows in which it swallows all the others stop at once, so nested parts
+    (geometric branches) cost linear time instead of 2**n.
+    """
+    last, rest = parts[-1], parts[:-1]
+    total = last.count.copy()
+    if not rest:
+        return total
+    overlaps = [part.meet(last) for part in rest]
+    swallowed = np.ones(len(total), dtype=np.bool_)
+    for part, overlap in zip(rest, overlaps, strict=True):
+        swallowed &= part.count == overlap.count
+    open_rows = ~swallowed
+    if open_rows.any():
+        total[open_rows] += union_count([part.rows(open_rows) for part in rest])
+        total[open_rows] -= union_count([overlap.rows(open_rows) for overlap in overlaps])
+    return total
