@@ -1,0 +1,111 @@
+"""One attention as the kernels see it: operands and the relation, checked and bound together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from dilcompile.forms import Dilated, Form, parse_form
+from dilcompile.relation import Problem, Relation
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Operands of one attention.
+
+    Args:
+        q: [B, H, Sq, D]; k: [B, Hkv, Sk, D]; v: [B, Hkv, Sk, Dv]; any strides.
+        key_padding: bool [B, Sk], True keeps the key.
+        documents: int [B or 1, Sk], the document number of each key position, runs contiguous.
+        bias: float, broadcastable to [B, H, Sq, Sk], added to the scaled and capped scores.
+        dropout_seed: int64 with one element.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_padding: Tensor | None
+    documents: Tensor | None
+    bias: Tensor | None
+    dropout_seed: Tensor | None
+    relation: Relation
+    scale: float
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    merge_grad: Literal["exact", "detach"] = "exact"
+
+    @property
+    def problem(self) -> Problem:
+        """The sizes."""
+        return self.relation.problem
+
+    @property
+    def score_dtype(self) -> torch.dtype:
+        """The dtype of scores and LSE: float64 for float64 operands, else float32."""
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+
+class Kernel(Protocol):
+    """Who computes a call on one device. Modules of this folder satisfy it."""
+
+    def supports(self, call: Call, backward: bool) -> str | None:
+        """Why this kernel can't compute the call (its forward, or its backward), or None."""
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        """out [B, H, Sq, Dv] in q's dtype, laid out [B, Sq, H, Dv]; lse [B, H, Sq] contiguous in ``score_dtype``."""
+
+    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        """Gradients of q, k, v and bias (None without bias), each in its operand's dtype and shape."""
+
+
+@lru_cache(maxsize=256)
+def form_of(text: str) -> Form:
+    """The form with this text."""
+    return parse_form(text)
+
+
+@lru_cache(maxsize=1024)
+def relation_of(form: Form, problem: Problem) -> Relation:
+    """The relation of a form at these sizes."""
+    return form.relation(problem)
+
+
+def problem_of(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window_left: int | None, window_right: int | None, q_offset: int
+) -> Problem:
+    """The sizes of these operands; see ``Call`` for their shapes."""
+    return Problem(
+        batch=q.shape[0],
+        heads=q.shape[1],
+        kv_heads=k.shape[1],
+        q_len=q.shape[2],
+        k_len=k.shape[2],
+        head_dim=q.shape[3],
+        v_dim=v.shape[3],
+        q_offset=q_offset,
+        is_causal=is_causal,
+        window_left=window_left,
+        window_right=window_right,
+    )
+
+
+def output_scale(form: Form, k_len: int) -> float:
+    """The factor on the output that a form asks for."""
+    return form.scale_of_output(k_len) if isinstance(form, Dilated) else 1.0
+
+
+def merge_grad(form: Form) -> Literal["exact", "detach"]:
+    """How the form's branches share the gradient."""
+    return form.merge_grad if isinstance(form, Dilated) else "exact"
+
+
+def empty_output(q: Tensor, v_dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised [B, H, Sq, Dv] that lies in memory as [B, Sq, H, Dv], what the models' next view wants."""
+    batch, heads, rows, _ = q.shape
+    return q.new_empty((batch, rows, heads, v_dim), dtype=dtype).transpose(1, 2)

@@ -1,0 +1,236 @@
+"""The operators ``dilcompile::attention`` and ``dilcompile::attention_backward``: schema, fakes, autograd, autocast, FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dilcompile.lowering.call import (
+    Call,
+    empty_output,
+    form_of,
+    merge_grad,
+    output_scale,
+    problem_of,
+    relation_of,
+)
+from dilcompile.relation import Problem
+
+_OPERANDS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? key_padding, Tensor? documents, Tensor? bias, Tensor? dropout_seed, str form, "
+    "bool is_causal, int? window_left, int? window_right, SymInt q_offset, float scale, float? softcap, float dropout_p, "
+    "str? kernel"
+)
+
+
+@torch.library.custom_op("dilcompile::attention", mutates_args=(), schema=f"({_OPERANDS}) -> (Tensor out, Tensor lse)")
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    documents: Tensor | None,
+    bias: Tensor | None,
+    dropout_seed: Tensor | None,
+    form: str,
+    is_causal: bool,
+    window_left: int | None,
+    window_right: int | None,
+    q_offset: int,
+    scale: float,
+    softcap: float | None,
+    dropout_p: float,
+    kernel: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax over the relation that ``form`` means here.
+
+    Args:
+        q: [B, H, Sq, D], k: [B, Hkv, Sk, D], v: [B, Hkv, Sk, Dv]; one float dtype; any strides.
+        key_padding, documents, bias, dropout_seed: see ``Call``.
+        form: the text of the form.
+        is_causal, window_left, window_right: the site's own mask, intersected; query row i stands at ``i + q_offset``.
+        scale: factor on q . k; softcap: ``c * tanh(s / c)`` on the scaled scores, before the bias.
+        kernel: name of a kernel, or None for the fastest.
+
+    Returns:
+        out [B, H, Sq, Dv] in q's dtype, in memory [B, Sq, H, Dv]; lse [B, H, Sq], natural log, float32 (float64 for float64).
+        Rows without keys: 0 and -inf.
+
+    Raises:
+        FormError, KernelError: if the form or the kernel can't be had at these operands.
+    """
+    from dilcompile.lowering.select import select
+
+    call = _call(
+        q, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
+        scale, softcap, dropout_p,
+    )  # fmt: skip
+    out, lse = select(call, kernel).forward(call)
+    factor = output_scale(form_of(form), k.shape[2])
+    return (out if factor == 1.0 else out.mul_(factor)), lse
+
+
+@torch.library.custom_op(
+    "dilcompile::attention_backward",
+    mutates_args=(),
+    schema=(
+        f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_OPERANDS}) "
+        "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias)"
+    ),
+)
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    documents: Tensor | None,
+    bias: Tensor | None,
+    dropout_seed: Tensor | None,
+    form: str,
+    is_causal: bool,
+    window_left: int | None,
+    window_right: int | None,
+    q_offset: int,
+    scale: float,
+    softcap: float | None,
+    dropout_p: float,
+    kernel: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v [as their operand, laid out [B, S, H, D]] and of the bias (an empty tensor without one)."""
+    from dilcompile.lowering.select import select
+
+    call = _call(
+        q, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
+        scale, softcap, dropout_p,
+    )  # fmt: skip
+    factor = output_scale(form_of(form), k.shape[2])
+    if factor != 1.0:
+        grad_out, out = grad_out * factor, out / factor
+    grads = select(call, kernel, backward=True).backward(call, out, lse, grad_out, grad_lse)
+    shaped = [_laid_out(grad, like) for grad, like in zip(grads[:3], (q, k, v), strict=True)]
+    grad_bias = q.new_empty(0) if bias is None or grads[3] is None else grads[3].contiguous()
+    return shaped[0], shaped[1], shaped[2], grad_bias
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    documents: Tensor | None,
+    bias: Tensor | None,
+    dropout_seed: Tensor | None,
+    form: str,
+    is_causal: bool,
+    window_left: int | None,
+    window_right: int | None,
+    q_offset: int,
+    scale: float,
+    softcap: float | None,
+    dropout_p: float,
+) -> Call:
+    problem = problem_of(q, k, v, is_causal, window_left, window_right, q_offset)
+    return Call(
+        q, k, v, key_padding, documents, bias, dropout_seed, relation_of(form_of(form), problem),
+        scale, softcap, dropout_p, merge_grad(form_of(form)),
+    )  # fmt: skip
+
+
+def _laid_out(grad: Tensor, like: Tensor) -> Tensor:
+    """``grad`` in the memory layout that the fake promises."""
+    wanted = empty_output(like, like.shape[3])
+    if grad.stride() == wanted.stride() and grad.dtype == like.dtype:
+        return grad
+    return wanted.copy_(grad)
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return empty_output(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
+
+
+@attention_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    documents: Tensor | None,
+    bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_bias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return empty_output(q, q.shape[3]), empty_output(k, k.shape[3]), empty_output(v, v.shape[3]), grad_bias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:7], *output)
+    ctx.options = inputs[7:]
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *operands, out, lse = ctx.saved_tensors
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grads = torch.ops.dilcompile.attention_backward(grad_out, grad_lse, out, lse, *operands, *ctx.options)
+    grad_bias = grads[3] if ctx.needs_input_grad[5] else None
+    return (*grads[:3], None, None, grad_bias, *([None] * (len(ctx.options) + 1)))
+
+
+attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _register_autocast() -> torch.library.Library:
+    """Cast q, k and v as SDPA does: to the dtype that autocast has when the call runs.
+
+    ``torch.library.register_autocast`` fixes the dtype at registration, so the kernel is written out here.
+    """
+    library = torch.library.Library("dilcompile", "FRAGMENT")
+
+    def cast(device: str, keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        eligible = [x.is_floating_point() and x.dtype != torch.float64 for x in args[:3]]
+        cast_args = [x.to(dtype) if fits else x for x, fits in zip(args[:3], eligible, strict=True)]
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return torch.ops.dilcompile.attention.default(*cast_args, *args[3:], **kwargs)
+
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        library.impl("attention", lambda *a, _device=device, **k: cast(_device, *a, **k), key, with_keyset=True)
+    return library
+
+
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+_AUTOCAST_LIBRARY = _register_autocast()
+
+
+def _flops(shapes: Sequence[Any], options: Sequence[Any], backward: bool) -> int:
+    q, k, v = shapes[:3]
+    form, is_causal, window_left, window_right, q_offset = options[:5]
+    problem = Problem(q[0], q[1], k[1], q[2], k[2], q[3], v[3], q_offset, is_causal, window_left, window_right)
+    return relation_of(form_of(form), problem).flops(backward)
+
+
+@register_flop_formula(torch.ops.dilcompile.attention)  # type: ignore[untyped-decorator]
+def _attention_flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """FLOPs of the relation's pairs; key padding and documents, known only at run time, are not taken off."""
+    return _flops(args[:3], args[7:], backward=False)
+
+
+@register_flop_formula(torch.ops.dilcompile.attention_backward)  # type: ignore[untyped-decorator]
+def _attention_backward_flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return _flops(args[4:7], args[11:], backward=True)

@@ -1,0 +1,170 @@
+"""The oracle: an explicit softmax with multiplicities, one chunk of query rows at a time. Slow, complete, any dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dilcompile.lowering.call import Call, Gradients, empty_output
+from dilcompile.lowering.dropout import keep_factor
+from dilcompile.relation import Relation
+
+_SCORES_AT_ONCE = 1 << 22
+
+
+def supports(call: Call, backward: bool) -> str | None:
+    """Everything is supported."""
+    return None
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows ``rows`` of batch row ``b``; tensors over [H, R, K] unless said."""
+
+    b: int
+    rows: slice
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scores: Tensor
+    slope: Tensor | None
+    counts: tuple[Tensor, ...]
+    keep: Tensor | None
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """See ``Kernel``."""
+    problem = call.problem
+    out = empty_output(call.q, problem.v_dim)
+    lse = call.q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=call.score_dtype)
+    for chunk in _chunks(call):
+        weights, chunk_lse = _softmax(chunk.scores, sum(chunk.counts[1:], chunk.counts[0]))
+        weights = weights if chunk.keep is None else weights * chunk.keep
+        out[chunk.b, :, chunk.rows] = (weights @ chunk.v).to(out.dtype)
+        lse[chunk.b, :, chunk.rows] = chunk_lse
+    return out, lse
+
+
+def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+    """See ``Kernel``; ``out`` and ``lse`` are computed again, in full precision."""
+    grads = [torch.zeros(x.shape, dtype=call.score_dtype, device=x.device) for x in (call.q, call.k, call.v)]
+    bias = call.bias
+    grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=call.score_dtype, device=bias.device)
+    for chunk in _chunks(call):
+        d_out = grad_out[chunk.b, :, chunk.rows].to(call.score_dtype)
+        d_lse = None if grad_lse is None else grad_lse[chunk.b, :, chunk.rows].to(call.score_dtype)
+        d_value, d_scores = _score_gradient(call, chunk, d_out, d_lse)
+        if grad_bias is not None:
+            _add_broadcast(grad_bias, chunk, d_scores)
+        d_scores = (d_scores if chunk.slope is None else d_scores * chunk.slope) * call.scale
+        grads[0][chunk.b, :, chunk.rows] = d_scores @ chunk.k
+        grads[1][chunk.b] += _per_key_head(d_scores.mT @ chunk.q, call.problem.kv_heads)
+        grads[2][chunk.b] += _per_key_head(d_value, call.problem.kv_heads)
+    d_q, d_k, d_v = (grad.to(call.q.dtype) for grad in grads)
+    return d_q, d_k, d_v, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
+
+
+def _chunks(call: Call) -> Iterator[_Chunk]:
+    problem = call.problem
+    step = max(1, _SCORES_AT_ONCE // max(1, problem.heads * problem.k_len))
+    for b in range(problem.batch):
+        k, v = (
+            x[b].to(call.score_dtype).repeat_interleave(problem.group, dim=0)
+            for x in (call.k, call.v)
+        )
+        for start in range(0, problem.q_len, step):
+            yield _chunk(call, b, slice(start, min(problem.q_len, start + step)), k, v)
+
+
+def _chunk(call: Call, b: int, rows: slice, k: Tensor, v: Tensor) -> _Chunk:
+    problem, device = call.problem, call.q.device
+    h = torch.arange(problem.heads, device=device)[:, None, None]
+    t = torch.arange(rows.start, rows.stop, device=device)[:, None] + problem.q_offset
+    keys = torch.arange(problem.k_len, device=device)
+    q = call.q[b, :, rows].to(call.score_dtype)
+    scores, slope = q @ k.mT * call.scale, None
+    if call.softcap is not None:
+        capped = torch.tanh(scores / call.softcap)
+        scores, slope = capped * call.softcap, 1 - capped * capped
+    if call.bias is not None:
+        scores = scores + _bias_rows(call.bias, b, rows)
+    keep = None
+    if call.dropout_p > 0 and call.dropout_seed is not None:
+        where = torch.tensor(b, device=device)
+        keep = keep_factor(call.dropout_seed, where, h, t, keys, call.dropout_p, call.score_dtype)
+    return _Chunk(b, rows, q, k, v, scores, slope, _counts(call, b, h, t, keys), keep)
+
+
+def _counts(call: Call, b: int, h: Tensor, t: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """The multiplicities, one tensor for all terms, or one a term where each has its own gradient."""
+    visible = torch.ones_like(t + k, dtype=torch.bool)
+    if call.key_padding is not None:
+        visible &= call.key_padding[b]
+    if call.documents is not None:
+        document = call.documents[b if call.documents.shape[0] > 1 else 0]
+        visible &= document[t] == document[k]
+        # Positions count from the start of each document.
+        first = _starts(document)
+        t, k = t - first[t], k - first[k]
+    if call.merge_grad == "exact":
+        return ((call.relation.multiplicity(h, t, k) * visible).to(call.score_dtype),)
+    parts = []
+    for count in range(1, len(call.relation.terms) + 1):
+        upto = Relation(call.problem, call.relation.terms[:count]).multiplicity(h, t, k) * visible
+        parts.append(upto.to(call.score_dtype))
+    return tuple(part - before for part, before in zip(parts, [torch.zeros_like(parts[0]), *parts], strict=False))
+
+
+def _starts(document: Tensor) -> Tensor:
+    """For each position the first position of its run."""
+    position = torch.arange(len(document), device=document.device)
+    opens = torch.ones_like(document, dtype=torch.bool)
+    opens[1:] = document[1:] != document[:-1]
+    return torch.where(opens, position, 0).cummax(0).values
+
+
+def _softmax(scores: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [H, R, K] and LSE [H, R]; rows without keys give 0 and -inf."""
+    logits = torch.where(count > 0, scores + count.log(), -torch.inf)
+    lse = logits.logsumexp(dim=-1)
+    return (logits - torch.where(lse == -torch.inf, 0, lse)[..., None]).exp(), lse
+
+
+def _score_gradient(call: Call, chunk: _Chunk, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of the values [H, K, Dv] and of the scores [H, R, K]."""
+    total = sum(chunk.counts[1:], chunk.counts[0])
+    weights, lse = _softmax(chunk.scores, total)
+    d_weights = d_out @ chunk.v.mT
+    kept = weights if chunk.keep is None else weights * chunk.keep
+    if chunk.keep is not None:
+        d_weights = d_weights * chunk.keep
+    d_value = kept.mT @ d_out
+    d_scores = torch.zeros_like(weights)
+    for count in chunk.counts:
+        part, part_lse = _softmax(chunk.scores, count)
+        share = (part_lse - torch.where(lse == -torch.inf, 0, lse)).exp()[..., None]
+        d_scores += share * part * (d_weights - (part * d_weights).sum(-1, keepdim=True))
+    if d_lse is not None:
+        d_scores += weights * d_lse[..., None]
+    return d_value, d_scores
+
+
+def _bias_rows(bias: Tensor, b: int, rows: slice) -> Tensor:
+    """The rows of the bias of batch row ``b``, broadcastable to [H, R, K]."""
+    bias = bias[(None,) * (4 - bias.dim())]
+    bias = bias[b if bias.shape[0] > 1 else 0]
+    return bias[:, rows] if bias.shape[1] > 1 else bias
+
+
+def _add_broadcast(grad: Tensor, chunk: _Chunk, d_scores: Tensor) -> None:
+    """Add [H, R, K] into the gradient of a bias, summing over the dims that the bias broadcasts."""
+    place = _bias_rows(grad, chunk.b, chunk.rows)
+    place += d_scores.sum_to_size(place.shape)
+
+
+def _per_key_head(grad: Tensor, kv_heads: int) -> Tensor:
+    """Sum [H, K, D] over the query heads of each key head."""
+    return grad.unflatten(0, (kv_heads, -1)).sum(1)

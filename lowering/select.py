@@ -1,0 +1,33 @@
+"""Which kernel computes a call: the first that supports it, fastest first, or the one asked for by name."""
+
+from __future__ import annotations
+
+from dilcompile.errors import KernelError
+from dilcompile.lowering import reference
+from dilcompile.lowering.call import Call, Kernel
+
+KERNELS: dict[str, Kernel] = {
+    "reference": reference,
+}
+
+
+def select(call: Call, name: str | None = None, backward: bool = False) -> Kernel:
+    """The kernel for this call.
+
+    Args:
+        call: operands and relation.
+        name: take this kernel; None: the first of ``KERNELS`` that supports the call.
+        backward: choose for the backward pass.
+
+    Raises:
+        KernelError: if the kernel asked for is unknown or can't compute the call.
+    """
+    if name is None:
+        return next(kernel for kernel in KERNELS.values() if kernel.supports(call, backward) is None)
+    if name not in KERNELS:
+        raise KernelError(f"kernel {name!r} is unknown; the kernels are {', '.join(KERNELS)}")
+    reason = KERNELS[name].supports(call, backward)
+    if reason is not None:
+        able = next(other for other, kernel in KERNELS.items() if kernel.supports(call, backward) is None)
+        raise KernelError(f"kernel {name!r} can't compute this attention: {reason}; kernel {able!r} can, or leave the kernel out")
+    return KERNELS[name]
