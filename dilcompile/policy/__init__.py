@@ -1,0 +1,8 @@
+"""The policy: ordered rules that say what each attention becomes."""
+
+from __future__ import annotations
+
+from dilcompile.policy.resolve import resolve, unused_rules
+from dilcompile.policy.schema import Policy
+
+__all__ = ["Policy", "resolve", "unused_rules"]

@@ -1,0 +1,164 @@
+"""Decide every site: the first rule that matches says what it becomes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dilcompile.decision import Decision, Rejection
+from dilcompile.errors import DilcompileWarning, RewriteError
+from dilcompile.policy.patterns import nearest
+from dilcompile.policy.predicates import PREDICATES
+from dilcompile.policy.schema import Policy, Rule
+from dilcompile.site import AttentionSite
+
+Verdict = Decision | Rejection
+
+
+def resolve(policy: Policy, sites: Sequence[AttentionSite], *, enforce: bool = True) -> list[Verdict]:
+    """One verdict a site, in the order of the sites.
+
+    Args:
+        policy: as ``Policy.load`` returns it.
+        sites: what the finder found. A rule's ``min_seq`` may add a guard on a symbolic length.
+        enforce: act on ``fallback``: warn or raise. False: only say what would be decided (for reports).
+
+    Raises:
+        RewriteError: where ``fallback`` says ``error``.
+
+    Warns:
+        DilcompileWarning: where ``fallback`` says ``warn``.
+    """
+    policy = Policy.load(policy)
+    verdicts = [_decide(policy, site) for site in sites]
+    if enforce:
+        _enforce(policy, verdicts)
+    return verdicts
+
+
+def _decide(policy: Policy, site: AttentionSite) -> Verdict:
+    rule = next((rule for rule in policy.rules if rule.match.takes(site)), None)
+    if rule is None:
+        return Rejection(site, None, "no rule of the policy takes it", asked=True)
+    form = rule.apply.build(policy.numerics_of(rule).merge_grad)
+    if form is None:
+        return Rejection(site, rule.label, "the policy keeps it", asked=True)
+    reason = form.reject(site)
+    if reason is not None:
+        cure = f"add a rule before {rule.name or 'this one'!r} that gives this site `form: keep` or another form"
+        return Rejection(site, rule.label, f"{form.name} can't be given to it: {reason}", cure)
+    return Decision(
+        site=site,
+        rule=rule.label,
+        form=form,
+        fidelity=form.fidelity(site),
+        kernel=rule.apply.kernel,
+        fallback=policy.fallback_of(rule).unsupported,
+        notes=(*form.notes(site), *without_effect(policy, rule)),
+    )
+
+
+def without_effect(policy: Policy, rule: Rule) -> tuple[str, ...]:
+    """One note for each thing that the rule asks for and this version only reads."""
+    notes = []
+    if rule.shard is not None:
+        notes.append(
+            f"shard: {rule.shard.method} over mesh axis {rule.shard.mesh!r} has no effect in this version: "
+            "every rank computes what it is given"
+        )
+    if rule.memory is not None:
+        notes.append("memory: has no effect in this version: the inner compiler plans the buffers")
+    numerics, fallback = policy.numerics_of(rule), policy.fallback_of(rule)
+    if numerics.check != "off":
+        notes.append(f"numerics.check: {numerics.check} has no effect in this version: nothing is compared at run time")
+    elif "tolerance" in numerics.model_fields_set:
+        notes.append("numerics.tolerance: has no effect in this version: nothing is compared at run time")
+    notes += [
+        f"fallback.{key}: {getattr(fallback, key)} has no effect in this version"
+        for key in ("shape", "quality")
+        if key in fallback.model_fields_set
+    ]
+    return tuple(notes)
+
+
+def _enforce(policy: Policy, verdicts: list[Verdict]) -> None:
+    """Warn or raise as the policy's ``fallback`` says."""
+    if verdicts and all(verdict.rule is None for verdict in verdicts):
+        unmatched = policy.defaults.fallback.unmatched
+        lines = [f"the policy {policy.name or '(unnamed)'} takes none of the {len(verdicts)} attention sites"]
+        lines += unused_rules(policy, verdicts)
+        _act(unmatched, "\n  ".join(lines))
+    by_label = {rule.label: rule for rule in policy.rules}
+    refused: dict[tuple[str, str], list[Rejection]] = {}
+    for verdict in verdicts:
+        if isinstance(verdict, Rejection) and not verdict.asked and verdict.rule is not None:
+            refused.setdefault((verdict.rule, verdict.reason), []).append(verdict)
+    for (label, reason), found in refused.items():
+        first = found[0]
+        count = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        message = f"rule {label}: {first.site.module or '<top>'}{count} stays as it is: {reason}; {first.cure}"
+        _act(policy.fallback_of(by_label[label]).unsupported, message)
+
+
+def _act(consequence: str, message: str) -> None:
+    if consequence == "error":
+        raise RewriteError(message)
+    if consequence == "warn":
+        warnings.warn(message, DilcompileWarning, stacklevel=4)
+
+
+def unused_rules(policy: Policy, verdicts: Sequence[Verdict]) -> list[str]:
+    """One line for each rule that decided no site: which key no site satisfies, with the nearest module path."""
+    used = {verdict.rule for verdict in verdicts}
+    sites = [_with_hints(verdict.site) for verdict in verdicts]
+    return [
+        f"rule {rule.label} matched no site: {_why_unused(rule, sites)}"
+        for rule in policy.rules
+        if rule.label not in used
+    ]
+
+
+def _why_unused(rule: Rule, sites: list[AttentionSite]) -> str:
+    if not sites:
+        return "there are no attention sites"
+    for key, value in rule.match.given().items():
+        if not any(PREDICATES[key].holds(site, value) for site in sites):
+            return f"{key} {_as_yaml(value)}{_instead(key, value, sites)}"
+    if any(rule.match.takes(site) for site in sites):
+        return "earlier rules take all of its sites"
+    return "no site satisfies all of its keys at once"
+
+
+def _instead(key: str, value: Any, sites: list[AttentionSite]) -> str:
+    if key == "module":
+        near = nearest(value, [site.module for site in sites])
+        return f" (nearest: {near!r})" if near else ""
+    if key == "min_seq":
+        return f" (longest: {max(site.k_len for site in sites)})"
+    if key == "max_seq":
+        return f" (shortest: {min(site.k_len for site in sites)})"
+    held = [getattr(site, key) for site in sites if hasattr(site, key)]
+    names = [str(name) for name in dict.fromkeys(held)]
+    return f" (sites have: {', '.join(names)})" if names else ""
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"[{', '.join(map(_as_yaml, value))}]" if isinstance(value, tuple) else repr(value)
+
+
+def _with_hints(site: AttentionSite) -> AttentionSite:
+    """The site with plain lengths, so that explaining adds no guard."""
+    return replace(site, k_len=_hint(site.k_len), q_len=_hint(site.q_len), batch=_hint(site.batch))
+
+
+def _hint(length: int | torch.SymInt) -> int:
+    if isinstance(length, int):
+        return length
+    hint = length.node.hint
+    return hint if isinstance(hint, int) else 0

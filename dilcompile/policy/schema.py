@@ -1,0 +1,266 @@
+"""The policy as typed sections: what the YAML file may hold, with its defaults and its JSON schema."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from os import PathLike
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, PrivateAttr, create_model
+
+from dilcompile.policy.apply import AnyApply, Apply
+from dilcompile.policy.document import write_yaml
+from dilcompile.policy.predicates import PREDICATES, satisfied
+from dilcompile.policy.section import Section
+from dilcompile.policy.values import Check, Count, Positive
+from dilcompile.site import AttentionSite
+
+Order: TypeAlias = Literal["contiguous", "zigzag", "striped"]
+Consequence: TypeAlias = Literal["warn", "keep", "error"]
+UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def num_bytes(size: int | str) -> int:
+    """``"6GiB"`` as a number of bytes.
+
+    Raises:
+        ValueError: if the text is not a number and a unit.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)\s*", size) if isinstance(size, str) else None
+    if isinstance(size, int):
+        return size
+    if match is None:
+        raise ValueError(f"{size!r} is not a size such as '6GiB' (units: {', '.join(UNITS)})")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+class _Match(Section):
+    """What a site must be for the rule to take it. All keys must hold; no key: every site."""
+
+    def takes(self, site: AttentionSite) -> bool:
+        """Does the site satisfy every key?"""
+        return satisfied(site, self.given().items())
+
+
+if TYPE_CHECKING:
+    Match: TypeAlias = _Match
+else:
+    Match = create_model(
+        "Match",
+        __base__=_Match,
+        __doc__=_Match.__doc__,
+        **{
+            name: (predicate.kind | None, Field(None, description=predicate.doc))
+            for name, predicate in PREDICATES.items()
+        },
+    )
+
+
+class MeshAxis(Section):
+    """One axis of the device mesh."""
+
+    size: Annotated[Count, Field(description="Ranks along the axis.")]
+    layout: Annotated[Order, Field(description="How the sequence is cut over the ranks.")] = "contiguous"
+
+
+class Shard(Section):
+    """How the rule's sites are held and moved over ranks. Read and checked; this version computes on one rank."""
+
+    mesh: Annotated[str, Field(description="Name of the mesh axis.")]
+    dim: Annotated[Literal["seq", "heads"], Field(description="The tensor dimension that is cut.")] = "seq"
+    method: Annotated[
+        Literal["auto", "gather_needed", "halo", "ring", "all_gather", "ulysses", "usp", "tree"],
+        Field(description="How the keys travel."),
+    ] = "auto"
+    order: Annotated[
+        Literal["auto", "contiguous", "zigzag", "striped"],
+        Field(description="Order of the tokens over the ranks; `auto`: the mesh axis's layout."),
+    ] = "auto"
+    overlap: Annotated[
+        Literal["off", "prefetch", "auto"], Field(description="Move keys while computing.")
+    ] = "auto"
+
+
+class Memory(Section):
+    """Where the rule's buffers live. Read and checked; this version leaves buffers to the inner compiler."""
+
+    pool: Annotated[Literal["default", "private", "shared"], Field(description="Which arena.")] = "default"
+    budget: Annotated[
+        Annotated[int, Check("a number of bytes", lambda value: value > 0)]
+        | Annotated[str, Check("a size such as '6GiB'", num_bytes)]
+        | None,
+        Field(description="Most bytes the pool may hold: a number, or a size such as `6GiB`."),
+    ] = None
+    reuse: Annotated[
+        Literal["off", "within_layer", "across_layers"], Field(description="Who may share a buffer.")
+    ] = "off"
+
+
+class Tolerance(Section):
+    """How far a checked site may be from the reference."""
+
+    rel_l2: Annotated[Positive, Field(description="Norm of the difference over the norm of the reference.")] = 1e-3
+
+
+class Numerics(Section):
+    """How exactly sites are computed."""
+
+    accumulate: Annotated[Literal["fp32"], Field(description="Type of the running sums.")] = "fp32"
+    merge_grad: Annotated[
+        Literal["exact", "detach"],
+        Field(description="Default of the option `merge_grad` of forms that have it."),
+    ] = "exact"
+    check: Annotated[
+        Literal["off", "first_call", "always"],
+        Field(description="Compare with the reference at run time. No effect in this version."),
+    ] = "off"
+    tolerance: Annotated[
+        Tolerance, Field(description="Bound of `check`. No effect in this version.")
+    ] = Tolerance()
+
+
+class Fallback(Section):
+    """What happens where the policy can't be followed."""
+
+    unsupported: Annotated[
+        Consequence,
+        Field(
+            description="A rule's form can't be given to a site: keep the site and warn, keep it and only list it, or stop."
+        ),
+    ] = "warn"
+    unmatched: Annotated[
+        Consequence, Field(description="A model has attention sites and no rule takes any of them.")
+    ] = "keep"
+    shape: Annotated[
+        Consequence,
+        Field(description="A later call brings sizes that the form can't take. No effect in this version."),
+    ] = "keep"
+    quality: Annotated[
+        Consequence,
+        Field(description="`numerics.check` found more than the tolerance. No effect in this version."),
+    ] = "warn"
+
+
+class Defaults(Section):
+    """What holds for every rule that doesn't say otherwise, key by key."""
+
+    numerics: Numerics = Numerics()
+    fallback: Fallback = Fallback()
+
+
+class Rule(Section):
+    """Takes the sites that ``match`` describes and that no earlier rule took."""
+
+    name: Annotated[str | None, Field(description="Shown in reports; unique in a policy.")] = None
+    match: Annotated[Match, Field(description="Which sites.")] = Match()
+    apply: Annotated[AnyApply, Field(description="What they become.")]
+    shard: Annotated[Shard | None, Field(description="How they are held over ranks.")] = None
+    memory: Annotated[Memory | None, Field(description="Where their buffers live.")] = None
+    numerics: Annotated[Numerics, Field(description="Over `defaults.numerics`, key by key.")] = Numerics()
+    fallback: Annotated[Fallback, Field(description="Over `defaults.fallback`, key by key.")] = Fallback()
+
+    _cited: str = PrivateAttr("")
+
+    @property
+    def label(self) -> str:
+        """Name and place: ``decoder-self (policy.yaml:8)``."""
+        name = self.name or "unnamed rule"
+        return f"{name} ({self._cited})" if self._cited else name
+
+    def __str__(self) -> str:
+        match = ", ".join(f"{key}={value!r}" for key, value in self.match.given().items()) or "every site"
+        options = ", ".join(f"{key}={value!r}" for key, value in self.apply.options.items())
+        kernel = f" on {self.apply.kernel}" if self.apply.kernel else ""
+        return f"{self.label}: {match} -> {self.apply.form}{f'({options})' if options else ''}{kernel}"
+
+
+class Policy(Section):
+    """Ordered rules: the first one that matches a site decides it.
+
+    ``Policy.load`` reads any source and resolves ``extends``: what it returns holds all rules itself. Two policies are equal
+    if their content is.
+    """
+
+    version: Annotated[
+        Annotated[int, Check("1, the version of the policy language", lambda value: value == 1)],
+        Field(description="Version of the policy language: 1.", json_schema_extra={"const": 1}),
+    ] = 1
+    name: Annotated[str | None, Field(description="Shown in reports.")] = None
+    extends: Annotated[
+        str | tuple[str, ...] | None,
+        Field(description="Presets, or files relative to this one, whose rules follow this file's."),
+    ] = None
+    mesh: Annotated[dict[str, MeshAxis], Field(description="Axes of the device mesh by name.")] = {}
+    defaults: Annotated[Defaults, Field(description="For every rule.")] = Defaults()
+    rules: Annotated[tuple[Rule, ...], Field(description="First match wins.")] = ()
+
+    @classmethod
+    def load(cls, source: str | PathLike[str] | dict[str, Any] | Policy | None = None) -> Policy:
+        """A policy from a file, a dict, a preset's name or a Policy; None: ``DILCOMPILE_POLICY``, else the preset ``longnet``.
+
+        Raises:
+            PolicyError: with every problem found, each with its file, line and column.
+        """
+        from dilcompile.policy.load import load
+
+        return load(source)
+
+    @classmethod
+    def from_yaml(cls, source: str | PathLike[str]) -> Policy:
+        """A policy from a file, or from YAML text (text that spans lines, or starts with ``{``).
+
+        Raises:
+            PolicyError: with every problem found, each with its file, line and column.
+        """
+        from dilcompile.policy.load import load_yaml
+
+        return load_yaml(source)
+
+    def to_yaml(self) -> str:
+        """The policy as YAML; ``from_yaml`` gives an equal policy back."""
+        return write_yaml({"version": self.version, **self.plain()})
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """JSON Schema (draft 2020-12) of the file, for editors."""
+        schema = cls.model_json_schema()
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the content, presets included: part of the compile cache key."""
+        content = {"version": self.version, **self.plain()}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def numerics_of(self, rule: Rule) -> Numerics:
+        """The rule's numerics over the defaults."""
+        return Numerics(**{**self.defaults.numerics.given(), **rule.numerics.given()})
+
+    def fallback_of(self, rule: Rule) -> Fallback:
+        """The rule's fallback over the defaults."""
+        return Fallback(**{**self.defaults.fallback.given(), **rule.fallback.given()})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Policy) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The models of the forms are made at import; a pickle holds plain values only.
+        return (_restored, (self.plain(), [rule._cited for rule in self.rules]))
+
+    def __str__(self) -> str:
+        return "\n".join([f"policy {self.name or '(unnamed)'}", *(f"  {rule}" for rule in self.rules)])
+
+
+def _restored(content: dict[str, Any], cited: list[str]) -> Policy:
+    policy = Policy.model_validate(content)
+    for rule, place in zip(policy.rules, cited, strict=True):
+        rule._cited = place
+    return policy
+
+
+__all__ = ["Apply", "Defaults", "Fallback", "Match", "Memory", "MeshAxis", "Numerics", "Policy", "Rule", "Shard", "Tolerance"]
