@@ -1,4 +1,4 @@
-"""What a rule makes of a site: ``keep``, or a form with its options. The models are derived from the forms' own fields."""
+"""What a rule makes of a site: ``keep``, or a form with its options, derived from the form's own fields."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Apply(Section):
         """The form, or None for ``keep``.
 
         Args:
-            merge_grad: the policy's ``numerics.merge_grad``, for a form that has the option and a rule that didn't give it.
+            merge_grad: the policy's ``numerics.merge_grad``: for a form that has the option, not given by the rule.
 
         Raises:
             FormError: if the options don't fit together.
@@ -79,7 +79,7 @@ def _model(name: str, form: type[Form] | None) -> type[Apply]:
     title = "Apply" + "".join(part.title() for part in name.split("_"))
     model = create_model(title, __base__=Apply, **fields)
     model.of = form
-    model.__doc__ = (form.__doc__ if form is not None else "The site stays exactly as the model computes it.") or ""
+    model.__doc__ = form.__doc__ if form is not None else "The site stays exactly as the model computes it."
     return model
 
 
@@ -92,16 +92,16 @@ def _known_form(value: Any) -> Any:
         return {"form": value.name, **dataclasses.asdict(value)}
     if not isinstance(value, dict):
         return value
-    has = f"this version has: {', '.join(FORM_NAMES)}"
+    has = f"this version has {', '.join(FORM_NAMES)}"
     if "form" not in value:
-        raise Misfit(f"key 'form' is missing ({has})")
+        raise Misfit(f"key 'form' is missing: {has}")
     name = value["form"]
     if not isinstance(name, str):
-        raise Misfit(f"expected the name of a form, got {shown(name)} ({has})", ("form",))
+        raise Misfit(f"expected the name of a form, got {shown(name)}: {has}", ("form",))
     if name in RESERVED:
-        raise Misfit(f"form {name!r} is not built yet ({has})", ("form",))
+        raise Misfit(f"form {name!r} is not built yet: {has}", ("form",))
     if name not in APPLY:
-        raise Misfit(f"unknown form {name!r}{hint(name, FORM_NAMES)} ({has})", ("form",))
+        raise Misfit(f"unknown form {name!r}: {has}{hint(name, FORM_NAMES)}", ("form",))
     return value
 
 

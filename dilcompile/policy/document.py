@@ -35,12 +35,12 @@ class CoreLoader(yaml.SafeLoader):
 
 
 class CoreDumper(yaml.SafeDumper):
-    """Writes what CoreLoader reads, quoting also what other YAML readers would take for a number or a bool."""
+    """Writes what CoreLoader reads; quotes also what other YAML readers take for a number or a bool."""
 
 
 for _name, _pattern, _first in CORE_TYPES:
     for _kind in (CoreLoader, CoreDumper):
-        _kind.add_implicit_resolver(  # type: ignore[no-untyped-call]
+        _kind.add_implicit_resolver(
             TAG + _name, re.compile(f"(?:{_pattern})$"), ["" if c == "\0" else c for c in _first]
         )
 
@@ -112,8 +112,10 @@ def read_yaml(text: str, name: str) -> Document:
 
 
 def write_yaml(data: object) -> str:
-    """Plain values as YAML: one line per list of numbers, keys in the given order."""
-    return yaml.dump(data, Dumper=CoreDumper, sort_keys=False, width=100, allow_unicode=True)
+    """Plain values as YAML: keys in the given order, innermost lists and mappings on one line."""
+    return yaml.dump(
+        data, Dumper=CoreDumper, sort_keys=False, width=100, allow_unicode=True, default_flow_style=None
+    )
 
 
 def _place(node: yaml.Node) -> Mark:
@@ -152,12 +154,13 @@ def _construct_mapping(
             document.found.append((_place(key), "a key must be text"))
             continue
         name = str(key.value)
+        inner: Path = (*path, name)
         if name in found:
-            first = document.keys[(*path, name)][0]
+            first = document.keys[inner][0]
             document.found.append((_place(key), f"duplicate key {name!r} (first at line {first})"))
             continue
-        document.keys.setdefault((*path, name), _place(key))
-        found[name] = _construct(value, (*path, name), document, loader, above)
+        document.keys.setdefault(inner, _place(key))
+        found[name] = _construct(value, inner, document, loader, above)
     for source in merged:
         if source in above:
             document.found.append((_place(source), "an alias may not contain itself"))

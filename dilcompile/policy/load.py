@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from dilcompile.errors import PolicyError
 from dilcompile.policy.document import Document, read_yaml
-from dilcompile.policy.problems import Misfit, Path, Problem, closest, hint
+from dilcompile.policy.keys import key_hint
+from dilcompile.policy.problems import Misfit, Path, Problem, hint
 from dilcompile.policy.schema import Policy
-from dilcompile.policy.section import Section
 from dilcompile.policy.values import shown
 
 ENVIRONMENT = "DILCOMPILE_POLICY"
@@ -47,14 +47,16 @@ def load(source: str | PathLike[str] | dict[str, Any] | Policy | None = None) ->
         return source if source.rules and not source.extends else load(source.plain())
     if isinstance(source, dict):
         return _finish(Document("<dict>", source, kind="dict"), FilePath())
+    whence = ""
     if source is None:
         source = os.environ.get(ENVIRONMENT) or DEFAULT_PRESET
+        whence = f"{ENVIRONMENT}: "
     if not isinstance(source, (str, PathLike)):
         raise PolicyError([f"a policy is a path, a preset's name, a dict or a Policy, not {shown(source)}"])
     name = os.fspath(source)
     path, reason = _find(name, FilePath())
     if path is None:
-        raise PolicyError([f"{name}: {reason}"])
+        raise PolicyError([f"{whence}{name}: {reason}"])
     return _load_file(path, f"preset {name}" if name in PRESETS else name)
 
 
@@ -86,13 +88,13 @@ def _find(name: str, folder: FilePath) -> tuple[FilePath | None, str]:
     path = folder / FilePath(name).expanduser()
     if path.is_file():
         return path, ""
-    has = f"presets: {', '.join(PRESETS)}"
+    has = f"the presets are {', '.join(PRESETS)}"
     if path.is_dir():
         return None, "is a folder, not a policy file"
     if path.suffix in (".yaml", ".yml", ".json") or os.sep in name:
         beside = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         return None, f"no such file{hint(path.name, beside) or hint(path.stem, PRESETS)}"
-    return None, f"no preset or file of this name{hint(name, PRESETS)} ({has})"
+    return None, f"no preset or file of this name: {has}{hint(name, PRESETS)}"
 
 
 def _finish(document: Document, folder: FilePath, stack: tuple[FilePath, ...] = ()) -> Policy:
@@ -102,7 +104,8 @@ def _finish(document: Document, folder: FilePath, stack: tuple[FilePath, ...] = 
         raise PolicyError(list(dict.fromkeys(lines)))
     lines = _mesh_lines(joined)
     if not joined.rules:
-        lines += document.lines([Problem(("rules",), "no rules: give at least one, or extend a preset", on_key=True)])
+        none = Problem((), "no rules: give at least one under 'rules', or extend a preset")
+        lines += document.lines([none])
     if lines:
         raise PolicyError(lines)
     content: dict[str, Any] = {"version": 1}
@@ -123,13 +126,13 @@ def _join(document: Document, folder: FilePath, stack: tuple[FilePath, ...], lin
     """The document over everything that it extends; problems go to ``lines``."""
     policy, problems = _validate(document)
     bases: list[tuple[FilePath, str]] = []
-    for path, name in _extends(document.data):
+    for entry, name in _extends(document.data):
         found, reason = _find(name, folder)
         if found is None:
-            problems.append(Problem(path, f"{name!r}: {reason}"))
+            problems.append(Problem(entry, f"{name!r}: {reason}"))
         elif found.resolve() in stack:
             circle = [file.name for file in (*stack[stack.index(found.resolve()) :], found)]
-            problems.append(Problem(path, f"extends itself: {' -> '.join(circle)}"))
+            problems.append(Problem(entry, f"extends itself: {' -> '.join(circle)}"))
         else:
             bases.append((found, f"preset {name}" if name in PRESETS else _beside(document, name)))
     lines += document.lines(problems)
@@ -165,12 +168,11 @@ def _validate(document: Document) -> tuple[Policy | None, list[Problem]]:
     try:
         return Policy.model_validate(document.data), problems
     except ValidationError as error:
-        for entry in error.errors(include_url=False):
-            problems.append(_problem(entry, document.data))
+        problems += [_problem(entry) for entry in error.errors(include_url=False)]
         return None, problems
 
 
-def _problem(entry: Any, data: dict[str, Any]) -> Problem:
+def _problem(entry: Any) -> Problem:
     """One of pydantic's errors in our words, at the path that the user sees."""
     path: Path = tuple(entry["loc"])
     form = ""
@@ -179,7 +181,7 @@ def _problem(entry: Any, data: dict[str, Any]) -> Problem:
         form, path = str(path[3]), (*path[:3], *path[4:])
     match entry["type"]:
         case "extra_forbidden":
-            return Problem(path, f"unknown key{_key_hint(path, form)}", on_key=True)
+            return Problem(path, f"unknown key{key_hint(path, form)}", on_key=True)
         case "missing":
             return Problem(path[:-1], f"key {path[-1]!r} is missing", suffix=form if len(path) == 4 else "")
         case "value_error":
@@ -193,56 +195,6 @@ def _problem(entry: Any, data: dict[str, Any]) -> Problem:
             return Problem(path[:-1], f"expected text as a key, got {shown(path[-1])}")
         case _:
             return Problem(path, str(entry["msg"]))
-
-
-def _key_hint(path: Path, form: str) -> str:
-    section = _section(path[:-1], form)
-    known = [name for name in section.model_fields] if section else []
-    word = str(path[-1])
-    near = closest(word, known)
-    if near:
-        return f" (did you mean {near!r}?)"
-    elsewhere = [place for place in _everywhere() if place.rsplit(".", 1)[-1] == word]
-    return f" (did you mean {elsewhere[0]!r}?)" if elsewhere else ""
-
-
-def _section(path: Path, form: str) -> type[Section] | None:
-    """The section that ``path`` leads to."""
-    from dilcompile.policy.apply import APPLY
-    from dilcompile.policy.schema import Defaults, Fallback, Match, Memory, MeshAxis, Numerics, Rule, Shard, Tolerance
-
-    known: dict[str, type[Section]] = {
-        "match": Match,
-        "shard": Shard,
-        "memory": Memory,
-        "numerics": Numerics,
-        "fallback": Fallback,
-        "defaults": Defaults,
-        "tolerance": Tolerance,
-        "rules": Rule,
-    }
-    if not path:
-        return Policy
-    if path[-1] == "apply":
-        return APPLY.get(form)
-    if path[0] == "mesh":
-        return MeshAxis
-    names = [step for step in path if isinstance(step, str)]
-    return known.get(names[-1]) if names else None
-
-
-def _everywhere() -> Iterator[str]:
-    """Every key of the policy language with the keys that lead to it, as hints name them."""
-    for name in ("numerics", "fallback"):
-        yield f"defaults.{name}"
-    for path in (("rules",), ("rules", 0, "match"), ("rules", 0, "shard"), ("rules", 0, "memory"), ("numerics",), ("fallback",)):
-        section = _section(path, "")
-        assert section is not None, "a path of the table above"
-        yield from (f"{path[-1]}.{name}" for name in section.model_fields)
-    from dilcompile.policy.apply import APPLY
-
-    for form, model in APPLY.items():
-        yield from (f"apply.{name}" for name in model.model_fields if form)
 
 
 def _extends(data: object) -> Iterator[tuple[Path, str]]:
@@ -263,7 +215,8 @@ def _duplicate_names(data: dict[str, Any]) -> Iterator[Problem]:
         if not isinstance(name, str):
             continue
         if name in first:
-            yield Problem(("rules", index, "name"), f"duplicate rule name {name!r} (first at rules[{first[name]}])")
+            message = f"duplicate rule name {name!r} (first at rules[{first[name]}])"
+            yield Problem(("rules", index, "name"), message)
         first.setdefault(name, index)
 
 
@@ -273,7 +226,7 @@ def _mesh_lines(joined: _Joined) -> list[str]:
     for rule, document, index in joined.rules:
         name = rule.get("shard", {}).get("mesh")
         if name is not None and name not in joined.mesh:
-            axes = f"mesh has: {', '.join(joined.mesh)}" if joined.mesh else "the policy has no mesh"
-            message = f"unknown mesh axis {name!r}{hint(name, joined.mesh)} ({axes})"
+            axes = f"mesh has {', '.join(joined.mesh)}" if joined.mesh else "the policy has no mesh"
+            message = f"unknown mesh axis {name!r}: {axes}{hint(name, joined.mesh)}"
             lines += document.lines([Problem(("rules", index, "shard", "mesh"), message)])
     return lines

@@ -1,4 +1,7 @@
-"""What a rule can ask of a site: one function per key of ``match``. Its annotation is the key's type, its docstring the docs."""
+"""What a rule can ask of a site: one function per key of ``match``.
+
+The annotation of ``value`` is the key's type, the docstring its documentation.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ PREDICATES: dict[str, Predicate] = {}
 
 
 def predicate(example: str, covers: Covers = operator.eq) -> Callable[[Holds], Holds]:
-    """Register a function as the key of its name. Order matters: what may add a guard on a length comes last."""
+    """Register a function as the key of its name. What may add a guard on a length comes last."""
 
     def register(holds: Holds) -> Holds:
         kind = get_type_hints(holds, include_extras=True)["value"]
@@ -75,7 +78,9 @@ def _any_or_equal(wide: object, narrow: object) -> bool:
 
 @predicate('"model.layers.*.self_attn"', patterns.covers)
 def module(site: AttentionSite, value: Pattern | tuple[Pattern, ...]) -> bool:
-    """The site's module path matches: a glob, a regular expression after `re:`, or a list of them. A glob matches the whole path or its end from a dot on."""
+    """The site's module path matches: a glob, a regular expression after `re:`, or a list of them.
+    A glob matches the whole path, or its end from a dot on.
+    """
     return patterns.matches(site.module, value)
 
 
@@ -99,7 +104,7 @@ def causal(site: AttentionSite, value: bool) -> bool:
 
 @predicate("[none, causal]", _superset)
 def masked(site: AttentionSite, value: Mask | tuple[Mask, ...]) -> bool:
-    """The site's mask has one of these factors; `none`: it has no mask at all; `other`: a part of it could not be read."""
+    """The site's mask has one of these factors. `none`: it has no mask; `other`: a part could not be read."""
     words = site.mask.words or ("none",)
     return any(word in words for word in _listed(value))
 
@@ -167,7 +172,9 @@ def device(site: AttentionSite, value: Device | tuple[Device, ...]) -> bool:
 
 @predicate('">=9.0"')
 def compute_capability(site: AttentionSite, value: Comparison) -> bool:
-    """The site's CUDA device has this compute capability; several comparisons are joined by commas. Never true elsewhere."""
+    """The site's CUDA device has this compute capability; commas join several comparisons.
+    Never true on other devices.
+    """
     if site.device.type != "cuda":
         return False
     return ranges.satisfies(torch.cuda.get_device_capability(site.device), value)
@@ -192,7 +199,9 @@ def world_size(site: AttentionSite, value: Ranges) -> bool:
 
 @predicate("16384", operator.le)
 def min_seq(site: AttentionSite, value: Count) -> bool:
-    """The site has at least this many keys. For a symbolic length this adds a guard, so that shorter inputs are decided anew."""
+    """The site has at least this many keys.
+    For a symbolic length this adds a guard, so that shorter inputs are decided anew.
+    """
     return bool(site.k_len >= value)
 
 
@@ -204,5 +213,5 @@ def max_seq(site: AttentionSite, value: Count) -> bool:
 
 def satisfied(site: AttentionSite, wanted: Iterable[tuple[str, object]]) -> bool:
     """Does the site satisfy every key of a rule's ``match``? Keys that may add a guard are asked last."""
-    order = list(PREDICATES)
-    return all(PREDICATES[key].holds(site, value) for key, value in sorted(wanted, key=lambda p: order.index(p[0])))
+    asked = dict(wanted)
+    return all(predicate.holds(site, asked[key]) for key, predicate in PREDICATES.items() if key in asked)

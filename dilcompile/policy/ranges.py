@@ -86,9 +86,9 @@ def satisfies(version: Version, value: str | float) -> bool:
     return all(COMPARE[sign](version, bound) for sign, bound in comparisons(value))
 
 
-Ranges = (
-    Annotated[int, Check("a whole number", lambda value: value >= 0)]
-    | Annotated[str, Check("ranges such as '0-3,30-'", spans)]
-    | tuple[Annotated[int, Check("a whole number", lambda value: value >= 0)], ...]
+Number = Annotated[int, Check("a whole number of at least 0", lambda value: value >= 0)]
+Ranges = Number | Annotated[str, Check("ranges such as '0-3,30-'", spans)] | tuple[Number, ...]
+Comparison = (
+    Annotated[str, Check("a comparison such as '>=9.0'", comparisons)]
+    | Annotated[float, Check("a version such as 9.0", comparisons)]
 )
-Comparison = Annotated[str, Check("a comparison such as '>=9.0'", comparisons)] | Annotated[float, Check("", comparisons)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,21 @@ from dilcompile.policy.schema import Policy, Rule
 from dilcompile.site import AttentionSite
 
 Verdict = Decision | Rejection
+
+# What a site has where a rule asks for something else.
+HELD: dict[str, Callable[[AttentionSite], object]] = {
+    "kind": lambda site: site.kind,
+    "causal": lambda site: str(site.mask.causal).lower(),
+    "masked": lambda site: " & ".join(site.mask.words) or "none",
+    "layers": lambda site: site.layer,
+    "heads": lambda site: site.heads,
+    "layer_type": lambda site: site.layer_type,
+    "head_dim": lambda site: site.head_dim,
+    "gqa": lambda site: str(site.group > 1).lower(),
+    "dtype": lambda site: site.dtype,
+    "device": lambda site: site.device,
+    "phase": lambda site: site.phase,
+}
 
 
 def resolve(policy: Policy, sites: Sequence[AttentionSite], *, enforce: bool = True) -> list[Verdict]:
@@ -49,7 +64,7 @@ def _decide(policy: Policy, site: AttentionSite) -> Verdict:
         return Rejection(site, rule.label, "the policy keeps it", asked=True)
     reason = form.reject(site)
     if reason is not None:
-        cure = f"add a rule before {rule.name or 'this one'!r} that gives this site `form: keep` or another form"
+        cure = "give it another form, or `form: keep`, by a rule before this one"
         return Rejection(site, rule.label, f"{form.name} can't be given to it: {reason}", cure)
     return Decision(
         site=site,
@@ -74,9 +89,9 @@ def without_effect(policy: Policy, rule: Rule) -> tuple[str, ...]:
         notes.append("memory: has no effect in this version: the inner compiler plans the buffers")
     numerics, fallback = policy.numerics_of(rule), policy.fallback_of(rule)
     if numerics.check != "off":
-        notes.append(f"numerics.check: {numerics.check} has no effect in this version: nothing is compared at run time")
+        notes.append(f"numerics.check: {numerics.check} has no effect in this version: no run is compared")
     elif "tolerance" in numerics.model_fields_set:
-        notes.append("numerics.tolerance: has no effect in this version: nothing is compared at run time")
+        notes.append("numerics.tolerance: has no effect in this version: no run is compared")
     notes += [
         f"fallback.{key}: {getattr(fallback, key)} has no effect in this version"
         for key in ("shape", "quality")
@@ -100,7 +115,8 @@ def _enforce(policy: Policy, verdicts: list[Verdict]) -> None:
     for (label, reason), found in refused.items():
         first = found[0]
         count = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        message = f"rule {label}: {first.site.module or '<top>'}{count} stays as it is: {reason}; {first.cure}"
+        site = f"{first.site.module or '<top>'}{count}"
+        message = f"rule {label}: {site} stays as it is: {reason}; {first.cure}"
         _act(policy.fallback_of(by_label[label]).unsupported, message)
 
 
@@ -112,7 +128,7 @@ def _act(consequence: str, message: str) -> None:
 
 
 def unused_rules(policy: Policy, verdicts: Sequence[Verdict]) -> list[str]:
-    """One line for each rule that decided no site: which key no site satisfies, with the nearest module path."""
+    """One line for each rule that decided no site: the key that no site satisfies, and what sites have."""
     used = {verdict.rule for verdict in verdicts}
     sites = [_with_hints(verdict.site) for verdict in verdicts]
     return [
@@ -141,9 +157,8 @@ def _instead(key: str, value: Any, sites: list[AttentionSite]) -> str:
         return f" (longest: {max(site.k_len for site in sites)})"
     if key == "max_seq":
         return f" (shortest: {min(site.k_len for site in sites)})"
-    held = [getattr(site, key) for site in sites if hasattr(site, key)]
-    names = [str(name) for name in dict.fromkeys(held)]
-    return f" (sites have: {', '.join(names)})" if names else ""
+    held = dict.fromkeys(str(HELD[key](site)).removeprefix("torch.") for site in sites if key in HELD)
+    return f" (sites have: {', '.join(held)})" if held else ""
 
 
 def _as_yaml(value: Any) -> str:

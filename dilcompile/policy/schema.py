@@ -66,7 +66,7 @@ class MeshAxis(Section):
 
 
 class Shard(Section):
-    """How the rule's sites are held and moved over ranks. Read and checked; this version computes on one rank."""
+    """How the rule's sites are held over ranks. Read and checked; this version computes on one rank."""
 
     mesh: Annotated[str, Field(description="Name of the mesh axis.")]
     dim: Annotated[Literal["seq", "heads"], Field(description="The tensor dimension that is cut.")] = "seq"
@@ -101,7 +101,9 @@ class Memory(Section):
 class Tolerance(Section):
     """How far a checked site may be from the reference."""
 
-    rel_l2: Annotated[Positive, Field(description="Norm of the difference over the norm of the reference.")] = 1e-3
+    rel_l2: Annotated[Positive, Field(description="Norm of the difference over that of the reference.")] = (
+        1e-3
+    )
 
 
 class Numerics(Section):
@@ -116,9 +118,9 @@ class Numerics(Section):
         Literal["off", "first_call", "always"],
         Field(description="Compare with the reference at run time. No effect in this version."),
     ] = "off"
-    tolerance: Annotated[
-        Tolerance, Field(description="Bound of `check`. No effect in this version.")
-    ] = Tolerance()
+    tolerance: Annotated[Tolerance, Field(description="Bound of `check`. No effect in this version.")] = (
+        Tolerance()
+    )
 
 
 class Fallback(Section):
@@ -126,9 +128,7 @@ class Fallback(Section):
 
     unsupported: Annotated[
         Consequence,
-        Field(
-            description="A rule's form can't be given to a site: keep the site and warn, keep it and only list it, or stop."
-        ),
+        Field(description="A form can't be given to a site: keep it and warn, keep it and list it, or stop."),
     ] = "warn"
     unmatched: Annotated[
         Consequence, Field(description="A model has attention sites and no rule takes any of them.")
@@ -179,8 +179,8 @@ class Rule(Section):
 class Policy(Section):
     """Ordered rules: the first one that matches a site decides it.
 
-    ``Policy.load`` reads any source and resolves ``extends``: what it returns holds all rules itself. Two policies are equal
-    if their content is.
+    ``Policy.load`` reads any source and resolves ``extends``: what it returns holds all rules itself.
+    Two policies are equal if their content is.
     """
 
     version: Annotated[
@@ -192,13 +192,17 @@ class Policy(Section):
         str | tuple[str, ...] | None,
         Field(description="Presets, or files relative to this one, whose rules follow this file's."),
     ] = None
-    mesh: Annotated[dict[str, MeshAxis], Field(description="Axes of the device mesh by name.")] = {}
+    mesh: Annotated[dict[str, MeshAxis], Field(description="Axes of the device mesh by name.")] = Field(
+        default_factory=dict
+    )
     defaults: Annotated[Defaults, Field(description="For every rule.")] = Defaults()
     rules: Annotated[tuple[Rule, ...], Field(description="First match wins.")] = ()
 
     @classmethod
     def load(cls, source: str | PathLike[str] | dict[str, Any] | Policy | None = None) -> Policy:
-        """A policy from a file, a dict, a preset's name or a Policy; None: ``DILCOMPILE_POLICY``, else the preset ``longnet``.
+        """A policy from a file, a dict, a preset's name or a Policy.
+
+        None: what ``DILCOMPILE_POLICY`` names, else the preset ``longnet``.
 
         Raises:
             PolicyError: with every problem found, each with its file, line and column.
@@ -231,8 +235,14 @@ class Policy(Section):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the content, presets included: part of the compile cache key."""
-        content = {"version": self.version, **self.plain()}
+        whole = type(self).load(self)
+        content = {"version": whole.version, **whole.plain()}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def model_post_init(self, context: Any) -> None:
+        """Rules that no file cites are cited by their index, so that every label is unique."""
+        for index, rule in enumerate(self.rules):
+            rule._cited = rule._cited or f"rules[{index}]"
 
     def numerics_of(self, rule: Rule) -> Numerics:
         """The rule's numerics over the defaults."""
@@ -263,4 +273,16 @@ def _restored(content: dict[str, Any], cited: list[str]) -> Policy:
     return policy
 
 
-__all__ = ["Apply", "Defaults", "Fallback", "Match", "Memory", "MeshAxis", "Numerics", "Policy", "Rule", "Shard", "Tolerance"]
+__all__ = [
+    "Apply",
+    "Defaults",
+    "Fallback",
+    "Match",
+    "Memory",
+    "MeshAxis",
+    "Numerics",
+    "Policy",
+    "Rule",
+    "Shard",
+    "Tolerance",
+]

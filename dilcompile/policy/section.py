@@ -1,4 +1,4 @@
-"""The base of every mapping in a policy: unknown keys are errors, values are checked strictly, what was given is remembered."""
+"""The base of every mapping in a policy: no unknown keys, strict values, and a memory of what was given."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from dilcompile.policy.values import conform, shown
 
 
 class Section(BaseModel):
-    """A frozen mapping of a policy. Build it from a dict with ``Policy.load``, which places errors; direct construction raises
-    pydantic's ValidationError."""
+    """A frozen mapping of a policy.
+
+    Direct construction raises pydantic's ValidationError; ``Policy.load`` raises PolicyError with places.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -24,7 +26,8 @@ class Section(BaseModel):
         field = cls.model_fields[str(info.field_name)]
         kind = _without_none(field.annotation)
         if field.metadata:
-            kind = Annotated[(kind, *field.metadata)]
+            parts: Any = (kind, *field.metadata)
+            kind = Annotated[parts]
         if not _holds_sections(kind):
             return conform(kind, value)
         if get_origin(kind) is tuple:
@@ -38,7 +41,8 @@ class Section(BaseModel):
 
     def given(self) -> dict[str, Any]:
         """The keys that were written, and their values; defaults are left out."""
-        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+        written = self.model_fields_set
+        return {name: getattr(self, name) for name in type(self).model_fields if name in written}
 
     def plain(self) -> dict[str, Any]:
         """``given`` all the way down, as dicts and lists: what YAML and JSON hold."""

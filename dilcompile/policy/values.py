@@ -1,4 +1,4 @@
-"""Check one value against the annotation of its key, strictly: a bool is no number, NaN is no number, lists aren't empty."""
+"""Check one value against its key's annotation: a bool is no number, nor is NaN, and no list is empty."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ class Check:
     words: str
     holds: Callable[[Any], object]
 
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 Count = Annotated[int, Check("a whole number of at least 1", lambda value: value >= 1)]
 Positive = Annotated[float, Check("a number above 0", lambda value: value > 0)]
@@ -84,15 +86,15 @@ def _conform_literal(kind: Any, value: object) -> Any:
 
 
 def _conform_union(kind: Any, value: object) -> Any:
-    misfits = []
+    misfits: list[Misfit] = []
     for member in get_args(kind):
         try:
             return conform(member, value)
         except Misfit as misfit:
             misfits.append(misfit)
-    for misfit in misfits:
-        if misfit.near:
-            raise misfit
+    for found in misfits:
+        if found.near:
+            raise found
     names = [name for member in get_args(kind) for name in _names(member)]
     raise Misfit(f"expected {expected(kind)}, got {shown(value)}{hint(value, names)}")
 
@@ -130,11 +132,12 @@ def expected(kind: Any) -> str:
         for member in get_args(kind):
             if member is types.NoneType:
                 continue
-            parts += [repr(n) for n in get_args(member)] if get_origin(member) is Literal else [expected(member)]
+            literal = get_origin(member) is Literal
+            parts += [repr(name) for name in get_args(member)] if literal else [expected(member)]
         return _either(parts)
     if origin is tuple:
         return f"a list of [{expected(get_args(kind)[0])}]"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(kind, "nothing")
+    return WORDS.get(kind, "nothing")
 
 
 def _either(parts: list[str]) -> str:
