@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet $(PIP_ARGS)
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq $(PIP_ARGS)
 PINS := requirements/constraints.txt
 say = @printf '%s  %s\n' "$$(date +%T)" $(1)
 
@@ -52,7 +52,7 @@ $(VENV)/.made:
 	@touch $@
 
 $(VENV)/.torch: requirements/torch.txt $(PINS) | $(VENV)/.made
-	$(call say,"installing torch (the largest part)")
+	$(call say,"installing torch (the largest part; minutes where pip takes a GPU build)")
 	@$(PIP) -c $(PINS) $(TORCH_SPEC)
 	@touch $@
 

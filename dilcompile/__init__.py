@@ -1,13 +1,16 @@
 """A torch.compile backend that rewrites the attention of an unmodified model by policy.
 
 ``torch.compile(model, backend="dilated")`` finds the backend by its entry point; nothing here needs to be imported for it.
-The names below are loaded when they are first used.
+The names below are loaded when they are first used. The operators are registered at once, because a saved or exported program
+that holds them can only be loaded after that.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING
+
+import dilcompile.lowering.ops as _registered  # noqa: F401
 
 if TYPE_CHECKING:
     from dilcompile import forms, functional
@@ -32,7 +35,7 @@ __all__ = [
     "rewrite_exported",
 ]
 
-# name -> the module that holds it; a module that is itself the name holds nothing of that name.
+# name -> the module that holds it
 _HOME = {
     "DilcompileError": "dilcompile.errors",
     "DilcompileWarning": "dilcompile.errors",
