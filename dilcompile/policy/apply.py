@@ -37,7 +37,7 @@ class Apply(Section):
         """The form, or None for ``keep``.
 
         Args:
-            merge_grad: the policy's ``numerics.merge_grad``: for a form that has the option, not given by the rule.
+            merge_grad: the policy's ``numerics.merge_grad``, for a rule that doesn't give the option itself.
 
         Raises:
             FormError: if the options don't fit together.

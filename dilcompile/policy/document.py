@@ -40,9 +40,7 @@ class CoreDumper(yaml.SafeDumper):
 
 for _name, _pattern, _first in CORE_TYPES:
     for _kind in (CoreLoader, CoreDumper):
-        _kind.add_implicit_resolver(
-            TAG + _name, re.compile(f"(?:{_pattern})$"), ["" if c == "\0" else c for c in _first]
-        )
+        _kind.add_implicit_resolver(TAG + _name, re.compile(f"(?:{_pattern})$"), ["" if c == "\0" else c for c in _first])
 
 
 @dataclass
@@ -113,18 +111,14 @@ def read_yaml(text: str, name: str) -> Document:
 
 def write_yaml(data: object) -> str:
     """Plain values as YAML: keys in the given order, innermost lists and mappings on one line."""
-    return yaml.dump(
-        data, Dumper=CoreDumper, sort_keys=False, width=100, allow_unicode=True, default_flow_style=None
-    )
+    return yaml.dump(data, Dumper=CoreDumper, sort_keys=False, width=100, allow_unicode=True, default_flow_style=None)
 
 
 def _place(node: yaml.Node) -> Mark:
     return (node.start_mark.line + 1, node.start_mark.column + 1)
 
 
-def _construct(
-    node: yaml.Node, path: Path, document: Document, loader: CoreLoader, above: tuple[yaml.Node, ...]
-) -> object:
+def _construct(node: yaml.Node, path: Path, document: Document, loader: CoreLoader, above: tuple[yaml.Node, ...]) -> object:
     """The value of ``node``; notes the place of everything in it."""
     document.values.setdefault(path, _place(node))
     if node in above:
@@ -133,10 +127,7 @@ def _construct(
     if isinstance(node, yaml.MappingNode):
         return _construct_mapping(node, path, document, loader, (*above, node))
     if isinstance(node, yaml.SequenceNode):
-        return [
-            _construct(item, (*path, index), document, loader, (*above, node))
-            for index, item in enumerate(node.value)
-        ]
+        return [_construct(item, (*path, index), document, loader, (*above, node)) for index, item in enumerate(node.value)]
     assert isinstance(node, yaml.ScalarNode), "YAML has three kinds of node"
     return _scalar(node, document)
 

@@ -14,6 +14,7 @@ from dilcompile.errors import DilcompileWarning, RewriteError
 from dilcompile.policy.patterns import nearest
 from dilcompile.policy.predicates import PREDICATES
 from dilcompile.policy.schema import Policy, Rule
+from dilcompile.policy.values import written
 from dilcompile.site import AttentionSite
 
 Verdict = Decision | Rejection
@@ -131,11 +132,7 @@ def unused_rules(policy: Policy, verdicts: Sequence[Verdict]) -> list[str]:
     """One line for each rule that decided no site: the key that no site satisfies, and what sites have."""
     used = {verdict.rule for verdict in verdicts}
     sites = [_with_hints(verdict.site) for verdict in verdicts]
-    return [
-        f"rule {rule.label} matched no site: {_why_unused(rule, sites)}"
-        for rule in policy.rules
-        if rule.label not in used
-    ]
+    return [f"rule {rule.label} matched no site: {_why_unused(rule, sites)}" for rule in policy.rules if rule.label not in used]
 
 
 def _why_unused(rule: Rule, sites: list[AttentionSite]) -> str:
@@ -143,7 +140,7 @@ def _why_unused(rule: Rule, sites: list[AttentionSite]) -> str:
         return "there are no attention sites"
     for key, value in rule.match.given().items():
         if not any(PREDICATES[key].holds(site, value) for site in sites):
-            return f"{key} {_as_yaml(value)}{_instead(key, value, sites)}"
+            return f"{key} {written(value)}{_instead(key, value, sites)}"
     if any(rule.match.takes(site) for site in sites):
         return "earlier rules take all of its sites"
     return "no site satisfies all of its keys at once"
@@ -159,12 +156,6 @@ def _instead(key: str, value: Any, sites: list[AttentionSite]) -> str:
         return f" (shortest: {min(site.k_len for site in sites)})"
     held = dict.fromkeys(str(HELD[key](site)).removeprefix("torch.") for site in sites if key in HELD)
     return f" (sites have: {', '.join(held)})" if held else ""
-
-
-def _as_yaml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"[{', '.join(map(_as_yaml, value))}]" if isinstance(value, tuple) else repr(value)
 
 
 def _with_hints(site: AttentionSite) -> AttentionSite:

@@ -14,7 +14,7 @@ from dilcompile.policy.apply import AnyApply, Apply
 from dilcompile.policy.document import write_yaml
 from dilcompile.policy.predicates import PREDICATES, satisfied
 from dilcompile.policy.section import Section
-from dilcompile.policy.values import Check, Count, Positive
+from dilcompile.policy.values import Check, Count, Positive, written
 from dilcompile.site import AttentionSite
 
 Order: TypeAlias = Literal["contiguous", "zigzag", "striped"]
@@ -51,10 +51,7 @@ else:
         "Match",
         __base__=_Match,
         __doc__=_Match.__doc__,
-        **{
-            name: (predicate.kind | None, Field(None, description=predicate.doc))
-            for name, predicate in PREDICATES.items()
-        },
+        **{name: (predicate.kind | None, Field(None, description=predicate.doc)) for name, predicate in PREDICATES.items()},
     )
 
 
@@ -78,9 +75,7 @@ class Shard(Section):
         Literal["auto", "contiguous", "zigzag", "striped"],
         Field(description="Order of the tokens over the ranks; `auto`: the mesh axis's layout."),
     ] = "auto"
-    overlap: Annotated[
-        Literal["off", "prefetch", "auto"], Field(description="Move keys while computing.")
-    ] = "auto"
+    overlap: Annotated[Literal["off", "prefetch", "auto"], Field(description="Move keys while computing.")] = "auto"
 
 
 class Memory(Section):
@@ -93,17 +88,13 @@ class Memory(Section):
         | None,
         Field(description="Most bytes the pool may hold: a number, or a size such as `6GiB`."),
     ] = None
-    reuse: Annotated[
-        Literal["off", "within_layer", "across_layers"], Field(description="Who may share a buffer.")
-    ] = "off"
+    reuse: Annotated[Literal["off", "within_layer", "across_layers"], Field(description="Who may share a buffer.")] = "off"
 
 
 class Tolerance(Section):
     """How far a checked site may be from the reference."""
 
-    rel_l2: Annotated[Positive, Field(description="Norm of the difference over that of the reference.")] = (
-        1e-3
-    )
+    rel_l2: Annotated[Positive, Field(description="Norm of the difference over that of the reference.")] = 1e-3
 
 
 class Numerics(Section):
@@ -118,9 +109,7 @@ class Numerics(Section):
         Literal["off", "first_call", "always"],
         Field(description="Compare with the reference at run time. No effect in this version."),
     ] = "off"
-    tolerance: Annotated[Tolerance, Field(description="Bound of `check`. No effect in this version.")] = (
-        Tolerance()
-    )
+    tolerance: Annotated[Tolerance, Field(description="Bound of `check`. No effect in this version.")] = Tolerance()
 
 
 class Fallback(Section):
@@ -130,9 +119,7 @@ class Fallback(Section):
         Consequence,
         Field(description="A form can't be given to a site: keep it and warn, keep it and list it, or stop."),
     ] = "warn"
-    unmatched: Annotated[
-        Consequence, Field(description="A model has attention sites and no rule takes any of them.")
-    ] = "keep"
+    unmatched: Annotated[Consequence, Field(description="A model has attention sites and no rule takes any of them.")] = "keep"
     shape: Annotated[
         Consequence,
         Field(description="A later call brings sizes that the form can't take. No effect in this version."),
@@ -170,8 +157,8 @@ class Rule(Section):
         return f"{name} ({self._cited})" if self._cited else name
 
     def __str__(self) -> str:
-        match = ", ".join(f"{key}={value!r}" for key, value in self.match.given().items()) or "every site"
-        options = ", ".join(f"{key}={value!r}" for key, value in self.apply.options.items())
+        match = ", ".join(f"{key}: {written(value)}" for key, value in self.match.given().items()) or "every site"
+        options = ", ".join(f"{key}: {written(value)}" for key, value in self.apply.options.items())
         kernel = f" on {self.apply.kernel}" if self.apply.kernel else ""
         return f"{self.label}: {match} -> {self.apply.form}{f'({options})' if options else ''}{kernel}"
 
@@ -192,9 +179,7 @@ class Policy(Section):
         str | tuple[str, ...] | None,
         Field(description="Presets, or files relative to this one, whose rules follow this file's."),
     ] = None
-    mesh: Annotated[dict[str, MeshAxis], Field(description="Axes of the device mesh by name.")] = Field(
-        default_factory=dict
-    )
+    mesh: Annotated[dict[str, MeshAxis], Field(description="Axes of the device mesh by name.")] = Field(default_factory=dict)
     defaults: Annotated[Defaults, Field(description="For every rule.")] = Defaults()
     rules: Annotated[tuple[Rule, ...], Field(description="First match wins.")] = ()
 

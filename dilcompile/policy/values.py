@@ -24,7 +24,7 @@ class Check:
     holds: Callable[[Any], object]
 
 
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 Count = Annotated[int, Check("a whole number of at least 1", lambda value: value >= 1)]
 Positive = Annotated[float, Check("a number above 0", lambda value: value > 0)]
@@ -50,7 +50,7 @@ def conform(kind: Any, value: object) -> Any:
             raise Misfit(f"expected a finite number, got {value}", near=True)
         return value
     if kind is str and value == "":
-        raise Misfit("expected a text, got an empty one", near=True)
+        raise Misfit("expected text, got an empty text", near=True)
     if kind in (int, str, bool, types.NoneType) and type(value) is kind:
         return value
     assert kind in (int, float, str, bool, types.NoneType), f"policy values can't be of type {kind!r}"
@@ -128,21 +128,38 @@ def expected(kind: Any) -> str:
     if origin is Literal:
         return _either([repr(name) for name in get_args(kind)])
     if origin in (Union, types.UnionType):
-        parts: list[str] = []
-        for member in get_args(kind):
-            if member is types.NoneType:
-                continue
-            literal = get_origin(member) is Literal
-            parts += [repr(name) for name in get_args(member)] if literal else [expected(member)]
-        return _either(parts)
+        return _either(_expected_members(kind))
     if origin is tuple:
-        return f"a list of [{expected(get_args(kind)[0])}]"
+        return f"a list (each entry {expected(get_args(kind)[0])})"
     return WORDS.get(kind, "nothing")
+
+
+def _expected_members(kind: Any) -> list[str]:
+    parts: list[str] = []
+    for member in get_args(kind):
+        if member is types.NoneType:
+            continue
+        if get_origin(member) is Literal:
+            parts += [repr(name) for name in get_args(member)]
+        elif get_origin(member) is tuple and parts and expected(get_args(member)[0]) == _either(parts):
+            parts.append("a list of them")
+        else:
+            parts.append(expected(member))
+    return parts
 
 
 def _either(parts: list[str]) -> str:
     unique = list(dict.fromkeys(parts))
     return " or ".join([", ".join(unique[:-1]), unique[-1]]) if len(unique) > 1 else unique[0]
+
+
+def written(value: object) -> str:
+    """A value as YAML on one line; text always quoted."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(written, value))}]"
+    return repr(value)
 
 
 def shown(value: object) -> str:

@@ -1,0 +1,24 @@
+"""The command line: one file a command, one line a registration."""
+
+from __future__ import annotations
+
+import typer
+
+from dilcompile.cli import policy
+
+app = typer.Typer(
+    help="Rewrite the attention of unmodified models by policy.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(policy.app, name="policy")
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `policy` a group of its own while it is the only command."""
+
+
+def main() -> None:
+    """The console script ``dilcompile``."""
+    app()

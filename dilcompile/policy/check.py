@@ -1,0 +1,139 @@
+"""What is wrong with a policy that reads well: rules that never act, placements that don't fit together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from dilcompile.decision import Decision
+from dilcompile.policy import patterns, ranges
+from dilcompile.policy.predicates import PREDICATES
+from dilcompile.policy.problems import hint
+from dilcompile.policy.resolve import resolve, unused_rules
+from dilcompile.policy.schema import Match, Policy, Rule
+from dilcompile.site import AttentionSite, MaskSpec
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to look at.
+
+    Args:
+        level: ``error``: the rule can't do what it says; ``warning``: it may be meant so.
+        message: names the rule and the place.
+    """
+
+    level: Literal["error", "warning"]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.level}: {self.message}"
+
+
+def check(policy: Policy, sites: Sequence[AttentionSite] | None = None, *, kernels: Sequence[str] = ()) -> list[Finding]:
+    """Every finding, in the order of the rules.
+
+    Args:
+        policy: as ``Policy.load`` returns it.
+        sites: the attention of one model; None: only what the policy alone shows.
+        kernels: the names of all kernels; empty: they are not checked.
+    """
+    found: list[Finding] = []
+    for index, rule in enumerate(policy.rules):
+        reasons = [*_impossible(rule), *_misplaced(policy, rule)]
+        asked = rule.apply.kernel
+        if kernels and asked is not None and asked not in kernels:
+            known = ", ".join(kernels)
+            reasons.append(f"asks for kernel {asked!r}; the kernels are {known}{hint(asked, kernels)}")
+        shadow = next((earlier for earlier in policy.rules[:index] if shadows(earlier, rule)), None)
+        if shadow is not None:
+            reasons.append(f"is never reached: rule {shadow.label} takes all of its sites")
+        found += [Finding("error", f"rule {rule.label} {reason}") for reason in reasons]
+    if sites is not None:
+        found += _on_model(policy, sites)
+    return found
+
+
+def shadows(earlier: Rule, later: Rule) -> bool:
+    """Does ``earlier`` surely take every site that ``later`` matches? False when unsure."""
+    narrow = later.match.given()
+    return all(
+        _open(key, value) or (key in narrow and PREDICATES[key].covers(value, narrow[key]))
+        for key, value in earlier.match.given().items()
+    )
+
+
+def _open(key: str, value: object) -> bool:
+    """A key that every site satisfies."""
+    return value == "any" or (key == "module" and value == "*") or (key == "min_seq" and value == 1)
+
+
+def _impossible(rule: Rule) -> Iterator[str]:
+    """Why no site can match, or why every site that matches is refused."""
+    match = rule.match.given()
+    if match.get("min_seq", 1) > match.get("max_seq", math.inf):
+        yield f"can match no site: min_seq {match['min_seq']} is above max_seq {match['max_seq']}"
+    if "module" in match and "ignore" in match and patterns.covers(match["ignore"], match["module"]):
+        yield f"can match no site: ignore {match['ignore']!r} covers module {match['module']!r}"
+    masks = match.get("masked", ())
+    masks = (masks,) if isinstance(masks, str) else masks
+    if match.get("causal") is True and set(masks) == {"none"}:
+        yield "can match no site: a causal site is never masked 'none'"
+    if match.get("causal") is False and set(masks) == {"causal"}:
+        yield "can match no site: causal is false but masked is 'causal'"
+    devices = match.get("device", ())
+    devices = (devices,) if isinstance(devices, str) else devices
+    if "compute_capability" in match and devices and not any(d.startswith("cuda") for d in devices):
+        yield "can match no site: compute_capability is that of a CUDA device, and device is another"
+    form = rule.apply.build()
+    reason = form.reject(_typical(rule.match)) if form is not None else None
+    if form is not None and reason is not None:
+        yield f"can act on no site: {form.name} can't be given to what it matches: {reason}"
+
+
+def _typical(match: Match) -> AttentionSite:
+    """A harmless site of the kind and mask that the rule asks for: what a form refuses here, it always refuses."""
+    asked = match.given()
+    masks = asked.get("masked")
+    unread = "an unread mask" if masks in ("other", ("other",)) else None
+    cpu, dtype = torch.device("cpu"), torch.float32
+    site = AttentionSite(0, "", "", "", "self", 1, 1, 1, 4096, 4096, 64, 64, dtype, dtype, cpu, 0.125, MaskSpec(unread=unread))
+    return replace(site, kind="cross") if asked.get("kind") == "cross" else site
+
+
+def _misplaced(policy: Policy, rule: Rule) -> Iterator[str]:
+    """What of the rule's placement doesn't fit together."""
+    shard = rule.shard
+    if shard is None:
+        return
+    axis = policy.mesh.get(shard.mesh)
+    order = shard.order
+    if order == "auto" and axis is not None:
+        order = axis.layout
+    if shard.method == "halo" and order in ("zigzag", "striped"):
+        yield f"can't use method halo with order {order}: neighbours are on distant ranks; use contiguous"
+    ranks = math.prod(axis.size for axis in policy.mesh.values())
+    asked = rule.match.given().get("world_size")
+    if asked is not None and not ranges.within(ranks, asked):
+        sizes = " x ".join(f"{name} {axis.size}" for name, axis in policy.mesh.items())
+        yield f"asks for world_size {asked!r} but the mesh has {ranks} ranks ({sizes})"
+
+
+def _on_model(policy: Policy, sites: Sequence[AttentionSite]) -> Iterator[Finding]:
+    """What this model adds: rules without a site, and dropout that would differ over ranks."""
+    verdicts = resolve(policy, sites, enforce=False)
+    by_label = {rule.label: rule for rule in policy.rules}
+    for verdict in verdicts:
+        if isinstance(verdict, Decision) and verdict.site.dropout_p and by_label[verdict.rule].shard is not None:
+            where = verdict.site.module or "<top>"
+            yield Finding(
+                "error",
+                f"rule {verdict.rule} shards {where}, which drops out attention with p={verdict.site.dropout_p}: "
+                "the ranks would drop different pairs than one rank does; set the dropout to 0",
+            )
+    for line in unused_rules(policy, verdicts):
+        yield Finding("warning", line)
