@@ -75,7 +75,9 @@ class Document:
         """All problems of this document in the order of the file, as users see them."""
         if self.kind == "dict":
             return [f"{self.name}: {problem.text}" for problem in problems]
-        placed = self.found + [(self.mark(problem), problem.text) for problem in problems]
+        known = {mark for mark, _ in self.found}
+        # Where the YAML itself is wrong, what the schema says about the stand-in value is noise.
+        placed = self.found + [(self.mark(p), p.text) for p in problems if self.mark(p) not in known]
         return [f"{self.name}:{line}:{column}: {text}" for (line, column), text in sorted(placed)]
 
     def cite(self, index: int) -> str:

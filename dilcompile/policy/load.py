@@ -93,7 +93,8 @@ def _find(name: str, folder: FilePath) -> tuple[FilePath | None, str]:
         return None, "is a folder, not a policy file"
     if path.suffix in (".yaml", ".yml", ".json") or os.sep in name:
         beside = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        return None, f"no such file{hint(path.name, beside) or hint(path.stem, PRESETS)}"
+        near = path.stem if path.stem in PRESETS else path.name
+        return None, f"no such file{hint(near, [*beside, *PRESETS])}"
     return None, f"no preset or file of this name: {has}{hint(name, PRESETS)}"
 
 
