@@ -1,5 +1,6 @@
 # make demo   the main job on a real pretrained model
 # make test   linters, types, import rules, tests
+# make bench  the measurements of benchmarks/
 #
 # Settings, all optional: PYTHON (the python3 that makes the environment), VENV (where), TORCH_SPEC (what pip is asked for
 # instead of the pinned torch, e.g. TORCH_SPEC=torch==2.11.0), PIP_ARGS (added to every pip install), PYTEST_ARGS, DEMO_ARGS.
@@ -20,7 +21,7 @@ say = @printf '%s  %s\n' "$$(date +%T)" $(1)
 .PHONY: help demo test lint venv bench clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
@@ -36,8 +37,7 @@ lint: $(VENV)/.dev
 venv: $(VENV)/.dev
 
 bench: $(VENV)/.demo
-	$(BIN)/python benchmarks/import_time.py
-	$(BIN)/dilcompile bench
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
