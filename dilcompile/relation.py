@@ -388,4 +388,4 @@ def _kind(generator: Generator, head: int) -> object:
     if not isinstance(generator, Segment):
         return None
     here = generator.heads is None or generator.heads[0] <= head < generator.heads[1]
-    return here and (generator.residues is None or generator.residues[head // generator.group])
+    return here, None if generator.residues is None else generator.residues[head // generator.group]

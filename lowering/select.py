@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dilcompile.errors import KernelError
-from dilcompile.lowering import reference
+from dilcompile.lowering import cpu, reference
 from dilcompile.lowering.call import Call, Kernel
 
 KERNELS: dict[str, Kernel] = {
+    "cpu": cpu,
     "reference": reference,
 }
 

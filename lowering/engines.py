@@ -1,0 +1,264 @@
+"""Two ways to compute a block: ATen's flash op, and explicit matrix products for what that op can't do.
+
+Both take the same blocks, so that a softcap, dropout, a bias or unequal head sizes cost what the relation's pairs cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dilcompile.lowering.call import Call
+from dilcompile.lowering.dropout import keep_factor
+from dilcompile.lowering.masking import Places, as_bias, band, band_bias, keys_seen, places, uncounted
+from dilcompile.lowering.strided import Block, Cut, Operand, cuts
+from dilcompile.relation import Relation
+
+_PAIRS_AT_ONCE = 1 << 21
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a call whose operands are narrowed to it: some batch rows, key heads and one document.
+
+    Args:
+        q, k, v, padding, bias: operands; ``padding`` bool [B, Sk], ``bias`` expanded to [B, H, Sq, Sk].
+        relation: the whole call's terms over this part's lengths.
+        first_batch, first_head, first_position: where the part begins in the call.
+    """
+
+    call: Call
+    q: Operand
+    k: Operand
+    v: Operand
+    padding: Operand | None
+    bias: Operand | None
+    relation: Relation
+    first_batch: int
+    first_head: int
+    first_position: int
+
+    def places(self, block: Block) -> Places:
+        """Coordinates of a block inside the relation."""
+        device = self.call.q.device
+        return places(block, self.relation, self.first_batch, self.first_head, device)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Output and LSE of a cut of a block."""
+
+    cut: Cut
+    out: Tensor
+    lse: Tensor
+
+
+def needs_math(call: Call) -> str | None:
+    """Why the flash op can't compute this call, or None."""
+    if call.softcap is not None:
+        return "softcap"
+    if call.dropout_p > 0:
+        return "dropout by position"
+    if call.bias is not None:
+        return "a bias over all pairs"
+    if call.problem.head_dim != call.problem.v_dim:
+        return f"head sizes of q and v differ ({call.problem.head_dim} and {call.problem.v_dim})"
+    return None
+
+
+@dataclass(frozen=True)
+class _Masked:
+    """A cut with the mask the flash op gets, whether it masks causally by itself, and which rows see any key (None: all)."""
+
+    cut: Cut
+    mask: Tensor | None
+    causal: bool
+    sees: Tensor | None
+
+
+def _whole(block: Block) -> Cut:
+    first, second = block.sizes
+    return slice(0, first), slice(0, second), slice(0, block.piece.rows), slice(0, block.piece.keys)
+
+
+def _flash_cuts(part: Part, block: Block) -> Iterator[_Masked]:
+    piece, dtype, device = block.piece, part.call.score_dtype, part.call.q.device
+    simple = piece.is_full or piece.is_causal
+    if not piece.exclusive and part.padding is None:
+        shape = (piece.rows, piece.keys, piece.low, piece.high)
+        bias = None if simple else band_bias(shape, dtype, device)
+        yield _Masked(_whole(block), bias, piece.is_causal, None)
+    elif not piece.exclusive and simple and part.padding is not None:
+        keep = block.view(part.padding)
+        sees = keep.cumsum(-1)[..., 0, : piece.rows] > 0 if piece.is_causal else keep.any(-1)
+        yield _Masked(_whole(block), as_bias(keep, dtype), piece.is_causal, sees)
+    else:
+        for cut, visible in _visible_cuts(part, block):
+            if visible is not None:
+                yield _Masked(cut, as_bias(visible, dtype), False, visible.any(-1))
+
+
+def _visible_cuts(part: Part, block: Block) -> Iterator[tuple[Cut, Tensor | None]]:
+    """Cuts of bounded size with the pairs that count, bool broadcastable to the cut; None: no pair at all."""
+    piece, device = block.piece, part.call.q.device
+    where = part.places(block) if piece.exclusive else None
+    keep = None if part.padding is None else block.view(part.padding)
+    for cut in cuts(block, _PAIRS_AT_ONCE, lambda row, stop: keys_seen(piece, row, stop)):
+        first, second, _, keys = cut
+        if keys.stop == keys.start:
+            yield cut, None
+            continue
+        visible = band(piece, cut, device)[None, None]
+        if where is not None:
+            visible = visible & uncounted(part.relation, piece.term, where.cut(cut))
+        if keep is not None:
+            visible = visible & keep[first, second, :, keys]
+        yield cut, visible
+
+
+def flash_forward(part: Part, block: Block) -> Iterator[Result]:
+    """Output and LSE of a block by ATen's flash op for CPU."""
+    q, k, v = block.view(part.q), block.view(part.k), block.view(part.v)
+    for masked in _flash_cuts(part, block):
+        first, second, rows, keys = masked.cut
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q[first, second, rows],
+            k[first, second, keys],
+            v[first, second, keys],
+            0.0,
+            masked.causal,
+            attn_mask=masked.mask,
+            scale=part.call.scale,
+        )
+        if masked.sees is not None:
+            # The op gives LSE 0 to rows that see no key.
+            lse = lse.masked_fill(~masked.sees, -torch.inf)
+        yield Result(masked.cut, out, lse)
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """What a block's backward starts from: the joint output and LSE, and their gradients."""
+
+    out: Operand
+    lse: Operand
+    grad_out: Operand
+    grad_lse: Operand | None
+
+
+@dataclass(frozen=True)
+class Downstream:
+    """Gradients of a cut of a block; ``scores`` (for the bias) over [first, second, rows, keys]."""
+
+    cut: Cut
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scores: Tensor | None = None
+
+
+def flash_backward(part: Part, block: Block, upstream: Upstream) -> Iterator[Downstream]:
+    """Gradients of a block by ATen's flash op: given the joint output and LSE they are exact, without a merge term."""
+    assert upstream.grad_lse is None, "the LSE gradient goes into an extra head dim beforehand"
+    q, k, v = block.view(part.q), block.view(part.k), block.view(part.v)
+    out, grad_out = block.view(upstream.out), block.view(upstream.grad_out)
+    lse = _finite_for_backward(block.view(upstream.lse))
+    for masked in _flash_cuts(part, block):
+        first, second, rows, keys = masked.cut
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out[first, second, rows],
+            q[first, second, rows],
+            k[first, second, keys],
+            v[first, second, keys],
+            out[first, second, rows],
+            lse[first, second, rows],
+            0.0,
+            masked.causal,
+            attn_mask=masked.mask,
+            scale=part.call.scale,
+        )
+        yield Downstream(masked.cut, *grads)
+
+
+def _finite_for_backward(lse: Tensor) -> Tensor:
+    """Rows without keys get +inf: exp(s - inf) is 0 where exp(s + inf) is not a number."""
+    return lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """A cut of a block in the score dtype; ``weight`` is exp(scores - shift) with 0 for pairs that don't count."""
+
+    cut: Cut
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    logits: Tensor
+    slope: Tensor | None
+    keep: Tensor | None
+
+
+def _scores(part: Part, block: Block) -> Iterator[_Scores]:
+    call, dtype = part.call, part.call.score_dtype
+    q, k, v = block.view(part.q), block.view(part.k), block.view(part.v)
+    bias = None if part.bias is None else block.view(part.bias)
+    where = part.places(block) if call.dropout_p > 0 else None
+    for cut, visible in _visible_cuts(part, block):
+        if visible is None:
+            continue
+        first, second, rows, keys = cut
+        q_cut, k_cut, v_cut = (
+            x[first, second, span].to(dtype) for x, span in ((q, rows), (k, keys), (v, keys))
+        )
+        logits, slope = q_cut @ k_cut.mT * call.scale, None
+        if call.softcap is not None:
+            capped = torch.tanh(logits / call.softcap)
+            logits, slope = capped * call.softcap, 1 - capped * capped
+        if bias is not None:
+            logits = logits + bias[first, second, rows, keys].to(dtype)
+        keep = None if where is None else _keep(part, where.cut(cut))
+        yield _Scores(cut, q_cut, k_cut, v_cut, logits.masked_fill(~visible, -torch.inf), slope, keep)
+
+
+def _keep(part: Part, where: Places) -> Tensor:
+    call, base = part.call, part.first_position
+    assert call.dropout_seed is not None, "dropout needs a seed"
+    return keep_factor(
+        call.dropout_seed, where.b, where.h, where.t + base, where.k + base, call.dropout_p, call.score_dtype
+    )
+
+
+def math_forward(part: Part, block: Block) -> Iterator[Result]:
+    """Output and LSE of a block by explicit products."""
+    for scores in _scores(part, block):
+        lse = scores.logits.logsumexp(-1)
+        weights = (scores.logits - _finite_for_backward(lse)[..., None]).exp_()
+        if scores.keep is not None:
+            weights = weights * scores.keep
+        yield Result(scores.cut, weights @ scores.v, lse)
+
+
+def math_backward(part: Part, block: Block, upstream: Upstream) -> Iterator[Downstream]:
+    """Gradients of a block by explicit products."""
+    dtype = part.call.score_dtype
+    out, grad_out = block.view(upstream.out), block.view(upstream.grad_out)
+    lse = _finite_for_backward(block.view(upstream.lse))
+    grad_lse = None if upstream.grad_lse is None else block.view(upstream.grad_lse)
+    for scores in _scores(part, block):
+        at = scores.cut[:3]
+        d_out = grad_out[at].to(dtype)
+        delta = (d_out * out[at]).sum(-1)
+        if grad_lse is not None:
+            delta = delta - grad_lse[at]
+        weights = (scores.logits - lse[at][..., None]).exp_()
+        d_weights = d_out @ scores.v.mT
+        kept = weights
+        if scores.keep is not None:
+            d_weights, kept = d_weights * scores.keep, weights * scores.keep
+        d_logits = weights * (d_weights - delta[..., None])
+        d_scores = (d_logits if scores.slope is None else d_logits * scores.slope) * part.call.scale
+        bias_grad = None if part.bias is None else d_logits
+        yield Downstream(scores.cut, d_scores @ scores.k, d_scores.mT @ scores.q, kept.mT @ d_out, bias_grad)
