@@ -74,6 +74,22 @@ def test_the_wheel_declares_its_entry_points(wheel: zipfile.ZipFile) -> None:
     assert points["console_scripts"]["dilcompile"] == "dilcompile.cli:main"
 
 
+def test_every_module_of_the_wheel_imports_without_the_checkout(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    wheel.extractall(tmp_path)
+    optional = ("dilcompile.lowering.triton",)
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import importlib, pkgutil, dilcompile\n"
+        f"names = [m.name for m in pkgutil.walk_packages(dilcompile.__path__, 'dilcompile.') if not m.name.startswith({optional!r})]\n"
+        "files = [importlib.import_module(name).__file__ for name in names if not name.endswith('__main__')]\n"
+        f"assert all(file.startswith({str(tmp_path)!r}) for file in files), files\n"
+        "print(len(files))"
+    )
+    done = run(code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 20
+
+
 @pytest.mark.parametrize("folder", ["passes", "lowering"])
 def test_a_bare_folder_import_says_what_to_import(folder: str) -> None:
     done = run(f"import {folder}", cwd=ROOT)
