@@ -155,14 +155,18 @@ WHOLE = {
     "a: b: c\n": ["<text>:1:5: not YAML: mapping values are not allowed here"],
     "a: 1\n---\nb: 2\n": ["<text>:2:1: not YAML: expected a single document in the stream, but found another document"],
     "name: \x01\n": ["<text>:1:7: not YAML: character 1 is not allowed"],
-    "name: !!python/object:os.system x\n" + f"rules: [{{{TAIL}}}]": ["<text>:1:7: the tag 'python/object:os.system' is not allowed"],
+    "name: !!python/object:os.system x\n" + f"rules: [{{{TAIL}}}]": [
+        "<text>:1:7: the tag 'python/object:os.system' is not allowed"
+    ],
     "name: &a [*a]\n": ["<text>:1:7: an alias may not contain itself"],
     "rules: &a\n  - *a\n": ["<text>:1:8: an alias may not contain itself"],
     "[1]: 2\n": ["<text>:1:1: a key must be text"],
     "- a\n": ["<text>:1:1: a policy is a mapping with 'rules', got a list"],
     "version: 1\n": ["<text>:1:1: no rules: give at least one under 'rules', or extend a preset"],
     "version: 2\n" + f"rules: [{{{TAIL}}}]": ["<text>:1:10: version: expected 1, the version of the policy language, got 2"],
-    "version: true\n" + f"rules: [{{{TAIL}}}]": ["<text>:1:10: version: expected 1, the version of the policy language, got true"],
+    "version: true\n" + f"rules: [{{{TAIL}}}]": [
+        "<text>:1:10: version: expected 1, the version of the policy language, got true"
+    ],
     "rules: []\n": ["<text>:1:8: rules: expected at least one entry, got an empty list"],
     "rules: {}\n": ["<text>:1:8: rules: expected a list, got a mapping"],
     "rules:\n- keep\n": ["<text>:2:3: rules[0]: expected a mapping, got 'keep'"],
@@ -175,8 +179,12 @@ WHOLE = {
         " (did you mean 'longnet'?)"
     ],
     f"extends: []\nrules: [{{{TAIL}}}]\n": ["<text>:1:10: extends: expected a list (each entry text), got an empty list"],
-    f"rules:\n- {{name: a, {TAIL}}}\n- {{name: a, {TAIL}}}\n": ["<text>:3:10: rules[1].name: duplicate rule name 'a' (first at rules[0])"],
-    f"mesh: {{cp: {{size: 0}}}}\nrules: [{{{TAIL}}}]\n": ["<text>:1:19: mesh.cp.size: expected a whole number of at least 1, got 0"],
+    f"rules:\n- {{name: a, {TAIL}}}\n- {{name: a, {TAIL}}}\n": [
+        "<text>:3:10: rules[1].name: duplicate rule name 'a' (first at rules[0])"
+    ],
+    f"mesh: {{cp: {{size: 0}}}}\nrules: [{{{TAIL}}}]\n": [
+        "<text>:1:19: mesh.cp.size: expected a whole number of at least 1, got 0"
+    ],
     f"mesh: {{cp: {{size: 2}}}}\nrules:\n- {{shard: {{mesh: cpp}}, {TAIL}}}\n": [
         "<text>:3:18: rules[0].shard.mesh: unknown mesh axis 'cpp': mesh has cp (did you mean 'cp'?)"
     ],

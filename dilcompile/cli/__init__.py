@@ -14,11 +14,6 @@ app = typer.Typer(
 app.add_typer(policy.app, name="policy")
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps `policy` a group of its own while it is the only command."""
-
-
 def main() -> None:
     """The console script ``dilcompile``."""
     app()

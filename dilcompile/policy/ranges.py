@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable
 from typing import Annotated
 
+from pydantic import Field
+
 from dilcompile.policy.values import Check
 
 Span = tuple[int, float]
@@ -86,7 +88,7 @@ def satisfies(version: Version, value: str | float) -> bool:
     return all(COMPARE[sign](version, bound) for sign, bound in comparisons(value))
 
 
-Number = Annotated[int, Check("a whole number of at least 0", lambda value: value >= 0)]
+Number = Annotated[int, Check("a whole number of at least 0", lambda value: value >= 0), Field(ge=0)]
 Ranges = Number | Annotated[str, Check("ranges such as '0-3,30-'", spans)] | tuple[Number, ...]
 Comparison = (
     Annotated[str, Check("a comparison such as '>=9.0'", comparisons)]

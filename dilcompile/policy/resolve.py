@@ -115,9 +115,8 @@ def _enforce(policy: Policy, verdicts: list[Verdict]) -> None:
             refused.setdefault((verdict.rule, verdict.reason), []).append(verdict)
     for (label, reason), found in refused.items():
         first = found[0]
-        count = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        site = f"{first.site.module or '<top>'}{count}"
-        message = f"rule {label}: {site} stays as it is: {reason}; {first.cure}"
+        stays = f"and {len(found) - 1} more stay as they are" if len(found) > 1 else "stays as it is"
+        message = f"rule {label}: {first.site.module or '<top>'} {stays}: {reason}; {first.cure}"
         _act(policy.fallback_of(by_label[label]).unsupported, message)
 
 

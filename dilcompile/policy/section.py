@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -35,7 +36,8 @@ class Section(BaseModel):
                 raise Misfit(f"expected a list, got {shown(value)}")
             if not value:
                 raise Misfit("expected at least one entry, got an empty list")
-        elif not isinstance(value, (dict, BaseModel)):
+        # A form is a dataclass and may stand for its options.
+        elif not isinstance(value, (dict, BaseModel)) and not dataclasses.is_dataclass(value):
             raise Misfit(f"expected a mapping, got {shown(value)}")
         return handler(value)
 

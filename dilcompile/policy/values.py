@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from pydantic import Field
+
 from dilcompile.policy.problems import Misfit, hint
 
 
@@ -26,8 +28,9 @@ class Check:
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
-Count = Annotated[int, Check("a whole number of at least 1", lambda value: value >= 1)]
-Positive = Annotated[float, Check("a number above 0", lambda value: value > 0)]
+# `Field` is for the JSON schema only; `conform` asks the checks.
+Count = Annotated[int, Check("a whole number of at least 1", lambda value: value >= 1), Field(ge=1)]
+Positive = Annotated[float, Check("a number above 0", lambda value: value > 0), Field(gt=0)]
 
 
 def conform(kind: Any, value: object) -> Any:

@@ -1,0 +1,119 @@
+"""Rules that read well and are wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from policy_sites import site
+
+from dilcompile.policy import Policy
+from dilcompile.policy.check import check
+from dilcompile.policy.load import PRESETS
+
+KEEP = {"form": "keep"}
+
+
+def findings(*rules: dict[str, Any], mesh: dict[str, Any] | None = None, **options: Any) -> list[str]:
+    named = [{"name": f"r{index}", "apply": KEEP, **rule} for index, rule in enumerate(rules)]
+    content = {"rules": named, **({"mesh": mesh} if mesh else {})}
+    return [
+        str(found).replace(" (<dict> rules[0])", "").replace(" (<dict> rules[1])", "")
+        for found in check(Policy.load(content), **options)
+    ]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_clean(name: str) -> None:
+    assert check(Policy.load(name), kernels=("reference",)) == []
+
+
+IMPOSSIBLE = [
+    ({"min_seq": 9, "max_seq": 8}, "can match no site: min_seq 9 is above max_seq 8"),
+    ({"module": "a.b", "ignore": "a.*"}, "can match no site: ignore 'a.*' covers module 'a.b'"),
+    ({"causal": True, "masked": "none"}, "can match no site: a causal site is never masked 'none'"),
+    ({"causal": False, "masked": ["causal"]}, "can match no site: causal is false but masked is 'causal'"),
+    (
+        {"device": "cpu", "compute_capability": ">=8.0"},
+        "can match no site: compute_capability is that of a CUDA device, and device is another",
+    ),
+]
+
+
+@pytest.mark.parametrize(("match", "reason"), IMPOSSIBLE)
+def test_impossible(match: dict[str, Any], reason: str) -> None:
+    assert findings({"match": match}) == [f"error: rule r0 {reason}"]
+
+
+@pytest.mark.parametrize(
+    "match",
+    [
+        {"min_seq": 8, "max_seq": 8},
+        {"module": "a.*", "ignore": "a.b"},
+        {"causal": True, "masked": ["none", "causal"]},
+        {"causal": False, "masked": ["causal", "padding"]},
+        {"device": ["cpu", "cuda"], "compute_capability": ">=8.0"},
+    ],
+)
+def test_possible(match: dict[str, Any]) -> None:
+    assert findings({"match": match}) == []
+
+
+def test_a_form_that_refuses_all_that_the_rule_matches() -> None:
+    window = {"form": "sliding_window", "window": 8}
+    (cross,) = findings({"match": {"kind": "cross"}, "apply": window})
+    assert cross.startswith("error: rule r0 can act on no site: sliding_window can't be given to what it matches: it is cross")
+    (unread,) = findings({"match": {"masked": "other"}, "apply": window})
+    assert "its mask could not be read" in unread
+    assert findings({"match": {"masked": ["other", "causal"]}, "apply": window}) == []
+
+
+def test_shadowed() -> None:
+    line = "error: rule r1 is never reached: rule r0 takes all of its sites"
+    assert findings({}, {"match": {"kind": "self"}}) == [line]
+    assert findings({"match": {"module": "*", "kind": "any", "min_seq": 1}}, {}) == [line]
+    assert findings({"match": {"min_seq": 8}}, {"match": {"min_seq": 16, "kind": "self"}}) == [line]
+    assert findings({"match": {"module": "layers.*"}}, {"match": {"module": "model.layers.0.*"}}) == [line]
+    assert findings({"match": {"min_seq": 16}}, {"match": {"min_seq": 8}}) == []
+    assert findings({"match": {"kind": "self"}}, {}) == []
+    assert findings({"match": {"ignore": "a"}}, {"match": {"module": "b"}}) == []
+
+
+def test_mesh_product() -> None:
+    mesh = {"cp": {"size": 4}, "tp": {"size": 2}}
+    rule = {"match": {"world_size": 4}, "shard": {"mesh": "cp"}}
+    assert findings(rule, mesh=mesh) == ["error: rule r0 asks for world_size 4 but the mesh has 8 ranks (cp 4 x tp 2)"]
+    assert findings({**rule, "match": {"world_size": "8-"}}, mesh=mesh) == []
+
+
+@pytest.mark.parametrize("order", ["zigzag", "striped"])
+def test_halo_needs_contiguous(order: str) -> None:
+    line = f"error: rule r0 can't use method halo with order {order}: neighbours are on distant ranks; use contiguous"
+    plain, cut = {"cp": {"size": 4}}, {"cp": {"size": 4, "layout": order}}
+    halo = {"mesh": "cp", "method": "halo"}
+    assert findings({"shard": {**halo, "order": order}}, mesh=plain) == [line]
+    assert findings({"shard": halo}, mesh=cut) == [line]
+    assert findings({"shard": {**halo, "order": "contiguous"}}, mesh=cut) == []
+    assert findings({"shard": {**halo, "method": "ring"}}, mesh=cut) == []
+
+
+def test_unknown_kernel() -> None:
+    rule = {"apply": {"form": "dense", "kernel": "flx"}}
+    names = ("reference", "flex")
+    expected = ["error: rule r0 asks for kernel 'flx'; the kernels are reference, flex (did you mean 'flex'?)"]
+    assert findings(rule, kernels=names) == expected
+    assert findings(rule) == []
+
+
+def test_dropout_under_sharding() -> None:
+    rule = {"apply": {"form": "dense"}, "shard": {"mesh": "cp"}}
+    assert findings(rule, mesh={"cp": {"size": 2}}, sites=[site(), site(index=1, dropout_p=0.1)]) == [
+        "error: rule r0 shards model.layers.0.self_attn, which drops out attention with p=0.1: "
+        "the ranks would drop different pairs than one rank does; set the dropout to 0"
+    ]
+
+
+def test_rules_without_a_site_of_the_model() -> None:
+    assert findings({"match": {"module": "model.layer.*"}}, {}, sites=[site()]) == [
+        "warning: rule r0 matched no site: module 'model.layer.*' (nearest: 'model.layers.0.self_attn')"
+    ]

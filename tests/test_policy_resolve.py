@@ -1,0 +1,205 @@
+"""What each site becomes, what is said about it, and what is refused."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from policy_sites import site
+
+from dilcompile.decision import Decision, Rejection
+from dilcompile.errors import DilcompileWarning, RewriteError
+from dilcompile.forms import Dense, Dilated, SlidingWindow
+from dilcompile.policy import Policy, resolve, unused_rules
+from dilcompile.site import AttentionSite, MaskSpec
+
+WINDOW = {"form": "sliding_window", "window": 128}
+
+
+def policy(*rules: dict[str, Any], **rest: Any) -> Policy:
+    return Policy.load({"rules": list(rules), **rest})
+
+
+def decide(made: Policy, where: AttentionSite, enforce: bool = True) -> Decision:
+    (verdict,) = resolve(made, [where], enforce=enforce)
+    assert isinstance(verdict, Decision)
+    return verdict
+
+
+def reject(made: Policy, where: AttentionSite, enforce: bool = False) -> Rejection:
+    (verdict,) = resolve(made, [where], enforce=enforce)
+    assert isinstance(verdict, Rejection)
+    return verdict
+
+
+def test_the_first_match_wins() -> None:
+    made = policy(
+        {"name": "long", "match": {"min_seq": 8192}, "apply": {"form": "dilated"}},
+        {"name": "local", "apply": {"form": "sliding_window", "window": 128, "sinks": 4, "step": 1}},
+        {"name": "never", "apply": {"form": "dense"}},
+    )
+    short, long = resolve(made, [site(index=0), site(index=1, k_len=8192, q_len=8192)])
+    assert isinstance(short, Decision)
+    assert isinstance(long, Decision)
+    assert short.form == SlidingWindow(window=128, sinks=4)
+    assert short.rule == "local (<dict> rules[1])"
+    assert long.form == Dilated()
+    assert long.rule == "long (<dict> rules[0])"
+    assert (short.site.index, long.site.index) == (0, 1)
+
+
+def test_fidelity_kernel_fallback_and_notes_come_through() -> None:
+    found = decide(
+        policy({"apply": {**WINDOW, "kernel": "flex"}, "fallback": {"unsupported": "error"}}), site(k_len=128, q_len=128)
+    )
+    assert (found.fidelity, found.kernel, found.fallback, found.notes) == ("exact", "flex", "error", ())
+    causal = decide(policy({"apply": {"form": "dilated", "segments": [64, 128], "rates": [1, 2]}}), site())
+    assert causal.fidelity == "approximate"
+    assert causal.notes == Dilated(segments=(64, 128), rates=(1, 2)).notes(causal.site)
+    assert causal.fallback == "warn"
+
+
+def test_keep_and_no_rule_are_asked_for() -> None:
+    kept = reject(policy({"name": "k", "apply": {"form": "keep"}}), site())
+    assert (kept.rule, kept.reason, kept.asked) == ("k (<dict> rules[0])", "the policy keeps it", True)
+    missed = reject(policy({"match": {"kind": "cross"}, "apply": {"form": "keep"}}), site())
+    assert (missed.rule, missed.reason, missed.asked) == (None, "no rule of the policy takes it", True)
+
+
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        (site(kind="cross"), "it is cross attention"),
+        (site(mask=MaskSpec(unread="a bias from the input")), "its mask could not be read (a bias from the input)"),
+    ],
+)
+def test_a_form_that_refuses_the_site(where: AttentionSite, reason: str) -> None:
+    rule = {"name": "w", "apply": WINDOW}
+    found = reject(policy(rule), where)
+    assert found.reason.startswith(f"sliding_window can't be given to it: {reason}")
+    assert found.cure == "give it another form, or `form: keep`, by a rule before this one"
+    assert not found.asked
+    message = re.escape(f"rule w (<dict> rules[0]): model.layers.0.self_attn stays as it is: {found.reason}; {found.cure}")
+    with pytest.warns(DilcompileWarning, match=message):
+        resolve(policy(rule), [where])
+    with pytest.raises(RewriteError, match=message):
+        resolve(policy({**rule, "fallback": {"unsupported": "error"}}), [where])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve(policy(rule, defaults={"fallback": {"unsupported": "keep"}}), [where]) == [found]
+
+
+def test_equal_refusals_are_told_once() -> None:
+    sites = [site(index=i, module=f"layers.{i}.cross_attn", kind="cross") for i in range(3)]
+    with pytest.warns(DilcompileWarning) as caught:
+        resolve(policy({"name": "w", "apply": WINDOW}), sites)
+    assert len(caught) == 1
+    assert "layers.0.cross_attn and 2 more stay" in str(caught[0].message)
+
+
+def test_a_policy_that_takes_no_site() -> None:
+    rule = {"name": "x", "match": {"module": "model.layer.*"}, "apply": WINDOW}
+    text = (
+        "the policy p takes none of the 1 attention sites\n"
+        "  rule x (<dict> rules[0]) matched no site: module 'model.layer.*' (nearest: 'model.layers.0.self_attn')"
+    )
+    for unmatched in ("warn", "error", "keep"):
+        made = policy(rule, name="p", defaults={"fallback": {"unmatched": unmatched}})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            if unmatched == "keep":
+                assert not any(isinstance(verdict, Decision) for verdict in resolve(made, [site()]))
+            else:
+                kind = DilcompileWarning if unmatched == "warn" else RewriteError
+                with pytest.raises(kind, match=re.escape(text)):
+                    resolve(made, [site()])
+            assert resolve(made, []) == []
+
+
+UNUSED = [
+    ({"module": "model.layer.*"}, "module 'model.layer.*' (nearest: 'model.layers.0.self_attn')"),
+    ({"min_seq": 16384}, "min_seq 16384 (longest: 4096)"),
+    ({"max_seq": 16}, "max_seq 16 (shortest: 1024)"),
+    ({"kind": "cross"}, "kind 'cross' (sites have: self)"),
+    ({"causal": False}, "causal false (sites have: true)"),
+    ({"masked": ["none", "window"]}, "masked ['none', 'window'] (sites have: causal)"),
+    ({"dtype": "bf16"}, "dtype 'bf16' (sites have: float32)"),
+    ({"layers": "7-"}, "layers '7-' (sites have: 0, 1)"),
+    ({"world_size": "2-"}, "world_size '2-'"),
+    ({"layers": 0, "max_seq": 1024}, "no site satisfies all of its keys at once"),
+    ({"min_seq": 64}, "earlier rules take all of its sites"),
+]
+
+
+@pytest.mark.parametrize(("match", "why"), UNUSED)
+def test_unused_rules(match: dict[str, Any], why: str) -> None:
+    made = policy({"name": "all", "apply": {"form": "keep"}}, {"name": "x", "match": match, "apply": WINDOW})
+    sites = [site(), site(module="model.layers.1.self_attn", layer=1, k_len=1024)]
+    assert unused_rules(made, resolve(made, sites)) == [f"rule x (<dict> rules[1]) matched no site: {why}"]
+
+
+def test_unused_rules_without_any_site() -> None:
+    made = policy({"name": "all", "apply": {"form": "keep"}})
+    assert unused_rules(made, []) == ["rule all (<dict> rules[0]) matched no site: there are no attention sites"]
+
+
+def test_merge_grad_is_the_default_of_forms_that_have_it() -> None:
+    defaults = {"numerics": {"merge_grad": "detach"}}
+    assert decide(policy({"apply": {"form": "dilated"}}, defaults=defaults), site()).form == Dilated(merge_grad="detach")
+    own = {"form": "dilated", "merge_grad": "exact"}
+    assert decide(policy({"apply": own}, defaults=defaults), site()).form == Dilated(merge_grad="exact")
+    rule = {"apply": {"form": "dilated"}, "numerics": {"merge_grad": "exact"}}
+    assert decide(policy(rule, defaults=defaults), site()).form == Dilated(merge_grad="exact")
+    assert decide(policy({"apply": {"form": "dense"}}, defaults=defaults), site()).form == Dense()
+
+
+def test_what_has_no_effect_is_said() -> None:
+    made = policy(
+        {
+            "apply": {"form": "dense"},
+            "shard": {"mesh": "cp", "method": "halo"},
+            "memory": {"budget": "6GiB"},
+            "numerics": {"check": "first_call"},
+            "fallback": {"shape": "error"},
+        },
+        mesh={"cp": {"size": 8}},
+        defaults={"numerics": {"tolerance": {"rel_l2": 1e-3}}, "fallback": {"quality": "warn"}},
+    )
+    assert decide(made, site()).notes == (
+        "shard: halo over mesh axis 'cp' has no effect in this version: every rank computes what it is given",
+        "memory: has no effect in this version: the inner compiler plans the buffers",
+        "numerics.check: first_call has no effect in this version: no run is compared",
+        "fallback.shape: error has no effect in this version",
+        "fallback.quality: warn has no effect in this version",
+    )
+    tolerance = {"numerics": {"tolerance": {"rel_l2": 1e-3}}}
+    assert decide(policy({"apply": {"form": "dense"}}, defaults=tolerance), site()).notes == (
+        "numerics.tolerance: has no effect in this version: no run is compared",
+    )
+
+
+def test_a_symbolic_length_is_guarded_only_where_a_rule_asks() -> None:
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    env = ShapeEnv()
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    from torch._dynamo.source import ConstantSource
+
+    sizes, _, _ = env.create_symbolic_sizes_strides_storage_offset(
+        torch.empty(4096), ConstantSource("x"), symbolic_context=context
+    )
+    where = site(k_len=sizes[0], q_len=sizes[0])
+    made = policy(
+        {"name": "other", "match": {"min_seq": 64, "module": "elsewhere"}, "apply": {"form": "keep"}},
+        {"name": "w", "apply": WINDOW},
+    )
+    verdicts = resolve(made, [where])
+    assert unused_rules(made, verdicts) == [
+        "rule other (<dict> rules[0]) matched no site: module 'elsewhere' (nearest: 'model.layers.0.self_attn')"
+    ]
+    assert env.guards == []
+    assert decide(policy({"match": {"min_seq": 2048}, "apply": WINDOW}), where).fidelity == "approximate"
+    assert len(env.guards) == 1
