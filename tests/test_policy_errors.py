@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dilcompile.errors import PolicyError
 from dilcompile.policy import Policy
@@ -239,3 +242,48 @@ def test_a_dict_may_hold_no_strange_keys() -> None:
 def test_presets_have_no_problems() -> None:
     for name in PRESETS:
         Policy.load(name)
+
+
+WORDS = [
+    "rules",
+    "match",
+    "apply",
+    "form",
+    "module",
+    "shard",
+    "mesh",
+    "extends",
+    "defaults",
+    "numerics",
+    "tolerance",
+    "version",
+    "x",
+]
+junk = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats()
+    | st.sampled_from([*WORDS, "dilated", "keep", "longnet", "re:("]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(WORDS), junk, max_size=4), junk, junk)
+def test_junk_is_a_policy_error_and_nothing_else(content: dict[str, Any], rule: object, value: object) -> None:
+    for source in (content, {"rules": [rule]}, {"rules": [{"apply": value, "match": rule}]}, {"mesh": value, "rules": content}):
+        lines = ["<dict>: fine"]
+        try:
+            Policy.load(source)
+        except PolicyError as error:
+            lines = error.problems
+        assert lines
+        assert all(line.startswith(("<dict>: ", "preset ")) for line in lines)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.sampled_from("ab:[]{}-,&*<!|>'\"#\n ?%@`\t1."), max_size=30))
+def test_junk_text_is_a_policy_error_and_nothing_else(text: str) -> None:
+    assert all(re.match(r"<text>:\d+:\d+: ", line) for line in text_problems(text + "\n"))
