@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -42,10 +41,11 @@ class Form(ABC):
         return ()
 
     def __str__(self) -> str:
+        # A default is an attribute of the class; read there because Dynamo can't trace dataclasses' MISSING.
         changed = [
-            f"{option.name}={getattr(self, option.name)!r}"
-            for option in dataclasses.fields(self)
-            if getattr(self, option.name) != option.default
+            f"{option}={getattr(self, option)!r}"
+            for option in self.__dataclass_fields__
+            if getattr(self, option) != getattr(type(self), option, ...)
         ]
         return f"{self.name}({', '.join(changed)})"
 
