@@ -1,0 +1,113 @@
+"""``torch.compile(model, backend="dilated")``: found through the entry point group ``torch_dynamo_backends``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+import dilcompile.lowering.ops as _registered  # noqa: F401
+from dilcompile.errors import DilcompileError
+from dilcompile.pipeline import rewrite_dynamo
+from dilcompile.policy import Policy
+from dilcompile.publish import publish
+
+Compiled = Callable[..., Any]
+
+_OPTIONS = ("policy", "mode", "inner", "report")
+_INNERS = ("inductor", "aot_eager", "eager")
+
+
+def dilated(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Compiled:
+    """Rewrite the attentions of a Dynamo graph by policy, then compile it with the inner compiler.
+
+    Args:
+        gm, example_inputs: as Dynamo gives them.
+        options: ``policy`` (path, dict, ``Policy`` or preset name; default: ``DILCOMPILE_POLICY``, else ``longnet``),
+            ``inner`` (``inductor``, ``aot_eager``, ``eager``), ``mode`` (Inductor's: ``default``, ``reduce-overhead``,
+            ``max-autotune``, ``max-autotune-no-cudagraphs``), ``report`` (path of an .html or .json file to write).
+        mode: the same as the option; torch.compile takes it only without options.
+
+    Raises:
+        DilcompileError: for an unknown option or value.
+        PolicyError: for a policy that can't be read, with every problem in it.
+        RewriteError: where the policy says that a failure is an error.
+    """
+    asked = _checked(options, mode)
+    policy = Policy.load(asked.get("policy"))
+    outcome = rewrite_dynamo(gm, example_inputs, policy, _compile_id())
+    publish(outcome.report, policy, asked.get("report"))
+    compile_inner = _inner(asked.get("inner", "inductor"), asked.get("mode"))
+    if outcome.gm is None:
+        return compile_inner(gm, example_inputs)
+    compiled = compile_inner(outcome.gm, example_inputs)
+    if not outcome.tables:
+        return compiled
+    return _watched(compiled, outcome.tables, lambda: compile_inner(gm, example_inputs))
+
+
+def _checked(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, Any]:
+    asked = dict(options or {})
+    for key in asked:
+        if key not in _OPTIONS:
+            near = difflib.get_close_matches(str(key), _OPTIONS, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise DilcompileError(f"options: unknown key {key!r}{hint}; the keys are {', '.join(_OPTIONS)}")
+    if mode is not None:
+        asked.setdefault("mode", mode)
+    inner = asked.get("inner", "inductor")
+    if inner not in _INNERS:
+        raise DilcompileError(f"options: inner must be one of {', '.join(_INNERS)}, not {inner!r}")
+    modes = sorted(torch._inductor.list_mode_options())
+    if asked.get("mode") not in (None, *modes):
+        raise DilcompileError(f"options: mode must be one of {', '.join(modes)}, not {asked['mode']!r}")
+    if asked.get("mode") not in (None, "default") and inner != "inductor":
+        raise DilcompileError(f"options: mode {asked['mode']!r} is Inductor's, but inner is {inner!r}; leave one of them out")
+    return asked
+
+
+def _compile_id() -> str:
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    return "?" if compile_id is None else str(compile_id)
+
+
+def _inner(name: str, mode: str | None) -> Callable[[GraphModule, Sequence[Any]], Compiled]:
+    if name == "eager":
+        return lambda gm, example_inputs: gm.forward
+    if name == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager  # type: ignore[no-any-return]
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = torch._inductor.list_mode_options(mode) if mode is not None else {}
+    return lambda gm, example_inputs: compile_fx(gm, list(example_inputs), config_patches=patches)
+
+
+def _watched(compiled: Compiled, tables: Mapping[int, torch.Tensor], original: Callable[[], Compiled]) -> Compiled:
+    """Run ``compiled`` while the buffers that masks were read from are what they were; else the original graph.
+
+    A buffer is the same while it is the same object with the same version counter.
+    """
+    versions = {position: (table, table._version) for position, table in tables.items()}
+    fallback: list[Compiled] = []
+
+    def run(*args: Any) -> Any:
+        for position, (table, version) in versions.items():
+            held = args[position]
+            if held is not table or held._version != version:
+                if not fallback:
+                    fallback.append(original())
+                return fallback[0](*args)
+        return compiled(*args)
+
+    return run

@@ -1,0 +1,74 @@
+"""What happened to every attention of a model: the record that ``explain`` returns and the backend writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dilcompile.decision import Decision, Rejection
+from dilcompile.site import AttentionSite, Miss
+
+Verdict = Decision | Rejection
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One compiled graph (a model with graph breaks has several).
+
+    Args:
+        graph: Dynamo's compile id (``0/0``), or ``exported``.
+        verdicts: one a site, in graph order; ``Decision`` means rewritten.
+        misses: what looks like attention and was left alone.
+        notes: what holds for the whole graph (why it could not be normalised, fuel that ran out ...).
+        seconds: time of each step of the pipeline.
+    """
+
+    graph: str
+    verdicts: tuple[Verdict, ...] = ()
+    misses: tuple[Miss, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All graphs of one model under one policy."""
+
+    policy: str
+    graphs: tuple[GraphReport, ...]
+    unused_rules: tuple[str, ...] = ()
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        return tuple(verdict for graph in self.graphs for verdict in graph.verdicts)
+
+    @property
+    def sites(self) -> tuple[AttentionSite, ...]:
+        """Every attention that was found, rewritten or not."""
+        return tuple(verdict.site for verdict in self.verdicts)
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """The sites that were rewritten."""
+        return tuple(verdict for verdict in self.verdicts if isinstance(verdict, Decision))
+
+    @property
+    def rejections(self) -> tuple[Rejection, ...]:
+        """The sites that were found and stay as they are."""
+        return tuple(verdict for verdict in self.verdicts if isinstance(verdict, Rejection))
+
+    @property
+    def misses(self) -> tuple[Miss, ...]:
+        return tuple(miss for graph in self.graphs for miss in graph.misses)
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return tuple(f"graph {graph.graph}: {note}" for graph in self.graphs for note in graph.notes)
+
+    def to_dict(self) -> dict[str, object]:
+        """The report as plain JSON values."""
+        return {}
+
+    def write(self, path: Path) -> None:
+        """TODO"""

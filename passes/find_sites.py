@@ -1,0 +1,245 @@
+"""Find every attention of a normalised graph: from each softmax or SDPA call outward, by role, with the axes proven."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from dilcompile.passes.axes import Atom, Axes, Leaves, is_tensor, op_name, shape_of
+from dilcompile.passes.mask_reader import MaskReader
+from dilcompile.passes.masks import ReadMask
+from dilcompile.passes.mutations import Mutations
+from dilcompile.passes.provenance import layer_index, module_path, source_line
+from dilcompile.passes.read_operands import read_site_mask
+from dilcompile.passes.roles import Operand, Roles, roles_of_products, roles_of_sdpa, strip
+from dilcompile.passes.score_path import SOFTMAX, MaskOperand, Unproven, labels, scalar_or_none, walk_scores, walk_values
+from dilcompile.site import AttentionSite, Kind, Length, Miss, Phase
+
+SDPA = "scaled_dot_product_attention"
+
+
+@dataclass(frozen=True)
+class Match:
+    """One proven attention: its description, and the nodes that a rewrite needs."""
+
+    site: AttentionSite
+    roles: Roles
+    q: Operand
+    k: Operand
+    v: Operand
+    mask: ReadMask
+    bias: tuple[MaskOperand, ...]
+    tables: frozenset[Node]
+
+
+@dataclass(frozen=True)
+class Findings:
+    matches: tuple[Match, ...]
+    misses: tuple[Miss, ...]
+    axes: Axes
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What the finder needs to know about a graph besides its nodes.
+
+    Args:
+        weights: inputs that are parameters.
+        tables: inputs that are buffers, with their values.
+        training: gradients will be asked for.
+    """
+
+    gm: GraphModule
+    weights: frozenset[Node]
+    tables: Mapping[Node, torch.Tensor]
+    training: bool
+
+
+def find_sites(graph: Graph) -> Findings:
+    """All attention of the graph, and everything that looks like it and could not be proven, in graph order."""
+    nodes = list(graph.gm.graph.nodes)
+    axes = Axes(nodes, _weight_like(nodes, graph.weights))
+    finder = _Finder(graph, nodes, axes)
+    matches: list[Match] = []
+    misses: list[Miss] = []
+    for node in nodes:
+        if node.op != "call_function":
+            continue
+        name = op_name(node)
+        if name not in SOFTMAX and name != SDPA:
+            continue
+        try:
+            match = finder.sdpa(node, len(matches)) if name == SDPA else finder.softmax(node, len(matches))
+        except Unproven as end:
+            misses.append(Miss(module_path(node), source_line(node), end.node.name, end.reason, end.cure))
+            continue
+        if match is not None:
+            matches.append(match)
+    return Findings(tuple(matches), tuple(misses), axes)
+
+
+def _weight_like(nodes: list[Node], parameters: frozenset[Node]) -> frozenset[Node]:
+    """Parameters, and whatever is made of parameters by views and elementwise operators only."""
+    found = set(parameters)
+    for node in nodes:
+        if node.op == "call_function" and is_tensor(node):
+            inputs = [arg for arg in node.all_input_nodes if is_tensor(arg)]
+            moved = op_name(node) in ("t", "transpose", "permute", "view", "reshape", "to", "expand", "unsqueeze", "mul", "select")
+            if moved and inputs and all(arg in found for arg in inputs):
+                found.add(node)
+    return frozenset(found)
+
+
+class _Finder:
+    def __init__(self, graph: Graph, nodes: list[Node], axes: Axes) -> None:
+        self.graph, self.axes = graph, axes
+        self.mutations = Mutations(nodes)
+        self.reader = MaskReader(graph.tables, self.mutations.stale)
+        self.scores = labels(nodes, lambda node: node in axes.products)
+        self.probabilities = labels(nodes, lambda node: node.op == "call_function" and op_name(node) in SOFTMAX)
+
+    def sdpa(self, node: Node, index: int) -> Match | None:
+        """A call of the operator: the roles are given, the mask is read."""
+        attn_mask = _argument(node, 3, "attn_mask", None)
+        dropout_p = float(_argument(node, 4, "dropout_p", 0.0))  # type: ignore[arg-type]
+        is_causal = bool(_argument(node, 5, "is_causal", False))
+        asked = _argument(node, 6, "scale", None)
+        roles = roles_of_sdpa(node, self.axes)
+        head_dim = int(shape_of(roles.q)[-1])
+        scale = head_dim**-0.5 if asked is None else scalar_or_none(asked, self.reader)
+        if scale is None:
+            raise Unproven(node, "the scale is computed in the graph", "give it as a number")
+        masks = []
+        if isinstance(attn_mask, Node):
+            boolean = attn_mask.meta["val"].dtype is torch.bool
+            masks.append(MaskOperand(attn_mask, node, "keep" if boolean else "add"))
+        return self._match(node, index, "sdpa", roles, scale, None, dropout_p, tuple(masks), is_causal, torch.float32)
+
+    def softmax(self, node: Node, index: int) -> Match | None:
+        """A written-out attention, if the softmax stands between two products of activations."""
+        source = node.args[0]
+        if not isinstance(source, Node) or source not in self.scores or not self._reaches_values(node):
+            return None  # a router, a gate, a classifier: nothing like attention
+        rank = len(shape_of(node))
+        dim = int(node.args[1]) % rank  # type: ignore[arg-type]
+        path = walk_scores(node, self.axes, self.scores, self.reader)
+        values = walk_values(node, self.axes)
+        roles = roles_of_products(path.product, node, dim, values.product, self.axes)
+        for before, after in zip(path.nodes[1:], path.nodes[:-1], strict=True):
+            if self.mutations.stale(before, after):
+                raise Unproven(before, "the scores are written through another view", "write the mask out of place")
+        spelling = f"{op_name(path.product.node)}-softmax"
+        return self._match(
+            node, index, spelling, roles, path.scale, path.softcap, values.dropout_p, path.masks, False,
+            node.meta["val"].dtype,
+        )  # fmt: skip
+
+    def _reaches_values(self, softmax: Node) -> bool:
+        return any(
+            softmax in self.probabilities.get(operand, frozenset())
+            for product in self.axes.products.values()
+            for operand in (product.lhs, product.rhs)
+        )
+
+    def _match(
+        self,
+        anchor: Node,
+        index: int,
+        spelling: str,
+        roles: Roles,
+        scale: float,
+        softcap: float | None,
+        dropout_p: float,
+        masks: tuple[MaskOperand, ...],
+        is_causal: bool,
+        softmax_dtype: torch.dtype,
+    ) -> Match:
+        axes, at = self.axes, roles.output
+        q = strip(roles.q, _needed(roles, "q", axes), axes, self.reader, at, scaled=True)
+        k = strip(roles.k, _needed(roles, "k", axes), axes, self.reader, at, scaled=True)
+        v = strip(roles.v, _needed(roles, "v", axes), axes, self.reader, at, scaled=False)
+        for operand in (q, k, v):
+            if self.mutations.stale(operand.source, at):
+                raise Unproven(operand.source, "it is written in place before the attention ends", "write it out of place")
+        batch, heads, kv_heads = _count(roles)
+        q_len, k_len = _size(roles.q_rows), _size(roles.k_columns)
+        mask, bias = read_site_mask(masks, is_causal, roles, axes, self.reader, (batch, heads, q_len, k_len))
+        module = module_path(anchor)
+        spec = mask.spec
+        site = AttentionSite(
+            index=index,
+            module=module,
+            source=source_line(anchor),
+            spelling=spelling,
+            kind=_kind(roles, spec.causal),
+            batch=batch,
+            heads=heads,
+            kv_heads=kv_heads,
+            q_len=q_len,
+            k_len=k_len,
+            head_dim=int(_size(roles.q_features)),
+            v_dim=int(_size(roles.v_features)),
+            dtype=at.meta["val"].dtype,
+            softmax_dtype=softmax_dtype,
+            device=at.meta["val"].device,
+            scale=scale * q.factor * k.factor,
+            mask=spec,
+            softcap=softcap,
+            dropout_p=dropout_p,
+            bias=_describe_bias(bias),
+            phase=_phase(self.graph.training, q_len),
+            layer=layer_index(module),
+            layer_type="sliding_attention" if "window" in spec.words else "full_attention",
+        )
+        return Match(site, roles, q, k, v, mask, bias, frozenset(self.reader.used_tables))
+
+
+def _argument(node: Node, position: int, name: str, default: object) -> object:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _needed(roles: Roles, operand: str, axes: Axes) -> Leaves:
+    """The atoms along which an operand varies."""
+    shared = tuple(atom for axis in roles.shared if (atom := getattr(axis, operand)) is not None)
+    if operand == "q":
+        return shared + roles.q_rows + roles.q_features
+    if operand == "k":
+        return shared + roles.k_columns + roles.k_features
+    return shared + roles.v_columns + roles.v_features
+
+
+def _size(atoms: Leaves) -> Length:
+    size: Length = 1
+    for atom in atoms:
+        size = size * atom.size
+    return size
+
+
+def _count(roles: Roles) -> tuple[Length, int, int]:
+    batch = _size(tuple(axis.out for axis in roles.batch))
+    heads = int(_size(tuple(axis.out for axis in roles.heads)))
+    own: list[Atom] = [axis.out for axis in roles.heads if axis.k is not None or axis.v is not None]
+    return batch, heads, int(_size(tuple(own)))
+
+
+def _kind(roles: Roles, causal: bool) -> Kind:
+    if causal:
+        return "self"
+    rows, columns = roles.q_rows, roles.k_columns
+    if len(rows) == len(columns) and all(a.root is b.root for a, b in zip(rows, columns, strict=True)):
+        return "self"
+    return "cross" if rows or columns else "self"
+
+
+def _phase(training: bool, q_len: Length) -> Phase:
+    if training:
+        return "train"
+    return "decode" if isinstance(q_len, int) and q_len == 1 else "prefill"
+
+
+def _describe_bias(bias: tuple[MaskOperand, ...]) -> str | None:
+    return " + ".join(operand.node.name for operand in bias) or None
+

@@ -1,0 +1,231 @@
+"""What one element of a mask says, as a formula over its indices: the terms that the mask reader computes with.
+
+Truth values are Python bools or ``Ge0``, ``Eq0``, ``Given``, ``And``, ``Or``, ``Not``. Numbers are sympy expressions
+over index symbols, lengths and tensor elements, or ``Choice`` between two numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import sympy
+
+Expr = sympy.Expr
+
+
+class Element(sympy.Function):  # type: ignore[misc]
+    """``Element(number, i, j, ...)``: an element of a tensor that the reader keeps as data (number: which)."""
+
+    @classmethod
+    def eval(cls, *args: object) -> None:
+        return None
+
+
+class IntegerElement(Element):
+    """An element of an integer tensor."""
+
+    is_integer = True
+
+
+@dataclass(frozen=True)
+class Ge0:
+    """``expr >= 0`` for an integer expression."""
+
+    expr: Expr
+
+    def __str__(self) -> str:
+        return f"{self.expr} >= 0"
+
+
+@dataclass(frozen=True)
+class Eq0:
+    """``expr == 0``."""
+
+    expr: Expr
+
+    def __str__(self) -> str:
+        return f"{self.expr} == 0"
+
+
+@dataclass(frozen=True)
+class Less:
+    """``left < right`` for numbers that may be fractional."""
+
+    left: Expr
+    right: Expr
+
+    def __str__(self) -> str:
+        return f"{self.left} < {self.right}"
+
+
+@dataclass(frozen=True)
+class Given:
+    """An element of a boolean tensor."""
+
+    element: Expr
+
+    def __str__(self) -> str:
+        return str(self.element)
+
+
+@dataclass(frozen=True)
+class Not:
+    inner: Truth
+
+    def __str__(self) -> str:
+        return f"not ({self.inner})"
+
+
+@dataclass(frozen=True)
+class And:
+    parts: frozenset[Truth]
+
+    def __str__(self) -> str:
+        return " and ".join(sorted(f"({part})" for part in self.parts))
+
+
+@dataclass(frozen=True)
+class Or:
+    parts: frozenset[Truth]
+
+    def __str__(self) -> str:
+        return " or ".join(sorted(f"({part})" for part in self.parts))
+
+
+Truth = bool | Ge0 | Eq0 | Less | Given | Not | And | Or
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``then`` where the condition holds, else ``other``."""
+
+    when: Truth
+    then: Number
+    other: Number
+
+
+Number = Expr | Choice
+
+
+def conjunction(*parts: Truth) -> Truth:
+    flat: set[Truth] = set()
+    for part in parts:
+        if part is False:
+            return False
+        if isinstance(part, And):
+            flat |= part.parts
+        elif part is not True:
+            flat.add(part)
+    if not flat:
+        return True
+    return flat.pop() if len(flat) == 1 else And(frozenset(flat))
+
+
+def disjunction(*parts: Truth) -> Truth:
+    flat: set[Truth] = set()
+    for part in parts:
+        if part is True:
+            return True
+        if isinstance(part, Or):
+            flat |= part.parts
+        elif part is not False:
+            flat.add(part)
+    if not flat:
+        return False
+    if any(negation(part) in flat for part in flat):
+        return True
+    return flat.pop() if len(flat) == 1 else Or(frozenset(flat))
+
+
+def negation(truth: Truth) -> Truth:
+    if isinstance(truth, bool):
+        return not truth
+    if isinstance(truth, Not):
+        return truth.inner
+    if isinstance(truth, Ge0):
+        return Ge0(sympy.expand(-truth.expr - 1))
+    if isinstance(truth, And):
+        return disjunction(*(negation(part) for part in truth.parts))
+    if isinstance(truth, Or):
+        return conjunction(*(negation(part) for part in truth.parts))
+    return Not(truth)
+
+
+def if_else(when: Truth, then: Truth, other: Truth) -> Truth:
+    if when is True:
+        return then
+    if when is False:
+        return other
+    return disjunction(conjunction(when, then), conjunction(negation(when), other))
+
+
+def choice(when: Truth, then: Number, other: Number) -> Number:
+    if when is True or then == other:
+        return then
+    return other if when is False else Choice(when, then, other)
+
+
+@lru_cache(maxsize=4096)
+def _is_nonnegative(expr: Expr) -> bool:
+    if expr.is_number:
+        return bool(expr >= 0)
+    # Lengths are positive integers: shift them to start at 0, so that non-negative coefficients prove it.
+    shifted = sympy.expand(expr.subs({s: sympy.Symbol(f"_{s}", integer=True, nonnegative=True) + 1 for s in expr.free_symbols}))
+    return all(term.is_nonnegative for term in sympy.Add.make_args(shifted))
+
+
+class Bounds:
+    """The range of every index symbol: 0 <= symbol < size. Decides affine comparisons that hold everywhere."""
+
+    def __init__(self, sizes: dict[sympy.Symbol, Expr]) -> None:
+        self.sizes = sizes
+
+    def settle(self, truth: Truth) -> Truth:
+        """The same truth with every comparison that always or never holds replaced by a constant."""
+        if isinstance(truth, Ge0):
+            return self._settle_ge(truth)
+        if isinstance(truth, Eq0):
+            if truth.expr == 0:
+                return True
+            never = self._always(truth.expr - 1) or self._always(-truth.expr - 1)
+            return False if never else truth
+        if isinstance(truth, And):
+            return conjunction(*(self.settle(part) for part in truth.parts))
+        if isinstance(truth, Or):
+            return disjunction(*(self.settle(part) for part in truth.parts))
+        if isinstance(truth, Not):
+            return negation(self.settle(truth.inner))
+        return truth
+
+    def divide(self, index: Expr, by: Expr) -> tuple[Expr, Expr]:
+        """Quotient and remainder of an affine index, exact where the bounds prove the remainder's range."""
+        quotient, remainder = sympy.Integer(0), sympy.Integer(0)
+        for term in sympy.Add.make_args(sympy.expand(index)):
+            share = sympy.cancel(term / by)
+            if share.is_polynomial() and sympy.denom(share) == 1:
+                quotient += share
+            else:
+                remainder += term
+        if remainder != 0 and not (self._always(remainder) and self._always(by - 1 - remainder)):
+            return sympy.floor(index / by), sympy.Mod(index, by)
+        return quotient, remainder
+
+    def _settle_ge(self, truth: Ge0) -> Truth:
+        if self._always(truth.expr):
+            return True
+        return False if self._always(-truth.expr - 1) else truth
+
+    def _always(self, expr: Expr) -> bool:
+        """Is ``expr >= 0`` for all indices in range? Only affine expressions are decided."""
+        if expr.has(Element):
+            return False
+        lowest = sympy.expand(expr)
+        for symbol, size in self.sizes.items():
+            slope = lowest.coeff(symbol)
+            if symbol not in lowest.free_symbols:
+                continue
+            if not slope.is_number or symbol in (lowest - slope * symbol).free_symbols:
+                return False
+            lowest = sympy.expand(lowest.subs(symbol, 0 if slope >= 0 else size - 1))
+        return _is_nonnegative(lowest)

@@ -1,0 +1,54 @@
+"""Which tensors are written in place, and when: a value read after that is not what its node says."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Node
+
+from dilcompile.passes.axes import is_tensor
+
+
+class Mutations:
+    """All in-place writes of one graph, by storage.
+
+    The retrace already follows ``x.mul_(2)`` itself: later uses of ``x`` name the ``mul_`` node. What is left are writes
+    through another view of the same storage.
+    """
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self.position = {node: i for i, node in enumerate(nodes)}
+        self._writes: dict[int, list[Node]] = defaultdict(list)
+        for node in nodes:
+            for target in written(node):
+                self._writes[storage(target)].append(node)
+
+    def stale(self, source: Node, reader: Node) -> bool:
+        """Was ``source`` written after it was made and before ``reader`` reads it (by neither of the two)?"""
+        writes = self._writes.get(storage(source))
+        if not writes:
+            return False
+        start, end = self.position[source], self.position[reader]
+        return any(start < self.position[write] < end for write in writes)
+
+
+def written(node: Node) -> list[Node]:
+    """The tensor arguments that ``node`` writes to."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or not schema.is_mutable:
+        return []
+    found = []
+    for i, argument in enumerate(schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        found.extend(v for v in (value if isinstance(value, (list, tuple)) else [value]) if is_tensor(v))
+    return found
+
+
+def storage(node: Node) -> int:
+    value = node.meta["val"]
+    assert isinstance(value, torch.Tensor)
+    return int(value.untyped_storage()._cdata)

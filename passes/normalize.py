@@ -1,0 +1,137 @@
+"""Retrace a Dynamo graph into pre-dispatch ATen, where one spelling of an operator stands for many in Python.
+
+The result is above autograd and keeps softmax, matmul and scaled_dot_product_attention whole, so that one finder serves
+``torch.compile`` and ``torch.export`` (which gives this dialect by itself). Module paths and source lines survive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from dilcompile.passes.fused_layers import EXPANSIONS
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+_CONTEXT_FN = "_checkpoint_context_fn"
+
+
+class NormalizeError(RuntimeError):
+    """The graph holds something that can't be retraced; the message names it."""
+
+
+def normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
+    """A graph module with the same inputs, outputs and results as ``gm``, in pre-dispatch ATen.
+
+    Args:
+        gm: a Dynamo graph. It is not changed.
+        example_inputs: its inputs: real tensors, fake tensors, or (symbolic) integers.
+
+    Raises:
+        NormalizeError: if the graph can't be retraced (an unknown higher-order operator, a tensor subclass ...).
+    """
+    fake_mode = _fake_mode(example_inputs)
+    fakes = [_fakify(value, fake_mode) for value in example_inputs]
+    try:
+        with fake_mode, torch.fx.traceback.preserve_node_meta(), _vanilla_checkpoints(gm) as clean:
+            traced: GraphModule = make_fx(
+                _Retrace(gm).run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True
+            )(*fakes)
+            clean(traced)
+    except Exception as error:
+        raise NormalizeError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    traced.meta = dict(gm.meta)
+    _keep_inputs(gm, traced)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return traced
+
+
+def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
+    """The fake mode that the values in ``node.meta['val']`` belong to."""
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode(shape_env=ShapeEnv())
+
+
+class _Retrace(Interpreter):
+    """Runs the Dynamo graph; ops that hide an attention inside are run as their expansion."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.amp.autocast_mode._enter_autocast:
+            # Entering it for real gives the values below the dtypes they will have; it records itself.
+            return torch.amp.autocast(*args, **kwargs).__enter__()
+        if target is torch.amp.autocast_mode._exit_autocast:
+            args[0].__exit__(None, None, None)
+            return None
+        return super().call_function(EXPANSIONS.get(target, target), args, kwargs)
+
+
+def _fake_mode(example_inputs: Sequence[Any]) -> FakeTensorMode:
+    context = TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:
+        return context.fake_mode
+    for value in example_inputs:
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def _fakify(value: Any, fake_mode: FakeTensorMode) -> Any:
+    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+        return value
+    context = TracingContext.try_get()
+    # Dynamo's own symbols for this input, so that its guards and ours speak of the same lengths.
+    symbolic: Any = None if context is None else context.tensor_to_context.get(value)
+    if symbolic is None:
+        return fake_mode.from_tensor(value, static_shapes=True)
+    return fake_mode.from_tensor(value, symbolic_context=symbolic, source=symbolic.tensor_source)
+
+
+@contextlib.contextmanager
+def _vanilla_checkpoints(gm: GraphModule) -> Iterator[Callable[[GraphModule], None]]:
+    """Give plain checkpoints the context function they get by default, as their pre-dispatch rule insists on one."""
+    from torch._higher_order_ops import wrap
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    default = functools.partial(create_selective_checkpoint_contexts, wrap._always_prefer_recompute)
+    bodies = [body for body in gm.modules() if isinstance(body, GraphModule) and _CONTEXT_FN not in body.meta]
+    for body in bodies:
+        body.meta[_CONTEXT_FN] = default
+
+    def clean(root: GraphModule) -> None:
+        for body in root.modules():
+            if isinstance(body, GraphModule) and body.meta.get(_CONTEXT_FN) is default:
+                del body.meta[_CONTEXT_FN]
+
+    try:
+        yield clean
+    finally:
+        clean(gm)
+
+
+def _keep_inputs(before: GraphModule, after: GraphModule) -> None:
+    """Carry over what AOTAutograd reads off the inputs: names, sources, which addresses are static."""
+    for old, new in zip(_placeholders(before), _placeholders(after), strict=True):
+        value = new.meta.get("val")
+        new.meta = dict(old.meta)
+        if value is not None:
+            new.meta["val"] = value
+        new.target = old.target
+        new._rename(old.name)
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+
+
+def _placeholders(gm: GraphModule) -> list[Node]:
+    return list(gm.graph.find_nodes(op="placeholder"))

@@ -1,0 +1,247 @@
+"""Replace each decided site by one ``dilcompile::attention`` call, and take out what it made dead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.fx import GraphModule, Node
+
+from dilcompile.decision import Decision
+from dilcompile.passes.axes import Atom, Axes, Leaves, flat, is_tensor, leaves, same_size, shape_of
+from dilcompile.passes.emit import Emitter, aten
+from dilcompile.passes.find_sites import Match
+from dilcompile.passes.masks import Vectors
+from dilcompile.passes.mutations import storage, written
+from dilcompile.passes.roles import Operand, Roles
+from dilcompile.passes.score_path import MaskOperand
+from dilcompile.site import Length
+
+
+def rewrite_site(gm: GraphModule, match: Match, decision: Decision, axes: Axes) -> Node:
+    """Insert the rewritten attention before the site's output and redirect the output's users to it.
+
+    Args:
+        gm: the normalised graph, changed in place; dead nodes stay until ``erase_dead``.
+        axes: the layouts that the finder proved on this graph.
+
+    Returns:
+        The node that now holds the site's output.
+    """
+    roles, site = match.roles, match.site
+    emit = Emitter(gm, roles.output)
+    q = _operand(emit, match.q, _groups(roles, "q"), axes, site.dtype)
+    k = _operand(emit, match.k, _groups(roles, "k"), axes, site.dtype)
+    v = _operand(emit, match.v, _groups(roles, "v"), axes, site.dtype)
+    vectors = Vectors(emit, match.mask, k, site.k_len)
+    spec = site.mask
+    keep = vectors.keep(match.mask.key_padding, site.batch) if spec.key_padding else None
+    documents = None if match.mask.documents is None else vectors.documents(match.mask.documents)
+    bias = _bias(emit, match.bias, roles, axes, site.dtype)
+    seed = _seed(emit, q) if site.dropout_p > 0 else None
+    call = emit(
+        torch.ops.dilcompile.attention.default,
+        q,
+        k,
+        v,
+        keep,
+        documents,
+        bias,
+        seed,
+        str(decision.form),
+        spec.causal,
+        spec.left,
+        spec.right,
+        emit.offset(spec.q_offset, q, k),
+        site.scale,
+        site.softcap,
+        site.dropout_p,
+        decision.kernel,
+    )
+    out = emit.item(call, 0)
+    if decision.fidelity == "exact" and spec.empty_rows == "uniform" and spec.key_padding:
+        out = _uniform_rows(emit, out, emit.item(call, 1), v, site.group)
+    result = _output(emit, out, roles, axes)
+    roles.output.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
+    return result
+
+
+def _groups(roles: Roles, operand: str) -> tuple[list[Atom | None], list[Length], list[Leaves], list[Length]]:
+    """Batch and head atoms with their lengths (None: the operand is broadcast along it), then rows and features."""
+    heads = roles.heads
+    if operand != "q":
+        # Query heads of a group share their key head: only what keys or values vary along is a key head.
+        heads = tuple(axis for axis in heads if axis.k is not None or axis.v is not None)
+    shared = (*roles.batch, *heads)
+    atoms: list[Atom | None] = [getattr(axis, operand) for axis in shared]
+    sizes = [axis.out.size for axis in shared]
+    rows = {"q": roles.q_rows, "k": roles.k_columns, "v": roles.v_columns}[operand]
+    features = {"q": roles.q_features, "k": roles.k_features, "v": roles.v_features}[operand]
+    return atoms, sizes, [rows, features], [_product(a.out.size for a in roles.batch), _product(a.out.size for a in heads)]
+
+
+def _product(sizes: object) -> Length:
+    total: Length = 1
+    for size in sizes:  # type: ignore[attr-defined]
+        total = total * size
+    return total
+
+
+def _operand(
+    emit: Emitter,
+    operand: Operand,
+    groups: tuple[list[Atom | None], list[Length], list[Leaves], list[Length]],
+    axes: Axes,
+    dtype: torch.dtype,
+) -> Node:
+    """The operand as [batch, heads, rows, features], by views alone where the memory allows."""
+    atoms, sizes, (rows, features), (batch, heads) = groups
+    # Axes that keys are repeated along may still be dims of the source; they are read at 0.
+    node, present = _at_leaves(emit, operand.source, axes)
+    wanted = [atom for atom in atoms if atom is not None] + [*rows, *features]
+    for dim in reversed(range(len(present))):
+        if present[dim].broadcast and all(present[dim] is not atom for atom in wanted):
+            node = emit(aten.select.int, node, dim, 0)
+            present = present[:dim] + present[dim + 1 :]
+    order = [_index_of(present, atom) for atom in wanted]
+    node = emit.permute(node, order)
+    if any(atom is None for atom in atoms):
+        node = _broadcast(emit, node, atoms, sizes)
+    lengths = [_product(atom.size for atom in group) for group in (rows, features)]
+    node = emit.reshape(node, [batch, heads, *lengths])
+    return emit.cast(node, dtype)
+
+
+def _index_of(atoms: Sequence[Atom], atom: Atom) -> int:
+    return next(i for i, other in enumerate(atoms) if other is atom)
+
+
+def _at_leaves(emit: Emitter, source: Node, axes: Axes) -> tuple[Node, Leaves]:
+    """The tensor with one dim an atom."""
+    present = flat(axes[source])
+    return emit.reshape(source, [atom.size for atom in present]), present
+
+
+def _broadcast(emit: Emitter, node: Node, atoms: list[Atom | None], sizes: list[Length]) -> Node:
+    for dim, atom in enumerate(atoms):
+        if atom is None:
+            node = emit(aten.unsqueeze.default, node, dim)
+    rest = len(shape_of(node)) - len(atoms)
+    target = [emit.size(size) if atom is None else -1 for atom, size in zip(atoms, sizes, strict=True)]
+    return emit(aten.expand.default, node, target + [-1] * rest)
+
+
+def _bias(emit: Emitter, operands: Sequence[MaskOperand], roles: Roles, axes: Axes, dtype: torch.dtype) -> Node | None:
+    """The sum of all biases, broadcastable to [B, H, Sq, Sk]."""
+    total: Node | None = None
+    for operand in operands:
+        part = _in_score_order(emit, operand, roles, axes)
+        if operand.factor != 1.0:
+            part = emit(aten.mul.Scalar, part, operand.factor)
+        total = part if total is None else emit(aten.add.Tensor, total, part)
+    return total
+
+
+def _in_score_order(emit: Emitter, operand: MaskOperand, roles: Roles, axes: Axes) -> Node:
+    if operand.on is roles.output:  # an SDPA call's own output stands for its scores
+        dims = (*axes[operand.on][:-2], roles.out_rows, roles.score_columns)
+    else:
+        dims = axes[operand.on]
+    shape = shape_of(operand.node)
+    dims = dims[len(dims) - len(shape) :]
+    atoms: list[Atom] = []
+    sizes: list[Length] = []
+    for dim, size in zip(dims, shape, strict=True):
+        own = leaves(dim)
+        atoms += own
+        # A dim of size 1 is broadcast along all the atoms it stands for.
+        sizes += [1] * len(own) if same_size(size, 1) else [atom.size for atom in own]
+    node = emit.reshape(operand.node, sizes)
+    groups = [
+        [axis.out for axis in roles.batch],
+        [axis.out for axis in roles.heads],
+        list(roles.out_rows),
+        list(roles.score_columns),
+    ]
+    present = [[_index_of(atoms, atom) for atom in group if any(atom is a for a in atoms)] for group in groups]
+    node = emit.permute(node, [i for group in present for i in group])
+    merged = [_product(sizes[i] for i in group) for group in present]
+    spread = [_spread([sizes[i] for i in group], group, atoms) for group in present]
+    if any(spread):
+        full = [atoms[i].size if spread[g] else sizes[i] for g, group in enumerate(present) for i in group]
+        node = emit(aten.expand.default, node, [emit.size(size) for size in full])
+        merged = [
+            _product(atoms[i].size for i in group) if spread[g] else merged[g] for g, group in enumerate(present)
+        ]
+    return emit.reshape(node, merged)
+
+
+def _spread(sizes: list[Length], group: list[int], atoms: list[Atom]) -> bool:
+    """Must a partly broadcast group be written out, because its atoms merge into one dim?"""
+    ones = [same_size(size, 1) for size in sizes]
+    return any(ones) and not all(ones)
+
+
+def _seed(emit: Emitter, q: Node) -> Node:
+    device = q.meta["val"].device
+    return emit(aten.randint.low, 0, 2**62, [1], dtype=torch.int64, device=device)
+
+
+def _uniform_rows(emit: Emitter, out: Node, lse: Node, v: Node, group: int) -> Node:
+    """What a finite fill gives for a row that sees nothing: every key alike, so the mean of all values."""
+    mean = emit(aten.mean.dim, v, [2], True)
+    if group > 1:
+        mean = emit(aten.repeat_interleave.self_int, mean, group, 1)
+    empty = emit(aten.unsqueeze.default, emit(aten.eq.Scalar, lse, float("-inf")), -1)
+    return emit(aten.where.self, empty, mean, out)
+
+
+def _output(emit: Emitter, out: Node, roles: Roles, axes: Axes) -> Node:
+    """From [B, H, Sq, Dv] to the dims of the site's own output."""
+    ours = [axis.out for axis in (*roles.batch, *roles.heads)] + [*roles.out_rows, *roles.v_features]
+    theirs = flat(axes[roles.output])
+    node = emit.reshape(out, [atom.size for atom in ours])
+    node = emit.permute(node, [_index_of(ours, _own(ours, atom)) for atom in theirs])
+    node = emit.reshape(node, shape_of(roles.output))
+    return emit.cast(node, roles.output.meta["val"].dtype)
+
+
+def _own(ours: list[Atom], atom: Atom) -> Atom:
+    """The atom of ours that an output atom is: the value product may have copied or replaced it."""
+    for candidate in ours:
+        if candidate is atom or atom.origin is candidate:
+            return candidate
+    raise LookupError("an output axis that is none of the site's")
+
+
+def erase_dead(gm: GraphModule) -> int:
+    """Erase nodes without users, in-place writes to tensors that nobody else reads included; return how many.
+
+    Raises nothing: what has an effect outside the graph stays.
+    """
+    erased = 0
+    readers: dict[int, int] = {}
+    for node in gm.graph.nodes:
+        for arg in node.all_input_nodes:
+            if is_tensor(arg):
+                readers[storage(arg)] = readers.get(storage(arg), 0) + 1
+    outside = {storage(node) for node in gm.graph.nodes if node.op in ("placeholder", "get_attr") and is_tensor(node)}
+    for node in reversed(list(gm.graph.nodes)):
+        if node.users or node.op in ("placeholder", "output"):
+            continue
+        targets = written(node)
+        if targets:
+            if any(storage(t) in outside or readers.get(storage(t), 0) > _own_reads(node, t) for t in targets):
+                continue
+        elif node.is_impure():
+            continue
+        for arg in node.all_input_nodes:
+            if is_tensor(arg):
+                readers[storage(arg)] -= 1
+        gm.graph.erase_node(node)
+        erased += 1
+    return erased
+
+
+def _own_reads(node: Node, target: Node) -> int:
+    return sum(1 for arg in node.all_input_nodes if is_tensor(arg) and storage(arg) == storage(target))
