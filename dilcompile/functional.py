@@ -66,7 +66,9 @@ def attention(
     _check_padding(key_padding, k)
     _check_bias(bias, q, k)
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
-    documents = None if cu_seqlens is None else _documents(cu_seqlens, q.shape[2], k.shape[2], offset, k.device)
+    documents = (
+        None if cu_seqlens is None else _documents(cu_seqlens, q.shape[2], k.shape[2], offset, k.device)
+    )
     seed = torch.randint(0, 2**62, (1,), device=q.device) if dropout_p > 0 else None
     out, lse = ops.attention(
         q,
@@ -134,7 +136,7 @@ def dilated_attention(
 
 
 # Under torch.compile the form is a constant of the graph: it is built and checked while tracing.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _dilated_text(
     segments: Any,
     rates: Any,
@@ -161,7 +163,7 @@ def _dilated_text(
     )
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _checked_text(text: str) -> str:
     return str(parse_form(text))
 
@@ -170,7 +172,8 @@ def _text(form: Form | str | Mapping[str, Any]) -> str:
     if isinstance(form, Form):
         return str(form)
     if isinstance(form, str):
-        return _checked_text(form)
+        checked: str = _checked_text(form)
+        return checked
     if not isinstance(form, Mapping) or not isinstance(form.get("form"), str):
         raise DilcompileError(
             f"form must be a Form, its text, or a mapping such as {{'form': 'dense'}}, not {form!r}"
@@ -191,9 +194,13 @@ def _check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):
         raise DilcompileError(f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; cast them to one")
     if not q.device == k.device == v.device:
-        raise DilcompileError(f"q, k and v are on {q.device}, {k.device} and {v.device}; move them to one device")
+        raise DilcompileError(
+            f"q, k and v are on {q.device}, {k.device} and {v.device}; move them to one device"
+        )
     if not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise DilcompileError(f"q, k and v have batch sizes {q.shape[0]}, {k.shape[0]} and {v.shape[0]}; expand them")
+        raise DilcompileError(
+            f"q, k and v have batch sizes {q.shape[0]}, {k.shape[0]} and {v.shape[0]}; expand them"
+        )
     if k.shape[1] != v.shape[1] or k.shape[2] != v.shape[2]:
         raise DilcompileError(
             f"k is {list(k.shape)} but v is {list(v.shape)}; they must agree in all dims but the last"
@@ -211,7 +218,9 @@ def _check_numbers(scale: float | None, softcap: float | None, dropout_p: float)
     if scale is not None and not math.isfinite(scale):
         raise DilcompileError(f"scale must be a finite number, not {scale}; leave it out for D ** -0.5")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise DilcompileError(f"softcap must be a finite number above 0, not {softcap}; leave it out for no cap")
+        raise DilcompileError(
+            f"softcap must be a finite number above 0, not {softcap}; leave it out for no cap"
+        )
     if not 0 <= dropout_p < 1:
         raise DilcompileError(f"dropout_p must be at least 0 and below 1, not {dropout_p}")
 
@@ -220,7 +229,9 @@ def _check_padding(key_padding: Tensor | None, k: Tensor) -> None:
     if key_padding is None:
         return
     if key_padding.dtype != torch.bool:
-        raise DilcompileError(f"key_padding must be bool (True keeps a key), not {key_padding.dtype}; compare it first")
+        raise DilcompileError(
+            f"key_padding must be bool (True keeps a key), not {key_padding.dtype}; compare it first"
+        )
     if key_padding.dim() != 2 or key_padding.shape[0] != k.shape[0] or key_padding.shape[1] != k.shape[2]:
         raise DilcompileError(
             f"key_padding must be [B, Sk] = [{k.shape[0]}, {k.shape[2]}], not {list(key_padding.shape)}"
@@ -233,13 +244,17 @@ def _check_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> None:
     if bias is None:
         return
     if not bias.is_floating_point():
-        raise DilcompileError(f"bias must be a float tensor, not {bias.dtype}; a bool mask goes into key_padding or a form")
+        raise DilcompileError(
+            f"bias must be a float tensor, not {bias.dtype}; a bool mask goes into key_padding or a form"
+        )
     full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     fits = bias.dim() <= 4 and all(
         size in (1, whole) for size, whole in zip(reversed(bias.shape), reversed(full), strict=False)
     )
     if not fits:
-        raise DilcompileError(f"bias of shape {list(bias.shape)} does not broadcast to [B, H, Sq, Sk] = {list(full)}")
+        raise DilcompileError(
+            f"bias of shape {list(bias.shape)} does not broadcast to [B, H, Sq, Sk] = {list(full)}"
+        )
 
 
 def _documents(cu_seqlens: Tensor, q_len: int, k_len: int, offset: int, device: torch.device) -> Tensor:
@@ -263,7 +278,9 @@ def _documents(cu_seqlens: Tensor, q_len: int, k_len: int, offset: int, device: 
 
 def _check_boundaries(boundaries: list[int], k_len: int) -> None:
     if boundaries[0] != 0:
-        raise DilcompileError(f"cu_seqlens must start at 0, not {boundaries[0]}; it holds document starts and the end")
+        raise DilcompileError(
+            f"cu_seqlens must start at 0, not {boundaries[0]}; it holds document starts and the end"
+        )
     if boundaries[-1] != k_len:
         raise DilcompileError(f"cu_seqlens must end at the number of keys, {k_len}, not {boundaries[-1]}")
     for index, (start, stop) in enumerate(zip(boundaries, boundaries[1:], strict=False)):

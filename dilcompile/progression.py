@@ -42,12 +42,15 @@ class RowKeys:
     @property
     def count(self) -> Positions:
         """Keys per row, int64 [R]."""
-        return np.maximum(0, -((self.first - self.stop) // self.step))
+        found: Positions = np.maximum(0, -((self.first - self.stop) // self.step))
+        return found
 
     def limited(self, low: Positions | int, high: Positions | int) -> RowKeys:
         """The keys in ``[low, high)``; the bounds broadcast over the rows."""
         missing = np.maximum(0, low - self.first)
-        return RowKeys(self.first + -(-missing // self.step) * self.step, np.minimum(self.stop, high), self.step)
+        return RowKeys(
+            self.first + -(-missing // self.step) * self.step, np.minimum(self.stop, high), self.step
+        )
 
     def rows(self, chosen: npt.NDArray[np.bool_]) -> RowKeys:
         """The same keys for some of the rows; ``chosen`` is bool [R]."""
@@ -73,7 +76,7 @@ def union_count(parts: Sequence[RowKeys]) -> Positions:
     (geometric branches) cost linear time instead of 2**n.
     """
     last, rest = parts[-1], parts[:-1]
-    total = last.count.copy()
+    total: Positions = last.count.copy()
     if not rest:
         return total
     overlaps = [part.meet(last) for part in rest]

@@ -66,8 +66,7 @@ class Everything:
 
     def contains(self, h: Tensor, t: Tensor, k: Tensor) -> Tensor:
         """Bool over the broadcast of the int64 tensors ``h`` (query head), ``t`` and ``k`` (positions)."""
-        shape = torch.broadcast_shapes(h.shape, t.shape, k.shape)
-        return torch.ones(shape, dtype=torch.bool, device=k.device)
+        return torch.ones_like(h + t + k, dtype=torch.bool)
 
     def rows(self, h: int, t: Positions, k_len: int) -> RowKeys:
         """The keys of head ``h`` at the query positions ``t``."""
@@ -111,7 +110,9 @@ class Segment:
         if self.residues is None:
             found = found & (row == key)
         else:
-            residue = torch.tensor(self.residues, device=h.device)[torch.div(h, self.group, rounding_mode="floor")]
+            residue = torch.tensor(self.residues, device=h.device)[
+                torch.div(h, self.group, rounding_mode="floor")
+            ]
             found = found & (row == residue) & (key == residue)
         if self.heads is not None:
             found = found & (h >= self.heads[0]) & (h < self.heads[1])
@@ -274,9 +275,8 @@ class Relation:
         Returns:
             int64 over the broadcast shape.
         """
-        shape = torch.broadcast_shapes(h.shape, t.shape, k.shape)
-        total = torch.zeros(shape, dtype=torch.int64, device=k.device)
-        before = torch.zeros(shape, dtype=torch.bool, device=k.device)
+        total = torch.zeros_like(h + t + k)
+        before = torch.zeros_like(total, dtype=torch.bool)
         for term in self.terms:
             found = term.generator.contains(h, t, k)
             total += (found & ~before) if term.dedupe else found
@@ -359,7 +359,9 @@ class Relation:
             keys = self._masked(term.generator.rows(head, t, self.problem.k_len), t)
             total += int(keys.count.sum())
             if term.dedupe and index:
-                earlier = [e.generator.rows(head, t, self.problem.k_len).meet(keys) for e in self.terms[:index]]
+                earlier = [
+                    e.generator.rows(head, t, self.problem.k_len).meet(keys) for e in self.terms[:index]
+                ]
                 total -= int(union_count(earlier).sum())
         return total
 

@@ -60,7 +60,9 @@ class Kernel(Protocol):
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         """out [B, H, Sq, Dv] in q's dtype, laid out [B, Sq, H, Dv]; lse [B, H, Sq] contiguous in ``score_dtype``."""
 
-    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+    def backward(
+        self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> Gradients:
         """Gradients of q, k, v and bias (None without bias), each in its operand's dtype and shape."""
 
 
@@ -77,7 +79,13 @@ def relation_of(form: Form, problem: Problem) -> Relation:
 
 
 def problem_of(
-    q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window_left: int | None, window_right: int | None, q_offset: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_causal: bool,
+    window_left: int | None,
+    window_right: int | None,
+    q_offset: int,
 ) -> Problem:
     """The sizes of these operands; see ``Call`` for their shapes."""
     return Problem(

@@ -1,12 +1,13 @@
-"""Two ways to compute a block: ATen's flash op, and explicit matrix products for what that op can't do.
+"""How blocks are computed: what an engine is, the masks its ops get, and the engine of explicit matrix products.
 
-Both take the same blocks, so that a softcap, dropout, a bias or unequal head sizes cost what the relation's pairs cost.
+All engines take the same blocks, so that a softcap, dropout, a bias or unequal head sizes cost what the relation's pairs cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def needs_math(call: Call) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Masked:
+class Masked:
     """A cut with the mask the flash op gets, whether it masks causally by itself, and which rows see any key (None: all)."""
 
     cut: Cut
@@ -84,21 +85,21 @@ def _whole(block: Block) -> Cut:
     return slice(0, first), slice(0, second), slice(0, block.piece.rows), slice(0, block.piece.keys)
 
 
-def _flash_cuts(part: Part, block: Block) -> Iterator[_Masked]:
+def masked_cuts(part: Part, block: Block) -> Iterator[Masked]:
     piece, dtype, device = block.piece, part.call.score_dtype, part.call.q.device
     simple = piece.is_full or piece.is_causal
     if not piece.exclusive and part.padding is None:
         shape = (piece.rows, piece.keys, piece.low, piece.high)
         bias = None if simple else band_bias(shape, dtype, device)
-        yield _Masked(_whole(block), bias, piece.is_causal, None)
+        yield Masked(_whole(block), bias, piece.is_causal, None)
     elif not piece.exclusive and simple and part.padding is not None:
         keep = block.view(part.padding)
         sees = keep.cumsum(-1)[..., 0, : piece.rows] > 0 if piece.is_causal else keep.any(-1)
-        yield _Masked(_whole(block), as_bias(keep, dtype), piece.is_causal, sees)
+        yield Masked(_whole(block), as_bias(keep, dtype), piece.is_causal, sees)
     else:
         for cut, visible in _visible_cuts(part, block):
             if visible is not None:
-                yield _Masked(cut, as_bias(visible, dtype), False, visible.any(-1))
+                yield Masked(cut, as_bias(visible, dtype), False, visible.any(-1))
 
 
 def _visible_cuts(part: Part, block: Block) -> Iterator[tuple[Cut, Tensor | None]]:
@@ -117,26 +118,6 @@ def _visible_cuts(part: Part, block: Block) -> Iterator[tuple[Cut, Tensor | None
         if keep is not None:
             visible = visible & keep[first, second, :, keys]
         yield cut, visible
-
-
-def flash_forward(part: Part, block: Block) -> Iterator[Result]:
-    """Output and LSE of a block by ATen's flash op for CPU."""
-    q, k, v = block.view(part.q), block.view(part.k), block.view(part.v)
-    for masked in _flash_cuts(part, block):
-        first, second, rows, keys = masked.cut
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q[first, second, rows],
-            k[first, second, keys],
-            v[first, second, keys],
-            0.0,
-            masked.causal,
-            attn_mask=masked.mask,
-            scale=part.call.scale,
-        )
-        if masked.sees is not None:
-            # The op gives LSE 0 to rows that see no key.
-            lse = lse.masked_fill(~masked.sees, -torch.inf)
-        yield Result(masked.cut, out, lse)
 
 
 @dataclass(frozen=True)
@@ -160,30 +141,19 @@ class Downstream:
     scores: Tensor | None = None
 
 
-def flash_backward(part: Part, block: Block, upstream: Upstream) -> Iterator[Downstream]:
-    """Gradients of a block by ATen's flash op: given the joint output and LSE they are exact, without a merge term."""
-    assert upstream.grad_lse is None, "the LSE gradient goes into an extra head dim beforehand"
-    q, k, v = block.view(part.q), block.view(part.k), block.view(part.v)
-    out, grad_out = block.view(upstream.out), block.view(upstream.grad_out)
-    lse = _finite_for_backward(block.view(upstream.lse))
-    for masked in _flash_cuts(part, block):
-        first, second, rows, keys = masked.cut
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out[first, second, rows],
-            q[first, second, rows],
-            k[first, second, keys],
-            v[first, second, keys],
-            out[first, second, rows],
-            lse[first, second, rows],
-            0.0,
-            masked.causal,
-            attn_mask=masked.mask,
-            scale=part.call.scale,
-        )
-        yield Downstream(masked.cut, *grads)
+class Engine(Protocol):
+    """Computes blocks, in cuts of bounded size."""
+
+    takes_grad_lse: bool
+
+    def forward(self, part: Part, block: Block) -> Iterator[Result]:
+        """Output and LSE of the block's own keys."""
+
+    def backward(self, part: Part, block: Block, upstream: Upstream) -> Iterator[Downstream]:
+        """Gradients of the block's operands; given the joint output and LSE they are exact, without a merge term."""
 
 
-def _finite_for_backward(lse: Tensor) -> Tensor:
+def finite_for_backward(lse: Tensor) -> Tensor:
     """Rows without keys get +inf: exp(s - inf) is 0 where exp(s + inf) is not a number."""
     return lse.masked_fill(lse == -torch.inf, torch.inf)
 
@@ -231,34 +201,40 @@ def _keep(part: Part, where: Places) -> Tensor:
     )
 
 
-def math_forward(part: Part, block: Block) -> Iterator[Result]:
-    """Output and LSE of a block by explicit products."""
-    for scores in _scores(part, block):
-        lse = scores.logits.logsumexp(-1)
-        weights = (scores.logits - _finite_for_backward(lse)[..., None]).exp_()
-        if scores.keep is not None:
-            weights = weights * scores.keep
-        yield Result(scores.cut, weights @ scores.v, lse)
+class MathEngine:
+    """Explicit products: everything, on any device."""
 
+    takes_grad_lse = True
 
-def math_backward(part: Part, block: Block, upstream: Upstream) -> Iterator[Downstream]:
-    """Gradients of a block by explicit products."""
-    dtype = part.call.score_dtype
-    out, grad_out = block.view(upstream.out), block.view(upstream.grad_out)
-    lse = _finite_for_backward(block.view(upstream.lse))
-    grad_lse = None if upstream.grad_lse is None else block.view(upstream.grad_lse)
-    for scores in _scores(part, block):
-        at = scores.cut[:3]
-        d_out = grad_out[at].to(dtype)
-        delta = (d_out * out[at]).sum(-1)
-        if grad_lse is not None:
-            delta = delta - grad_lse[at]
-        weights = (scores.logits - lse[at][..., None]).exp_()
-        d_weights = d_out @ scores.v.mT
-        kept = weights
-        if scores.keep is not None:
-            d_weights, kept = d_weights * scores.keep, weights * scores.keep
-        d_logits = weights * (d_weights - delta[..., None])
-        d_scores = (d_logits if scores.slope is None else d_logits * scores.slope) * part.call.scale
-        bias_grad = None if part.bias is None else d_logits
-        yield Downstream(scores.cut, d_scores @ scores.k, d_scores.mT @ scores.q, kept.mT @ d_out, bias_grad)
+    def forward(self, part: Part, block: Block) -> Iterator[Result]:
+        """See ``Engine``."""
+        for scores in _scores(part, block):
+            lse = scores.logits.logsumexp(-1)
+            weights = (scores.logits - finite_for_backward(lse)[..., None]).exp_()
+            if scores.keep is not None:
+                weights = weights * scores.keep
+            yield Result(scores.cut, weights @ scores.v, lse)
+
+    def backward(self, part: Part, block: Block, upstream: Upstream) -> Iterator[Downstream]:
+        """See ``Engine``."""
+        dtype = part.call.score_dtype
+        out, grad_out = block.view(upstream.out), block.view(upstream.grad_out)
+        lse = finite_for_backward(block.view(upstream.lse))
+        grad_lse = None if upstream.grad_lse is None else block.view(upstream.grad_lse)
+        for scores in _scores(part, block):
+            at = scores.cut[:3]
+            d_out = grad_out[at].to(dtype)
+            delta = (d_out * out[at]).sum(-1)
+            if grad_lse is not None:
+                delta = delta - grad_lse[at]
+            weights = (scores.logits - lse[at][..., None]).exp_()
+            d_weights = d_out @ scores.v.mT
+            kept = weights
+            if scores.keep is not None:
+                d_weights, kept = d_weights * scores.keep, weights * scores.keep
+            d_logits = weights * (d_weights - delta[..., None])
+            d_scores = (d_logits if scores.slope is None else d_logits * scores.slope) * part.call.scale
+            bias_grad = None if part.bias is None else d_logits
+            yield Downstream(
+                scores.cut, d_scores @ scores.k, d_scores.mT @ scores.q, kept.mT @ d_out, bias_grad
+            )

@@ -27,7 +27,9 @@ _OPERANDS = (
 )
 
 
-@torch.library.custom_op("dilcompile::attention", mutates_args=(), schema=f"({_OPERANDS}) -> (Tensor out, Tensor lse)")
+@torch.library.custom_op(
+    "dilcompile::attention", mutates_args=(), schema=f"({_OPERANDS}) -> (Tensor out, Tensor lse)"
+)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -71,6 +73,7 @@ def attention(
     )  # fmt: skip
     out, lse = select(call, kernel).forward(call)
     factor = output_scale(form_of(form), k.shape[2])
+    out = _laid_out(out, q)
     return (out if factor == 1.0 else out.mul_(factor)), lse
 
 
@@ -144,12 +147,13 @@ def _call(
     )  # fmt: skip
 
 
-def _laid_out(grad: Tensor, like: Tensor) -> Tensor:
-    """``grad`` in the memory layout that the fake promises."""
-    wanted = empty_output(like, like.shape[3])
-    if grad.stride() == wanted.stride() and grad.dtype == like.dtype:
-        return grad
-    return wanted.copy_(grad)
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` in ``like``'s dtype and the memory layout that the fake promises."""
+    batch, heads, rows, dim = x.shape
+    dense = (rows * heads * dim, dim, heads * dim, 1)
+    if x.stride() == dense and x.dtype == like.dtype:
+        return x
+    return empty_output(like, dim).copy_(x)
 
 
 @attention.register_fake
@@ -198,7 +202,7 @@ def _register_autocast() -> torch.library.Library:
 
     ``torch.library.register_autocast`` fixes the dtype at registration, so the kernel is written out here.
     """
-    library = torch.library.Library("dilcompile", "FRAGMENT")
+    library = torch.library.Library("dilcompile", "FRAGMENT")  # type: ignore[no-untyped-call]
 
     def cast(device: str, keyset: Any, *args: Any, **kwargs: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
@@ -208,7 +212,9 @@ def _register_autocast() -> torch.library.Library:
             return torch.ops.dilcompile.attention.default(*cast_args, *args[3:], **kwargs)
 
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        library.impl("attention", lambda *a, _device=device, **k: cast(_device, *a, **k), key, with_keyset=True)
+        library.impl(  # type: ignore[no-untyped-call]
+            "attention", lambda *a, _device=device, **k: cast(_device, *a, **k), key, with_keyset=True
+        )
     return library
 
 
@@ -221,16 +227,18 @@ _AUTOCAST_LIBRARY = _register_autocast()
 def _flops(shapes: Sequence[Any], options: Sequence[Any], backward: bool) -> int:
     q, k, v = shapes[:3]
     form, is_causal, window_left, window_right, q_offset = options[:5]
-    problem = Problem(q[0], q[1], k[1], q[2], k[2], q[3], v[3], q_offset, is_causal, window_left, window_right)
+    problem = Problem(
+        q[0], q[1], k[1], q[2], k[2], q[3], v[3], q_offset, is_causal, window_left, window_right
+    )
     return relation_of(form_of(form), problem).flops(backward)
 
 
-@register_flop_formula(torch.ops.dilcompile.attention)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.dilcompile.attention)
 def _attention_flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """FLOPs of the relation's pairs; key padding and documents, known only at run time, are not taken off."""
     return _flops(args[:3], args[7:], backward=False)
 
 
-@register_flop_formula(torch.ops.dilcompile.attention_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.dilcompile.attention_backward)
 def _attention_backward_flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return _flops(args[4:7], args[11:], backward=True)

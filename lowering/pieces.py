@@ -145,9 +145,7 @@ def _strip(generator: Generator, problem: Problem) -> _Strip:
         return _Strip(None, 1, zeros, heads, left, right, min(generator.count, problem.k_len))
     if isinstance(generator, Segment):
         heads = heads if generator.heads is None else generator.heads
-        return _Strip(
-            generator.length, generator.rate, generator.residues, heads, left, right, problem.k_len
-        )
+        return _Strip(generator.length, generator.rate, generator.residues, heads, left, right, problem.k_len)
     assert isinstance(generator, Window), generator
     left, right = _least(left, generator.left), _least(right, generator.right)
     residues = zeros if generator.step == 1 else None
@@ -254,9 +252,7 @@ def _classes(
     return shapes.items()
 
 
-def _runs(
-    points: Sequence[tuple[int, int]], heads: int
-) -> Iterator[tuple[int, int, tuple[Axis, ...]]]:
+def _runs(points: Sequence[tuple[int, int]], heads: int) -> Iterator[tuple[int, int, tuple[Axis, ...]]]:
     """(key head, residue, axes) that together enumerate ``points``: evenly spaced runs of evenly spaced runs."""
     runs = list(_even(points))
     lengths: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
@@ -276,9 +272,14 @@ def _even(points: Sequence[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], 
         stop, step = start + 1, (0, 0)
         if stop < len(points):
             step = (points[stop][0] - points[start][0], points[stop][1] - points[start][1])
-        while stop < len(points) and min(step) >= 0 and step == (
-            points[stop][0] - points[stop - 1][0],
-            points[stop][1] - points[stop - 1][1],
+        while (
+            stop < len(points)
+            and min(step) >= 0
+            and step
+            == (
+                points[stop][0] - points[stop - 1][0],
+                points[stop][1] - points[stop - 1][1],
+            )
         ):
             stop += 1
         yield points[start], step if stop > start + 1 else (0, 0), stop - start
@@ -319,9 +320,7 @@ def _triangle(start: int, stop: int, keys: int, diagonal: int) -> Iterator[_Band
         yield _Band(bend, stop - bend, 0, keys)
 
 
-def _tiles(
-    start: int, stop: int, keys: int, shift: int, left: int, right: int | None
-) -> Iterator[_Band]:
+def _tiles(start: int, stop: int, keys: int, shift: int, left: int, right: int | None) -> Iterator[_Band]:
     """A band that moves with the rows: equal tiles where it is whole, and the rows at its two ends."""
     opening = min(stop, max(start, left - shift))
     if opening > start:

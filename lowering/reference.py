@@ -71,10 +71,7 @@ def _chunks(call: Call) -> Iterator[_Chunk]:
     problem = call.problem
     step = max(1, _SCORES_AT_ONCE // max(1, problem.heads * problem.k_len))
     for b in range(problem.batch):
-        k, v = (
-            x[b].to(call.score_dtype).repeat_interleave(problem.group, dim=0)
-            for x in (call.k, call.v)
-        )
+        k, v = (x[b].to(call.score_dtype).repeat_interleave(problem.group, dim=0) for x in (call.k, call.v))
         for start in range(0, problem.q_len, step):
             yield _chunk(call, b, slice(start, min(problem.q_len, start + step)), k, v)
 
@@ -115,7 +112,9 @@ def _counts(call: Call, b: int, h: Tensor, t: Tensor, k: Tensor) -> tuple[Tensor
     for count in range(1, len(call.relation.terms) + 1):
         upto = Relation(call.problem, call.relation.terms[:count]).multiplicity(h, t, k) * visible
         parts.append(upto.to(call.score_dtype))
-    return tuple(part - before for part, before in zip(parts, [torch.zeros_like(parts[0]), *parts], strict=False))
+    return tuple(
+        part - before for part, before in zip(parts, [torch.zeros_like(parts[0]), *parts], strict=False)
+    )
 
 
 def _starts(document: Tensor) -> Tensor:
@@ -167,4 +166,4 @@ def _add_broadcast(grad: Tensor, chunk: _Chunk, d_scores: Tensor) -> None:
 
 def _per_key_head(grad: Tensor, kv_heads: int) -> Tensor:
     """Sum [H, K, D] over the query heads of each key head."""
-    return grad.unflatten(0, (kv_heads, -1)).sum(1)
+    return grad.reshape(kv_heads, -1, *grad.shape[1:]).sum(1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dilcompile.errors import KernelError
-from dilcompile.lowering import cpu, reference
+from dilcompile.lowering import cpu, flash, reference, sdpa
 from dilcompile.lowering.call import Call, Kernel
 
 KERNELS: dict[str, Kernel] = {
+    "sdpa": sdpa,
+    "flash": flash,
     "cpu": cpu,
     "reference": reference,
 }
@@ -30,5 +32,7 @@ def select(call: Call, name: str | None = None, backward: bool = False) -> Kerne
     reason = KERNELS[name].supports(call, backward)
     if reason is not None:
         able = next(other for other, kernel in KERNELS.items() if kernel.supports(call, backward) is None)
-        raise KernelError(f"kernel {name!r} can't compute this attention: {reason}; kernel {able!r} can, or leave the kernel out")
+        raise KernelError(
+            f"kernel {name!r} can't compute this attention: {reason}; kernel {able!r} can, or leave the kernel out"
+        )
     return KERNELS[name]

@@ -68,9 +68,7 @@ def padding_operand(x: Tensor) -> Operand:
 
 def pair_operand(x: Tensor, group: int) -> Operand:
     """x: [B, H, Sq, Sk], broadcast dims with stride 0."""
-    return Operand(
-        x, x.stride(0), x.stride(1) * group, x.stride(1), x.stride(2), x.stride(3), ("row", "key")
-    )
+    return Operand(x, x.stride(0), x.stride(1) * group, x.stride(1), x.stride(2), x.stride(3), ("row", "key"))
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,9 @@ class Block:
             strides.append(stride)
         return x.as_strided(sizes, strides, offset)
 
-    def coordinates(self, name: Literal["batch", "head", "group", "position"], device: torch.device) -> Tensor:
+    def coordinates(
+        self, name: Literal["batch", "head", "group", "position"], device: torch.device
+    ) -> Tensor:
         """Where each copy lies: int64 [first, second, 1, 1], size 1 along a dim that doesn't change it."""
         start = self.shift[_COORDINATES.index(name)]
         parts = []
@@ -134,7 +134,8 @@ class Block:
                 continue
             steps = [range(0, axis.size * getattr(axis, name), getattr(axis, name) or 1) for axis in axes]
             whole = [
-                span if getattr(axis, name) else (0,) * axis.size for span, axis in zip(steps, axes, strict=True)
+                span if getattr(axis, name) else (0,) * axis.size
+                for span, axis in zip(steps, axes, strict=True)
             ]
             parts.append(torch.tensor([sum(at) for at in itertools.product(*whole)], device=device))
         return (start + parts[0][:, None] + parts[1])[:, :, None, None]
@@ -219,7 +220,7 @@ def add_into(operand: Operand, block: Block, grad: Tensor, cut: Cut) -> None:
 def _add_whole(operand: Operand, block: Block, grad: Tensor, cut: Cut) -> None:
     axes = block.first + block.second
     tail = tuple({"row": cut[2], "key": cut[3]}.get(name, slice(None)) for name in operand.tail)
-    target = block.unfolded(operand)[(*[slice(None)] * len(axes), *tail)]
+    target = block.unfolded(operand)[(slice(None),) * len(axes) + tail]
     grad = grad.reshape(*(axis.size for axis in axes), *grad.shape[2:])
     for dim in range(grad.dim()):
         if target.stride(dim) == 0 and grad.shape[dim] > 1:

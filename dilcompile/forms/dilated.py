@@ -92,16 +92,22 @@ class Dilated(Form):
         if self.sinks:
             terms.append(Term(Sinks(self.sinks), dedupe=True))
         if self.local:
-            terms.append(Term(Window(self.local - 1, 0 if problem.is_causal else self.local - 1), dedupe=True))
+            terms.append(
+                Term(Window(self.local - 1, 0 if problem.is_causal else self.local - 1), dedupe=True)
+            )
         return Relation(problem, tuple(terms))
 
     def scale_of_output(self, k_len: int) -> float:
         """The factor on the output as a number."""
-        return 1 / len(self.branches(k_len)) if isinstance(self.output_scale, str) else float(self.output_scale)
+        return (
+            1 / len(self.branches(k_len)) if isinstance(self.output_scale, str) else float(self.output_scale)
+        )
 
     def fidelity(self, site: AttentionSite) -> Literal["exact", "approximate"]:
         """Exact where the branches are nothing but full attention at every length that the site may have."""
-        if self.output_scale != 1 and (isinstance(self.segments, str) or self.output_scale != "1/k" or len(self.segments) > 1):
+        if self.output_scale != 1 and (
+            isinstance(self.segments, str) or self.output_scale != "1/k" or len(self.segments) > 1
+        ):
             return "approximate"
         full = self._full_branches(site)
         # A multiset of full branches counts every key equally often, which the softmax doesn't see.
@@ -116,7 +122,11 @@ class Dilated(Form):
         """Rows that see little, and branches that depend on the length."""
         found = []
         if site.mask.causal and not self.sinks and not self.local and self.fidelity(site) == "approximate":
-            longest = "the longest segment" if isinstance(self.segments, str) or "seq" in self.segments else max(self.segments)
+            longest = (
+                "the longest segment"
+                if isinstance(self.segments, str) or "seq" in self.segments
+                else max(self.segments)
+            )
             found.append(
                 f"causal segments start at position 0: a token at a multiple of {longest} sees only itself; add `sinks` or `local`"
             )
@@ -156,7 +166,8 @@ class Dilated(Form):
             return [k_len is not None and k_len <= FIRST_AUTO_SEGMENT]
         assert not isinstance(self.rates, str)
         return [
-            rate == 1 and (length == "seq" or (k_len is not None and isinstance(length, int) and k_len <= length))
+            rate == 1
+            and (length == "seq" or (k_len is not None and isinstance(length, int) and k_len <= length))
             for length, rate in zip(self.segments, self.rates, strict=True)
         ]
 
@@ -165,14 +176,20 @@ class Dilated(Form):
         for option in auto:
             one_of(self.name, option, getattr(self, option), ("auto",))
         if len(auto) == 1:
-            raise FormError(f"form {self.name}: {auto[0]} is 'auto' but the other is a list; give both as lists or both as 'auto'")
+            raise FormError(
+                f"form {self.name}: {auto[0]} is 'auto' but the other is a list; give both as lists or both as 'auto'"
+            )
         if auto:
             return
         if not isinstance(self.segments, tuple) or not isinstance(self.rates, tuple):
             came = self.segments if not isinstance(self.segments, tuple) else self.rates
-            raise FormError(f"form {self.name}: segments and rates must be lists of whole numbers or 'auto', not {came!r}")
+            raise FormError(
+                f"form {self.name}: segments and rates must be lists of whole numbers or 'auto', not {came!r}"
+            )
         if not self.segments or not self.rates:
-            raise FormError(f"form {self.name}: segments and rates are empty; give at least one segment length and its rate")
+            raise FormError(
+                f"form {self.name}: segments and rates are empty; give at least one segment length and its rate"
+            )
         if len(self.segments) != len(self.rates):
             raise FormError(
                 f"form {self.name}: {len(self.segments)} segments {self.segments!r} but {len(self.rates)} rates {self.rates!r}; "
@@ -186,7 +203,9 @@ class Dilated(Form):
         if length == "seq":
             return
         if isinstance(length, str):
-            raise FormError(f"form {self.name}: segments[{index}] must be a whole number or 'seq', not {length!r}")
+            raise FormError(
+                f"form {self.name}: segments[{index}] must be a whole number or 'seq', not {length!r}"
+            )
         integer(self.name, f"segments[{index}]", length, 1)
         if length % rate:
             raise FormError(
@@ -196,12 +215,22 @@ class Dilated(Form):
 
     def _check_output_scale(self) -> None:
         value = self.output_scale
+        if value == "1/k":
+            return
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value != "1/k" and not (number and math.isfinite(value) and value != 0):
-            raise FormError(f"form {self.name}: output_scale must be a finite number other than 0, or '1/k', not {value!r}")
+        if not number or not math.isfinite(float(value)) or value == 0:
+            raise FormError(
+                f"form {self.name}: output_scale must be a finite number other than 0, or '1/k', not {value!r}"
+            )
 
     def _check_coverage(self) -> None:
-        if self.coverage == "zero" or self.offset == "own" or self.sinks or self.local or isinstance(self.rates, str):
+        if (
+            self.coverage == "zero"
+            or self.offset == "own"
+            or self.sinks
+            or self.local
+            or isinstance(self.rates, str)
+        ):
             return
         whole = [rate == 1 for rate in self.rates]
         if all(whole) if self.heads == "grouped" else any(whole):

@@ -1,0 +1,121 @@
+"""Dense attention by one ATen call that also gives the LSE."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dilcompile.lowering.call import Call, Gradients
+from dilcompile.lowering.engines import finite_for_backward, needs_math
+from dilcompile.relation import Everything, Term
+
+
+def supports(call: Call, backward: bool) -> str | None:
+    """Every key, or causal from the top left; on CUDA without key padding in half precision."""
+    if call.relation.terms != (Term(Everything()),):
+        return f"the relation is {call.relation}, not every key"
+    if call.problem.is_causal and call.problem.q_offset != 0:
+        return f"causal attention starts at key position {call.problem.q_offset}, not at 0"
+    if call.documents is not None:
+        return "documents"
+    if call.problem.group != 1:
+        return f"{call.problem.group} query heads share a key head: the op would need copies of the keys"
+    if backward and call.merge_grad != "exact":
+        return "the gradient of the merge is detached"
+    reason = needs_math(call)
+    return reason if reason is not None else _device_reason(call)
+
+
+def _device_reason(call: Call) -> str | None:
+    if call.q.device.type == "cpu":
+        return None
+    if call.q.device.type != "cuda":
+        return f"the tensors are on {call.q.device}, not on a CPU or a CUDA device"
+    if call.q.dtype not in (torch.float16, torch.bfloat16):
+        return f"the dtype is {call.q.dtype}, not float16 or bfloat16"
+    if call.key_padding is not None:
+        return "key padding, which the CUDA op does not take"
+    if call.problem.head_dim % 8 or call.problem.head_dim > 248:
+        return f"the head size {call.problem.head_dim} is not a multiple of 8 up to 248"
+    return None
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """See ``Kernel``."""
+    q, k, v = (_dense_rows(x) for x in (call.q, call.k, call.v))
+    causal, scale = call.problem.is_causal, call.scale
+    if q.device.type == "cuda":
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            q, k, v, 0.0, causal, return_debug_mask=False, scale=scale
+        )
+    else:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=_mask(call), scale=scale
+        )
+    sees = _rows_that_see(call)
+    if sees is not None:
+        # The op gives LSE 0 to rows that see no key.
+        lse = lse.masked_fill(~sees, -torch.inf)
+    return out, lse.contiguous()
+
+
+def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+    """See ``Kernel``."""
+    q, k, v, out, grad_out = (_dense_rows(x) for x in (call.q, call.k, call.v, out, grad_out))
+    sizes = q.shape[-1], k.shape[-1], v.shape[-1]
+    if grad_lse is not None:
+        # Note [LSE gradient] in views.py: more head columns turn the op's delta into delta - grad_lse.
+        q, k, v, out, grad_out = (torch.nn.functional.pad(x, (0, 8)) for x in (q, k, v, out, grad_out))
+        out[..., -1] = -1
+        grad_out[..., -1] = grad_lse.to(grad_out.dtype)
+    lse = finite_for_backward(lse)
+    causal, scale = call.problem.is_causal, call.scale
+    if q.device.type == "cuda":
+        state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            grad_out,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            None,
+            None,
+            q.shape[2],
+            k.shape[2],
+            0.0,
+            causal,
+            state,
+            state[:0],
+            scale=scale,
+        )
+    else:
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=_mask(call), scale=scale
+        )
+    return grads[0][..., : sizes[0]], grads[1][..., : sizes[1]], grads[2][..., : sizes[2]], None
+
+
+def _mask(call: Call) -> Tensor | None:
+    """Key padding as an additive mask [B, 1, Sq (stride 0), Sk]."""
+    if call.key_padding is None:
+        return None
+    keep = call.key_padding
+    bias = torch.zeros(keep.shape, dtype=call.score_dtype, device=keep.device).masked_fill_(~keep, -torch.inf)
+    return bias[:, None, None]
+
+
+def _rows_that_see(call: Call) -> Tensor | None:
+    """Bool broadcastable to [B, H, Sq]: rows with at least one key; None: all of them."""
+    if call.key_padding is None:
+        return None
+    if not call.problem.is_causal:
+        return call.key_padding.any(-1)[:, None, None]
+    # Row i sees the keys up to i.
+    seen = call.key_padding.cumsum(-1) > 0
+    last = torch.arange(call.problem.q_len, device=seen.device).clamp_(max=call.problem.k_len - 1)
+    return seen[:, None, last]
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,289 @@
+"""The view path: a relation's pieces as strided views, each by one dense attention op, merged by LSE.
+
+Forward: every piece gives (out, lse), merged in float32. Backward: every piece gets the joint out and LSE, which makes its
+gradients exact, so nothing is saved per piece. Work runs over chunks of heads to keep intermediates small.
+
+Note [LSE gradient]: flash ops compute delta = rowsum(grad_out * out). A further head column (grad_lse, -1) turns it into
+delta - grad_lse, and zeros in that column of q, k and v leave everything else as it was. Eight columns keep rows aligned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dilcompile.lowering.call import Call, Gradients, empty_output
+from dilcompile.lowering.engines import Engine, Part, Upstream
+from dilcompile.lowering.merge import merge_into
+from dilcompile.lowering.pieces import Piece, Plan, plan
+from dilcompile.lowering.strided import (
+    Block,
+    Operand,
+    add_into,
+    blocks,
+    key_operand,
+    padding_operand,
+    pair_operand,
+    row_operand,
+)
+from dilcompile.relation import Relation
+
+_CHUNK_BYTES = 1 << 24
+_LSE_COLUMNS = 8
+
+
+def forward(call: Call, engine: Engine) -> tuple[Tensor, Tensor]:
+    """See ``Kernel.forward``; ``engine`` computes the blocks."""
+    call = replace(call, q=_dense_rows(call.q), k=_dense_rows(call.k), v=_dense_rows(call.v))
+    out = empty_output(call.q, call.problem.v_dim)
+    lse = call.q.new_empty(
+        (call.problem.batch, call.problem.heads, call.problem.q_len), dtype=call.score_dtype
+    )
+    for region in _regions(call):
+        _forward_region(call, engine, region, region.planned(), region.rows(out), region.rows(lse))
+    return out, lse
+
+
+def backward(
+    call: Call, engine: Engine, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+) -> Gradients:
+    """See ``Kernel.backward``; ``engine`` computes the blocks."""
+    joint = _Joint(_dense_rows(out), lse, _dense_rows(grad_out), grad_lse)
+    call = replace(call, q=_dense_rows(call.q), k=_dense_rows(call.k), v=_dense_rows(call.v))
+    head_dim, v_dim = call.q.shape[-1], call.v.shape[-1]
+    if call.merge_grad == "detach":
+        # The LSE is no part of the merge: its gradient is the exact one.
+        grads, bias = _gradients(call, engine, replace(joint, grad_lse=None), detached=True)
+        if grad_lse is not None:
+            only_lse = replace(joint, grad_out=torch.zeros_like(joint.grad_out))
+            more, more_bias = _joint_gradients(call, engine, only_lse)
+            grads = [grad + other[..., : grad.shape[-1]] for grad, other in zip(grads, more, strict=True)]
+            bias = None if bias is None or more_bias is None else bias + more_bias
+    else:
+        grads, bias = _joint_gradients(call, engine, joint)
+    grad_bias = None if bias is None or call.bias is None else bias.to(call.bias.dtype)
+    return grads[0][..., :head_dim], grads[1][..., :head_dim], grads[2][..., :v_dim], grad_bias
+
+
+def _joint_gradients(call: Call, engine: Engine, joint: _Joint) -> tuple[list[Tensor], Tensor | None]:
+    if joint.grad_lse is not None and not engine.takes_grad_lse:
+        call, joint = _with_lse_as_head_dim(call, joint)
+    return _gradients(call, engine, joint, detached=False)
+
+
+def _gradients(
+    call: Call, engine: Engine, joint: _Joint, detached: bool
+) -> tuple[list[Tensor], Tensor | None]:
+    bias = (
+        None
+        if call.bias is None
+        else torch.zeros_like(call.bias, dtype=call.score_dtype, memory_format=torch.contiguous_format)
+    )
+    grads = [empty_output(x, x.shape[-1]).zero_() for x in (call.q, call.k, call.v)]
+    for region in _regions(call):
+        here = _Joint(
+            region.rows(joint.out),
+            region.rows(joint.lse),
+            region.rows(joint.grad_out),
+            None if joint.grad_lse is None else region.rows(joint.grad_lse),
+        )
+        if detached:
+            _backward_detached(call, engine, region, here, grads, bias)
+        else:
+            _backward_region(call, engine, region, region.planned(), here, grads, bias)
+    return grads, bias
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Batch rows, key heads, query rows and keys computed together; one document where there are documents."""
+
+    relation: Relation
+    batch: slice
+    heads: slice
+    query_rows: slice
+    keys: slice
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The region of a [B, H, Sq, ...] tensor."""
+        group = self.relation.problem.group
+        return x[self.batch, self.heads.start * group : self.heads.stop * group, self.query_rows]
+
+    def key_rows(self, x: Tensor) -> Tensor:
+        """The region of a [B, Hkv, Sk, D] tensor."""
+        return x[self.batch, self.heads, self.keys]
+
+    def planned(self) -> Plan:
+        """The pieces of the region, key heads counted from its first."""
+        whole = plan(self.relation, self.heads.start, self.heads.stop)
+        moved = tuple(replace(piece, head=piece.head - self.heads.start) for piece in whole.pieces)
+        return Plan(moved, whole.covers)
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """Joint output, LSE and their gradients over a region."""
+
+    out: Tensor
+    lse: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor | None
+
+
+def _regions(call: Call) -> Iterator[_Region]:
+    for relation, batch, query_rows, keys in _documents(call):
+        for rows, heads in _chunks(call, batch):
+            yield _Region(relation, rows, heads, query_rows, keys)
+
+
+def _documents(call: Call) -> Iterator[tuple[Relation, slice, slice, slice]]:
+    """Each document is a call of its own: positions count from its start."""
+    problem = call.problem
+    if call.documents is None:
+        yield call.relation, slice(0, problem.batch), slice(0, problem.q_len), slice(0, problem.k_len)
+        return
+    shared = call.documents.shape[0] == 1
+    for b, numbers in enumerate(call.documents):
+        batch = slice(0, problem.batch) if shared else slice(b, b + 1)
+        stops = torch.nonzero(numbers[1:] != numbers[:-1]).flatten().add(1).tolist()
+        for start, stop in zip([0, *stops], [*stops, problem.k_len], strict=True):
+            first = max(start, problem.q_offset)
+            last = min(stop, problem.q_offset + problem.q_len)
+            if first < last:
+                relation = call.relation.at(last - first, stop - start, first - start)
+                rows = slice(first - problem.q_offset, last - problem.q_offset)
+                yield relation, batch, rows, slice(start, stop)
+
+
+def _chunks(call: Call, batch: slice) -> Iterator[tuple[slice, slice]]:
+    """Batch rows and key heads in portions whose accumulators stay small, but that keep all threads busy."""
+    problem = call.problem
+    row = problem.group * problem.q_len * problem.v_dim * call.score_dtype.itemsize
+    heads = min(problem.kv_heads, max(torch.get_num_threads(), _CHUNK_BYTES // max(1, row)))
+    rows = max(1, _CHUNK_BYTES // max(1, row * heads)) if heads == problem.kv_heads else 1
+    for b in range(batch.start, batch.stop, rows):
+        for head in range(0, problem.kv_heads, heads):
+            yield (
+                slice(b, min(batch.stop, b + rows)),
+                slice(head, min(problem.kv_heads, head + heads)),
+            )
+
+
+def _part(call: Call, region: _Region) -> Part:
+    group, bias = call.problem.group, call.bias
+    if bias is not None:
+        problem = call.problem
+        bias = bias.expand(problem.batch, problem.heads, problem.q_len, problem.k_len)
+        bias = region.rows(bias)[..., region.keys]
+    padding = None if call.key_padding is None else call.key_padding[region.batch, region.keys]
+    return Part(
+        call=call,
+        q=row_operand(region.rows(call.q), group),
+        k=key_operand(region.key_rows(call.k)),
+        v=key_operand(region.key_rows(call.v)),
+        padding=None if padding is None else padding_operand(padding),
+        bias=None if bias is None else pair_operand(bias, group),
+        relation=region.relation,
+        first_batch=region.batch.start,
+        first_head=region.heads.start,
+        first_position=region.keys.start,
+    )
+
+
+def _blocks(part: Part, piece: Piece, extra: list[Operand]) -> Iterator[Block]:
+    operands = [part.q, part.k, part.v, *extra]
+    operands += [operand for operand in (part.padding, part.bias) if operand is not None]
+    return blocks(piece, part.q.tensor.shape[0], operands, apart=piece.exclusive)
+
+
+def _forward_region(
+    call: Call, engine: Engine, region: _Region, planned: Plan, out: Tensor, lse: Tensor
+) -> None:
+    part, group = _part(call, region), call.problem.group
+    own_dtype = out.dtype == call.score_dtype
+    total = out if own_dtype else empty_output(out, out.shape[-1], call.score_dtype)
+    lse.fill_(-torch.inf)
+    # With padding a piece may find no key for a row, so nothing counts as written before.
+    all_written = planned.covers and part.padding is None
+    if not all_written:
+        total.zero_()
+    totals, lses = row_operand(total, group), row_operand(lse, group)
+    for piece in planned.pieces:
+        for block in _blocks(part, piece, [totals, lses]):
+            into, lse_into = block.view(totals), block.view(lses)
+            for result in engine.forward(part, block):
+                at = result.cut[:3]
+                merge_into(into[at], lse_into[at], result.out, result.lse, piece.fresh and all_written)
+    if not own_dtype:
+        out.copy_(total)
+
+
+def _backward_region(
+    call: Call,
+    engine: Engine,
+    region: _Region,
+    planned: Plan,
+    joint: _Joint,
+    grads: list[Tensor],
+    grad_bias: Tensor | None,
+) -> None:
+    part, group = _part(call, region), call.problem.group
+    grad_lse = None if joint.grad_lse is None else row_operand(joint.grad_lse, group)
+    upstream = Upstream(
+        row_operand(joint.out, group),
+        row_operand(joint.lse, group),
+        row_operand(joint.grad_out, group),
+        grad_lse,
+    )
+    targets = [region.rows(grads[0]), region.key_rows(grads[1]), region.key_rows(grads[2])]
+    exact = call.q.dtype == call.score_dtype
+    totals = targets if exact else [torch.zeros_like(x, dtype=call.score_dtype) for x in targets]
+    sums = [row_operand(totals[0], group), key_operand(totals[1]), key_operand(totals[2])]
+    if grad_bias is not None:
+        expanded = grad_bias.expand(
+            call.problem.batch, call.problem.heads, call.problem.q_len, call.problem.k_len
+        )
+        sums.append(pair_operand(region.rows(expanded)[..., region.keys], group))
+    extra = [upstream.out, upstream.lse, upstream.grad_out] + ([] if grad_lse is None else [grad_lse])
+    for piece in planned.pieces:
+        for block in _blocks(part, piece, extra):
+            for found in engine.backward(part, block, upstream):
+                for operand, grad in zip(sums, (found.q, found.k, found.v, found.scores), strict=False):
+                    if grad is not None:
+                        add_into(operand, block, grad, found.cut)
+    if not exact:
+        for target, total in zip(targets, totals, strict=True):
+            target.add_(total)
+
+
+def _backward_detached(
+    call: Call, engine: Engine, region: _Region, joint: _Joint, grads: list[Tensor], grad_bias: Tensor | None
+) -> None:
+    """The branches' weights in the merge as constants: each branch has its own output, LSE and share of the gradient."""
+    whole = region.planned()
+    for term in range(len(region.relation.terms)):
+        planned = Plan(tuple(piece for piece in whole.pieces if piece.term == term), covers=False)
+        out = empty_output(joint.out, joint.out.shape[-1])
+        lse = torch.empty_like(joint.lse)
+        _forward_region(call, engine, region, planned, out, lse)
+        weight = (lse - joint.lse).exp().nan_to_num_(nan=0.0)[..., None].to(out.dtype)
+        alone = _Joint(out, lse, joint.grad_out * weight, None)
+        _backward_region(call, engine, region, planned, alone, grads, grad_bias)
+
+
+def _with_lse_as_head_dim(call: Call, joint: _Joint) -> tuple[Call, _Joint]:
+    """Put the LSE gradient where a flash op takes it: see Note [LSE gradient]."""
+    assert joint.grad_lse is not None
+    q, k, v = (torch.nn.functional.pad(x, (0, _LSE_COLUMNS)) for x in (call.q, call.k, call.v))
+    out, grad_out = (torch.nn.functional.pad(x, (0, _LSE_COLUMNS)) for x in (joint.out, joint.grad_out))
+    out[..., -1] = -1
+    grad_out[..., -1] = joint.grad_lse.to(grad_out.dtype)
+    return replace(call, q=q, k=k, v=v), _Joint(out, joint.lse, grad_out, None)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """``x`` with neighbouring elements in its last dim, as the ops need it."""
+    return x if x.stride(-1) == 1 else x.contiguous()

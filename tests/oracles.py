@@ -1,0 +1,115 @@
+"""Independent oracles, written from the definitions with loops and dense float64 arrays; nothing of the package's maths is used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes and the site's own mask."""
+
+    heads: int
+    kv_heads: int
+    q_len: int
+    k_len: int
+    q_offset: int = 0
+    causal: bool = False
+    left: int | None = None
+    right: int | None = None
+
+
+def counts(form: Any, at: Setting, documents: list[int] | None = None) -> np.ndarray:
+    """Multiplicities [H, Sq, Sk] of a form, pair by pair; ``documents`` numbers the key positions."""
+    found = np.zeros((at.heads, at.q_len, at.k_len), dtype=np.int64)
+    for h in range(at.heads):
+        for i in range(at.q_len):
+            for k in range(at.k_len):
+                found[h, i, k] = _count(form, at, documents, h, i + at.q_offset, k)
+    return found
+
+
+def _count(form: Any, at: Setting, documents: list[int] | None, h: int, t: int, k: int) -> int:
+    if at.causal and k > t:
+        return 0
+    if at.left is not None and t - k > at.left:
+        return 0
+    if at.right is not None and k - t > at.right:
+        return 0
+    if documents is not None:
+        if documents[t] != documents[k]:
+            return 0
+        start = documents.index(documents[t])
+        t, k = t - start, k - start
+    if form.name == "dense":
+        return 1
+    near = abs(t - k)
+    if form.name == "sliding_window":
+        in_window = near < form.window and (t - k) % form.step == 0
+        return int(in_window or k < form.sinks)
+    return _dilated(form, at, h, t, k)
+
+
+def _dilated(form: Any, at: Setting, h: int, t: int, k: int) -> int:
+    branches = [(at.k_len if w == "seq" else w, r) for w, r in zip(form.segments, form.rates, strict=True)]
+    key_head = h // (at.heads // at.kv_heads)
+    total = 0
+    for i, (w, r) in enumerate(branches):
+        if form.heads == "grouped" and not _in_group(h, i, at.heads, len(branches)):
+            continue
+        if t < 0 or t // w != k // w:
+            continue
+        offset = {
+            "head_mod": key_head % r,
+            "head_block": key_head // -(-at.kv_heads // r),
+            "branch": i % r,
+            "zero": 0,
+            "own": (t % w) % r,
+        }[form.offset]
+        total += (t % w) % r == offset and (k % w) % r == offset
+    if form.union == "set":
+        total = min(total, 1)
+    extra = k < form.sinks or abs(t - k) < form.local
+    return max(total, int(extra))
+
+
+def _in_group(h: int, i: int, heads: int, groups: int) -> bool:
+    sizes = [heads // groups + (g < heads % groups) for g in range(groups)]
+    return sum(sizes[:i]) <= h < sum(sizes[: i + 1])
+
+
+def output_scale(form: Any) -> float:
+    """The factor on a form's output."""
+    scale = getattr(form, "output_scale", 1.0)
+    return 1 / len(form.segments) if scale == "1/k" else scale
+
+
+def softmax(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    count: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention with multiplicities ``count`` [B or 1, H, Sq, Sk] in the dtype given, differentiable: (out, lse)."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (torch.stack([x[:, h // group] for h in range(q.shape[1])], dim=1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    seen = count.sum(-1, keepdim=True) > 0
+    top = torch.where(count > 0, scores, -torch.inf).amax(-1, keepdim=True).detach()
+    weights = count.to(scores.dtype) * torch.exp(torch.where(count > 0, scores - torch.where(seen, top, 0.0), -torch.inf))
+    total = weights.sum(-1, keepdim=True)
+    out = torch.where(seen, weights / torch.where(seen, total, 1.0), 0.0) @ v
+    lse = torch.where(seen, top + torch.log(torch.where(seen, total, 1.0)), -torch.inf)[..., 0]
+    return out, lse
