@@ -177,7 +177,7 @@ class Axes:
         self.weights = weights
         self.products: dict[Node, Product] = {}
         self._layouts: dict[Node, Layout] = {}
-        self._lists: dict[Node, Layout] = {}
+        self._of_products: set[Node] = set()
         for node in nodes:
             self._visit(node)
 
@@ -205,6 +205,8 @@ class Axes:
             elif is_pointwise(node):
                 layout = self._pointwise(node)
         self._layouts[node] = self._checked(node, layout)
+        if node in self.products or not self._of_products.isdisjoint(node.all_input_nodes):
+            self._of_products.add(node)
 
     def _checked(self, node: Node, layout: Layout | None) -> Layout:
         """The layout if it fits the shape; else fresh atoms, with roles carried over by position."""
@@ -226,7 +228,8 @@ class Axes:
     def _pointwise(self, node: Node) -> Layout:
         shape = shape_of(node)
         layout: list[Leaves] = [()] * len(shape)
-        for arg in tensor_args(node):
+        # Scores keep their axes, on whichever side of a mask they stand.
+        for arg in sorted(tensor_args(node), key=lambda arg: arg not in self._of_products):
             inner = self._layouts[arg]
             for back in range(1, len(inner) + 1):
                 if not layout[-back] or all(atom.broadcast for atom in leaves(layout[-back])):

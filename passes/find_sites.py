@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from dilcompile.passes.read_operands import read_site_mask
 from dilcompile.passes.roles import Operand, Roles, roles_of_products, roles_of_sdpa, strip
 from dilcompile.passes.score_path import SOFTMAX, MaskOperand, Unproven, labels, scalar_or_none, walk_scores, walk_values
 from dilcompile.site import AttentionSite, Kind, Length, Miss, Phase
+
+log = logging.getLogger(__name__)
 
 SDPA = "scaled_dot_product_attention"
 
@@ -76,6 +79,12 @@ def find_sites(graph: Graph) -> Findings:
         except Unproven as end:
             misses.append(Miss(module_path(node), source_line(node), end.node.name, end.reason, end.cure))
             continue
+        except Exception as error:
+            # A site that the finder stumbles over is a site left alone, never a model that does not run.
+            log.warning("dilcompile: the finder failed at %s", node.name, exc_info=True)
+            reason = f"the finder failed on it ({type(error).__name__}: {error})"
+            misses.append(Miss(module_path(node), source_line(node), node.name, reason, "please report it"))
+            continue
         if match is not None:
             matches.append(match)
     return Findings(tuple(matches), tuple(misses), axes)
@@ -93,11 +102,21 @@ def _weight_like(nodes: list[Node], parameters: frozenset[Node]) -> frozenset[No
     return frozenset(found)
 
 
+def _constants(gm: GraphModule, nodes: list[Node]) -> dict[Node, torch.Tensor]:
+    """Tensors that the retrace folded into the graph (``torch.tensor(8.0)`` in the model's code)."""
+    found = {}
+    for node in nodes:
+        held = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+        if type(held) is torch.Tensor:
+            found[node] = held
+    return found
+
+
 class _Finder:
     def __init__(self, graph: Graph, nodes: list[Node], axes: Axes) -> None:
         self.graph, self.axes = graph, axes
         self.mutations = Mutations(nodes)
-        self.reader = MaskReader(graph.tables, self.mutations.stale)
+        self.reader = MaskReader({**graph.tables, **_constants(graph.gm, nodes)}, self.mutations.stale)
         self.scores = labels(nodes, lambda node: node in axes.products)
         self.probabilities = labels(nodes, lambda node: node.op == "call_function" and op_name(node) in SOFTMAX)
 
@@ -194,7 +213,8 @@ class _Finder:
             layer=layer_index(module),
             layer_type="sliding_attention" if "window" in spec.words else "full_attention",
         )
-        return Match(site, roles, q, k, v, mask, bias, frozenset(self.reader.used_tables))
+        tables = frozenset(self.reader.used_tables & self.graph.tables.keys())
+        return Match(site, roles, q, k, v, mask, bias, tables)
 
 
 def _argument(node: Node, position: int, name: str, default: object) -> object:

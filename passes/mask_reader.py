@@ -52,6 +52,9 @@ def as_expr(value: Any) -> Expr:
         return value.node.expr
     if isinstance(value, float) and math.isinf(value):
         return sympy.oo if value > 0 else -sympy.oo
+    if isinstance(value, float) and value.is_integer():
+        # sympy holds 1.0 and 1 for different; a mask of floats compares them.
+        return sympy.Integer(int(value))
     return sympy.sympify(value)
 
 
@@ -139,40 +142,54 @@ class MaskReader:
 
 
 def table_formula(table: torch.Tensor, indices: Indices) -> Number | Truth | None:
-    """A registered buffer's formula if it is a range, a causal triangle or constant, else None."""
-    squeezed = table
+    """A registered buffer's formula if it is a range, a band of diagonals or constant, else None."""
     live = [index for index, size in zip(indices, table.shape, strict=True) if size != 1]
     squeezed = table.squeeze()
     if squeezed.dim() == 0:
-        item = squeezed.item()
-        return bool(item) if table.dtype is torch.bool else as_expr(item)
+        return as_value(squeezed)
     if squeezed.dim() == 1 and not table.dtype.is_floating_point and table.dtype is not torch.bool:
         plain = torch.arange(squeezed.shape[0], dtype=table.dtype, device=table.device)
         return live[0] if torch.equal(squeezed, plain) else None
     if squeezed.dim() == 2 and squeezed.shape[0] == squeezed.shape[1]:
-        return _triangle(squeezed, live[0], live[1])
+        return _band(squeezed, live[0], live[1])
     return None
 
 
-def _triangle(table: torch.Tensor, row: Expr, column: Expr) -> Number | Truth | None:
+def _band(table: torch.Tensor, row: Expr, column: Expr) -> Number | Truth | None:
+    """A square table with one value in a band of diagonals and another outside (a triangle is half a band)."""
     size = table.shape[0]
-    if size < 2:
+    if size < 2 or not torch.equal(table[1:, 1:], table[:-1, :-1]):
         return None
-    lower, upper = table[-1, 0], table[0, -1]
-    below = torch.ones(size, size, dtype=torch.bool, device=table.device).tril_()
-    if not torch.equal(table, torch.where(below, lower, upper)):
-        return None
-    inside = Ge0(sympy.expand(row - column))
-    if table.dtype is torch.bool:
-        return if_else(inside, bool(lower), bool(upper))
-    return choice(inside, as_expr(lower.item()), as_expr(upper.item()))
+    # The value on each diagonal row - column, from -(size - 1) to size - 1.
+    diagonals = torch.cat((table[0].flip(0), table[1:, 0]))
+    changes = (diagonals[1:] != diagonals[:-1]).nonzero().flatten().tolist()
+    if len(changes) not in (1, 2):
+        return as_value(table[0, 0]) if not changes else None
+    first, last = changes[0] + 1, changes[-1]
+    if len(changes) == 2:
+        if not torch.equal(diagonals[0], diagonals[-1]):
+            return None
+        low, high = first - (size - 1), last - (size - 1)
+        inside = conjunction(Ge0(row - column - low), Ge0(high - (row - column)))
+        return _two_values(inside, diagonals[first], diagonals[0])
+    return _two_values(Ge0(row - column - (first - (size - 1))), diagonals[-1], diagonals[0])
+
+
+def _two_values(inside: Truth, within: torch.Tensor, without: torch.Tensor) -> Number | Truth:
+    if within.dtype is torch.bool:
+        return if_else(inside, bool(within), bool(without))
+    return choice(inside, as_expr(within.item()), as_expr(without.item()))
+
+
+def as_value(element: torch.Tensor) -> Number | Truth:
+    return bool(element) if element.dtype is torch.bool else as_expr(element.item())
 
 
 def nonzero(value: Number) -> Truth:
     if isinstance(value, Choice):
         return if_else(value.when, nonzero(value.then), nonzero(value.other))
     if value.is_number:
-        return bool(value != 0)
+        return not value.is_zero
     return negation(Eq0(value))
 
 
@@ -195,7 +212,7 @@ def compare(op: str, a: Number, b: Number) -> Truth:
     if isinstance(b, Choice):
         return if_else(b.when, compare(op, a, b.then), compare(op, a, b.other))
     if a.is_number and b.is_number:
-        return bool(getattr(operator, op)(a, b))
+        return bool(getattr(operator, op)(float(a), float(b)))
     if op == "ne":
         return negation(compare("eq", a, b))
     if op == "eq":

@@ -17,6 +17,9 @@ Expr = sympy.Expr
 class Element(sympy.Function):  # type: ignore[misc]
     """``Element(number, i, j, ...)``: an element of a tensor that the reader keeps as data (number: which)."""
 
+    # sympy takes a function of numbers for a number; this one is data.
+    is_number = False
+
     @classmethod
     def eval(cls, *args: object) -> None:
         return None
@@ -186,7 +189,7 @@ class Bounds:
         if isinstance(truth, Ge0):
             return self._settle_ge(truth)
         if isinstance(truth, Eq0):
-            if truth.expr == 0:
+            if truth.expr.is_zero:
                 return True
             never = self._always(truth.expr - 1) or self._always(-truth.expr - 1)
             return False if never else truth

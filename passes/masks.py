@@ -71,7 +71,7 @@ def keep_of(value: Number) -> tuple[Truth, set[EmptyRows]]:
         other, more = keep_of(value.other)
         return if_else(value.when, then, other), fills | more
     if value.is_number:
-        if value == 0:
+        if value.is_zero:
             return True, set()
         if value <= _HIDES:
             return False, {"nan" if value == -sympy.oo else "uniform"}
@@ -297,7 +297,7 @@ class Vectors:
             scaled = part if factor == 1 else emit(aten.mul.Scalar, part, _plain(factor))
             total = scaled if total is None else emit(aten.add.Tensor, total, scaled)
         assert total is not None
-        return total if constant == 0 else emit(aten.add.Scalar, total, _plain(sympy.nsimplify(constant)))
+        return total if constant == 0.0 else emit(aten.add.Scalar, total, _plain(sympy.nsimplify(constant)))
 
     def _keys(self) -> Node:
         keys = self._emit(aten.arange.default, self._emit.size(self._k_len), device=self._device)

@@ -96,6 +96,9 @@ def _operand(
 ) -> Node:
     """The operand as [batch, heads, rows, features], by views alone where the memory allows."""
     atoms, sizes, (rows, features), (batch, heads) = groups
+    plain = _by_dims(operand.source, groups, axes)
+    if plain is not None:
+        return emit.cast(emit.permute(operand.source, plain), dtype)
     # Axes that keys are repeated along may still be dims of the source; they are read at 0.
     node, present = _at_leaves(emit, operand.source, axes)
     wanted = [atom for atom in atoms if atom is not None] + [*rows, *features]
@@ -110,6 +113,27 @@ def _operand(
     lengths = [_product(atom.size for atom in group) for group in (rows, features)]
     node = emit.reshape(node, [batch, heads, *lengths])
     return emit.cast(node, dtype)
+
+
+def _by_dims(
+    source: Node, groups: tuple[list[Atom | None], list[Length], list[Leaves], list[Length]], axes: Axes
+) -> list[int] | None:
+    """The order of the source's own dims that gives the four wanted ones, if each is one dim of it."""
+    atoms, _, (rows, features), (batch, heads) = groups
+    layout = [leaves(dim) for dim in axes[source]]
+    if len(layout) != 4 or any(atom is None for atom in atoms):
+        return None
+    shared = [atom for atom in atoms if atom is not None]
+    for cut in range(len(shared) + 1):
+        wanted = [tuple(shared[:cut]), tuple(shared[cut:]), tuple(rows), tuple(features)]
+        sizes = [_product(atom.size for atom in group) for group in wanted[:2]]
+        if not (same_size(sizes[0], batch) and same_size(sizes[1], heads)):
+            continue
+        ids = [tuple(id(atom) for atom in dim) for dim in layout]
+        named = [tuple(id(atom) for atom in group) for group in wanted]
+        if sorted(ids) == sorted(named) and len(set(ids)) == len(ids):
+            return [ids.index(name) for name in named]
+    return None
 
 
 def _index_of(atoms: Sequence[Atom], atom: Atom) -> int:
@@ -228,6 +252,13 @@ def erase_dead(gm: GraphModule) -> int:
     outside = {storage(node) for node in gm.graph.nodes if node.op in ("placeholder", "get_attr") and is_tensor(node)}
     for node in reversed(list(gm.graph.nodes)):
         if node.users or node.op in ("placeholder", "output"):
+            continue
+        if node.target is aten._assert_tensor_metadata.default:
+            # torch.export's checks of dtypes that it knows by itself; they must not keep a dead mask alive.
+            if set(node.all_input_nodes[0].users) != {node}:
+                continue
+            gm.graph.erase_node(node)
+            erased += 1
             continue
         targets = written(node)
         if targets:

@@ -14,7 +14,7 @@ from dilcompile.passes.mask_reader import MaskReader, Unreadable
 from dilcompile.passes.products import Product
 
 SOFTMAX = frozenset(("softmax", "_softmax", "_safe_softmax"))
-_CASTS = frozenset("to _to_copy contiguous clone alias lift_fresh type_as float".split())
+_CASTS = frozenset("to _to_copy contiguous clone alias lift_fresh lift_fresh_copy type_as float".split())
 _MOVES = VIEWS | frozenset(
     "transpose permute t mT swapaxes movedim unsqueeze squeeze expand slice select unbind getitem chunk".split()
 )

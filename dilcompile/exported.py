@@ -1,0 +1,67 @@
+"""The same passes on a ``torch.export`` program."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+
+from dilcompile.passes.find_sites import Graph
+from dilcompile.pipeline import rewrite_normal
+from dilcompile.policy import Policy
+from dilcompile.publish import publish
+
+
+def rewrite_exported(
+    ep: ExportedProgram,
+    policy: str | os.PathLike[str] | dict[str, Any] | Policy | None = None,
+    *,
+    report: str | os.PathLike[str] | None = None,
+) -> ExportedProgram:
+    """A program with the attentions of ``ep`` rewritten by policy; ``ep`` and its weights are not changed.
+
+    Args:
+        ep: as ``torch.export.export`` gives it (before ``run_decompositions``).
+        policy: path, dict, ``Policy`` or preset name; None: ``DILCOMPILE_POLICY``, else ``longnet``.
+        report: path of an .html or .json file to write.
+
+    Returns:
+        A new program; compile it further with ``torch._inductor.aoti_compile_and_package`` or run its ``module()``.
+
+    Raises:
+        PolicyError: for a policy that can't be read.
+        RewriteError: where the policy says that a failure is an error.
+    """
+    loaded = Policy.load(policy)
+    rewritten = _copied(ep)
+    gm = rewritten.graph_module
+    by_name = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
+    weights: set[Node] = set()
+    tables: dict[Node, torch.Tensor] = {}
+    mutated = set(rewritten.graph_signature.buffers_to_mutate.values())
+    for spec in rewritten.graph_signature.input_specs:
+        node = by_name.get(spec.arg.name)
+        if node is None or spec.target is None:
+            continue
+        if spec.kind is InputKind.PARAMETER:
+            weights.add(node)
+        elif spec.kind is InputKind.BUFFER and spec.target not in mutated:
+            # An exported buffer is part of the program: what a mask was read from it stays true.
+            tables[node] = rewritten.state_dict[spec.target] if spec.persistent else rewritten.constants[spec.target]
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            tables[node] = rewritten.constants[spec.target]
+    outcome = rewrite_normal(Graph(gm, frozenset(weights), tables, training=False), loaded, "exported")
+    publish(outcome.report, loaded, report)
+    return rewritten
+
+
+def _copied(ep: ExportedProgram) -> ExportedProgram:
+    """The program with a graph of its own and the same weights."""
+    own = copy.copy(ep)
+    own._graph_module = copy.deepcopy(ep.graph_module)
+    return own
