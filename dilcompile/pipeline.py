@@ -49,11 +49,14 @@ class _Clock:
         self._since = now
 
 
-def rewrite_dynamo(gm: GraphModule, example_inputs: Sequence[Any], policy: Policy, name: str) -> Outcome:
+def rewrite_dynamo(
+    gm: GraphModule, example_inputs: Sequence[Any], policy: Policy, name: str, *, enforce: bool = True
+) -> Outcome:
     """Rewrite a graph that Dynamo captured; ``gm`` itself is not changed.
 
     Args:
         name: what the report calls the graph.
+        enforce: act on the policy's fallbacks and count in Dynamo's counters. False: only say what would be done (for ``explain``).
 
     Raises:
         RewriteError: where the policy says that a failure is an error.
@@ -65,19 +68,21 @@ def rewrite_dynamo(gm: GraphModule, example_inputs: Sequence[Any], policy: Polic
         normal = normalize(gm, example_inputs)
     except NormalizeError as error:
         note = f"left as it is: it could not be normalised ({error})"
-        if policy.defaults.fallback.unsupported == "error":
+        if enforce and policy.defaults.fallback.unsupported == "error":
             raise RewriteError(f"graph {name}: {note}") from error
         return Outcome(None, GraphReport(name, notes=(note,), seconds=clock.seconds))
     clock.lap("normalize")
     inputs = list(normal.graph.find_nodes(op="placeholder"))
     values = dict(zip(inputs, example_inputs, strict=True))
     graph = Graph(normal, _parameters(values), _buffers(values), _training(example_inputs))
-    outcome = rewrite_normal(graph, policy, name, clock)
+    outcome = rewrite_normal(graph, policy, name, clock, enforce=enforce)
     positions = {node: i for i, node in enumerate(inputs)}
     return replace(outcome, tables={positions[node]: graph.tables[node] for node in outcome.tables if node in positions})  # type: ignore[index]
 
 
-def rewrite_normal(graph: Graph, policy: Policy, name: str, clock: _Clock | None = None) -> Outcome:
+def rewrite_normal(
+    graph: Graph, policy: Policy, name: str, clock: _Clock | None = None, *, enforce: bool = True
+) -> Outcome:
     """Rewrite a graph in pre-dispatch ATen, in place.
 
     Returns:
@@ -87,19 +92,21 @@ def rewrite_normal(graph: Graph, policy: Policy, name: str, clock: _Clock | None
     parts = list(regions(graph))
     found = [find_sites(part) for part in parts]
     clock.lap("find")
-    verdicts = _numbered(resolve(policy, [match.site for findings in found for match in findings.matches]))
+    sites = [match.site for findings in found for match in findings.matches]
+    verdicts = _numbered(resolve(policy, sites, enforce=enforce))
     clock.lap("resolve")
     misses = tuple(miss for findings in found for miss in findings.misses)
-    settled, tables = _rewrite_all(parts, found, verdicts)
+    settled, tables = _rewrite_all(parts, found, verdicts, enforce)
     clock.lap("rewrite")
     report = GraphReport(name, tuple(settled), misses, (), clock.seconds)
-    _count(report)
+    if enforce:
+        _count(report)
     rewritten = any(isinstance(verdict, Decision) for verdict in settled)
     return Outcome(graph.gm if rewritten else None, report, tables)  # type: ignore[arg-type]
 
 
 def _rewrite_all(
-    parts: Sequence[Graph], found: Sequence[Findings], verdicts: Sequence[Verdict]
+    parts: Sequence[Graph], found: Sequence[Findings], verdicts: Sequence[Verdict], enforce: bool
 ) -> tuple[list[Verdict], dict[Node, torch.Tensor]]:
     fuel = int(os.environ.get("DILCOMPILE_FUEL", "-1"))
     settled: list[Verdict] = []
@@ -111,7 +118,7 @@ def _rewrite_all(
             if isinstance(verdict, Decision) and fuel == 0:
                 verdict = Rejection(verdict.site, verdict.rule, "DILCOMPILE_FUEL ran out", "raise it or unset it")
             if isinstance(verdict, Decision):
-                verdict = _rewrite_one(part, findings, match, verdict)
+                verdict = _rewrite_one(part, findings, match, verdict, enforce)
             if isinstance(verdict, Decision):
                 fuel -= 1
                 tables.update({node: part.tables[node] for node in match.tables})
@@ -122,7 +129,7 @@ def _rewrite_all(
     return settled, tables
 
 
-def _rewrite_one(part: Graph, findings: Findings, match: Any, decision: Decision) -> Verdict:
+def _rewrite_one(part: Graph, findings: Findings, match: Any, decision: Decision, enforce: bool) -> Verdict:
     """The decision if the rewrite went through; else the graph as it was, and the reason."""
     try:
         rewrite_site(part.gm, match, decision, findings.axes)
@@ -130,9 +137,9 @@ def _rewrite_one(part: Graph, findings: Findings, match: Any, decision: Decision
     except Exception as error:
         reason = f"the rewrite failed: {type(error).__name__}: {error}"
         message = f"{match.site.module or '<top>'} ({match.site.source}): {reason}"
-        if decision.fallback == "error":
+        if enforce and decision.fallback == "error":
             raise RewriteError(message) from error
-        if decision.fallback == "warn":
+        if enforce and decision.fallback == "warn":
             warnings.warn(f"{message}; the original attention is kept", DilcompileWarning, stacklevel=2)
         return Rejection(decision.site, decision.rule, reason, "please report it; the original attention is kept")
 

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import torch
 
-from dilcompile.policy import Policy
+from dilcompile.policy import Policy, unused_rules
 from dilcompile.report import GraphReport, Report
+from dilcompile.report.file import check_path
 
-# Graphs compiled so far, by report path: one file tells of all graphs of a process. Keyed by compile id, because Dynamo
-# may call the backend twice for one graph.
-_graphs: dict[Path, dict[str, GraphReport]] = {}
+ARTIFACT = "dilcompile_report"
+
+# Graphs compiled so far, by report path and policy: one file tells of all graphs of a process. Keyed by compile id, because
+# Dynamo may call the backend twice for one graph.
+_graphs: dict[tuple[Path, str], dict[str, GraphReport]] = {}
 
 
 def publish(graph: GraphReport, policy: Policy, path: str | os.PathLike[str] | None) -> None:
@@ -23,18 +26,23 @@ def publish(graph: GraphReport, policy: Policy, path: str | os.PathLike[str] | N
         path: ``.html`` or ``.json``.
 
     Raises:
-        DilcompileError: for another suffix.
+        DilcompileError: for another suffix, or a path that can't be written.
     """
-    report = Report(str(policy), (graph,))
-    payload = report.to_dict()
     torch._logging.trace_structured(
         "artifact",
-        metadata_fn=lambda: {"name": "dilcompile_report", "encoding": "json"},
-        payload_fn=lambda: json.dumps(payload),
+        metadata_fn=lambda: {"name": ARTIFACT, "encoding": "json"},
+        payload_fn=lambda: json.dumps(gathered((graph,), policy).to_dict()),
     )
     if path is None:
         return
     target = Path(path)
-    graphs = _graphs.setdefault(target.absolute(), {})
+    check_path(target)
+    graphs = _graphs.setdefault((target.absolute(), policy.fingerprint), {})
     graphs[graph.graph] = graph
-    Report(str(policy), tuple(graphs.values())).write(target)
+    gathered(tuple(graphs.values()), policy).write(target)
+
+
+def gathered(graphs: tuple[GraphReport, ...], policy: Policy) -> Report:
+    """The report on these graphs, with the rules that none of their sites took."""
+    verdicts = [verdict for graph in graphs for verdict in graph.verdicts]
+    return Report(str(policy), graphs, tuple(unused_rules(policy, verdicts)))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dilcompile.decision import Decision, Rejection
 from dilcompile.site import AttentionSite, Miss
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 Verdict = Decision | Rejection
 
@@ -33,7 +38,14 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All graphs of one model under one policy."""
+    """All graphs of one model under one policy.
+
+    ``print(report)`` gives the table, in colour on a terminal; identical sites share a row there. ``to_dict`` and ``write`` list every site.
+
+    Args:
+        policy: the policy's text.
+        unused_rules: one line for each rule that decided no site, with what sites have instead.
+    """
 
     policy: str
     graphs: tuple[GraphReport, ...]
@@ -41,6 +53,7 @@ class Report:
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
+        """One a site, in graph order."""
         return tuple(verdict for graph in self.graphs for verdict in graph.verdicts)
 
     @property
@@ -60,15 +73,45 @@ class Report:
 
     @property
     def misses(self) -> tuple[Miss, ...]:
+        """What looks like attention and could not be proven to be it."""
         return tuple(miss for graph in self.graphs for miss in graph.misses)
 
     @property
     def notes(self) -> Sequence[str]:
+        """What holds for whole graphs."""
         return tuple(f"graph {graph.graph}: {note}" for graph in self.graphs for note in graph.notes)
 
-    def to_dict(self) -> dict[str, object]:
-        """The report as plain JSON values."""
-        return {}
+    def __str__(self) -> str:
+        from dilcompile.report.table import text
 
-    def write(self, path: Path) -> None:
-        """TODO"""
+        return text(self)
+
+    def __rich__(self) -> RenderableType:
+        from dilcompile.report.table import renderable
+
+        return renderable(self)
+
+    def to_dict(self) -> dict[str, object]:
+        """The report as plain JSON values; ``version`` counts changes of the keys (see ``dilcompile.report.plain``)."""
+        from dilcompile.report.plain import plain
+
+        return plain(self)
+
+    def to_html(self) -> str:
+        """One self-contained HTML page: no scripts, no files from elsewhere."""
+        from dilcompile.report.page import page
+
+        return page(self)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the report to ``path``; missing folders are made, an old file is replaced in one step.
+
+        Args:
+            path: ``.html`` or ``.json``.
+
+        Raises:
+            DilcompileError: for another suffix, or a path that can't be written.
+        """
+        from dilcompile.report.file import write
+
+        write(self, Path(path))

@@ -1,0 +1,114 @@
+"""``explain``: what a policy would do to a model, without compiling, changing or (mostly) running it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from dilcompile.pipeline import rewrite_dynamo
+from dilcompile.policy import Policy
+from dilcompile.publish import gathered
+from dilcompile.report import GraphReport, Report
+
+# Compiled anew for each explanation: what Dynamo caches on a function's code then belongs to nobody else.
+_CALL = "def call(model, args, kwargs):\n    return model(*args, **kwargs)\n"
+
+
+class _Captured(Exception):
+    """Leaves the call once its only graph is known, before anything is computed."""
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    policy: str | os.PathLike[str] | dict[str, Any] | Policy | None = None,
+    **kwargs: Any,
+) -> Report:
+    """What ``torch.compile(model, backend="dilated", options={"policy": policy})`` would do to ``model(*args, **kwargs)``.
+
+    A model that Dynamo captures as one graph is not run. One with graph breaks is run once as it is, because what follows a
+    break depends on what came before; its buffers and the random state are put back then. Nothing warns and no policy fallback
+    raises: what they would say is in the report. Compilations made before or after are not affected.
+
+    Args:
+        model: a module or function, compiled or not. Grad mode and train/eval mode count as they are.
+        policy: as in the backend's options; None: ``DILCOMPILE_POLICY``, else the preset ``longnet``.
+
+    Raises:
+        PolicyError: for a policy that can't be read.
+    """
+    loaded = Policy.load(policy)
+    plain = _uncompiled(model)
+    try:
+        return gathered(tuple(_only_graph(plain, args, kwargs, loaded)), loaded)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise error.inner_exception from None
+    except torch._dynamo.exc.TorchDynamoException:
+        # It has graph breaks, or its call itself is wrong: then the run raises what the model raises.
+        return gathered(tuple(_all_graphs(plain, args, kwargs, loaded)), loaded)
+
+
+def _only_graph(model: Callable[..., Any], args: Any, kwargs: Any, policy: Policy) -> list[GraphReport]:
+    found: list[GraphReport] = []
+
+    def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        found.append(rewrite_dynamo(gm, example_inputs, policy, "0", enforce=False).report)
+
+        def leave(*inputs: Any) -> Any:
+            raise _Captured
+
+        return leave
+
+    with contextlib.suppress(_Captured), _undisturbed(model):
+        _compiled(capture, fullgraph=True)(model, args, kwargs)
+    return found
+
+
+def _all_graphs(model: Callable[..., Any], args: Any, kwargs: Any, policy: Policy) -> list[GraphReport]:
+    found: list[GraphReport] = []
+
+    def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        found.append(rewrite_dynamo(gm, example_inputs, policy, str(len(found)), enforce=False).report)
+        return gm.forward
+
+    with _undisturbed(model):
+        _compiled(capture, fullgraph=False)(model, args, kwargs)
+    return found
+
+
+def _compiled(backend: Callable[..., Any], fullgraph: bool) -> Callable[..., Any]:
+    scope: dict[str, Any] = {}
+    exec(compile(_CALL, "<dilcompile.explain>", "exec"), scope)
+    # Older torch has no such option; frames after a graph break then share their caches with other compilations.
+    apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+    compiled: Callable[..., Any] = torch.compile(scope["call"], backend=backend, fullgraph=fullgraph, **apart)
+    return compiled
+
+
+def _uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        return model._orig_mod  # type: ignore[no-any-return]
+    inner: Callable[..., Any] = torch._dynamo.eval_frame.innermost_fn(model)
+    return inner
+
+
+@contextlib.contextmanager
+def _undisturbed(model: Callable[..., Any]) -> Iterator[None]:
+    """Buffers and random state afterwards are what they were."""
+    buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
+    before = [buffer.detach().clone() for buffer in buffers]
+    with torch.random.fork_rng(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, held in zip(buffers, before, strict=True):
+                    # Some operators write without counting a version; one that is equal must not get a new version either.
+                    if not torch.equal(buffer, held):
+                        buffer.copy_(held)

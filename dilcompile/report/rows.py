@@ -1,0 +1,185 @@
+"""One row a site, as text: what the terminal's table and the HTML page both show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from dilcompile.decision import Decision, Rejection
+from dilcompile.report import units
+from dilcompile.report.costs import Costs, costs_of, problem_with
+from dilcompile.report.kernels import kernel_of
+from dilcompile.report.lengths import shown
+from dilcompile.site import AttentionSite
+
+HEADINGS = ("site", "attention", "mask", "becomes", "kernel", "numbers", "pairs", "FLOPs", "memory")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One site, or several that are alike but for their layer; every cell is one or two lines.
+
+    Args:
+        site: module path, source line.
+        attention: kind, spelling, dtype; sizes.
+        mask: the mask that was read, in words; its formula.
+        becomes: the form, or ``kept``; the rule.
+        kernel: who computes it (``forward / backward`` where they differ).
+        numbers: ``exact``, ``approximate`` or ``unchanged``.
+        pairs: pairs of the form over those of the mask; over all.
+        flops: before -> after.
+        memory: bytes of q, k, v and output; what is not built any more.
+        notes: what the user should know.
+        reason, cure: why a site is kept, and what to change; empty for a rewritten one.
+        asked: it is kept because the policy says so.
+        costs: of one of the sites.
+        count: how many sites.
+    """
+
+    site: tuple[str, str]
+    attention: tuple[str, str]
+    mask: tuple[str, str]
+    becomes: tuple[str, str]
+    kernel: str
+    numbers: str
+    pairs: tuple[str, str]
+    flops: tuple[str, str]
+    memory: tuple[str, str]
+    notes: tuple[str, ...] = ()
+    reason: str = ""
+    cure: str = ""
+    asked: bool = False
+    costs: Costs | None = None
+    count: int = 1
+
+    @property
+    def cells(self) -> tuple[tuple[str, ...], ...]:
+        """The lines of every cell, in the order of ``HEADINGS``."""
+        held = (
+            self.site,
+            self.attention,
+            self.mask,
+            self.becomes,
+            (self.kernel,),
+            (self.numbers,),
+            self.pairs,
+            self.flops,
+            self.memory,
+        )
+        return tuple(tuple(line for line in cell if line) for cell in held)
+
+    def __str__(self) -> str:
+        return " | ".join(", ".join(cell) for cell in self.cells)
+
+
+def row_of(verdict: Decision | Rejection) -> Row:
+    """The row of one site."""
+    site = verdict.site
+    costs, problem = costs_of(verdict), problem_with(verdict)
+    notes = () if problem is None else (f"can't be computed at these sizes: {problem}",)
+    mask = (str(site.mask), site.mask.formula if site.mask.words else "")
+    common = {
+        "site": (site.module or "<top>", site.source),
+        "attention": (f"{site.kind} {site.spelling}, {str(site.dtype).removeprefix('torch.')}", sizes(site)),
+        "mask": mask,
+        "costs": costs,
+    }
+    if isinstance(verdict, Rejection):
+        return Row(
+            **common,  # type: ignore[arg-type]
+            becomes=("kept" if verdict.asked else "kept: refused", _rule(verdict.rule)),
+            kernel="the model's",
+            numbers="unchanged",
+            pairs=("", ""),
+            flops=("", "") if costs is None else (units.count(costs.flops_before), ""),
+            memory=("", "") if costs is None else (units.size(costs.operand_bytes), ""),
+            reason=verdict.reason,
+            cure=verdict.cure,
+            asked=verdict.asked,
+        )
+    choice = kernel_of(verdict)
+    if choice.reason is not None and problem is None:
+        notes = (*notes, f"no kernel is named: {choice.reason}")
+    kernel = choice.forward or "?"
+    if choice.backward is not None and choice.backward != choice.forward:
+        kernel = f"{kernel} / {choice.backward}"
+    return Row(
+        **common,  # type: ignore[arg-type]
+        becomes=(str(verdict.form), _rule(verdict.rule)),
+        kernel=kernel,
+        numbers=verdict.fidelity,
+        pairs=_pairs(costs),
+        flops=("", "") if costs is None else (f"{units.count(costs.flops_before)} -> {units.count(costs.flops_after)}", ""),
+        memory=_memory(costs),
+        notes=(*notes, *verdict.notes),
+    )
+
+
+def _rule(label: str | None) -> str:
+    """The rule's name; its file and line are in the JSON."""
+    return "" if label is None else f"rule {label.partition(' (')[0]}"
+
+
+def rows_of(verdicts: Iterable[Decision | Rejection]) -> list[Row]:
+    """One row a site, in graph order."""
+    return [row_of(verdict) for verdict in verdicts]
+
+
+def sizes(site: AttentionSite) -> str:
+    """``B 1  H 9/3  S 4096  D 64``: batch, heads (query/key), lengths (query x key), head size (q, k x v)."""
+    heads = str(site.heads) if site.group == 1 else f"{site.heads}/{site.kv_heads}"
+    q_len, k_len = shown(site.q_len), shown(site.k_len)
+    length = q_len if q_len == k_len else f"{q_len} x {k_len}"
+    dim = str(site.head_dim) if site.v_dim == site.head_dim else f"{site.head_dim} x {site.v_dim}"
+    return f"B {shown(site.batch)}  H {heads}  S {length}  D {dim}"
+
+
+def _pairs(costs: Costs | None) -> tuple[str, str]:
+    if costs is None:
+        return ("", "")
+    return (f"{units.percent(costs.density_of_mask)} of mask", f"{units.percent(costs.density_of_all)} of all")
+
+
+def _memory(costs: Costs | None) -> tuple[str, str]:
+    if costs is None:
+        return ("", "")
+    avoided = costs.scores_bytes + costs.mask_bytes
+    return (units.size(costs.operand_bytes), f"not {units.size(avoided)}" if avoided else "")
+
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def grouped(rows: Sequence[Row]) -> list[Row]:
+    """Rows that differ only in one number of their module path become one, in the order of the first of each.
+
+    ``layers.0.attn``, ``layers.1.attn``, ``layers.4.attn`` become ``layers.{0-1,4}.attn``. No site is left out.
+    """
+    alike: dict[Row, list[Row]] = {}
+    for row in rows:
+        key = replace(row, site=(_NUMBER.sub("#", row.site[0], count=1), row.site[1]))
+        alike.setdefault(key, []).append(row)
+    return [_merged(found) for found in alike.values()]
+
+
+def _merged(rows: list[Row]) -> Row:
+    first = rows[0]
+    if len(rows) == 1:
+        return first
+    numbers = [int(match.group()) for row in rows if (match := _NUMBER.search(row.site[0]))]
+    module = first.site[0]
+    if numbers and len(set(numbers)) > 1:
+        module = _NUMBER.sub("{" + ranges(numbers) + "}", module, count=1)
+    return replace(first, site=(module, f"{first.site[1]}, {len(rows)} sites"), count=len(rows))
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """``0-2,5`` for 0, 1, 2, 5."""
+    parts: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
