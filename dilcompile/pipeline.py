@@ -18,7 +18,7 @@ from dilcompile.errors import DilcompileWarning, RewriteError
 from dilcompile.passes.find_sites import Findings, Graph, find_sites
 from dilcompile.passes.normalize import NormalizeError, normalize
 from dilcompile.passes.regions import regions
-from dilcompile.passes.rewrite import erase_dead, rewrite_site
+from dilcompile.passes.rewrite import erase_dead, rewrite_site, unused
 from dilcompile.policy import Policy, resolve
 from dilcompile.report import GraphReport, Verdict
 
@@ -56,7 +56,7 @@ def rewrite_dynamo(
 
     Args:
         name: what the report calls the graph.
-        enforce: act on the policy's fallbacks and count in Dynamo's counters. False: only say what would be done (for ``explain``).
+        enforce: act on the policy's fallbacks, count in Dynamo's counters. False: only say what would be done (for ``explain``).
 
     Raises:
         RewriteError: where the policy says that a failure is an error.
@@ -113,6 +113,7 @@ def _rewrite_all(
     tables: dict[Node, torch.Tensor] = {}
     queue = iter(verdicts)
     for part, findings in zip(parts, found, strict=True):
+        idle = unused(part.gm)
         for match in findings.matches:
             verdict = next(queue)
             if isinstance(verdict, Decision) and fuel == 0:
@@ -123,7 +124,7 @@ def _rewrite_all(
                 fuel -= 1
                 tables.update({node: part.tables[node] for node in match.tables})
             settled.append(verdict)
-        erase_dead(part.gm)
+        erase_dead(part.gm, idle)
         part.gm.graph.lint()
         part.gm.recompile()
     return settled, tables

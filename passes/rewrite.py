@@ -238,10 +238,19 @@ def _own(ours: list[Atom], atom: Atom) -> Atom:
     raise LookupError("an output axis that is none of the site's")
 
 
-def erase_dead(gm: GraphModule) -> int:
-    """Erase nodes without users, in-place writes to tensors that nobody else reads included; return how many.
+def unused(gm: GraphModule) -> frozenset[Node]:
+    """The nodes without users: what the user's own graph computes for nothing (or for its random state)."""
+    return frozenset(node for node in gm.graph.nodes if not node.users)
 
-    Raises nothing: what has an effect outside the graph stays.
+
+def erase_dead(gm: GraphModule, idle: frozenset[Node]) -> int:
+    """Erase what the rewrites left without users, in-place writes to tensors that nobody else reads included.
+
+    Args:
+        idle: what had no users before; random operators among them stay, for the sake of the random state.
+
+    Returns:
+        How many nodes went. What has an effect outside the graph stays.
     """
     erased = 0
     readers: dict[int, int] = {}
@@ -264,7 +273,7 @@ def erase_dead(gm: GraphModule) -> int:
         if targets:
             if any(storage(t) in outside or readers.get(storage(t), 0) > _own_reads(node, t) for t in targets):
                 continue
-        elif node.is_impure():
+        elif node.is_impure(impure_random=node in idle):
             continue
         for arg in node.all_input_nodes:
             if is_tensor(arg):
