@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,11 @@ class Setting:
 
 def counts(form: Any, at: Setting, documents: list[int] | None = None) -> np.ndarray:
     """Multiplicities [H, Sq, Sk] of a form, pair by pair; ``documents`` numbers the key positions."""
+    return _counts(form, at, None if documents is None else tuple(documents)).copy()
+
+
+@lru_cache(maxsize=512)
+def _counts(form: Any, at: Setting, documents: tuple[int, ...] | None) -> np.ndarray:
     found = np.zeros((at.heads, at.q_len, at.k_len), dtype=np.int64)
     for h in range(at.heads):
         for i in range(at.q_len):
@@ -34,7 +40,7 @@ def counts(form: Any, at: Setting, documents: list[int] | None = None) -> np.nda
     return found
 
 
-def _count(form: Any, at: Setting, documents: list[int] | None, h: int, t: int, k: int) -> int:
+def _count(form: Any, at: Setting, documents: tuple[int, ...] | None, h: int, t: int, k: int) -> int:
     if at.causal and k > t:
         return 0
     if at.left is not None and t - k > at.left:

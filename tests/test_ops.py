@@ -1,0 +1,156 @@
+"""The operators as PyTorch sees them: opcheck, strides, compile, autocast, FLOPs, import cost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from dilcompile.forms import Dense, Dilated, SlidingWindow
+from dilcompile.functional import attention, dilated_attention
+from dilcompile.lowering import ops
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+DILATED = Dilated([8, 16], [1, 2], sinks=1)
+
+
+def arguments(contiguous: bool = True, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Any, ...]:
+    def one(heads: int, rows: int) -> Tensor:
+        if contiguous:
+            return torch.randn(2, heads, rows, 8, dtype=dtype, requires_grad=True)
+        wide = torch.randn(2, rows, heads, 16, dtype=dtype)[..., ::2]
+        return wide.transpose(1, 2).detach().requires_grad_()
+
+    values = {
+        "key_padding": None, "documents": None, "bias": None, "dropout_seed": None, "form": str(DILATED),
+        "is_causal": True, "window_left": None, "window_right": None, "q_offset": 0, "scale": 0.3, "softcap": None,
+        "dropout_p": 0.0, "kernel": None, **changes,
+    }  # fmt: skip
+    return (one(4, 20), one(2, 20), one(2, 20), *values.values())
+
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"form": "dense()"},
+    {"form": str(SlidingWindow(5)), "window_left": 6},
+    {"key_padding": torch.arange(20).expand(2, 20) < 15, "documents": (torch.arange(20) // 7)[None]},
+    {"bias": torch.randn(4, 1, 20), "softcap": 3.0, "dropout_p": 0.2, "dropout_seed": torch.tensor([4])},
+]
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("changes", CASES, ids=lambda case: ",".join(case) or "plain")
+def test_opcheck(changes: dict[str, Any], contiguous: bool) -> None:
+    torch.library.opcheck(torch.ops.dilcompile.attention.default, arguments(contiguous, **changes))
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "reference", "sdpa"])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_the_fake_has_the_strides_of_the_real(contiguous: bool, kernel: str) -> None:
+    form = "dense()" if kernel == "sdpa" else str(DILATED)
+    args = list(arguments(contiguous, form=form, kernel=kernel))
+    if kernel == "sdpa":
+        args[1], args[2] = args[0].detach(), args[0].detach()
+    out, lse = torch.ops.dilcompile.attention(*args)
+    assert out.stride() == (20 * 4 * 8, 8, 4 * 8, 1)
+    assert lse.is_contiguous()
+    real = torch.ops.dilcompile.attention_backward(torch.ones_like(out), None, out.detach(), lse.detach(), *args)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(x.detach()) if isinstance(x, Tensor) else x for x in args]
+        fake_out, fake_lse = torch.ops.dilcompile.attention(*fakes)
+        fake = torch.ops.dilcompile.attention_backward(fake_out, None, fake_out, fake_lse, *fakes)
+    for one, other in zip((out, lse, *real), (fake_out, fake_lse, *fake), strict=True):
+        assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q, k, v: dilated_attention(q, k, v, [8, 16], [1, 2], is_causal=True, sinks=1),
+        lambda q, k, v: attention(q, k, v, SlidingWindow(5), is_causal=True, softcap=4.0),
+        lambda q, k, v: attention(q, k, v, {"form": "dense"}, cu_seqlens=torch.tensor([0, 5, k.shape[2]])),
+        lambda q, k, v: attention(q[:, :, -3:], k, v, "dense()", is_causal=True, return_lse=True)[1],
+    ],
+)
+def test_compiled_is_eager(function: Any, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for length in (24, 40):
+        q, k, v = (torch.randn(2, heads, length, 8, requires_grad=True) for heads in (4, 2, 2))
+        results = [call(q, k, v) for call in (function, compiled)]
+        grads = [torch.autograd.grad(result.square().sum(), (q, k, v)) for result in results]
+        for one, other in zip((results[0], *grads[0]), (results[1], *grads[1]), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_inductor_takes_the_operator() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q: dilated_attention(q * 2, q, q + 1, [8, 16], [1, 2]).sum(-1), fullgraph=True)
+    q = torch.randn(1, 2, 24, 8)
+    torch.testing.assert_close(compiled(q), dilated_attention(q * 2, q, q + 1, [8, 16], [1, 2]).sum(-1))
+
+
+def test_autocast_casts_as_sdpa_does() -> None:
+    q = torch.randn(1, 2, 16, 8, requires_grad=True)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            out, lse = attention(q, q, q, "dense()", return_lse=True)
+            assert out.dtype == torch.nn.functional.scaled_dot_product_attention(q, q, q).dtype == dtype
+            assert lse.dtype == torch.float32
+            assert torch.equal(out, attention(q.to(dtype), q.to(dtype), q.to(dtype), "dense()"))
+        out.float().sum().backward()
+        assert q.grad is not None
+        assert q.grad.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attention(q.double(), q.double(), q.double(), "dense()").dtype == torch.float64
+
+
+def test_flops_are_those_of_the_pairs() -> None:
+    q, k, v = (torch.randn(2, heads, 64, 8, requires_grad=True) for heads in (4, 2, 2))
+    with FlopCounterMode(display=False) as counter:
+        dilated_attention(q, k, v, [8, 32], [1, 2]).sum().backward()
+    pairs = 64 * 8 + 2 * 16 * 16
+    found = counter.get_flop_counts()["Global"]
+    assert found[torch.ops.dilcompile.attention] == 2 * 4 * pairs * 4 * 8
+    assert found[torch.ops.dilcompile.attention_backward] == 2 * 4 * pairs * 10 * 8
+
+
+def test_a_gradient_that_nobody_asks_for_is_not_materialised() -> None:
+    q, k, v, *rest = arguments()
+    _, lse = torch.ops.dilcompile.attention(q, k, v, *rest)
+    (grad,) = torch.autograd.grad(lse[lse.isfinite()].sum(), (v,), allow_unused=True)
+    assert grad is None or not grad.any()
+
+
+def test_a_fresh_process_imports_no_optional_package() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import dilcompile.lowering.ops; "
+        "late = {name.split('.')[0] for name in set(sys.modules) - before}; "
+        "print(sorted(late & {'triton', 'transformers', 'pydantic', 'yaml', 'typer', 'rich', 'plotly'}))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_the_oracle_imports_nothing_optimised() -> None:
+    code = (
+        "import sys, torch, dilcompile.lowering.reference as r; "
+        "names = {n.rpartition('.')[2] for n in sys.modules if n.startswith('dilcompile.lowering.')}; "
+        "print(sorted(names & {'cpu', 'flash', 'sdpa', 'views', 'engines', 'merge', 'pieces', 'strided'}))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_window_arguments_and_dense_agree() -> None:
+    q, k, v, *_ = arguments()
+    by_mask = ops.attention(
+        q, k, v, None, None, None, None, str(Dense()), True, 4, None, 0, 0.3, None, 0.0, None
+    )[0]
+    by_form = attention(q, k, v, SlidingWindow(5), is_causal=True, scale=0.3)
+    assert torch.equal(by_mask, by_form)
