@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 import dilcompile.lowering.ops as _registered  # noqa: F401
+from dilcompile.decision import Decision
 from dilcompile.errors import DilcompileError
 from dilcompile.pipeline import rewrite_dynamo
 from dilcompile.policy import Policy
 from dilcompile.publish import publish
+from dilcompile.report import GraphReport
 
 Compiled = Callable[..., Any]
 
@@ -48,11 +51,11 @@ def dilated(
     publish(outcome.report, policy, asked.get("report"))
     compile_inner = _inner(asked.get("inner", "inductor"), asked.get("mode"))
     if outcome.gm is None:
-        return compile_inner(gm, example_inputs)
+        return _counted(compile_inner(gm, example_inputs), outcome.report)
     compiled = compile_inner(outcome.gm, example_inputs)
-    if not outcome.tables:
-        return compiled
-    return _watched(compiled, outcome.tables, lambda: compile_inner(gm, example_inputs))
+    if outcome.tables:
+        compiled = _watched(compiled, outcome.tables, lambda: compile_inner(gm, example_inputs))
+    return _counted(compiled, outcome.report)
 
 
 def _checked(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, Any]:
@@ -108,6 +111,24 @@ def _watched(compiled: Compiled, tables: Mapping[int, torch.Tensor], original: C
                 if not fallback:
                     fallback.append(original())
                 return fallback[0](*args)
+        return compiled(*args)
+
+    return run
+
+
+def _counted(compiled: Compiled, report: GraphReport) -> Compiled:
+    """Count the graph when it first runs: Dynamo may call a backend twice for a graph and drop the first result."""
+    counted = False
+
+    def run(*args: Any) -> Any:
+        nonlocal counted
+        if not counted:
+            counted = True
+            tally = counters["dilcompile"]
+            tally["graphs"] += 1
+            tally["sites_found"] += len(report.verdicts)
+            tally["sites_rewritten"] += sum(isinstance(verdict, Decision) for verdict in report.verdicts)
+            tally["misses"] += len(report.misses)
         return compiled(*args)
 
     return run

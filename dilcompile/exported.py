@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from dilcompile.passes.find_sites import Graph
+from dilcompile.passes.regions import Graph
 from dilcompile.pipeline import rewrite_normal
 from dilcompile.policy import Policy
 from dilcompile.publish import publish

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch._dynamo.utils import counters
 from torch.fx import GraphModule, Node
 
 from dilcompile.decision import Decision, Rejection
 from dilcompile.errors import DilcompileWarning, RewriteError
-from dilcompile.passes.find_sites import Findings, Graph, find_sites
+from dilcompile.passes.find_sites import Findings, find_sites
 from dilcompile.passes.normalize import NormalizeError, normalize
-from dilcompile.passes.regions import regions
+from dilcompile.passes.regions import Graph, regions
 from dilcompile.passes.rewrite import erase_dead, rewrite_site, unused
 from dilcompile.policy import Policy, resolve
 from dilcompile.report import GraphReport, Verdict
@@ -100,8 +99,7 @@ def rewrite_normal(
     clock.lap("rewrite")
     report = GraphReport(name, tuple(settled), misses, (), clock.seconds)
     if enforce:
-        _count(report)
-    rewritten = any(isinstance(verdict, Decision) for verdict in settled)
+        rewritten = any(isinstance(verdict, Decision) for verdict in settled)
     return Outcome(graph.gm if rewritten else None, report, tables)  # type: ignore[arg-type]
 
 
@@ -112,8 +110,8 @@ def _rewrite_all(
     settled: list[Verdict] = []
     tables: dict[Node, torch.Tensor] = {}
     queue = iter(verdicts)
+    idle = frozenset().union(*(unused(part.gm) for part in parts))
     for part, findings in zip(parts, found, strict=True):
-        idle = unused(part.gm)
         for match in findings.matches:
             verdict = next(queue)
             if isinstance(verdict, Decision) and fuel == 0:
@@ -124,7 +122,9 @@ def _rewrite_all(
                 fuel -= 1
                 tables.update({node: part.tables[node] for node in match.tables})
             settled.append(verdict)
+    for part in reversed(parts):  # bodies before the graphs around them
         erase_dead(part.gm, idle)
+        part.drop_unused_inputs()
         part.gm.graph.lint()
         part.gm.recompile()
     return settled, tables
@@ -133,7 +133,7 @@ def _rewrite_all(
 def _rewrite_one(part: Graph, findings: Findings, match: Any, decision: Decision, enforce: bool) -> Verdict:
     """The decision if the rewrite went through; else the graph as it was, and the reason."""
     try:
-        rewrite_site(part.gm, match, decision, findings.axes)
+        rewrite_site(part, match, decision, findings.axes)
         return decision
     except Exception as error:
         reason = f"the rewrite failed: {type(error).__name__}: {error}"
@@ -172,11 +172,3 @@ def _buffers(values: Mapping[Node, Any]) -> dict[Node, torch.Tensor]:
 
 def _training(example_inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs)
-
-
-def _count(report: GraphReport) -> None:
-    tally = counters["dilcompile"]
-    tally["graphs"] += 1
-    tally["sites_found"] += len(report.verdicts)
-    tally["sites_rewritten"] += sum(isinstance(verdict, Decision) for verdict in report.verdicts)
-    tally["misses"] += len(report.misses)

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from dilcompile.passes.axes import Atom, Axes, Leaves, is_tensor, op_name, shape_of
 from dilcompile.passes.mask_reader import MaskReader
 from dilcompile.passes.masks import ReadMask
-from dilcompile.passes.mutations import Mutations
 from dilcompile.passes.provenance import layer_index, module_path, source_line
 from dilcompile.passes.read_operands import read_site_mask
+from dilcompile.passes.regions import Graph
 from dilcompile.passes.roles import Operand, Roles, roles_of_products, roles_of_sdpa, strip
 from dilcompile.passes.score_path import SOFTMAX, MaskOperand, Unproven, labels, scalar_or_none, walk_scores, walk_values
 from dilcompile.site import AttentionSite, Kind, Length, Miss, Phase
@@ -43,22 +43,6 @@ class Findings:
     matches: tuple[Match, ...]
     misses: tuple[Miss, ...]
     axes: Axes
-
-
-@dataclass(frozen=True)
-class Graph:
-    """What the finder needs to know about a graph besides its nodes.
-
-    Args:
-        weights: inputs that are parameters.
-        tables: inputs that are buffers, with their values.
-        training: gradients will be asked for.
-    """
-
-    gm: GraphModule
-    weights: frozenset[Node]
-    tables: Mapping[Node, torch.Tensor]
-    training: bool
 
 
 def find_sites(graph: Graph) -> Findings:
@@ -102,11 +86,13 @@ def _weight_like(nodes: list[Node], parameters: frozenset[Node]) -> frozenset[No
     return frozenset(found)
 
 
-def _constants(gm: GraphModule, nodes: list[Node]) -> dict[Node, torch.Tensor]:
-    """Tensors that the retrace folded into the graph (``torch.tensor(8.0)`` in the model's code)."""
-    found = {}
-    for node in nodes:
-        held = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+def _known(graph: Graph | None) -> dict[Node, torch.Tensor]:
+    """Buffers, and tensors that the retrace folded into the graph (``torch.tensor(8.0)`` in the model's code)."""
+    if graph is None:
+        return {}
+    found = {**_known(graph.parent), **graph.tables}
+    for node in graph.gm.graph.find_nodes(op="get_attr"):
+        held = getattr(graph.gm, str(node.target), None)
         if type(held) is torch.Tensor:
             found[node] = held
     return found
@@ -115,8 +101,8 @@ def _constants(gm: GraphModule, nodes: list[Node]) -> dict[Node, torch.Tensor]:
 class _Finder:
     def __init__(self, graph: Graph, nodes: list[Node], axes: Axes) -> None:
         self.graph, self.axes = graph, axes
-        self.mutations = Mutations(nodes)
-        self.reader = MaskReader({**graph.tables, **_constants(graph.gm, nodes)}, self.mutations.stale)
+        self.mutations = graph.mutations
+        self.reader = MaskReader(_known(graph), graph.stale, graph.outside)
         self.scores = labels(nodes, lambda node: node in axes.products)
         self.probabilities = labels(nodes, lambda node: node.op == "call_function" and op_name(node) in SOFTMAX)
 

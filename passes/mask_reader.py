@@ -64,10 +64,17 @@ class MaskReader:
     Args:
         tables: inputs whose values are known (registered buffers), by node.
         stale: tells whether a tensor was written in place between its making and its use by another node.
+        outside: inputs of a checkpoint's body, and the nodes of the graph around it that they stand for.
     """
 
-    def __init__(self, tables: Mapping[Node, torch.Tensor], stale: Callable[[Node, Node], bool]) -> None:
+    def __init__(
+        self,
+        tables: Mapping[Node, torch.Tensor],
+        stale: Callable[[Node, Node], bool],
+        outside: Mapping[Node, Node] | None = None,
+    ) -> None:
         self.tables = dict(tables)
+        self.outside = dict(outside or {})
         self.sizes: dict[sympy.Symbol, Expr] = {}
         self.elements: list[Node] = []
         self.used_tables: set[Node] = set()
@@ -105,6 +112,8 @@ class MaskReader:
         )
         if node in self.tables:
             return self._table(node, indices)
+        if node in self.outside:
+            return self._value(self.outside[node], indices)
         rule = _READ.get(op_name(node)) if node.op == "call_function" else None
         if rule is None or any(self.stale(source, node) for source in node.all_input_nodes if is_tensor(source)):
             return self.element(node, indices)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import sympy
@@ -246,9 +246,10 @@ def _emittable_number(expr: Expr) -> bool:
 class Vectors:
     """Emits the [B or 1, Sk] operands of a read mask."""
 
-    def __init__(self, emit: Emitter, read: ReadMask, like: Node, k_len: Length) -> None:
+    def __init__(self, emit: Emitter, read: ReadMask, like: Node, k_len: Length, bring_in: Callable[[Node], Node]) -> None:
         self._emit = emit
         self._elements = read.elements
+        self._bring_in = bring_in
         self._device = like.meta["val"].device
         self._k_len = k_len
 
@@ -305,7 +306,7 @@ class Vectors:
 
     def _element(self, element: Expr) -> Node:
         """The tensor as [B or 1, Sk or 1]."""
-        emit, node = self._emit, self._elements[int(element.args[0])]
+        emit, node = self._emit, self._bring_in(self._elements[int(element.args[0])])
         indices = list(element.args[1:])
         for dim in reversed(range(len(indices))):
             if indices[dim].is_Integer:

@@ -7,7 +7,6 @@ The result is above autograd and keeps softmax, matmul and scaled_dot_product_at
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -98,26 +97,42 @@ def _fakify(value: Any, fake_mode: FakeTensorMode) -> Any:
     return fake_mode.from_tensor(value, symbolic_context=symbolic, source=symbolic.tensor_source)
 
 
-@contextlib.contextmanager
-def _vanilla_checkpoints(gm: GraphModule) -> Iterator[Callable[[GraphModule], None]]:
-    """Give plain checkpoints the context function they get by default, as their pre-dispatch rule insists on one."""
+class _BodyMeta(dict[str, Any]):
+    """A checkpoint body's meta that answers for the context function a plain checkpoint has.
+
+    The pre-dispatch rule reads it unasked, while the operator itself takes its presence for a selective checkpoint.
+    """
+
+    def __missing__(self, key: str) -> Any:
+        if key == _CONTEXT_FN:
+            return _plain_context
+        raise KeyError(key)
+
+
+def _plain_context() -> Any:
     from torch._higher_order_ops import wrap
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-    default = functools.partial(create_selective_checkpoint_contexts, wrap._always_prefer_recompute)
-    bodies = [body for body in gm.modules() if isinstance(body, GraphModule) and _CONTEXT_FN not in body.meta]
-    for body in bodies:
-        body.meta[_CONTEXT_FN] = default
+    return create_selective_checkpoint_contexts(wrap._always_prefer_recompute)
+
+
+@contextlib.contextmanager
+def _vanilla_checkpoints(gm: GraphModule) -> Iterator[Callable[[GraphModule], None]]:
+    """Let plain checkpoints be retraced; yields what takes the stand-in off the result."""
+    bodies = {body: body.meta for body in gm.modules() if isinstance(body, GraphModule)}
+    for body, meta in bodies.items():
+        body.meta = _BodyMeta(meta)
 
     def clean(root: GraphModule) -> None:
         for body in root.modules():
-            if isinstance(body, GraphModule) and body.meta.get(_CONTEXT_FN) is default:
+            if isinstance(body, GraphModule) and body.meta.get(_CONTEXT_FN) is _plain_context:
                 del body.meta[_CONTEXT_FN]
 
     try:
         yield clean
     finally:
-        clean(gm)
+        for body, meta in bodies.items():
+            body.meta = meta
 
 
 def _keep_inputs(before: GraphModule, after: GraphModule) -> None:

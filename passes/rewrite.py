@@ -13,27 +13,28 @@ from dilcompile.passes.emit import Emitter, aten
 from dilcompile.passes.find_sites import Match
 from dilcompile.passes.masks import Vectors
 from dilcompile.passes.mutations import storage, written
+from dilcompile.passes.regions import Graph
 from dilcompile.passes.roles import Operand, Roles
 from dilcompile.passes.score_path import MaskOperand
 from dilcompile.site import Length
 
 
-def rewrite_site(gm: GraphModule, match: Match, decision: Decision, axes: Axes) -> Node:
+def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> Node:
     """Insert the rewritten attention before the site's output and redirect the output's users to it.
 
     Args:
-        gm: the normalised graph, changed in place; dead nodes stay until ``erase_dead``.
+        graph: the normalised graph, changed in place; dead nodes stay until ``erase_dead``.
         axes: the layouts that the finder proved on this graph.
 
     Returns:
         The node that now holds the site's output.
     """
     roles, site = match.roles, match.site
-    emit = Emitter(gm, roles.output)
+    emit = Emitter(graph.gm, roles.output)
     q = _operand(emit, match.q, _groups(roles, "q"), axes, site.dtype)
     k = _operand(emit, match.k, _groups(roles, "k"), axes, site.dtype)
     v = _operand(emit, match.v, _groups(roles, "v"), axes, site.dtype)
-    vectors = Vectors(emit, match.mask, k, site.k_len)
+    vectors = Vectors(emit, match.mask, k, site.k_len, graph.bring_in)
     spec = site.mask
     keep = vectors.keep(match.mask.key_padding, site.batch) if spec.key_padding else None
     documents = None if match.mask.documents is None else vectors.documents(match.mask.documents)
