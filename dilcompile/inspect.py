@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from dilcompile.report import GraphReport, Report
 
 # Compiled anew for each explanation: what Dynamo caches on a function's code then belongs to nobody else.
 _CALL = "def call(model, args, kwargs):\n    return model(*args, **kwargs)\n"
+_FILE = "<dilcompile.explain>"
 
 
 class _Captured(Exception):
@@ -58,7 +60,7 @@ def _only_graph(model: Callable[..., Any], args: Any, kwargs: Any, policy: Polic
     found: list[GraphReport] = []
 
     def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.append(rewrite_dynamo(gm, example_inputs, policy, "0", enforce=False).report)
+        found.append(_described(gm, example_inputs, policy, "0"))
 
         def leave(*inputs: Any) -> Any:
             raise _Captured
@@ -74,7 +76,7 @@ def _all_graphs(model: Callable[..., Any], args: Any, kwargs: Any, policy: Polic
     found: list[GraphReport] = []
 
     def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.append(rewrite_dynamo(gm, example_inputs, policy, str(len(found)), enforce=False).report)
+        found.append(_described(gm, example_inputs, policy, str(len(found))))
         return gm.forward
 
     with _undisturbed(model):
@@ -82,18 +84,28 @@ def _all_graphs(model: Callable[..., Any], args: Any, kwargs: Any, policy: Polic
     return found
 
 
+def _described(gm: GraphModule, example_inputs: Sequence[Any], policy: Policy, name: str) -> GraphReport:
+    report = rewrite_dynamo(gm, example_inputs, policy, name, enforce=False).report
+    # Where only torch's own code lies between, our call is the nearest line: that is no line of the user's.
+    verdicts = [
+        replace(v, site=replace(v.site, source="unknown")) if v.site.source.startswith(_FILE) else v for v in report.verdicts
+    ]
+    misses = [replace(miss, source="unknown") if miss.source.startswith(_FILE) else miss for miss in report.misses]
+    return replace(report, verdicts=tuple(verdicts), misses=tuple(misses))
+
+
 def _compiled(backend: Callable[..., Any], fullgraph: bool) -> Callable[..., Any]:
     scope: dict[str, Any] = {}
-    exec(compile(_CALL, "<dilcompile.explain>", "exec"), scope)
+    exec(compile(_CALL, _FILE, "exec"), scope)
     # Older torch has no such option; frames after a graph break then share their caches with other compilations.
     apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-    compiled: Callable[..., Any] = torch.compile(scope["call"], backend=backend, fullgraph=fullgraph, **apart)
+    compiled: Callable[..., Any] = torch.compile(scope["call"], backend=backend, fullgraph=fullgraph, **apart)  # type: ignore[call-overload]
     return compiled
 
 
 def _uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
     if isinstance(model, torch._dynamo.OptimizedModule):
-        return model._orig_mod  # type: ignore[no-any-return]
+        return model._orig_mod
     inner: Callable[..., Any] = torch._dynamo.eval_frame.innermost_fn(model)
     return inner
 

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-import torch
+from torch._logging._internal import trace_structured
 
 from dilcompile.policy import Policy, unused_rules
 from dilcompile.report import GraphReport, Report
@@ -28,7 +28,7 @@ def publish(graph: GraphReport, policy: Policy, path: str | os.PathLike[str] | N
     Raises:
         DilcompileError: for another suffix, or a path that can't be written.
     """
-    torch._logging.trace_structured(
+    trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": ARTIFACT, "encoding": "json"},
         payload_fn=lambda: json.dumps(gathered((graph,), policy).to_dict()),

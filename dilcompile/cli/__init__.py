@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from dilcompile.cli import policy
+from dilcompile.cli import inspect, policy
 
 app = typer.Typer(
     help="Rewrite the attention of unmodified models by policy.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.command()(inspect.inspect)
 app.add_typer(policy.app, name="policy")
 
 

@@ -1,4 +1,4 @@
-"""`--model module:function`: the model and the inputs that a command works on."""
+"""`module:function`: the model and the inputs that a command works on."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Example(NamedTuple):
     kwargs: dict[str, Any]
 
 
-def load_example(spec: str) -> Example:
-    """Call the function that ``spec`` (``package.module:function``) names.
+def load_example(spec: str, argument: str = "--model") -> Example:
+    """Call the function that ``spec`` (``package.module:function``) names; ``argument``: what errors call it.
 
     It returns ``(model, inputs)`` or ``(model, args, kwargs)``; inputs are a tuple of arguments, a dict of
     keyword arguments, or one tensor. Modules in the working directory are found.
@@ -32,24 +32,24 @@ def load_example(spec: str) -> Example:
     """
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
-        raise DilcompileError(f"--model takes module:function, got {spec!r}")
+        raise DilcompileError(f"{argument} takes module:function, got {spec!r}")
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise DilcompileError(f"--model {spec}: {error}") from error
+        raise DilcompileError(f"{argument} {spec}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise DilcompileError(f"--model {spec}: the module {module_name} has no function {name!r}")
-    return _example(spec, function())
+        raise DilcompileError(f"{argument} {spec}: the module {module_name} has no function {name!r}")
+    return _example(f"{argument} {spec}", function())
 
 
-def _example(spec: str, made: Any) -> Example:
+def _example(which: str, made: Any) -> Example:
     import torch
 
-    wrong = f"--model {spec}: the function must return (model, inputs) or (model, args, kwargs)"
+    wrong = f"{which}: the function must return (model, inputs) or (model, args, kwargs)"
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], torch.nn.Module):
         raise DilcompileError(wrong)
     model, inputs = made[0], made[1]

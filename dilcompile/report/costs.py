@@ -26,7 +26,7 @@ class Costs:
         flops_before, flops_after: 2 (D + Dv) a pair of ``pairs_mask``, of ``pairs_form``.
         operand_bytes: q, k, v and the output.
         scores_bytes: the S x S scores in the softmax's dtype that the model writes out and the rewritten site does not hold.
-        mask_bytes: a bool mask over all pairs that is not built any more (once a batch row if it depends on padding or documents).
+        mask_bytes: a bool mask over all pairs that is not built any more (one a batch row if it holds padding or documents).
     """
 
     pairs_all: int

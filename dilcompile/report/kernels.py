@@ -89,5 +89,3 @@ def _choose(
             return Choice(forward, names[id(select(call, asked, backward=True))] if train else None)
     except DilcompileError as error:
         return Choice(None, reason=str(error))
-
-

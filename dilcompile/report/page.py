@@ -1,12 +1,141 @@
-"""The report as one HTML page that needs nothing else."""
+"""The report as one HTML page that needs nothing else: no scripts, no fonts, no files from elsewhere."""
 
 from __future__ import annotations
 
+import json
 from html import escape
 
+from dilcompile.report import units
 from dilcompile.report.record import Report
+from dilcompile.report.rows import HEADINGS, Row, grouped, rows_of
+from dilcompile.report.sections import READING, Section, sections
+from dilcompile.report.totals import Totals, totals_of
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #667079; --line: #e3e6ea; --back: #f6f7f9; --card: #fff;
+  --exact: #1a7f4b; --approximate: #b35900; --unchanged: #667079; --refused: #b3261e; --bar: #3b6fd4; --track: #e8ebf0; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --soft: #98a2ac; --line: #2c3238; --back: #14171a; --card: #1c2024;
+  --exact: #5fd39a; --approximate: #f0a95a; --unchanged: #98a2ac; --refused: #ff8a80; --bar: #7aa5ff; --track: #2c3238; } }
+* { box-sizing: border-box; }
+body { margin: 0; padding: 2rem clamp(1rem, 3vw, 3rem); background: var(--back); color: var(--ink);
+  font: 14px/1.5 system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.05rem; margin: 2rem 0 .6rem; }
+p { margin: .3rem 0; } .soft, small { color: var(--soft); }
+code, .mono { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .92em; }
+.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .7rem 1.1rem; min-width: 9rem; }
+.card b { display: block; font-size: 1.4rem; font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.frame { background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; vertical-align: top; padding: .55rem .8rem; border-top: 1px solid var(--line); }
+thead th { border-top: 0; color: var(--soft); font-weight: 500; white-space: nowrap; }
+td { font-variant-numeric: tabular-nums; } td.nowrap, td.nowrap small { white-space: nowrap; }
+td small { display: block; }
+td.form { min-width: 16rem; max-width: 24rem; } td.mask { min-width: 11rem; }
+.tag { border: 1px solid currentColor; border-radius: 99px; padding: 0 .55rem; font-size: .85em; white-space: nowrap; }
+.exact { color: var(--exact); } .approximate { color: var(--approximate); } .unchanged { color: var(--unchanged); }
+.refused { color: var(--refused); }
+.bar { height: 6px; min-width: 7rem; background: var(--track); border-radius: 3px; overflow: hidden; margin: .35rem 0 .15rem; }
+.bar i { display: block; height: 100%; background: var(--bar); }
+ul { list-style: none; margin: 0; padding: 0; } li { padding: .5rem .8rem; border-top: 1px solid var(--line); }
+li:first-child { border-top: 0; } .cure::before { content: "→ "; }
+details { margin-top: 1rem; } summary { cursor: pointer; color: var(--soft); }
+pre { overflow-x: auto; padding: .8rem; margin: .5rem 0 0; }
+""".strip()
 
 
 def page(report: Report) -> str:
     """See ``Report.to_html``."""
-    return f"<!doctype html><pre>{escape(str(report))}</pre>"
+    rows, totals = rows_of(report.verdicts), totals_of(report)
+    title = report.policy.splitlines()[0] if report.policy else "policy"
+    body = [
+        f"<h1>What happened to every attention</h1><p class=soft>{escape(title)} · {_graphs(report)}</p>",
+        _cards(totals),
+        _table(rows) if rows else "<p>No attention was found.</p>",
+        *(_section(section) for section in sections(report, grouped(rows))),
+        _reading(totals),
+        _details("Policy", report.policy),
+        _details("Seconds of each step, by graph", _seconds(report)),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>dilcompile: {escape(title)}</title>\n<style>\n{STYLE}\n</style>\n</head>\n<body>\n"
+        + "\n".join(part for part in body if part)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _graphs(report: Report) -> str:
+    number = len(report.graphs)
+    return f"{number} graph{'' if number == 1 else 's'}"
+
+
+def _cards(totals: Totals) -> str:
+    cards = [
+        (str(totals.sites), "attention sites"),
+        (str(totals.rewritten), f"rewritten: {totals.exact} exact, {totals.approximate} approximate"),
+        (str(totals.kept + totals.refused), f"as they were: {totals.kept} asked, {totals.refused} refused"),
+        (str(totals.misses), "missed"),
+    ]
+    if totals.flops_before:
+        share = totals.flops_after / totals.flops_before
+        before, after = units.count(totals.flops_before), units.count(totals.flops_after)
+        cards.append((units.percent(share), f"of the attention FLOPs: {before} → {after}"))
+    if totals.scores_bytes:
+        cards.append((units.size(totals.scores_bytes), "scores of the largest site not held"))
+    if totals.mask_bytes:
+        cards.append((units.size(totals.mask_bytes), "masks not built, at least"))
+    shown = (f"<div class=card><b>{escape(number)}</b>{escape(said)}</div>" for number, said in cards)
+    return f"<div class=cards>{''.join(shown)}</div>"
+
+
+def _table(rows: list[Row]) -> str:
+    head = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
+    body = "\n".join(_row(row) for row in rows)
+    return f"<div class=frame><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
+
+
+def _row(row: Row) -> str:
+    cells = []
+    for heading, lines in zip(HEADINGS, row.cells, strict=True):
+        held = _lines(lines)
+        if heading == "numbers":
+            held = f'<span class="tag {row.numbers}">{escape(row.numbers)}</span>{_lines(lines[1:], first=False)}'
+        elif heading == "pairs" and row.costs is not None and lines:
+            share = min(1.0, row.costs.density_of_mask)
+            bar = f'<div class=bar><i style="width:{100 * share:.1f}%"></i></div>'
+            held = f"{escape(lines[0])}{bar}{_lines(lines[1:], first=False)}"
+        elif heading == "becomes" and row.reason and not row.asked:
+            held = f'<span class="tag refused">{escape(lines[0])}</span>{_lines(lines[1:], first=False)}'
+        kind = {"becomes": "form", "mask": "mask"}.get(heading, "nowrap")
+        cells.append(f'<td class="{kind}">{held}</td>')
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _lines(lines: tuple[str, ...], first: bool = True) -> str:
+    """The first line plain, the others small."""
+    large = [escape(line) for line in lines[:1]] if first else []
+    return "".join([*large, *(f"<small>{escape(line)}</small>" for line in lines[len(large) :])])
+
+
+def _section(section: Section) -> str:
+    items = []
+    for about, said, cure in section.items:
+        text = f"<b>{escape(about)}</b> {escape(said)}" if said else escape(about)
+        items.append(f"<li>{text}" + (f"<p class='soft cure'>{escape(cure)}</p>" if cure else "") + "</li>")
+    return f"<h2>{escape(section.heading)}</h2><div class=frame><ul>{''.join(items)}</ul></div>"
+
+
+def _reading(totals: Totals) -> str:
+    lines = [*totals.lines, *(READING if totals.rewritten else ())]
+    return "<h2>How to read it</h2>" + "".join(f"<p class=soft>{escape(line)}</p>" for line in lines)
+
+
+def _seconds(report: Report) -> str:
+    rounded = {graph.graph: {step: round(seconds, 4) for step, seconds in graph.seconds.items()} for graph in report.graphs}
+    return "\n".join(f"{graph}: {json.dumps(steps)}" for graph, steps in rounded.items())
+
+
+def _details(summary: str, content: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary><pre class=frame>{escape(content)}</pre></details>"

@@ -40,7 +40,8 @@ class GraphReport:
 class Report:
     """All graphs of one model under one policy.
 
-    ``print(report)`` gives the table, in colour on a terminal; identical sites share a row there. ``to_dict`` and ``write`` list every site.
+    ``print(report)`` gives the table, in colour on a terminal; sites that are alike share a row there. ``to_dict`` and ``write``
+    list every site.
 
     Args:
         policy: the policy's text.

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from dilcompile.decision import Decision, Rejection
 from dilcompile.report import units
 from dilcompile.report.costs import Costs, costs_of, problem_with
-from dilcompile.report.kernels import kernel_of
+from dilcompile.report.kernels import Choice, kernel_of
 from dilcompile.report.lengths import shown
 from dilcompile.site import AttentionSite
 
-HEADINGS = ("site", "attention", "mask", "becomes", "kernel", "numbers", "pairs", "FLOPs", "memory")
+HEADINGS = ("site", "attention", "mask", "becomes", "numbers", "pairs", "FLOPs", "memory")
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Row:
         attention: kind, spelling, dtype; sizes.
         mask: the mask that was read, in words; its formula.
         becomes: the form, or ``kept``; the rule.
-        kernel: who computes it (``forward / backward`` where they differ).
         numbers: ``exact``, ``approximate`` or ``unchanged``.
+        kernel: who computes it (``forward / backward`` where they differ).
         pairs: pairs of the form over those of the mask; over all.
         flops: before -> after.
         memory: bytes of q, k, v and output; what is not built any more.
@@ -41,8 +41,8 @@ class Row:
     attention: tuple[str, str]
     mask: tuple[str, str]
     becomes: tuple[str, str]
-    kernel: str
     numbers: str
+    kernel: str
     pairs: tuple[str, str]
     flops: tuple[str, str]
     memory: tuple[str, str]
@@ -61,8 +61,7 @@ class Row:
             self.attention,
             self.mask,
             self.becomes,
-            (self.kernel,),
-            (self.numbers,),
+            (self.numbers, self.kernel),
             self.pairs,
             self.flops,
             self.memory,
@@ -80,7 +79,7 @@ def row_of(verdict: Decision | Rejection) -> Row:
     notes = () if problem is None else (f"can't be computed at these sizes: {problem}",)
     mask = (str(site.mask), site.mask.formula if site.mask.words else "")
     common = {
-        "site": (site.module or "<top>", site.source),
+        "site": (site.module or "<top>", "" if site.source == "unknown" else site.source),
         "attention": (f"{site.kind} {site.spelling}, {str(site.dtype).removeprefix('torch.')}", sizes(site)),
         "mask": mask,
         "costs": costs,
@@ -89,7 +88,7 @@ def row_of(verdict: Decision | Rejection) -> Row:
         return Row(
             **common,  # type: ignore[arg-type]
             becomes=("kept" if verdict.asked else "kept: refused", _rule(verdict.rule)),
-            kernel="the model's",
+            kernel="by the model",
             numbers="unchanged",
             pairs=("", ""),
             flops=("", "") if costs is None else (units.count(costs.flops_before), ""),
@@ -101,19 +100,23 @@ def row_of(verdict: Decision | Rejection) -> Row:
     choice = kernel_of(verdict)
     if choice.reason is not None and problem is None:
         notes = (*notes, f"no kernel is named: {choice.reason}")
-    kernel = choice.forward or "?"
-    if choice.backward is not None and choice.backward != choice.forward:
-        kernel = f"{kernel} / {choice.backward}"
     return Row(
         **common,  # type: ignore[arg-type]
         becomes=(str(verdict.form), _rule(verdict.rule)),
-        kernel=kernel,
+        kernel=_by(choice),
         numbers=verdict.fidelity,
         pairs=_pairs(costs),
-        flops=("", "") if costs is None else (f"{units.count(costs.flops_before)} -> {units.count(costs.flops_after)}", ""),
+        flops=("", "") if costs is None else (units.count(costs.flops_before), f"-> {units.count(costs.flops_after)}"),
         memory=_memory(costs),
         notes=(*notes, *verdict.notes),
     )
+
+
+def _by(choice: Choice) -> str:
+    if choice.forward is None:
+        return "by a kernel not known"
+    differs = choice.backward is not None and choice.backward != choice.forward
+    return f"by {choice.forward}" + (f" / {choice.backward}" if differs else "")
 
 
 def _rule(label: str | None) -> str:
@@ -171,7 +174,8 @@ def _merged(rows: list[Row]) -> Row:
     module = first.site[0]
     if numbers and len(set(numbers)) > 1:
         module = _NUMBER.sub("{" + ranges(numbers) + "}", module, count=1)
-    return replace(first, site=(module, f"{first.site[1]}, {len(rows)} sites"), count=len(rows))
+    source = ", ".join(part for part in (first.site[1], f"{len(rows)} sites") if part)
+    return replace(first, site=(module, source), count=len(rows))
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -9,8 +9,7 @@ from dilcompile.report.record import Report
 from dilcompile.report.rows import Row
 
 READING = (
-    "pairs: (query, key) pairs of the form, counted exactly, over those the model's own mask lets through, and over Sq x Sk; "
-    "above 100 % where a multiset counts a key in several branches",
+    "pairs: exact count of the form's over the model's own mask's, and over Sq x Sk; a multiset may count a pair in several branches",
     "FLOPs: 2 (D + Dv) a pair, forward, whole batch, all heads; before: the pairs of the model's own mask",
     "memory: q, k, v and output; not: scores and masks over all pairs that are not built any more",
 )

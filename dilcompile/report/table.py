@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # Without a terminal there is no width to ask for.
 PLAIN_WIDTH = 160
 NARROW = 110
+WIDEST = 34
+_WHOLE_LINES = ("attention", "numbers", "pairs", "FLOPs", "memory")
 _STYLES = {"exact": "green", "approximate": "yellow", "unchanged": "dim"}
 
 
@@ -62,12 +64,22 @@ def _table(report: Report, rows: list[Row]) -> RenderableType:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=f"attention in {_graphs(report)}", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = Table(
+        title=f"attention in {_graphs(report)}", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True
+    )
     for heading in HEADINGS:
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", min_width=_least(heading, rows))
     for row in rows:
         table.add_row(*(_cell(heading, lines) for heading, lines in zip(HEADINGS, row.cells, strict=True)))
     return table
+
+
+def _least(heading: str, rows: list[Row]) -> int:
+    """A width at which the column's longest word is not broken, but for words that no table has room for."""
+    index = HEADINGS.index(heading)
+    lines = [line for row in rows for line in row.cells[index]]
+    words = lines if heading in _WHOLE_LINES else [word for line in lines for word in line.split()]
+    return min(max((len(word) for word in words), default=1), WIDEST)
 
 
 def _cell(heading: str, lines: tuple[str, ...]) -> RenderableType:

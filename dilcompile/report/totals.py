@@ -71,7 +71,9 @@ def totals_of(report: Report) -> Totals:
         for verdict in graph.verdicts:
             held, site = costs_of(verdict), verdict.site
             if held is not None:
-                masks[index, site.mask.formula, str(site.q_len), str(site.k_len)] = held.mask_bytes
+                key = (index, site.mask.formula, str(site.q_len), str(site.k_len))
+                # A kept site (0 bytes) still has its mask built.
+                masks[key] = min(held.mask_bytes, masks.get(key, held.mask_bytes))
     decisions, rejections = report.decisions, report.rejections
     return Totals(
         sites=len(verdicts),
@@ -89,5 +91,3 @@ def totals_of(report: Report) -> Totals:
         mask_bytes=sum(masks.values()),
         uncounted=len(verdicts) - len(costs),
     )
-
-

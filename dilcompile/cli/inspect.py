@@ -1,0 +1,68 @@
+"""`dilcompile inspect`: find every attention of a model and say what a policy makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from dilcompile.report import Report
+
+
+def inspect(
+    model: Annotated[
+        str, typer.Argument(metavar="MODULE:FUNCTION", help="A function that returns (model, inputs) or (model, args, kwargs).")
+    ],
+    policy: Annotated[
+        str | None, typer.Option(metavar="FILE|PRESET", help="Default: what DILCOMPILE_POLICY names, else longnet.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, every site by itself.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as one HTML page.")] = None,
+    fail_on_miss: Annotated[
+        bool,
+        typer.Option("--fail-on-miss", help="Exit code 1 if anything that looks like attention was missed, or a site refused."),
+    ] = False,
+) -> None:
+    """Show every attention of a model, what the policy makes of it, and why not where it can't. The model is not changed."""
+    from dilcompile.errors import DilcompileError
+
+    try:
+        report = _report(model, policy, html)
+    except DilcompileError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    _show(report, json)
+    failures = [*report.misses, *(rejection for rejection in report.rejections if not rejection.asked)]
+    if fail_on_miss and failures:
+        typer.echo(f"{model}: missed or refused: {len(failures)}", err=True)
+        raise typer.Exit(1)
+
+
+def _report(model: str, policy: str | None, html: Path | None) -> Report:
+    from dilcompile.cli.model import load_example
+    from dilcompile.errors import DilcompileError
+    from dilcompile.inspect import explain
+    from dilcompile.policy import Policy
+    from dilcompile.report.file import check_path
+
+    if html is not None:
+        check_path(html)
+        if html.suffix.lower() != ".html":
+            raise DilcompileError(f"--html {html}: name it .html; --json prints the JSON")
+    loaded = Policy.load(policy)
+    example = load_example(model, "MODULE:FUNCTION")
+    report = explain(example.model, *example.args, policy=loaded, **example.kwargs)
+    if html is not None:
+        report.write(html)
+    return report
+
+
+def _show(report: Report, as_json: bool) -> None:
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        typer.echo(str(report))
