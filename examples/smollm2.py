@@ -12,6 +12,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")  # the callers show their own progress
 
 TEXT = Path(__file__).parent / "text" / "persuasion.txt"
 

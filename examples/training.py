@@ -1,4 +1,4 @@
-"""Training through the backend: a small causal language model learns to copy, forward and backward rewritten.
+"""Training through the backend: a small causal language model learns from its context, forward and backward rewritten.
 
 python examples/training.py [--steps 60] [--seq 1024] [--inner inductor|aot_eager|eager]
 """
@@ -56,9 +56,10 @@ class LanguageModel(nn.Module):
         return self.head(x)
 
 
-def batch_of(length: int, vocabulary: int, period: int = 8) -> Tensor:
-    """A random pattern of ``period`` tokens, repeated: the next token is the one ``period`` back."""
-    return torch.randint(vocabulary, (2, period)).repeat(1, length // period + 1)[:, : length + 1]
+def batch_of(length: int, vocabulary: int) -> Tensor:
+    """Two sequences, each a random mix of two tokens of its own: which two, only attention to the past can tell."""
+    pairs = torch.stack([torch.randperm(vocabulary)[:2] for _ in range(2)])
+    return pairs.gather(1, torch.randint(2, (2, length + 1)))
 
 
 def main() -> None:

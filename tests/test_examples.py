@@ -61,8 +61,8 @@ def test_export(tmp_path: Path) -> None:
 def test_demo(tmp_path: Path) -> None:
     arguments = ["--tokens", "600", "--runs", "1", "--inner", "eager", "--policy", "exact", "--report", "report.json"]
     out = run("demo.py", *arguments, cwd=tmp_path, seconds=240)
-    dense, rewritten = (float(re.search(rf"{row}\W+(\d+\.\d+)", out)[1]) for row in ("dense", "rewritten"))  # type: ignore[index]
+    dense, rewritten = (float(re.search(rf"{row}\W+(\d+\.\d+)", out)[1]) for row in ("dense", "the policy"))  # type: ignore[index]
     assert 10 < dense < 100
     assert rewritten == pytest.approx(dense, rel=1e-3)
-    assert "30 of 30 sites were rewritten, 0 of them approximately" in out
+    assert "30 of 30 sites were rewritten by the policy, 0 of them approximately" in out
     assert json.loads((tmp_path / "report.json").read_text())
