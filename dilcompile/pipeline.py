@@ -48,14 +48,12 @@ class _Clock:
         self._since = now
 
 
-def rewrite_dynamo(
-    gm: GraphModule, example_inputs: Sequence[Any], policy: Policy, name: str, *, enforce: bool = True
-) -> Outcome:
+def rewrite_dynamo(gm: GraphModule, example_inputs: Sequence[Any], policy: Policy, name: str, *, enforce: bool = True) -> Outcome:
     """Rewrite a graph that Dynamo captured; ``gm`` itself is not changed.
 
     Args:
         name: what the report calls the graph.
-        enforce: act on the policy's fallbacks, count in Dynamo's counters. False: only say what would be done (for ``explain``).
+        enforce: act on the policy's fallbacks. False: only say what would be done (for ``explain``).
 
     Raises:
         RewriteError: where the policy says that a failure is an error.
@@ -79,9 +77,7 @@ def rewrite_dynamo(
     return replace(outcome, tables={positions[node]: graph.tables[node] for node in outcome.tables if node in positions})  # type: ignore[index]
 
 
-def rewrite_normal(
-    graph: Graph, policy: Policy, name: str, clock: _Clock | None = None, *, enforce: bool = True
-) -> Outcome:
+def rewrite_normal(graph: Graph, policy: Policy, name: str, clock: _Clock | None = None, *, enforce: bool = True) -> Outcome:
     """Rewrite a graph in pre-dispatch ATen, in place.
 
     Returns:
@@ -98,8 +94,7 @@ def rewrite_normal(
     settled, tables = _rewrite_all(parts, found, verdicts, enforce)
     clock.lap("rewrite")
     report = GraphReport(name, tuple(settled), misses, (), clock.seconds)
-    if enforce:
-        rewritten = any(isinstance(verdict, Decision) for verdict in settled)
+    rewritten = any(isinstance(verdict, Decision) for verdict in settled)
     return Outcome(graph.gm if rewritten else None, report, tables)  # type: ignore[arg-type]
 
 
