@@ -89,11 +89,17 @@ def _inner(name: str, mode: str | None) -> Callable[[GraphModule, Sequence[Any]]
     if name == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager  # type: ignore[no-any-return]
+        return lambda gm, example_inputs: aot_eager(gm, list(example_inputs))
     from torch._inductor.compile_fx import compile_fx
 
     patches = torch._inductor.list_mode_options(mode) if mode is not None else {}
-    return lambda gm, example_inputs: compile_fx(gm, list(example_inputs), config_patches=patches)
+
+    def inductor(gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        compiled = compile_fx(gm, list(example_inputs), config_patches=patches)
+        assert callable(compiled)
+        return compiled
+
+    return inductor
 
 
 def _watched(compiled: Compiled, tables: Mapping[int, torch.Tensor], original: Callable[[], Compiled]) -> Compiled:

@@ -90,8 +90,7 @@ def multi_head_attention(
     weights = qkv_weight.chunk(3)
     biases = qkv_bias.chunk(3)
     q, k, v = (
-        _heads(F.linear(x, weight, bias), num_heads)
-        for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        _heads(F.linear(x, weight, bias), num_heads) for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
     )
     keep = _keep(mask, mask_type)
     if not need_weights:

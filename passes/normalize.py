@@ -41,9 +41,9 @@ def normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     fakes = [_fakify(value, fake_mode) for value in example_inputs]
     try:
         with fake_mode, torch.fx.traceback.preserve_node_meta(), _vanilla_checkpoints(gm) as clean:
-            traced: GraphModule = make_fx(
-                _Retrace(gm).run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True
-            )(*fakes)
+            traced: GraphModule = make_fx(_Retrace(gm).run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(
+                *fakes
+            )
             clean(traced)
     except Exception as error:
         raise NormalizeError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
@@ -69,7 +69,7 @@ class _Retrace(Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is torch.amp.autocast_mode._enter_autocast:
             # Entering it for real gives the values below the dtypes they will have; it records itself.
-            return torch.amp.autocast(*args, **kwargs).__enter__()
+            return torch.amp.autocast(*args, **kwargs).__enter__()  # type: ignore[no-untyped-call]
         if target is torch.amp.autocast_mode._exit_autocast:
             args[0].__exit__(None, None, None)
             return None
@@ -91,7 +91,7 @@ def _fakify(value: Any, fake_mode: FakeTensorMode) -> Any:
         return value
     context = TracingContext.try_get()
     # Dynamo's own symbols for this input, so that its guards and ours speak of the same lengths.
-    symbolic: Any = None if context is None else context.tensor_to_context.get(value)
+    symbolic: Any = None if context is None else context.tensor_to_context.get(value)  # type: ignore[no-untyped-call]
     if symbolic is None:
         return fake_mode.from_tensor(value, static_shapes=True)
     return fake_mode.from_tensor(value, symbolic_context=symbolic, source=symbolic.tensor_source)
@@ -113,7 +113,7 @@ def _plain_context() -> Any:
     from torch._higher_order_ops import wrap
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-    return create_selective_checkpoint_contexts(wrap._always_prefer_recompute)
+    return create_selective_checkpoint_contexts(wrap._always_prefer_recompute)  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
@@ -145,7 +145,7 @@ def _keep_inputs(before: GraphModule, after: GraphModule) -> None:
         new.target = old.target
         new._rename(old.name)
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
 
 
 def _placeholders(gm: GraphModule) -> list[Node]:

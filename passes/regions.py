@@ -53,7 +53,7 @@ class Graph:
         assert self.parent is not None
         assert self.call is not None
         outer = self.parent.bring_in(node)
-        placeholders = list(self.gm.graph.find_nodes(op="placeholder"))
+        placeholders: list[Node] = list(self.gm.graph.find_nodes(op="placeholder"))
         for own, argument in zip(placeholders, self.call.args[1:], strict=True):
             if argument is outer:
                 return own
@@ -86,9 +86,7 @@ def regions(graph: Graph) -> Iterator[Graph]:
             continue
         inner = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[1:], strict=True))
         outside = {
-            own: outer
-            for own, outer in inner.items()
-            if isinstance(outer, Node) and not _written_since(graph, outer, node)
+            own: outer for own, outer in inner.items() if isinstance(outer, Node) and not _written_since(graph, outer, node)
         }
         yield from regions(
             Graph(

@@ -195,9 +195,7 @@ def _in_score_order(emit: Emitter, operand: MaskOperand, roles: Roles, axes: Axe
     if any(spread):
         full = [atoms[i].size if spread[g] else sizes[i] for g, group in enumerate(present) for i in group]
         node = emit(aten.expand.default, node, [emit.size(size) for size in full])
-        merged = [
-            _product(atoms[i].size for i in group) if spread[g] else merged[g] for g, group in enumerate(present)
-        ]
+        merged = [_product(atoms[i].size for i in group) if spread[g] else merged[g] for g, group in enumerate(present)]
     return emit.reshape(node, merged)
 
 
