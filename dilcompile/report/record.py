@@ -12,7 +12,7 @@ from dilcompile.decision import Decision, Rejection
 from dilcompile.site import AttentionSite, Miss
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 Verdict = Decision | Rejection
 
@@ -87,10 +87,10 @@ class Report:
 
         return text(self)
 
-    def __rich__(self) -> RenderableType:
-        from dilcompile.report.table import renderable
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from dilcompile.report.table import renderables
 
-        return renderable(self)
+        return renderables(self, options.max_width)
 
     def to_dict(self) -> dict[str, object]:
         """The report as plain JSON values; ``version`` counts changes of the keys (see ``dilcompile.report.plain``)."""

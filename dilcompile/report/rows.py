@@ -18,11 +18,11 @@ HEADINGS = ("site", "attention", "mask", "becomes", "numbers", "pairs", "FLOPs",
 
 @dataclass(frozen=True)
 class Row:
-    """One site, or several that are alike but for their layer; every cell is one or two lines.
+    """One site, or several that are alike but for their layer. A cell is one to three lines, the first the most important.
 
     Args:
         site: module path, source line.
-        attention: kind, spelling, dtype; sizes.
+        attention: kind and spelling; sizes; dtype.
         mask: the mask that was read, in words; its formula.
         becomes: the form, or ``kept``; the rule.
         numbers: ``exact``, ``approximate`` or ``unchanged``.
@@ -38,7 +38,7 @@ class Row:
     """
 
     site: tuple[str, str]
-    attention: tuple[str, str]
+    attention: tuple[str, str, str]
     mask: tuple[str, str]
     becomes: tuple[str, str]
     numbers: str
@@ -80,7 +80,7 @@ def row_of(verdict: Decision | Rejection) -> Row:
     mask = (str(site.mask), site.mask.formula if site.mask.words else "")
     common = {
         "site": (site.module or "<top>", "" if site.source == "unknown" else site.source),
-        "attention": (f"{site.kind} {site.spelling}, {str(site.dtype).removeprefix('torch.')}", sizes(site)),
+        "attention": (f"{site.kind} {site.spelling}", sizes(site), str(site.dtype).removeprefix("torch.")),
         "mask": mask,
         "costs": costs,
     }

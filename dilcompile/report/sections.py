@@ -9,7 +9,7 @@ from dilcompile.report.record import Report
 from dilcompile.report.rows import Row
 
 READING = (
-    "pairs: exact count of the form's over the model's own mask's, and over Sq x Sk; a multiset may count a pair in several branches",
+    "pairs: exact count of the form's over the model's own mask's, and over Sq x Sk; a multiset counts a pair once a branch",
     "FLOPs: 2 (D + Dv) a pair, forward, whole batch, all heads; before: the pairs of the model's own mask",
     "memory: q, k, v and output; not: scores and masks over all pairs that are not built any more",
 )

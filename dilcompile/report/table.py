@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dilcompile.report.record import Report
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 # Without a terminal there is no width to ask for.
 PLAIN_WIDTH = 160
-NARROW = 110
-WIDEST = 34
+NARROW = 130
+_BETWEEN = 3
 _WHOLE_LINES = ("attention", "numbers", "pairs", "FLOPs", "memory")
 _STYLES = {"exact": "green", "approximate": "yellow", "unchanged": "dim"}
 
@@ -28,31 +29,28 @@ def text(report: Report) -> str:
     from rich.console import Console
 
     on_terminal = sys.stdout.isatty()
-    width = None if on_terminal else int(os.environ.get("COLUMNS") or PLAIN_WIDTH)
-    console = Console(file=io.StringIO(), width=width, force_terminal=on_terminal, highlight=False)
-    if on_terminal:
-        console.width = Console().width
-    console.print(renderable(report, narrow=console.width < NARROW))
-    written = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in written.splitlines())
+    width = Console().width if on_terminal else int(os.environ.get("COLUMNS") or PLAIN_WIDTH)
+    written = io.StringIO()
+    console = Console(file=written, width=width, force_terminal=on_terminal, highlight=False)
+    console.print(*renderables(report, width), sep="\n")
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
 
 
-def renderable(report: Report, narrow: bool = False) -> RenderableType:
-    """The table, what there is to say beside it, and the sums. ``narrow``: one block a row in place of the table."""
-    from rich.console import Group
+def renderables(report: Report, width: int) -> Iterator[RenderableType]:
+    """The table, what there is to say beside it, and the sums. Where the table has no room, one block a row."""
     from rich.text import Text
 
     rows = grouped(rows_of(report.verdicts))
-    parts: list[RenderableType] = []
     if rows:
-        parts.append(_blocks(rows) if narrow else _table(report, rows))
+        yield Text(f"attention in {_graphs(report)}")
+        yield _table(rows, width) if width >= NARROW else _blocks(rows)
     else:
-        parts.append(Text(f"no attention was found in {_graphs(report)}"))
-    parts += [_section(section) for section in sections(report, rows)]
-    parts.append(Text("\n".join(totals_of(report).lines), style="bold"))
+        yield Text(f"no attention was found in {_graphs(report)}\n")
+    for section in sections(report, rows):
+        yield _section(section)
+    yield Text("\n".join(totals_of(report).lines), style="bold")
     if report.decisions:
-        parts.append(Text("\n".join(READING), style="dim"))
-    return Group(*parts)
+        yield Text("\n".join(READING), style="dim")
 
 
 def _graphs(report: Report) -> str:
@@ -60,26 +58,29 @@ def _graphs(report: Report) -> str:
     return f"{number} graph{'' if number == 1 else 's'} under {report.policy.splitlines()[0]}"
 
 
-def _table(report: Report, rows: list[Row]) -> RenderableType:
+def _table(rows: list[Row], width: int) -> RenderableType:
     from rich import box
     from rich.table import Table
 
-    table = Table(
-        title=f"attention in {_graphs(report)}", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True
-    )
-    for heading in HEADINGS:
-        table.add_column(heading, overflow="fold", min_width=_least(heading, rows))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for heading, least in zip(HEADINGS, _least_widths(rows, width), strict=True):
+        table.add_column(heading, overflow="fold", min_width=least)
     for row in rows:
         table.add_row(*(_cell(heading, lines) for heading, lines in zip(HEADINGS, row.cells, strict=True)))
     return table
 
 
-def _least(heading: str, rows: list[Row]) -> int:
-    """A width at which the column's longest word is not broken, but for words that no table has room for."""
-    index = HEADINGS.index(heading)
-    lines = [line for row in rows for line in row.cells[index]]
-    words = lines if heading in _WHOLE_LINES else [word for line in lines for word in line.split()]
-    return min(max((len(word) for word in words), default=1), WIDEST)
+def _least_widths(rows: list[Row], width: int) -> list[int]:
+    """For each column the width at which no word is broken; where that is more than there is, the widest give way."""
+    columns = [[line for row in rows for line in row.cells[index]] for index in range(len(HEADINGS))]
+    words = [
+        lines if heading in _WHOLE_LINES else [word for line in lines for word in line.split()]
+        for heading, lines in zip(HEADINGS, columns, strict=True)
+    ]
+    least = [max((len(word) for word in (heading, *held)), default=1) for heading, held in zip(HEADINGS, words, strict=True)]
+    while sum(least) > width - _BETWEEN * len(HEADINGS):
+        least[least.index(max(least))] -= 1
+    return least
 
 
 def _cell(heading: str, lines: tuple[str, ...]) -> RenderableType:
