@@ -21,6 +21,8 @@ def module_path(node: Node) -> str:
         stack = candidate.meta.get("nn_module_stack")
         if stack:
             return _dotted(str(list(stack.values())[-1][0]))
+        if candidate.meta.get("stack_trace"):
+            return ""  # recorded, and in no submodule
     return ""
 
 
