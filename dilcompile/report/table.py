@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Without a terminal there is no width to ask for.
 PLAIN_WIDTH = 160
 NARROW = 130
-_BETWEEN = 3
+_BETWEEN = 2
 _WHOLE_LINES = ("attention", "numbers", "pairs", "FLOPs", "memory")
 _STYLES = {"exact": "green", "approximate": "yellow", "unchanged": "dim"}
 
@@ -62,25 +62,32 @@ def _table(rows: list[Row], width: int) -> RenderableType:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for heading, least in zip(HEADINGS, _least_widths(rows, width), strict=True):
-        table.add_column(heading, overflow="fold", min_width=least)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=True)
+    for heading, columns in zip(HEADINGS, _widths(rows, width), strict=True):
+        table.add_column(heading, overflow="fold", width=columns)
     for row in rows:
         table.add_row(*(_cell(heading, lines) for heading, lines in zip(HEADINGS, row.cells, strict=True)))
     return table
 
 
-def _least_widths(rows: list[Row], width: int) -> list[int]:
-    """For each column the width at which no word is broken; where that is more than there is, the widest give way."""
-    columns = [[line for row in rows for line in row.cells[index]] for index in range(len(HEADINGS))]
-    words = [
-        lines if heading in _WHOLE_LINES else [word for line in lines for word in line.split()]
-        for heading, lines in zip(HEADINGS, columns, strict=True)
+def _widths(rows: list[Row], width: int) -> list[int]:
+    """The columns' widths. No word is broken where there is room for that, and then no line.
+
+    Rich by itself takes from every column alike, and cuts numbers.
+    """
+    lines = [[heading, *(line for row in rows for line in row.cells[index])] for index, heading in enumerate(HEADINGS)]
+    whole = [max(map(len, held)) for held in lines]
+    found = [
+        most if heading in _WHOLE_LINES else max(len(word) for line in held for word in line.split())
+        for heading, held, most in zip(HEADINGS, lines, whole, strict=True)
     ]
-    least = [max((len(word) for word in (heading, *held)), default=1) for heading, held in zip(HEADINGS, words, strict=True)]
-    while sum(least) > width - _BETWEEN * len(HEADINGS):
-        least[least.index(max(least))] -= 1
-    return least
+    room = width - _BETWEEN * len(HEADINGS) - 2
+    while sum(found) > room:
+        found[found.index(max(found))] -= 1
+    while sum(found) < room and found != whole:
+        short = [most / now for most, now in zip(whole, found, strict=True)]
+        found[short.index(max(short))] += 1
+    return found
 
 
 def _cell(heading: str, lines: tuple[str, ...]) -> RenderableType:
