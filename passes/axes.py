@@ -170,6 +170,15 @@ KEEPS_LAYOUT = frozenset(
 VIEWS = frozenset("view reshape _unsafe_view flatten unflatten view_as reshape_as _reshape_alias".split())
 
 
+_RANDOM = frozenset(("dropout", "native_dropout", "bernoulli", "rand_like", "randn_like"))
+# Operators that only move, copy or cast elements: their result varies along an axis just as their input does.
+MOVES_ONLY = VIEWS | frozenset(
+    "to _to_copy contiguous clone alias detach lift_fresh transpose swapaxes swapdims permute t mT adjoint numpy_T "
+    "movedim moveaxis unsqueeze squeeze expand expand_as broadcast_to repeat repeat_interleave select slice narrow "
+    "type_as float".split()
+)
+
+
 class Axes:
     """The layouts of all tensors of one graph, filled in one forward pass."""
 
@@ -204,9 +213,37 @@ class Axes:
                 layout = self._layouts.get(node.all_input_nodes[0]) if node.all_input_nodes else None
             elif is_pointwise(node):
                 layout = self._pointwise(node)
-        self._layouts[node] = self._checked(node, layout)
+        self._layouts[node] = self._varying(node, self._checked(node, layout))
         if node in self.products or not self._of_products.isdisjoint(node.all_input_nodes):
             self._of_products.add(node)
+
+    def _varying(self, node: Node, layout: Layout) -> Layout:
+        """Broadcast atoms stay so only where the result surely does not vary along them either."""
+        atoms = [atom for dim in layout for atom in leaves(dim) if atom.broadcast]
+        if not atoms or op_name(node) in MOVES_ONLY:
+            return layout
+        inputs = tensor_args(node)
+        spread = {id(atom) for arg in inputs for atom in flat(self[arg]) if not atom.broadcast}
+        constant = is_pointwise(node) and op_name(node) not in _RANDOM and all(
+            self._constant_along(arg, position, len(layout))
+            for arg in inputs
+            for position, dim in enumerate(layout)
+            if any(atom.broadcast for atom in leaves(dim))
+        )
+        if constant and not any(id(atom) in spread for atom in atoms):
+            return layout
+        return tuple(
+            tuple(
+                Atom(atom.size, atom.role, origin=atom) if atom.broadcast else atom for atom in leaves(dim)
+            )
+            for dim in layout
+        )
+
+    def _constant_along(self, node: Node, position: int, rank: int) -> bool:
+        """Does a pointwise operand not vary along a dim of the result?"""
+        own = self[node]
+        place = position - (rank - len(own))
+        return place < 0 or all(atom.broadcast for atom in own[place])
 
     def _checked(self, node: Node, layout: Layout | None) -> Layout:
         """The layout if it fits the shape; else fresh atoms, with roles carried over by position."""
@@ -246,7 +283,7 @@ class Axes:
             pairs = align(() if left is None else lhs[left], () if right is None else rhs[right])
             if pairs is None:
                 return None
-            layout[out] = tuple(x if x is not None else y for x, y in pairs if x is not None or y is not None)
+            layout[out] = tuple(atom for atom in (_either(x, y) for x, y in pairs) if atom is not None)
         mine = {id(atom) for dim, _ in product.lhs_free for atom in leaves(lhs[dim])}
         theirs = {id(atom) for dim, _ in product.rhs_free for atom in leaves(rhs[dim])}
         weight = product.rhs in self.weights or product.lhs in self.weights
@@ -262,6 +299,11 @@ class Axes:
             for _, out in free:
                 layout[out] = self.fresh(shape[out], "feature")
         return tuple(layout)
+
+
+def _either(x: Atom | None, y: Atom | None) -> Atom | None:
+    """The atom of a product's batch axis: of two, one that varies."""
+    return y if x is None or (x.broadcast and y is not None) else x
 
 
 def _role(dim: Leaves) -> Role | None:
