@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import dilcompile.lowering.ops as _registered  # noqa: F401
 
 if TYPE_CHECKING:
-    from dilcompile import forms, functional
+    import dilcompile.forms as forms
+    import dilcompile.functional as functional
     from dilcompile.errors import DilcompileError, DilcompileWarning, FormError, KernelError, PolicyError, RewriteError
     from dilcompile.exported import rewrite_exported
     from dilcompile.inspect import explain

@@ -142,7 +142,8 @@ def main() -> None:
     reach = ": they attend to fewer keys than the model was trained with" if approximate else ""
     console.print(
         "dense: torch.compile as it is. exact: backend=dilated, the same pairs as before, without the mask tensor. "
-        f"the policy: {options.policy}.\n{len(report.decisions)} of {len(report.sites)} sites were rewritten by the policy, "
+        f"the policy: {Path(options.policy).name}.\n"
+        f"{len(report.decisions)} of {len(report.sites)} sites were rewritten by the policy, "
         f"{len(approximate)} of them approximately{reach}."
     )
     if medians["the policy"] >= medians["dense"]:
