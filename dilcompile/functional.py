@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,9 +67,7 @@ def attention(
     _check_padding(key_padding, k)
     _check_bias(bias, q, k)
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
-    documents = (
-        None if cu_seqlens is None else _documents(cu_seqlens, q.shape[2], k.shape[2], offset, k.device)
-    )
+    documents = None if cu_seqlens is None else _documents(cu_seqlens, q.shape[2], k.shape[2], offset, k.device)
     seed = torch.randint(0, 2**62, (1,), device=q.device) if dropout_p > 0 else None
     out, lse = ops.attention(
         q,
@@ -175,9 +174,7 @@ def _text(form: Form | str | Mapping[str, Any]) -> str:
         checked: str = _checked_text(form)
         return checked
     if not isinstance(form, Mapping) or not isinstance(form.get("form"), str):
-        raise DilcompileError(
-            f"form must be a Form, its text, or a mapping such as {{'form': 'dense'}}, not {form!r}"
-        )
+        raise DilcompileError(f"form must be a Form, its text, or a mapping such as {{'form': 'dense'}}, not {form!r}")
     return str(make_form(form["form"], {name: value for name, value in form.items() if name != "form"}))
 
 
@@ -186,25 +183,17 @@ def _check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
         if x.dim() != 4:
             raise DilcompileError(f"{name} must be [B, H, S, D], not {list(x.shape)}; add the missing dims")
         if x.dtype not in _DTYPES:
-            raise DilcompileError(
-                f"{name} has dtype {x.dtype}; attention needs float16, bfloat16, float32 or float64: cast it"
-            )
+            raise DilcompileError(f"{name} has dtype {x.dtype}; attention needs float16, bfloat16, float32 or float64: cast it")
         if 0 in x.shape:
             raise DilcompileError(f"{name} is empty: {list(x.shape)}; every dim must be at least 1")
     if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):
         raise DilcompileError(f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; cast them to one")
     if not q.device == k.device == v.device:
-        raise DilcompileError(
-            f"q, k and v are on {q.device}, {k.device} and {v.device}; move them to one device"
-        )
+        raise DilcompileError(f"q, k and v are on {q.device}, {k.device} and {v.device}; move them to one device")
     if not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise DilcompileError(
-            f"q, k and v have batch sizes {q.shape[0]}, {k.shape[0]} and {v.shape[0]}; expand them"
-        )
+        raise DilcompileError(f"q, k and v have batch sizes {q.shape[0]}, {k.shape[0]} and {v.shape[0]}; expand them")
     if k.shape[1] != v.shape[1] or k.shape[2] != v.shape[2]:
-        raise DilcompileError(
-            f"k is {list(k.shape)} but v is {list(v.shape)}; they must agree in all dims but the last"
-        )
+        raise DilcompileError(f"k is {list(k.shape)} but v is {list(v.shape)}; they must agree in all dims but the last")
     if q.shape[3] != k.shape[3]:
         raise DilcompileError(f"q has head size {q.shape[3]} but k has {k.shape[3]}; they must be equal")
     if q.shape[1] % k.shape[1]:
@@ -218,9 +207,7 @@ def _check_numbers(scale: float | None, softcap: float | None, dropout_p: float)
     if scale is not None and not math.isfinite(scale):
         raise DilcompileError(f"scale must be a finite number, not {scale}; leave it out for D ** -0.5")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise DilcompileError(
-            f"softcap must be a finite number above 0, not {softcap}; leave it out for no cap"
-        )
+        raise DilcompileError(f"softcap must be a finite number above 0, not {softcap}; leave it out for no cap")
     if not 0 <= dropout_p < 1:
         raise DilcompileError(f"dropout_p must be at least 0 and below 1, not {dropout_p}")
 
@@ -229,13 +216,9 @@ def _check_padding(key_padding: Tensor | None, k: Tensor) -> None:
     if key_padding is None:
         return
     if key_padding.dtype != torch.bool:
-        raise DilcompileError(
-            f"key_padding must be bool (True keeps a key), not {key_padding.dtype}; compare it first"
-        )
+        raise DilcompileError(f"key_padding must be bool (True keeps a key), not {key_padding.dtype}; compare it first")
     if key_padding.dim() != 2 or key_padding.shape[0] != k.shape[0] or key_padding.shape[1] != k.shape[2]:
-        raise DilcompileError(
-            f"key_padding must be [B, Sk] = [{k.shape[0]}, {k.shape[2]}], not {list(key_padding.shape)}"
-        )
+        raise DilcompileError(f"key_padding must be [B, Sk] = [{k.shape[0]}, {k.shape[2]}], not {list(key_padding.shape)}")
     if key_padding.device != k.device:
         raise DilcompileError(f"key_padding is on {key_padding.device} but k is on {k.device}; move it there")
 
@@ -244,17 +227,11 @@ def _check_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> None:
     if bias is None:
         return
     if not bias.is_floating_point():
-        raise DilcompileError(
-            f"bias must be a float tensor, not {bias.dtype}; a bool mask goes into key_padding or a form"
-        )
+        raise DilcompileError(f"bias must be a float tensor, not {bias.dtype}; a bool mask goes into key_padding or a form")
     full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    fits = bias.dim() <= 4 and all(
-        size in (1, whole) for size, whole in zip(reversed(bias.shape), reversed(full), strict=False)
-    )
+    fits = bias.dim() <= 4 and all(size in (1, whole) for size, whole in zip(reversed(bias.shape), reversed(full), strict=False))
     if not fits:
-        raise DilcompileError(
-            f"bias of shape {list(bias.shape)} does not broadcast to [B, H, Sq, Sk] = {list(full)}"
-        )
+        raise DilcompileError(f"bias of shape {list(bias.shape)} does not broadcast to [B, H, Sq, Sk] = {list(full)}")
 
 
 def _documents(cu_seqlens: Tensor, q_len: int, k_len: int, offset: int, device: torch.device) -> Tensor:
@@ -278,13 +255,9 @@ def _documents(cu_seqlens: Tensor, q_len: int, k_len: int, offset: int, device: 
 
 def _check_boundaries(boundaries: list[int], k_len: int) -> None:
     if boundaries[0] != 0:
-        raise DilcompileError(
-            f"cu_seqlens must start at 0, not {boundaries[0]}; it holds document starts and the end"
-        )
+        raise DilcompileError(f"cu_seqlens must start at 0, not {boundaries[0]}; it holds document starts and the end")
     if boundaries[-1] != k_len:
         raise DilcompileError(f"cu_seqlens must end at the number of keys, {k_len}, not {boundaries[-1]}")
-    for index, (start, stop) in enumerate(zip(boundaries, boundaries[1:], strict=False)):
+    for index, (start, stop) in enumerate(pairwise(boundaries)):
         if stop < start:
-            raise DilcompileError(
-                f"cu_seqlens must not decrease, but cu_seqlens[{index + 1}]={stop} comes after {start}"
-            )
+            raise DilcompileError(f"cu_seqlens must not decrease, but cu_seqlens[{index + 1}]={stop} comes after {start}")

@@ -60,9 +60,7 @@ class Kernel(Protocol):
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         """out [B, H, Sq, Dv] in q's dtype, laid out [B, Sq, H, Dv]; lse [B, H, Sq] contiguous in ``score_dtype``."""
 
-    def backward(
-        self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
-    ) -> Gradients:
+    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         """Gradients of q, k, v and bias (None without bias), each in its operand's dtype and shape."""
 
 

@@ -16,9 +16,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def keep_factor(
-    seed: Tensor, b: Tensor, h: Tensor, t: Tensor, k: Tensor, p: float, dtype: torch.dtype
-) -> Tensor:
+def keep_factor(seed: Tensor, b: Tensor, h: Tensor, t: Tensor, k: Tensor, p: float, dtype: torch.dtype) -> Tensor:
     """1 / (1 - p) for pairs that are kept, 0 for the dropped.
 
     Args:

@@ -180,9 +180,7 @@ def _scores(part: Part, block: Block) -> Iterator[_Scores]:
         if visible is None:
             continue
         first, second, rows, keys = cut
-        q_cut, k_cut, v_cut = (
-            x[first, second, span].to(dtype) for x, span in ((q, rows), (k, keys), (v, keys))
-        )
+        q_cut, k_cut, v_cut = (x[first, second, span].to(dtype) for x, span in ((q, rows), (k, keys), (v, keys)))
         logits, slope = q_cut @ k_cut.mT * call.scale, None
         if call.softcap is not None:
             capped = torch.tanh(logits / call.softcap)
@@ -196,9 +194,7 @@ def _scores(part: Part, block: Block) -> Iterator[_Scores]:
 def _keep(part: Part, where: Places) -> Tensor:
     call, base = part.call, part.first_position
     assert call.dropout_seed is not None, "dropout needs a seed"
-    return keep_factor(
-        call.dropout_seed, where.b, where.h, where.t + base, where.k + base, call.dropout_p, call.score_dtype
-    )
+    return keep_factor(call.dropout_seed, where.b, where.h, where.t + base, where.k + base, call.dropout_p, call.score_dtype)
 
 
 class MathEngine:
@@ -235,6 +231,4 @@ class MathEngine:
             d_logits = weights * (d_weights - delta[..., None])
             d_scores = (d_logits if scores.slope is None else d_logits * scores.slope) * part.call.scale
             bias_grad = None if part.bias is None else d_logits
-            yield Downstream(
-                scores.cut, d_scores @ scores.k, d_scores.mT @ scores.q, kept.mT @ d_out, bias_grad
-            )
+            yield Downstream(scores.cut, d_scores @ scores.k, d_scores.mT @ scores.q, kept.mT @ d_out, bias_grad)

@@ -40,9 +40,7 @@ def _pick(x: Tensor, dim: int, part: slice) -> Tensor:
     return x.narrow(dim, part.start, part.stop - part.start)
 
 
-def places(
-    block: Block, relation: Relation, first_batch: int, first_head: int, device: torch.device
-) -> Places:
+def places(block: Block, relation: Relation, first_batch: int, first_head: int, device: torch.device) -> Places:
     """Coordinates of a block whose operands were narrowed to start at this batch row and key head."""
     piece, problem = block.piece, relation.problem
     head = block.coordinates("head", device) + piece.head + first_head
@@ -86,9 +84,7 @@ def band(piece: Piece, cut: Cut, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def band_bias(
-    piece_band: tuple[int, int, int | None, int | None], dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def band_bias(piece_band: tuple[int, int, int | None, int | None], dtype: torch.dtype, device: torch.device) -> Tensor:
     """0 where (rows, keys, low, high) lets a pair through and -inf elsewhere: [1, 1, rows, keys]."""
     return as_bias(_band_at(*piece_band, device), dtype)[None, None]
 

@@ -27,9 +27,7 @@ _OPERANDS = (
 )
 
 
-@torch.library.custom_op(
-    "dilcompile::attention", mutates_args=(), schema=f"({_OPERANDS}) -> (Tensor out, Tensor lse)"
-)
+@torch.library.custom_op("dilcompile::attention", mutates_args=(), schema=f"({_OPERANDS}) -> (Tensor out, Tensor lse)")
 def attention(
     q: Tensor,
     k: Tensor,
@@ -149,7 +147,7 @@ def _call(
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
     """``x`` in ``like``'s dtype and the memory layout that the fake promises."""
-    batch, heads, rows, dim = x.shape
+    _, heads, rows, dim = x.shape
     dense = (rows * heads * dim, dim, heads * dim, 1)
     if x.stride() == dense and x.dtype == like.dtype:
         return x
@@ -227,9 +225,7 @@ _AUTOCAST_LIBRARY = _register_autocast()
 def _flops(shapes: Sequence[Any], options: Sequence[Any], backward: bool) -> int:
     q, k, v = shapes[:3]
     form, is_causal, window_left, window_right, q_offset = options[:5]
-    problem = Problem(
-        q[0], q[1], k[1], q[2], k[2], q[3], v[3], q_offset, is_causal, window_left, window_right
-    )
+    problem = Problem(q[0], q[1], k[1], q[2], k[2], q[3], v[3], q_offset, is_causal, window_left, window_right)
     return relation_of(form_of(form), problem).flops(backward)
 
 

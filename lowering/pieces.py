@@ -174,9 +174,7 @@ def _strip_pieces(strip: _Strip, problem: Problem, first_head: int, last_head: i
                     yield from (_piece(band, axes, first, group, row, base, strip.rate) for band in bands)
 
 
-def _piece(
-    band: _Band, axes: tuple[Axis, ...], head: int, group: int, row: int, key: int, rate: int
-) -> Piece:
+def _piece(band: _Band, axes: tuple[Axis, ...], head: int, group: int, row: int, key: int, rate: int) -> Piece:
     tiles = Axis(band.tiles, position=band.rows * rate, phases=-(-band.keys // band.rows))
     return Piece(
         axes=tuple(axis for axis in (*axes, tiles) if axis.size > 1),
@@ -193,9 +191,7 @@ def _piece(
     )
 
 
-def _head_blocks(
-    heads: tuple[int, int], group: int, first_head: int, last_head: int
-) -> Iterator[tuple[int, int, int, int]]:
+def _head_blocks(heads: tuple[int, int], group: int, first_head: int, last_head: int) -> Iterator[tuple[int, int, int, int]]:
     """(key head, key heads, first query head inside, query heads inside) covering a range of query heads."""
     start, stop = max(heads[0], first_head * group), min(heads[1], last_head * group)
     while start < stop:
@@ -286,9 +282,7 @@ def _even(points: Sequence[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], 
         start = stop
 
 
-def _bands(
-    start: int, stop: int, keys: int, shift: int, left: int | None, right: int | None
-) -> Iterator[_Band]:
+def _bands(start: int, stop: int, keys: int, shift: int, left: int | None, right: int | None) -> Iterator[_Band]:
     """Rows ``start`` to ``stop`` of a class: row j sees ``j + shift - left <= i <= j + shift + right``, 0 <= i < keys."""
     if left is not None and right is not None and left + right < 0:
         return

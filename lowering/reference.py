@@ -112,9 +112,7 @@ def _counts(call: Call, b: int, h: Tensor, t: Tensor, k: Tensor) -> tuple[Tensor
     for count in range(1, len(call.relation.terms) + 1):
         upto = Relation(call.problem, call.relation.terms[:count]).multiplicity(h, t, k) * visible
         parts.append(upto.to(call.score_dtype))
-    return tuple(
-        part - before for part, before in zip(parts, [torch.zeros_like(parts[0]), *parts], strict=False)
-    )
+    return tuple(part - before for part, before in zip(parts, [torch.zeros_like(parts[0]), *parts], strict=False))
 
 
 def _starts(document: Tensor) -> Tensor:

@@ -32,7 +32,5 @@ def select(call: Call, name: str | None = None, backward: bool = False) -> Kerne
     reason = KERNELS[name].supports(call, backward)
     if reason is not None:
         able = next(other for other, kernel in KERNELS.items() if kernel.supports(call, backward) is None)
-        raise KernelError(
-            f"kernel {name!r} can't compute this attention: {reason}; kernel {able!r} can, or leave the kernel out"
-        )
+        raise KernelError(f"kernel {name!r} can't compute this attention: {reason}; kernel {able!r} can, or leave the kernel out")
     return KERNELS[name]

@@ -35,12 +35,7 @@ class Operand:
 
     def stride(self, axis: BatchAxis) -> int:
         """Elements that one step of the axis moves."""
-        return (
-            axis.batch * self.batch
-            + axis.head * self.head
-            + axis.group * self.group
-            + axis.position * self.position
-        )
+        return axis.batch * self.batch + axis.head * self.head + axis.group * self.group + axis.position * self.position
 
 
 @dataclass(frozen=True)
@@ -122,9 +117,7 @@ class Block:
             strides.append(stride)
         return x.as_strided(sizes, strides, offset)
 
-    def coordinates(
-        self, name: Literal["batch", "head", "group", "position"], device: torch.device
-    ) -> Tensor:
+    def coordinates(self, name: Literal["batch", "head", "group", "position"], device: torch.device) -> Tensor:
         """Where each copy lies: int64 [first, second, 1, 1], size 1 along a dim that doesn't change it."""
         start = self.shift[_COORDINATES.index(name)]
         parts = []
@@ -133,10 +126,7 @@ class Block:
                 parts.append(torch.zeros(1, dtype=torch.int64, device=device))
                 continue
             steps = [range(0, axis.size * getattr(axis, name), getattr(axis, name) or 1) for axis in axes]
-            whole = [
-                span if getattr(axis, name) else (0,) * axis.size
-                for span, axis in zip(steps, axes, strict=True)
-            ]
+            whole = [span if getattr(axis, name) else (0,) * axis.size for span, axis in zip(steps, axes, strict=True)]
             parts.append(torch.tensor([sum(at) for at in itertools.product(*whole)], device=device))
         return (start + parts[0][:, None] + parts[1])[:, :, None, None]
 
@@ -186,9 +176,7 @@ def _folded(axes: list[BatchAxis], operands: Sequence[Operand]) -> list[list[Bat
     return sorted(dims, key=_size, reverse=True)
 
 
-def _foldable(
-    dims: list[list[BatchAxis]], operands: Sequence[Operand]
-) -> tuple[list[BatchAxis], list[BatchAxis]] | None:
+def _foldable(dims: list[list[BatchAxis]], operands: Sequence[Operand]) -> tuple[list[BatchAxis], list[BatchAxis]] | None:
     for outer, inner in itertools.permutations(dims, 2):
         size = _size(inner)
         if all(operand.stride(outer[-1]) == size * operand.stride(inner[-1]) for operand in operands):

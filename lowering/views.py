@@ -31,7 +31,7 @@ from dilcompile.lowering.strided import (
 )
 from dilcompile.relation import Relation
 
-_CHUNK_BYTES = 1 << 24
+_CHUNK_BYTES, _SMALL_CHUNK_BYTES = 1 << 24, 1 << 22
 _LSE_COLUMNS = 8
 
 
@@ -39,17 +39,13 @@ def forward(call: Call, engine: Engine) -> tuple[Tensor, Tensor]:
     """See ``Kernel.forward``; ``engine`` computes the blocks."""
     call = replace(call, q=_dense_rows(call.q), k=_dense_rows(call.k), v=_dense_rows(call.v))
     out = empty_output(call.q, call.problem.v_dim)
-    lse = call.q.new_empty(
-        (call.problem.batch, call.problem.heads, call.problem.q_len), dtype=call.score_dtype
-    )
+    lse = call.q.new_empty((call.problem.batch, call.problem.heads, call.problem.q_len), dtype=call.score_dtype)
     for region in _regions(call):
         _forward_region(call, engine, region, region.planned(), region.rows(out), region.rows(lse))
     return out, lse
 
 
-def backward(
-    call: Call, engine: Engine, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
-) -> Gradients:
+def backward(call: Call, engine: Engine, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
     """See ``Kernel.backward``; ``engine`` computes the blocks."""
     joint = _Joint(_dense_rows(out), lse, _dense_rows(grad_out), grad_lse)
     call = replace(call, q=_dense_rows(call.q), k=_dense_rows(call.k), v=_dense_rows(call.v))
@@ -74,13 +70,9 @@ def _joint_gradients(call: Call, engine: Engine, joint: _Joint) -> tuple[list[Te
     return _gradients(call, engine, joint, detached=False)
 
 
-def _gradients(
-    call: Call, engine: Engine, joint: _Joint, detached: bool
-) -> tuple[list[Tensor], Tensor | None]:
+def _gradients(call: Call, engine: Engine, joint: _Joint, detached: bool) -> tuple[list[Tensor], Tensor | None]:
     bias = (
-        None
-        if call.bias is None
-        else torch.zeros_like(call.bias, dtype=call.score_dtype, memory_format=torch.contiguous_format)
+        None if call.bias is None else torch.zeros_like(call.bias, dtype=call.score_dtype, memory_format=torch.contiguous_format)
     )
     grads = [empty_output(x, x.shape[-1]).zero_() for x in (call.q, call.k, call.v)]
     for region in _regions(call):
@@ -162,8 +154,10 @@ def _chunks(call: Call, batch: slice) -> Iterator[tuple[slice, slice]]:
     """Batch rows and key heads in portions whose accumulators stay small, but that keep all threads busy."""
     problem = call.problem
     row = problem.group * problem.q_len * problem.v_dim * call.score_dtype.itemsize
-    heads = min(problem.kv_heads, max(torch.get_num_threads(), _CHUNK_BYTES // max(1, row)))
-    rows = max(1, _CHUNK_BYTES // max(1, row * heads)) if heads == problem.kv_heads else 1
+    whole = row * problem.kv_heads * (batch.stop - batch.start)
+    limit = min(_CHUNK_BYTES, max(_SMALL_CHUNK_BYTES, whole // 4))
+    heads = min(problem.kv_heads, max(torch.get_num_threads(), limit // max(1, row)))
+    rows = max(1, limit // max(1, row * heads)) if heads == problem.kv_heads else 1
     for b in range(batch.start, batch.stop, rows):
         for head in range(0, problem.kv_heads, heads):
             yield (
@@ -199,9 +193,7 @@ def _blocks(part: Part, piece: Piece, extra: list[Operand]) -> Iterator[Block]:
     return blocks(piece, part.q.tensor.shape[0], operands, apart=piece.exclusive)
 
 
-def _forward_region(
-    call: Call, engine: Engine, region: _Region, planned: Plan, out: Tensor, lse: Tensor
-) -> None:
+def _forward_region(call: Call, engine: Engine, region: _Region, planned: Plan, out: Tensor, lse: Tensor) -> None:
     part, group = _part(call, region), call.problem.group
     own_dtype = out.dtype == call.score_dtype
     total = out if own_dtype else empty_output(out, out.shape[-1], call.score_dtype)
@@ -243,9 +235,7 @@ def _backward_region(
     totals = targets if exact else [torch.zeros_like(x, dtype=call.score_dtype) for x in targets]
     sums = [row_operand(totals[0], group), key_operand(totals[1]), key_operand(totals[2])]
     if grad_bias is not None:
-        expanded = grad_bias.expand(
-            call.problem.batch, call.problem.heads, call.problem.q_len, call.problem.k_len
-        )
+        expanded = grad_bias.expand(call.problem.batch, call.problem.heads, call.problem.q_len, call.problem.k_len)
         sums.append(pair_operand(region.rows(expanded)[..., region.keys], group))
     extra = [upstream.out, upstream.lse, upstream.grad_out] + ([] if grad_lse is None else [grad_lse])
     for piece in planned.pieces:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from dilcompile.errors import FormError
 from dilcompile.forms import FORMS, Dense, Dilated, Form, SlidingWindow, make_form, parse_form
 from dilcompile.relation import Problem
@@ -152,9 +153,7 @@ def test_a_mask_that_was_not_read_is_a_reason_to_keep(form: Form) -> None:
 def test_cross_attention_takes_only_dense() -> None:
     assert Dense().reject(site(kind="cross")) is None
     for form in (SlidingWindow(4), Dilated()):
-        assert form.reject(site(kind="cross")) == (
-            "it is cross attention: query and key positions are not those of one sequence"
-        )
+        assert form.reject(site(kind="cross")) == ("it is cross attention: query and key positions are not those of one sequence")
 
 
 def test_notes() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from dilcompile.errors import DilcompileError, FormError, KernelError
 from dilcompile.functional import attention, dilated_attention
 

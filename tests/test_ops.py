@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from dilcompile.forms import Dense, Dilated, SlidingWindow
-from dilcompile.functional import attention, dilated_attention
-from dilcompile.lowering import ops
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from dilcompile.forms import Dense, Dilated, SlidingWindow
+from dilcompile.functional import attention, dilated_attention
+from dilcompile.lowering import ops
 
 DILATED = Dilated([8, 16], [1, 2], sinks=1)
 
@@ -149,8 +150,6 @@ def test_the_oracle_imports_nothing_optimised() -> None:
 
 def test_window_arguments_and_dense_agree() -> None:
     q, k, v, *_ = arguments()
-    by_mask = ops.attention(
-        q, k, v, None, None, None, None, str(Dense()), True, 4, None, 0, 0.3, None, 0.0, None
-    )[0]
+    by_mask = ops.attention(q, k, v, None, None, None, None, str(Dense()), True, 4, None, 0, 0.3, None, 0.0, None)[0]
     by_form = attention(q, k, v, SlidingWindow(5), is_causal=True, scale=0.3)
     assert torch.equal(by_mask, by_form)

@@ -8,21 +8,19 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import Setting, counts
+
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
 from dilcompile.lowering import pieces
 from dilcompile.lowering.pieces import plan
 from dilcompile.progression import Progression, RowKeys, union_count
 from dilcompile.relation import Problem, Relation, Segment, Sinks, Term, Window
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from oracles import Setting, counts
 
 
 def problem_of(at: Setting) -> Problem:
-    return Problem(
-        1, at.heads, at.kv_heads, at.q_len, at.k_len, 8, 8, at.q_offset, at.causal, at.left, at.right
-    )
+    return Problem(1, at.heads, at.kv_heads, at.q_len, at.k_len, 8, 8, at.q_offset, at.causal, at.left, at.right)
 
 
 def multiplicity(relation: Relation) -> torch.Tensor:
@@ -159,9 +157,7 @@ def test_union_count_matches_sets() -> None:
         RowKeys(np.array([1, 5]), np.array([25, 9]), 3),
         RowKeys(np.array([4, 0]), np.array([8, 0]), 1),
     ]
-    expected = [
-        len(set().union(*(range(int(p.first[row]), int(p.stop[row]), p.step) for p in parts))) for row in (0, 1)
-    ]
+    expected = [len(set().union(*(range(int(p.first[row]), int(p.stop[row]), p.step) for p in parts))) for row in (0, 1)]
     assert union_count(parts).tolist() == expected
 
 

@@ -39,9 +39,7 @@ def parse_form(text: str) -> Form:
     try:
         name, options = parse_options(text if "(" in text else f"{text}()")
     except (SyntaxError, ValueError) as error:
-        raise FormError(
-            f"{text!r} is not the text of a form, such as 'dense()' or 'sliding_window(window=512)'"
-        ) from error
+        raise FormError(f"{text!r} is not the text of a form, such as 'dense()' or 'sliding_window(window=512)'") from error
     return make_form(name, options)
 
 

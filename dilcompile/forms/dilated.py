@@ -24,7 +24,8 @@ class Dilated(Form):
     Args:
         segments: segment lengths; ``'seq'`` stands for the number of keys; ``'auto'``: 2048, 4096, ... up to the number of keys.
         rates: one dilation rate a segment; ``'auto'``: 1, 2, 4, ...
-        offset: the residue class: ``head_mod`` (key head mod rate), ``head_block``, ``branch``, ``zero``, or ``own`` (the query's own).
+        offset: the residue class: ``head_mod`` (key head mod rate), ``head_block``, ``branch``, ``zero``, or ``own`` (the
+            query's own).
         union: a key in two branches counts twice (``multiset``, LongNet) or once (``set``).
         heads: every head has all branches (``all``) or head group i has branch i only (``grouped``).
         output_scale: factor on the output; ``'1/k'`` is one over the number of branches.
@@ -92,22 +93,16 @@ class Dilated(Form):
         if self.sinks:
             terms.append(Term(Sinks(self.sinks), dedupe=True))
         if self.local:
-            terms.append(
-                Term(Window(self.local - 1, 0 if problem.is_causal else self.local - 1), dedupe=True)
-            )
+            terms.append(Term(Window(self.local - 1, 0 if problem.is_causal else self.local - 1), dedupe=True))
         return Relation(problem, tuple(terms))
 
     def scale_of_output(self, k_len: int) -> float:
         """The factor on the output as a number."""
-        return (
-            1 / len(self.branches(k_len)) if isinstance(self.output_scale, str) else float(self.output_scale)
-        )
+        return 1 / len(self.branches(k_len)) if isinstance(self.output_scale, str) else float(self.output_scale)
 
     def fidelity(self, site: AttentionSite) -> Literal["exact", "approximate"]:
         """Exact where the branches are nothing but full attention at every length that the site may have."""
-        if self.output_scale != 1 and (
-            isinstance(self.segments, str) or self.output_scale != "1/k" or len(self.segments) > 1
-        ):
+        if self.output_scale != 1 and (isinstance(self.segments, str) or self.output_scale != "1/k" or len(self.segments) > 1):
             return "approximate"
         full = self._full_branches(site)
         # A multiset of full branches counts every key equally often, which the softmax doesn't see.
@@ -122,13 +117,10 @@ class Dilated(Form):
         """Rows that see little, and branches that depend on the length."""
         found = []
         if site.mask.causal and not self.sinks and not self.local and self.fidelity(site) == "approximate":
-            longest = (
-                "the longest segment"
-                if isinstance(self.segments, str) or "seq" in self.segments
-                else max(self.segments)
-            )
+            longest = "the longest segment" if isinstance(self.segments, str) or "seq" in self.segments else max(self.segments)
             found.append(
-                f"causal segments start at position 0: a token at a multiple of {longest} sees only itself; add `sinks` or `local`"
+                f"causal segments start at position 0: a token at a multiple of {longest} sees only itself; "
+                "add `sinks` or `local`"
             )
         if (isinstance(self.segments, str) or "seq" in self.segments) and self.union == "multiset":
             found.append(
@@ -166,8 +158,7 @@ class Dilated(Form):
             return [k_len is not None and k_len <= FIRST_AUTO_SEGMENT]
         assert not isinstance(self.rates, str)
         return [
-            rate == 1
-            and (length == "seq" or (k_len is not None and isinstance(length, int) and k_len <= length))
+            rate == 1 and (length == "seq" or (k_len is not None and isinstance(length, int) and k_len <= length))
             for length, rate in zip(self.segments, self.rates, strict=True)
         ]
 
@@ -183,13 +174,9 @@ class Dilated(Form):
             return
         if not isinstance(self.segments, tuple) or not isinstance(self.rates, tuple):
             came = self.segments if not isinstance(self.segments, tuple) else self.rates
-            raise FormError(
-                f"form {self.name}: segments and rates must be lists of whole numbers or 'auto', not {came!r}"
-            )
+            raise FormError(f"form {self.name}: segments and rates must be lists of whole numbers or 'auto', not {came!r}")
         if not self.segments or not self.rates:
-            raise FormError(
-                f"form {self.name}: segments and rates are empty; give at least one segment length and its rate"
-            )
+            raise FormError(f"form {self.name}: segments and rates are empty; give at least one segment length and its rate")
         if len(self.segments) != len(self.rates):
             raise FormError(
                 f"form {self.name}: {len(self.segments)} segments {self.segments!r} but {len(self.rates)} rates {self.rates!r}; "
@@ -203,9 +190,7 @@ class Dilated(Form):
         if length == "seq":
             return
         if isinstance(length, str):
-            raise FormError(
-                f"form {self.name}: segments[{index}] must be a whole number or 'seq', not {length!r}"
-            )
+            raise FormError(f"form {self.name}: segments[{index}] must be a whole number or 'seq', not {length!r}")
         integer(self.name, f"segments[{index}]", length, 1)
         if length % rate:
             raise FormError(
@@ -219,23 +204,16 @@ class Dilated(Form):
             return
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not math.isfinite(float(value)) or value == 0:
-            raise FormError(
-                f"form {self.name}: output_scale must be a finite number other than 0, or '1/k', not {value!r}"
-            )
+            raise FormError(f"form {self.name}: output_scale must be a finite number other than 0, or '1/k', not {value!r}")
 
     def _check_coverage(self) -> None:
-        if (
-            self.coverage == "zero"
-            or self.offset == "own"
-            or self.sinks
-            or self.local
-            or isinstance(self.rates, str)
-        ):
+        if self.coverage == "zero" or self.offset == "own" or self.sinks or self.local or isinstance(self.rates, str):
             return
         whole = [rate == 1 for rate in self.rates]
         if all(whole) if self.heads == "grouped" else any(whole):
             return
         raise FormError(
-            f"form {self.name}: rates {self.rates!r} leave queries without any key (heads={self.heads!r}, offset={self.offset!r}); "
+            f"form {self.name}: rates {self.rates!r} leave queries without any key (heads={self.heads!r}, "
+            f"offset={self.offset!r}); "
             f"add a branch of rate 1, offset='own', sinks or local keys, or accept zeros with coverage='zero'"
         )
