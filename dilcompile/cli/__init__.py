@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from dilcompile.cli import inspect, policy
+from dilcompile.cli import bench, inspect, policy
 
 app = typer.Typer(
     help="Rewrite the attention of unmodified models by policy.",
@@ -12,6 +12,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(inspect.inspect)
+app.command()(bench.bench)
 app.add_typer(policy.app, name="policy")
 
 

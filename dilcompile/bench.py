@@ -1,0 +1,228 @@
+"""CPU attention: dilated against dense SDPA, in one process, taken in turns, with a correctness verdict beside each number.
+
+    OMP_NUM_THREADS=2 python benchmarks/attention.py --lengths 4096 16384 --dtypes float32 bfloat16 --backward
+
+``ideal`` is the time that the relation's FLOPs take at the rate of dense SDPA measured in the same turns. Dense attention
+over more than ``DENSE_WHOLE`` keys is measured on two heads and scaled to all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dilcompile.forms import Dilated
+from dilcompile.lowering import ops
+from dilcompile.relation import Problem, Relation
+
+FIRST_SEGMENT = 2048
+DENSE_WHOLE = 16384
+CHECKED_ROWS = 8
+
+
+def run(
+    lengths: Sequence[int] = (4096, 16384),
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    heads: int = 8,
+    head_dim: int = 64,
+    backward: bool = True,
+    repeats: int = 5,
+) -> list[dict[str, Any]]:
+    """One row per length, dtype and mask: seconds, ratios to the ideal and to dense, extra memory, errors, verdicts.
+
+    Args:
+        lengths: sequence lengths, one batch row.
+        dtypes: dtypes of q, k and v.
+        repeats: turns; medians are reported.
+    """
+    return [
+        _case(length, dtype, causal, heads, head_dim, backward, repeats)
+        for length in lengths
+        for dtype in dtypes
+        for causal in (False, True)
+    ]
+
+
+def geometric(length: int) -> Dilated:
+    """Segments 2048, 4096, ... up to ``length`` with rates 1, 2, ..."""
+    segments = [FIRST_SEGMENT]
+    while segments[-1] < length:
+        segments.append(segments[-1] * 2)
+    return Dilated(tuple(segments), tuple(segment // FIRST_SEGMENT for segment in segments))
+
+
+def _case(
+    length: int, dtype: torch.dtype, causal: bool, heads: int, head_dim: int, backward: bool, repeats: int
+) -> dict[str, Any]:
+    torch.manual_seed(0)
+    form = geometric(length)
+    relation = form.relation(Problem(1, heads, heads, length, length, head_dim, head_dim, 0, causal))
+    q, k, v = (torch.randn(1, length, heads, head_dim).to(dtype).transpose(1, 2) for _ in range(3))
+    options = (
+        None, None, None, None, str(form), causal, None, None, 0, head_dim**-0.5, None, 0.0, None,
+    )  # fmt: skip
+    dense_heads = heads if length <= DENSE_WHOLE else min(2, heads)
+    few = tuple(x[:, :dense_heads] for x in (q, k, v))
+    dense_pairs = length * (length + 1) // 2 if causal else length * length
+
+    def dense_forward() -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*few, 0.0, causal)
+        return found
+
+    def forward() -> tuple[Tensor, Tensor]:
+        made: tuple[Tensor, Tensor] = ops.attention(q, k, v, *options)
+        return made
+
+    (out, lse), (dense_out, dense_lse) = forward(), dense_forward()
+    seconds, dense_seconds = _in_turns(forward, dense_forward, repeats)
+    ideal = dense_seconds * relation.pairs() / (dense_heads * dense_pairs)
+    row: dict[str, Any] = {
+        "length": length, "dtype": str(dtype).removeprefix("torch."), "causal": causal, "heads": heads,
+        "head_dim": head_dim, "density": relation.density(), "forward_s": seconds,
+        "dense_forward_s": dense_seconds * heads / dense_heads, "dense_heads_measured": dense_heads,
+        "forward_over_ideal": seconds / ideal, "dense_over_forward": dense_seconds * heads / dense_heads / seconds,
+    }  # fmt: skip
+    row |= _accuracy(relation, q, k, v, out, dense_out, causal)
+    row |= _memory(forward, out, lse)
+    if backward:
+        row |= _backward(relation, (q, k, v), few, options, (out, lse), (dense_out, dense_lse), dense_pairs, repeats)
+    return row
+
+
+def _backward(
+    relation: Relation,
+    operands: tuple[Tensor, ...],
+    few: tuple[Tensor, ...],
+    options: tuple[Any, ...],
+    found: tuple[Tensor, Tensor],
+    dense: tuple[Tensor, Tensor],
+    dense_pairs: int,
+    repeats: int,
+) -> dict[str, Any]:
+    grad = torch.randn_like(found[0])
+    dense_grad = grad[:, : few[0].shape[1]]
+    causal = relation.problem.is_causal
+
+    def backward() -> tuple[Tensor, ...]:
+        grads: tuple[Tensor, ...] = ops.attention_backward(grad, None, *found, *operands, *options)
+        return grads
+
+    def dense_backward() -> tuple[Tensor, ...]:
+        grads: tuple[Tensor, ...] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dense_grad, *few, *dense, 0.0, causal
+        )
+        return grads
+
+    backward(), dense_backward()
+    seconds, dense_seconds = _in_turns(backward, dense_backward, max(3, repeats // 2))
+    ideal = dense_seconds * relation.pairs() / (few[0].shape[1] * dense_pairs)
+    return {"backward_s": seconds, "backward_over_ideal": seconds / ideal}
+
+
+def _in_turns(one: Callable[[], object], other: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Median seconds of both, measured alternately so that a disturbance meets both."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for function, taken in zip((one, other), times, strict=True):
+            start = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - start)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def _accuracy(
+    relation: Relation, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense_out: Tensor, causal: bool
+) -> dict[str, Any]:
+    """Largest error of some rows against float64, dilated and dense, and whether the former is at most twice the latter."""
+    length, scale = q.shape[2], q.shape[3] ** -0.5
+    rows = torch.linspace(0, length - 1, CHECKED_ROWS).long()
+    keys = torch.arange(length)
+    errors = {"dilated": 0.0, "dense": 0.0}
+    size = 0.0
+    for head in range(q.shape[1]):
+        scores = q[0, head, rows].double() @ k[0, head].double().mT * scale
+        dense = torch.ones_like(scores) if not causal else (keys <= rows[:, None]).double()
+        several = relation.multiplicity(torch.tensor(head), rows[:, None], keys).double()
+        for name, count, found in (("dilated", several, out), ("dense", dense, dense_out)):
+            if head < found.shape[1]:
+                exact = (scores + count.log()).softmax(-1) @ v[0, head].double()
+                errors[name] = max(errors[name], float((found[0, head, rows] - exact).abs().max()))
+                size = max(size, float(exact.abs().max()))
+    bound = 2 * errors["dense"] + torch.finfo(q.dtype).eps * size
+    return {"error": errors["dilated"], "dense_error": errors["dense"], "correct": errors["dilated"] <= bound}
+
+
+def _memory(forward: Callable[[], tuple[Tensor, Tensor]], out: Tensor, lse: Tensor) -> dict[str, Any]:
+    """Peak bytes that the forward allocates beyond its outputs, over the bytes of one [B, H, S, D] tensor."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = forward()
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    del kept
+    outputs = out.nbytes + lse.nbytes
+    return {"extra_peak_bytes": peak - outputs, "extra_over_one_tensor": (peak - outputs) / out.nbytes}
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were taken on."""
+    names = [line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_info() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print one JSON line per case; with ``--save`` also write all of them with the machine and the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--backward", action="store_true")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--save", type=Path)
+    asked = parser.parse_args(arguments)
+    command = f"python benchmarks/attention.py --lengths {' '.join(map(str, asked.lengths))}"
+    command += f" --dtypes {' '.join(asked.dtypes)} --heads {asked.heads} --head-dim {asked.head_dim}"
+    command += f" --repeats {asked.repeats}" + (" --backward" if asked.backward else "")
+    rows = []
+    for length in asked.lengths:
+        for name in asked.dtypes:
+            found = run([length], [getattr(torch, name)], asked.heads, asked.head_dim, asked.backward, asked.repeats)
+            rows += found
+            for row in found:
+                print(json.dumps(row), flush=True)
+            if asked.save is not None:
+                save(asked.save, rows, command)
+
+
+def save(path: Path, rows: list[dict[str, Any]], command: str) -> None:
+    """Write the rows as JSON, with the command that gave them and the machine."""
+    path.write_text(json.dumps({"command": command, "machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""`dilcompile bench`: measure dilated against dense attention on this machine."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+COLUMNS = (
+    ("length", "length", "{}"),
+    ("dtype", "dtype", "{}"),
+    ("causal", "causal", "{}"),
+    ("pairs of all", "density", "{:.1%}"),
+    ("forward, ms", "forward_s", "{:.1f}"),
+    ("x ideal", "forward_over_ideal", "{:.2f}"),
+    ("x faster than dense", "dense_over_forward", "{:.1f}"),
+    ("backward x ideal", "backward_over_ideal", "{:.2f}"),
+    ("extra memory, outputs", "extra_over_one_tensor", "{:.2f}"),
+    ("error", "error", "{:.1e}"),
+    ("dense error", "dense_error", "{:.1e}"),
+    ("verdict", "correct", "{}"),
+)
+
+
+def bench(
+    lengths: Annotated[str, typer.Option(metavar="N,N", help="Sequence lengths.")] = "4096,16384",
+    dtypes: Annotated[str, typer.Option(metavar="NAME,NAME", help=f"Of {', '.join(DTYPES)}.")] = "float32,bfloat16",
+    heads: Annotated[int, typer.Option(min=1)] = 8,
+    head_dim: Annotated[int, typer.Option(min=1)] = 64,
+    backward: Annotated[bool, typer.Option("--backward", help="Measure the backward too.")] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns; medians are reported.")] = 5,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON line a row in place of the table.")] = False,
+    save: Annotated[Path | None, typer.Option(metavar="FILE", help="Write rows, command and machine as JSON.")] = None,
+) -> None:
+    """Time dilated attention against dense SDPA on the CPU, in turns, each with its error against float64.
+
+    Segments 2048, 4096, ... with rates 1, 2, ... ; ideal is the time of its FLOPs at dense SDPA's rate.
+    Exit code 1 if a result is wrong.
+    """
+    from dilcompile.errors import DilcompileError
+
+    try:
+        cases = [(length, dtype) for length in _lengths(lengths) for dtype in _dtypes(dtypes)]
+    except DilcompileError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    from dilcompile import bench as measure
+
+    rows: list[dict[str, Any]] = []
+    for length, dtype in cases:
+        typer.echo(f"measuring length {length}, {str(dtype).removeprefix('torch.')}", err=True)
+        found = measure.run([length], [dtype], heads, head_dim, backward, repeats)
+        rows += found
+        for row in found if json else ():
+            typer.echo(json_format.dumps(row))
+    if not json:
+        _print(rows)
+    if save is not None:
+        options = f"--lengths {lengths} --dtypes {dtypes} --heads {heads} --head-dim {head_dim} --repeats {repeats}"
+        measure.save(save, rows, f"dilcompile bench {options}" + (" --backward" if backward else ""))
+    if not all(row["correct"] for row in rows):
+        raise typer.Exit(1)
+
+
+def _lengths(text: str) -> list[int]:
+    from dilcompile.errors import DilcompileError
+
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise DilcompileError(f"--lengths takes whole numbers of at least 1 with commas between, got {text!r}")
+    return [int(part) for part in parts]
+
+
+def _dtypes(text: str) -> list[torch.dtype]:
+    from dilcompile.errors import DilcompileError
+
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if part not in DTYPES:
+            raise DilcompileError(f"--dtypes takes {', '.join(DTYPES)} with commas between, got {part!r}")
+    import torch
+
+    return [getattr(torch, part) for part in parts]
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = [column for column in COLUMNS if all(column[1] in row for row in rows)]
+    table = Table()
+    for heading, _, _ in shown:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        cells = {**row, "forward_s": row["forward_s"] * 1e3, "correct": "correct" if row["correct"] else "WRONG"}
+        table.add_row(*(form.format(cells[key]) for _, key, form in shown))
+    Console().print(table)

@@ -1,0 +1,59 @@
+"""`dilcompile bench`: small measurements, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from dilcompile import bench
+from dilcompile.cli import app
+
+SMALL = ["--lengths", "96,128", "--dtypes", "float32", "--heads", "2", "--head-dim", "8", "--repeats", "1"]
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["bench", *arguments], env={"COLUMNS": "200"})
+
+
+def test_the_table_has_a_verdict_beside_each_number() -> None:
+    result = run(*SMALL)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("correct") == 4
+    assert "x faster than dense" in result.stdout
+    assert "backward" not in result.stdout
+    assert result.stderr == "measuring length 96, float32\nmeasuring length 128, float32\n"
+
+
+def test_json_and_save(tmp_path: Path) -> None:
+    result = run(*SMALL, "--backward", "--json", "--save", str(tmp_path / "rows.json"))
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(row["length"], row["causal"]) for row in rows] == [(96, False), (96, True), (128, False), (128, True)]
+    assert all(row["backward_s"] > 0 for row in rows)
+    saved = json.loads((tmp_path / "rows.json").read_text())
+    assert saved["rows"] == rows
+    assert saved["command"] == "dilcompile bench --lengths 96,128 --dtypes float32 --heads 2 --head-dim 8 --repeats 1 --backward"
+
+
+def test_a_wrong_result_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = bench.run([96], heads=1, head_dim=8, backward=False, repeats=1)
+    monkeypatch.setattr(bench, "run", lambda *args: [{**held[0], "correct": False}])
+    result = run(*SMALL)
+    assert result.exit_code == 1
+    assert "WRONG" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lengths", "12,x"], "--lengths takes whole numbers of at least 1 with commas between, got '12,x'\n"),
+        (["--lengths", "0"], "--lengths takes whole numbers of at least 1 with commas between, got '0'\n"),
+        (["--dtypes", "int8"], "--dtypes takes float16, bfloat16, float32, float64 with commas between, got 'int8'\n"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", message)
