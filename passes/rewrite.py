@@ -263,7 +263,7 @@ def erase_dead(gm: GraphModule, idle: frozenset[Node]) -> int:
             continue
         if node.target is aten._assert_tensor_metadata.default:
             # torch.export's checks of dtypes that it knows by itself; they must not keep a dead mask alive.
-            if set(node.all_input_nodes[0].users) != {node}:
+            if any(user.target is not node.target for user in node.all_input_nodes[0].users):
                 continue
             gm.graph.erase_node(node)
             erased += 1

@@ -9,17 +9,26 @@ from typing import Any
 import sympy
 from torch.fx import Node
 
-from dilcompile.passes.axes import KEEPS_LAYOUT, VIEWS, Axes, is_pointwise, is_tensor, op_name
+from dilcompile.passes.axes import KEEPS_LAYOUT, VIEWS, Axes, Leaves, is_pointwise, is_tensor, op_name, shape_of
 from dilcompile.passes.mask_reader import MaskReader, Unreadable
+from dilcompile.passes.mutations import Mutations
 from dilcompile.passes.products import Product
 
 SOFTMAX = frozenset(("softmax", "_softmax", "_safe_softmax"))
 _CASTS = frozenset("to _to_copy contiguous clone alias lift_fresh lift_fresh_copy type_as float".split())
-_MOVES = VIEWS | frozenset(
-    "transpose permute t mT swapaxes movedim unsqueeze squeeze expand slice select unbind getitem chunk".split()
-)
+# Every element stays, only its place changes.
+_REORDERS = VIEWS | frozenset("transpose permute t mT swapaxes swapdims movedim moveaxis unsqueeze squeeze".split())
+_MOVES = _REORDERS | frozenset("expand slice select unbind getitem chunk".split())
 _DROPOUT = frozenset(("dropout", "native_dropout"))
 _LABELLED = _CASTS | _MOVES | _DROPOUT | KEEPS_LAYOUT | frozenset(("cat", "tanh", "where"))
+# Their result depends on the shape of their tensor arguments, not on the values.
+_SHAPE_ONLY = frozenset(
+    "sym_size sym_numel zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty".split()
+)
+# Their first argument alone gives the values.
+_SHAPED_LIKE = frozenset("view_as reshape_as expand_as type_as".split())
+# Hidden scores keep a weight of exp(-1000) = 0 at most.
+_HIDES = -1e3
 
 
 class Unproven(Exception):
@@ -84,6 +93,7 @@ def labels(nodes: list[Node], roots: Callable[[Node], bool]) -> dict[Node, froze
 class _Stages:
     """Reads the stages from the softmax towards the product, so later factors apply to earlier (inner) stages."""
 
+    columns: Leaves  # the axis that the softmax runs over
     factor: float = 1.0  # product of all scalings met so far (those nearer to the softmax)
     cap_outer: float | None = None  # c in c * tanh(...), once the tanh was met
     masks: list[MaskOperand] = field(default_factory=list)
@@ -94,110 +104,181 @@ class _Stages:
         return self.cap_outer is not None
 
 
-def walk_scores(softmax: Node, axes: Axes, score_labels: dict[Node, frozenset[Node]], reader: MaskReader) -> ScorePath:
-    """From the softmax's input back to the one product it depends on.
+class ScoreWalk:
+    """The walk from a softmax's input back to the one product that it depends on.
 
-    Raises:
-        Unproven: naming the operator at which the proof ended.
+    Args:
+        axes: the layouts of the graph.
+        score_labels: for every tensor the products it is an elementwise function of.
+        reader: reads constants.
+        mutations: the graph's in-place writes.
     """
-    node = softmax.args[0]
-    assert isinstance(node, Node)
-    if len(score_labels[node]) > 1:
-        raise Unproven(
-            node,
-            "the scores add up several products (relative or talking-heads attention)",
-            "it stays as it is; no form covers a sum of products yet",
-        )
-    stages = _Stages()
-    while node not in axes.products:
-        stages.nodes.append(node)
-        node = _step(node, stages, score_labels, reader)
-    product = axes.products[node]
-    stages.nodes.append(node)
-    scale = stages.factor * product.alpha * (stages.cap_outer or 1.0)
-    if product.addend is not None:
-        stages.masks.append(MaskOperand(product.addend, node, "add", stages.factor * product.beta))
+
+    def __init__(
+        self, axes: Axes, score_labels: dict[Node, frozenset[Node]], reader: MaskReader, mutations: Mutations
+    ) -> None:
+        self.axes, self.labels, self.reader, self.mutations = axes, score_labels, reader, mutations
+
+    def path(self, softmax: Node, dim: int) -> ScorePath:
+        """What stands between the product and the softmax over ``dim``.
+
+        Raises:
+            Unproven: naming the operator at which the proof ended.
+        """
+        node = _first(softmax)
+        if len(self.labels[node]) > 1:
+            raise Unproven(
+                node,
+                "the scores add up several products (relative or talking-heads attention)",
+                "it stays as it is; no form covers a sum of products yet",
+            )
+        stages, reader = _Stages(self.axes[softmax][dim]), softmax
+        while True:
+            if self.mutations.stale(node, reader):
+                raise Unproven(node, "the scores are written through another view", "write the mask out of place")
+            stages.nodes.append(node)
+            if node in self.axes.products:
+                break
+            node, reader = self._step(node, stages), node
+        product = self.axes.products[node]
+        scale = stages.factor * product.alpha * (1.0 if stages.cap_outer is None else stages.cap_outer)
+        if product.addend is not None:
+            self._uncapped(node, stages)
+            stages.masks.append(MaskOperand(product.addend, node, "add", stages.factor * product.beta))
+        for operand in stages.masks:
+            self._independent(operand, node)
+        return ScorePath(product, scale, stages.cap_outer, tuple(stages.masks), tuple(stages.nodes))
+
+    def _step(self, node: Node, stages: _Stages) -> Node:
+        """Record what ``node`` does to the scores; return the node it does it to."""
+        name = op_name(node)
+        if node.op != "call_function":
+            raise Unproven(node, "the scores come from outside this graph", "avoid the graph break between scores and softmax")
+        if name in _CASTS:
+            return uncast(node)
+        if name in _REORDERS or _does_nothing(node):
+            return _first(node)
+        if name in ("mul", "div"):
+            return self._scaling(node, stages)
+        if name == "neg":
+            stages.factor = -stages.factor
+            return _first(node)
+        if name in ("add", "sub"):
+            return self._addition(node, stages)
+        if name == "masked_fill":
+            self._masked(node, node.args[1], "hide", node.args[2], stages)
+            return _first(node)
+        if name == "where":
+            return self._where(node, stages)
+        if name == "tanh":
+            if stages.seen_tanh:
+                raise Unproven(node, "two soft caps", "it stays as it is")
+            stages.cap_outer, stages.factor = stages.factor, 1.0
+            return _first(node)
+        if name in ("matmul", "bmm", "mm", "einsum", "linear", "conv2d", "baddbmm"):
+            raise Unproven(node, "the scores are mixed by a learned product (talking heads)", "no form covers it; it stays as it is")
+        raise Unproven(node, f"aten.{name} stands between the product and the softmax", "it stays as it is")
+
+    def _scaling(self, node: Node, stages: _Stages) -> Node:
+        path, other = _sides(node, self.labels)
+        if op_name(node) == "div" and path is not node.args[0]:
+            raise Unproven(node, "the scores divide something", "it stays as it is")
+        if node.kwargs.get("rounding_mode") is not None:
+            raise Unproven(node, "the scores are rounded", "it stays as it is")
+        value = _scalar(other, node, self.reader)
+        if op_name(node) == "div" and value == 0:
+            raise Unproven(node, "the scores are divided by zero", "it stays as it is")
+        stages.factor *= 1 / value if op_name(node) == "div" else value
+        return path
+
+    def _addition(self, node: Node, stages: _Stages) -> Node:
+        path, other = _sides(node, self.labels)
+        if op_name(node) == "sub" and path is not node.args[0]:
+            raise Unproven(node, "the scores are subtracted from something", "it stays as it is")
+        self._uncapped(node, stages)
+        if not is_tensor(other):
+            return path  # a constant on every score cancels in the softmax
+        if self._is_row_maximum(other, path, stages.columns):
+            return path
+        sign = -1.0 if op_name(node) == "sub" else 1.0
+        alpha = node.kwargs.get("alpha", 1)
+        if not isinstance(alpha, (int, float)):
+            raise Unproven(node, "the mask is scaled by a computed number", "it stays as it is")
+        stages.masks.append(MaskOperand(other, node, "add", sign * stages.factor * float(alpha)))
+        return path
+
+    def _is_row_maximum(self, other: Node, path: Node, columns: Leaves) -> bool:
+        """One number for all keys of a row, made of the scores themselves: it cancels in the softmax."""
+        if op_name(other) == "getitem" and other.args[1] != 0:
+            return False
+        reduce = other.args[0] if op_name(other) == "getitem" else other
+        if not isinstance(reduce, Node) or op_name(reduce) not in ("amax", "max") or reduce.args[0] is not path:
+            return False
+        if self.mutations.stale(path, reduce):
+            return False
+        layout = self.axes[path]
+        dims = reduce.args[1] if len(reduce.args) > 1 else []
+        reduced = {int(d) % len(layout) for d in ([dims] if isinstance(dims, int) else dims)}  # type: ignore[union-attr, arg-type]
+        keeps_dims = len(shape_of(other)) == len(layout)
+        return keeps_dims and any(layout[dim] == columns for dim in reduced)
+
+    def _masked(self, node: Node, mask: Any, kind: str, fill: Any, stages: _Stages) -> None:
+        value = _scalar(fill, node, self.reader) * stages.factor
+        if not value <= _HIDES:
+            raise Unproven(node, f"hidden scores are filled with {value:g}, which does not hide them", "fill with -inf")
+        self._uncapped(node, stages)
+        if not is_tensor(mask):
+            raise Unproven(node, "the mask is not a tensor", "it stays as it is")
+        stages.masks.append(MaskOperand(mask, node, kind, 1.0, value))
+
+    def _where(self, node: Node, stages: _Stages) -> Node:
+        condition, then, other = node.args[:3]
+        if isinstance(condition, Node) and condition in self.labels:
+            raise Unproven(node, "the mask depends on the scores", "it stays as it is")
+        if isinstance(then, Node) and then in self.labels and other not in self.labels:
+            self._masked(node, condition, "keep", other, stages)
+            return then
+        if isinstance(other, Node) and other in self.labels and then not in self.labels:
+            self._masked(node, condition, "hide", then, stages)
+            return other
+        raise Unproven(node, "where chooses between two scores", "it stays as it is")
+
+    @staticmethod
+    def _uncapped(node: Node, stages: _Stages) -> None:
         if stages.seen_tanh:
             raise Unproven(node, "a mask or bias is added before the soft cap", "add it after the cap")
-    return ScorePath(product, scale, stages.cap_outer, tuple(stages.masks), tuple(stages.nodes))
+
+    def _independent(self, operand: MaskOperand, product: Node) -> None:
+        """A mask or bias that is computed from the scores is none: it mixes them."""
+        start, position = self.mutations.position[product], self.mutations.position
+        queue, seen = [operand.node], {operand.node}
+        while queue:
+            node = queue.pop()
+            if node is product:
+                raise Unproven(operand.node, "a mask or bias is computed from the scores themselves", "it stays as it is")
+            if position[node] < start or op_name(node) in _SHAPE_ONLY:
+                continue
+            sources = node.all_input_nodes[:1] if op_name(node) in _SHAPED_LIKE else node.all_input_nodes
+            written = self.mutations.writes(node, node, operand.on) if is_tensor(node) else []
+            fresh = [source for source in (*sources, *written) if source not in seen]
+            seen.update(fresh)
+            queue += fresh
 
 
-def _step(node: Node, stages: _Stages, score_labels: dict[Node, frozenset[Node]], reader: MaskReader) -> Node:
-    """Record what ``node`` does to the scores; return the node it does it to."""
-    name = op_name(node)
-    if node.op != "call_function":
-        raise Unproven(node, "the scores come from outside this graph", "avoid the graph break between scores and softmax")
-    if name in _CASTS or name in VIEWS or name in ("transpose", "permute", "unsqueeze", "squeeze"):
-        return _first(node)
-    if name in ("mul", "div"):
-        path, other = _sides(node, score_labels)
-        if name == "div" and path is not node.args[0]:
-            raise Unproven(node, "the scores divide something", "it stays as it is")
-        value = _scalar(other, node, reader)
-        stages.factor *= 1 / value if name == "div" else value
-        return path
-    if name in ("add", "sub"):
-        return _addition(node, stages, score_labels, reader)
-    if name == "masked_fill":
-        _masked(node, node.args[1], "hide", node.args[2], stages, reader)
-        return _first(node)
-    if name == "where":
-        return _where(node, stages, score_labels, reader)
-    if name == "tanh":
-        if stages.seen_tanh:
-            raise Unproven(node, "two soft caps", "it stays as it is")
-        stages.cap_outer, stages.factor = stages.factor, 1.0
-        return _first(node)
-    if name in ("matmul", "bmm", "mm", "einsum", "linear", "conv2d", "baddbmm"):
-        raise Unproven(node, "the scores are mixed by a learned product (talking heads)", "no form covers it; it stays as it is")
-    raise Unproven(node, f"aten.{name} stands between the product and the softmax", "it stays as it is")
+def uncast(node: Node) -> Node:
+    """What a cast or copy is made of.
+
+    Raises:
+        Unproven: if the cast cuts fractions off.
+    """
+    if not node.meta["val"].dtype.is_floating_point:
+        raise Unproven(node, f"a cast to {str(node.meta['val'].dtype).removeprefix('torch.')} cuts fractions off", "it stays as it is")
+    return _first(node)
 
 
-def _addition(node: Node, stages: _Stages, score_labels: dict[Node, frozenset[Node]], reader: MaskReader) -> Node:
-    path, other = _sides(node, score_labels)
-    if op_name(node) == "sub" and path is not node.args[0]:
-        raise Unproven(node, "the scores are subtracted from something", "it stays as it is")
-    if not is_tensor(other):
-        return path  # a constant on every score cancels in the softmax
-    if op_name(other) in ("amax", "max", "getitem") and _is_row_maximum(other, path):
-        return path
-    sign = -1.0 if op_name(node) == "sub" else 1.0
-    alpha = node.kwargs.get("alpha", 1)
-    if not isinstance(alpha, (int, float)):
-        raise Unproven(node, "the mask is scaled by a computed number", "it stays as it is")
-    if stages.seen_tanh:
-        raise Unproven(node, "a mask or bias is added before the soft cap", "add it after the cap")
-    stages.masks.append(MaskOperand(other, node, "add", sign * stages.factor * float(alpha)))
-    return path
-
-
-def _is_row_maximum(other: Node, path: Node) -> bool:
-    reduce = other.args[0] if op_name(other) == "getitem" else other
-    return isinstance(reduce, Node) and op_name(reduce) in ("amax", "max") and reduce.args[0] is path
-
-
-def _masked(node: Node, mask: Any, kind: str, fill: Any, stages: _Stages, reader: MaskReader) -> None:
-    value = _scalar(fill, node, reader)
-    if value > -1e3:
-        raise Unproven(node, f"hidden scores are filled with {value:g}, which does not hide them", "fill with -inf")
-    if stages.seen_tanh:
-        raise Unproven(node, "a mask is applied before the soft cap", "apply it after the cap")
-    if not is_tensor(mask):
-        raise Unproven(node, "the mask is not a tensor", "it stays as it is")
-    stages.masks.append(MaskOperand(mask, node, kind, 1.0, value))
-
-
-def _where(node: Node, stages: _Stages, score_labels: dict[Node, frozenset[Node]], reader: MaskReader) -> Node:
-    condition, then, other = node.args[:3]
-    if isinstance(condition, Node) and condition in score_labels:
-        raise Unproven(node, "the mask depends on the scores", "it stays as it is")
-    if isinstance(then, Node) and then in score_labels and other not in score_labels:
-        _masked(node, condition, "keep", other, stages, reader)
-        return then
-    if isinstance(other, Node) and other in score_labels and then not in score_labels:
-        _masked(node, condition, "hide", then, stages, reader)
-        return other
-    raise Unproven(node, "where chooses between two scores", "it stays as it is")
+def _does_nothing(node: Node) -> bool:
+    """A dropout that is switched off."""
+    return op_name(node) == "dropout" and (not node.args[2] or node.args[1] == 0)
 
 
 def _sides(node: Node, score_labels: dict[Node, frozenset[Node]]) -> tuple[Node, Any]:
@@ -221,13 +302,14 @@ def _scalar(value: Any, node: Node, reader: MaskReader) -> float:
     Raises:
         Unproven: if it is data (a learned temperature).
     """
-    found = scalar_or_none(value, reader)
+    found = scalar_or_none(value, reader, node)
     if found is None:
         raise Unproven(node, "the scores are scaled by a tensor (a learned or computed temperature)", "scale the queries instead")
     return found
 
 
-def scalar_or_none(value: Any, reader: MaskReader) -> float | None:
+def scalar_or_none(value: Any, reader: MaskReader, at: Node) -> float | None:
+    """The number that ``at`` reads, or None if it is data."""
     if isinstance(value, (int, float)):
         return float(value)
     if not isinstance(value, Node):
@@ -235,7 +317,7 @@ def scalar_or_none(value: Any, reader: MaskReader) -> float | None:
     held = value.meta.get("val")
     if not is_tensor(value):
         return None if held is None else float(held)
-    if held is None or any(size != 1 for size in held.shape):
+    if held is None or any(size != 1 for size in held.shape) or reader.stale(value, at):
         return None
     try:
         number = reader.number(value, (sympy.Integer(0),) * held.dim())
@@ -271,7 +353,7 @@ def walk_values(softmax: Node, axes: Axes) -> ValuePath:
 
 
 def _matters(user: Node) -> bool:
-    return op_name(user) != "sym_size"
+    return op_name(user) not in ("sym_size", "_assert_tensor_metadata")
 
 
 def _through(user: Node) -> float:
@@ -279,7 +361,10 @@ def _through(user: Node) -> float:
     if user.op == "output":
         raise Unproven(user, "the attention weights are returned", "run the model without output_attentions / need_weights")
     name = op_name(user)
-    if name in _CASTS or name in VIEWS or name in ("transpose", "permute", "unsqueeze", "squeeze"):
+    if name in _CASTS:
+        uncast(user)
+        return 1.0
+    if name in _REORDERS:
         return 1.0
     if name in _DROPOUT:
         p, train = user.args[1], user.args[2]
