@@ -48,9 +48,7 @@ class RowKeys:
     def limited(self, low: Positions | int, high: Positions | int) -> RowKeys:
         """The keys in ``[low, high)``; the bounds broadcast over the rows."""
         missing = np.maximum(0, low - self.first)
-        return RowKeys(
-            self.first + -(-missing // self.step) * self.step, np.minimum(self.stop, high), self.step
-        )
+        return RowKeys(self.first + -(-missing // self.step) * self.step, np.minimum(self.stop, high), self.step)
 
     def rows(self, chosen: npt.NDArray[np.bool_]) -> RowKeys:
         """The same keys for some of the rows; ``chosen`` is bool [R]."""

@@ -110,9 +110,7 @@ class Segment:
         if self.residues is None:
             found = found & (row == key)
         else:
-            residue = torch.tensor(self.residues, device=h.device)[
-                torch.div(h, self.group, rounding_mode="floor")
-            ]
+            residue = torch.tensor(self.residues, device=h.device)[torch.div(h, self.group, rounding_mode="floor")]
             found = found & (row == residue) & (key == residue)
         if self.heads is not None:
             found = found & (h >= self.heads[0]) & (h < self.heads[1])
@@ -359,9 +357,7 @@ class Relation:
             keys = self._masked(term.generator.rows(head, t, self.problem.k_len), t)
             total += int(keys.count.sum())
             if term.dedupe and index:
-                earlier = [
-                    e.generator.rows(head, t, self.problem.k_len).meet(keys) for e in self.terms[:index]
-                ]
+                earlier = [e.generator.rows(head, t, self.problem.k_len).meet(keys) for e in self.terms[:index]]
                 total -= int(union_count(earlier).sum())
         return total
 

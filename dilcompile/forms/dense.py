@@ -29,5 +29,10 @@ class Dense(Form):
         return "exact"
 
     def reject(self, site: AttentionSite) -> str | None:
-        """Only a mask that could not be read."""
+        """A mask that could not be read, or one that leaves rows whose result only the model's own spelling has."""
+        if site.mask.empty_rows == "other":
+            return (
+                "a row may see no key, and what it is then depends on the model's own spelling (several fills, or one so small that "
+                "the scores show through)"
+            )
         return unread_mask(site)
