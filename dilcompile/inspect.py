@@ -28,6 +28,7 @@ class _Captured(Exception):
 
 def explain(
     model: Callable[..., Any],
+    /,
     *args: Any,
     policy: str | os.PathLike[str] | dict[str, Any] | Policy | None = None,
     **kwargs: Any,

@@ -91,6 +91,13 @@ def test_a_function() -> None:
     assert site.source.startswith("test_inspect.py:")
 
 
+def test_an_argument_may_be_called_model() -> None:
+    def attend(model: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(model, model, model)
+
+    assert len(dilcompile.explain(attend, model=torch.randn(1, 2, 16, 8), policy="exact").sites) == 1
+
+
 def test_what_torch_compile_reports_is_what_explain_says(tmp_path: Path) -> None:
     torch._dynamo.reset()
     model, path = Stack(SdpaAttention), tmp_path / "r.json"

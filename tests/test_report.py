@@ -243,6 +243,10 @@ def test_nothing_found_is_said() -> None:
     assert str(Report("policy exact", (GraphReport("0/0"),))).startswith("no attention was found in 1 graph under policy exact")
 
 
+def test_that_dynamo_captured_nothing_is_said() -> None:
+    assert "Dynamo captured nothing of this call" in str(Report("policy exact", ()))
+
+
 def test_a_rich_console_prints_the_table() -> None:
     import io
 

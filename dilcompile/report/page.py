@@ -51,7 +51,7 @@ def page(report: Report) -> str:
     body = [
         f"<h1>What happened to every attention</h1><p class=soft>{escape(title)} · {_graphs(report)}</p>",
         _cards(totals),
-        _table(rows) if rows else "<p>No attention was found.</p>",
+        _table(rows) if rows else f"<p>No attention was found in {_graphs(report)}.</p>",
         *(_section(section) for section in sections(report, grouped(rows))),
         _reading(totals),
         _details("Policy", report.policy),

@@ -46,6 +46,8 @@ def renderables(report: Report, width: int) -> Iterator[RenderableType]:
         yield _table(rows, width) if width >= NARROW else _blocks(rows)
     else:
         yield Text(f"no attention was found in {_graphs(report)}\n")
+    if not report.graphs:
+        yield Text("Dynamo captured nothing of this call: it may be disabled here, or a torch function mode is active\n")
     for section in sections(report, rows):
         yield _section(section)
     yield Text("\n".join(totals_of(report).lines), style="bold")
