@@ -12,19 +12,17 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+# Heading, key, format; the words of a heading may stand below each other, numbers are never cut.
 COLUMNS = (
-    ("length", "length", "{}"),
-    ("dtype", "dtype", "{}"),
-    ("causal", "causal", "{}"),
-    ("pairs of all", "density", "{:.1%}"),
-    ("forward, ms", "forward_s", "{:.1f}"),
-    ("x ideal", "forward_over_ideal", "{:.2f}"),
-    ("x faster than dense", "dense_over_forward", "{:.1f}"),
-    ("backward x ideal", "backward_over_ideal", "{:.2f}"),
-    ("extra memory, outputs", "extra_over_one_tensor", "{:.2f}"),
-    ("error", "error", "{:.1e}"),
-    ("dense error", "dense_error", "{:.1e}"),
-    ("verdict", "correct", "{}"),
+    ("case", "case", "{}"),
+    ("pairs / all", "density", "{:.0%}"),
+    ("fwd ms", "forward_ms", "{:.1f}"),
+    ("fwd / ideal", "forward_over_ideal", "{:.2f}"),
+    ("dense / fwd", "dense_over_forward", "{:.1f}"),
+    ("bwd / ideal", "backward_over_ideal", "{:.2f}"),
+    ("memory / out", "extra_over_one_tensor", "{:.2f}"),
+    ("error / dense", "error_over_dense", "{:.2f}"),
+    ("verdict", "verdict", "{}"),
 )
 
 
@@ -90,14 +88,27 @@ def _dtypes(text: str) -> list[torch.dtype]:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    shown = [column for column in COLUMNS if all(column[1] in row for row in rows)]
-    table = Table()
-    for heading, _, _ in shown:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        cells = {**row, "forward_s": row["forward_s"] * 1e3, "correct": "correct" if row["correct"] else "WRONG"}
-        table.add_row(*(form.format(cells[key]) for _, key, form in shown))
+    shown = [column for column in COLUMNS if column[1] != "backward_over_ideal" or all(column[1] in row for row in rows)]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    texts = [[form.format(_cells(row)[key]) for _, key, form in shown] for row in rows]
+    for index, (heading, key, _) in enumerate(shown):
+        lines = [line for cells in texts for line in cells[index].splitlines()]
+        width = max(map(len, [*heading.split(), *lines]))
+        table.add_column(heading, justify="left" if key == "case" else "right", width=width)
+    for cells in texts:
+        table.add_row(*cells)
     Console().print(table)
+
+
+def _cells(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **row,
+        "case": f"{row['length']} {row['dtype']}\n{'causal' if row['causal'] else 'full'}",
+        "forward_ms": row["forward_s"] * 1e3,
+        "error_over_dense": row["error"] / max(row["dense_error"], 1e-300),
+        "verdict": "correct" if row["correct"] else "WRONG",
+    }
