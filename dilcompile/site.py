@@ -11,7 +11,7 @@ import torch
 Length = int | torch.SymInt
 Kind = Literal["self", "cross"]
 Phase = Literal["train", "prefill", "decode"]
-EmptyRows = Literal["zero", "uniform", "nan"]
+EmptyRows = Literal["zero", "uniform", "shifted", "nan", "other"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class MaskSpec:
         key_padding: a factor ``keep[b, k]`` is known as an operand.
         documents: a factor ``document[b, t] == document[b, k]`` is known as an operand.
         unread: what could not be read, in words; the operand stays a tensor. None when everything was read.
-        empty_rows: what the user's spelling gives for a row that may see no key: 0, the mean of all values (a finite fill), or NaN.
+        empty_rows: what the user's spelling gives for a row that may see no key: 0 (or no row can be without keys), the mean of all
+            values (a finite fill; ``shifted``: one that was added, so that the scores keep their gradient), NaN, or ``other``:
+            something that depends on the scores (several fills, or one so small that they show).
     """
 
     causal: bool = False

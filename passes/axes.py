@@ -158,7 +158,10 @@ def tensor_args(node: Node) -> list[Node]:
 
 
 def is_pointwise(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    # where's overloads with numbers lack the tag.
+    return torch.Tag.pointwise in node.target.tags or op_name(node) == "where"
 
 
 KEEPS_LAYOUT = frozenset(
@@ -214,8 +217,15 @@ class Axes:
             elif is_pointwise(node):
                 layout = self._pointwise(node)
         self._layouts[node] = self._varying(node, self._checked(node, layout))
-        if node in self.products or not self._of_products.isdisjoint(node.all_input_nodes):
+        if node in self.products or self._carries_scores(node):
             self._of_products.add(node)
+
+    def _carries_scores(self, node: Node) -> bool:
+        """Is it scores, moved or changed element by element?"""
+        if self._of_products.isdisjoint(node.all_input_nodes):
+            return False
+        name = op_name(node)
+        return name in KEEPS_LAYOUT or name in MOVES_ONLY or is_pointwise(node)
 
     def _varying(self, node: Node, layout: Layout) -> Layout:
         """Broadcast atoms stay so only where the result surely does not vary along them either."""
@@ -248,7 +258,7 @@ class Axes:
     def _checked(self, node: Node, layout: Layout | None) -> Layout:
         """The layout if it fits the shape; else fresh atoms, with roles carried over by position."""
         shape = shape_of(node)
-        if layout is not None and len(layout) == len(shape):
+        if layout is not None and len(layout) == len(shape) and all(map(_spans, layout, shape)):
             return layout
         roles: list[Role | None] = [None] * len(shape)
         inputs = tensor_args(node)
@@ -304,6 +314,14 @@ class Axes:
 def _either(x: Atom | None, y: Atom | None) -> Atom | None:
     """The atom of a product's batch axis: of two, one that varies."""
     return y if x is None or (x.broadcast and y is not None) else x
+
+
+def _spans(dim: Leaves, size: Length) -> bool:
+    """Do the dim's atoms have the length of the dim? (An operator may have broadcast a dim of size 1.)"""
+    total: Length = 1
+    for atom in dim:
+        total = total * atom.size
+    return same_size(total, size)
 
 
 def _role(dim: Leaves) -> Role | None:
@@ -406,7 +424,7 @@ def _repeat(axes: Axes, node: Node) -> Layout | None:
 
 
 def _repeat_interleave(axes: Axes, node: Node) -> Layout | None:
-    if len(node.args) < 2 or isinstance(node.args[1], Node) or "dim" not in node.kwargs and len(node.args) < 3:
+    if len(node.args) < 2 or isinstance(node.args[1], Node) or ("dim" not in node.kwargs and len(node.args) < 3):
         return None
     before = list(_input(axes, node))
     dim = _dim(node, 2, len(before))
@@ -501,7 +519,13 @@ def _attention(axes: Axes, node: Node) -> Layout:
     q, _, v = node.args[:3]
     assert isinstance(q, Node)
     assert isinstance(v, Node)
-    return axes._layouts[q][:-1] + axes._layouts[v][-1:]
+    shape = shape_of(node)
+    batch = [axes._layouts[q][dim] for dim in range(len(shape_of(q)) - 2)]
+    for operand in node.args[1:3]:
+        assert isinstance(operand, Node)
+        # A batch axis that the queries are broadcast along is the keys' or the values'.
+        batch = [mine if _spans(mine, size) else other for mine, other, size in zip(batch, axes._layouts[operand], shape, strict=False)]
+    return (*batch, axes._layouts[q][-2], axes._layouts[v][-1])
 
 
 def _reduce(axes: Axes, node: Node) -> Layout | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.fx import Node
@@ -16,7 +16,7 @@ from dilcompile.passes.provenance import layer_index, module_path, source_line
 from dilcompile.passes.read_operands import read_site_mask
 from dilcompile.passes.regions import Graph
 from dilcompile.passes.roles import Operand, Roles, roles_of_products, roles_of_sdpa, strip
-from dilcompile.passes.score_path import SOFTMAX, MaskOperand, Unproven, labels, scalar_or_none, walk_scores, walk_values
+from dilcompile.passes.score_path import SOFTMAX, MaskOperand, ScoreWalk, Unproven, labels, scalar_or_none, walk_values
 from dilcompile.site import AttentionSite, Kind, Length, Miss, Phase
 
 log = logging.getLogger(__name__)
@@ -98,13 +98,39 @@ def _known(graph: Graph | None) -> dict[Node, torch.Tensor]:
     return found
 
 
+def _wants_gradient(node: Node) -> bool:
+    """Retracing detaches ``val``; Dynamo's own record has the flag."""
+    return any(getattr(node.meta.get(key), "requires_grad", False) for key in ("val", "example_value"))
+
+
+def _learned(graph: Graph) -> set[Node]:
+    found = set(graph.weights)
+    for node in graph.gm.graph.nodes:
+        if not is_tensor(node) or not node.meta["val"].dtype.is_floating_point or op_name(node) == "detach":
+            continue
+        asked = node.op == "placeholder" and (_wants_gradient(node) or graph.parent is not None)
+        if asked or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 class _Finder:
     def __init__(self, graph: Graph, nodes: list[Node], axes: Axes) -> None:
         self.graph, self.axes = graph, axes
         self.mutations = graph.mutations
-        self.reader = MaskReader(_known(graph), graph.stale, graph.outside)
+        self.reader = MaskReader(_known(graph), graph.stale, graph.outside, lambda node: node in self.learned)
         self.scores = labels(nodes, lambda node: node in axes.products)
         self.probabilities = labels(nodes, lambda node: node.op == "call_function" and op_name(node) in SOFTMAX)
+
+    @cached_property
+    def learned(self) -> frozenset[Node]:
+        """Tensors that gradients flow through."""
+        found: set[Node] = set()
+        graph: Graph | None = self.graph if self.graph.training else None
+        while graph is not None:
+            found |= _learned(graph)
+            graph = graph.parent
+        return frozenset(found)
 
     def sdpa(self, node: Node, index: int) -> Match | None:
         """A call of the operator: the roles are given, the mask is read."""
@@ -114,7 +140,7 @@ class _Finder:
         asked = _argument(node, 6, "scale", None)
         roles = roles_of_sdpa(node, self.axes)
         head_dim = int(shape_of(roles.q)[-1])
-        scale = head_dim**-0.5 if asked is None else scalar_or_none(asked, self.reader)
+        scale = head_dim**-0.5 if asked is None else scalar_or_none(asked, self.reader, node)
         if scale is None:
             raise Unproven(node, "the scale is computed in the graph", "give it as a number")
         masks = []
@@ -130,12 +156,9 @@ class _Finder:
             return None  # a router, a gate, a classifier: nothing like attention
         rank = len(shape_of(node))
         dim = int(node.args[1]) % rank  # type: ignore[arg-type]
-        path = walk_scores(node, self.axes, self.scores, self.reader)
+        path = ScoreWalk(self.axes, self.scores, self.reader, self.mutations).path(node, dim)
         values = walk_values(node, self.axes)
         roles = roles_of_products(path.product, node, dim, values.product, self.axes)
-        for before, after in zip(path.nodes[1:], path.nodes[:-1], strict=True):
-            if self.mutations.stale(before, after):
-                raise Unproven(before, "the scores are written through another view", "write the mask out of place")
         spelling = f"{op_name(path.product.node)}-softmax"
         return self._match(
             node, index, spelling, roles, path.scale, path.softcap, values.dropout_p, path.masks, False,
@@ -171,7 +194,8 @@ class _Finder:
                 raise Unproven(operand.source, "it is written in place before the attention ends", "write it out of place")
         batch, heads, kv_heads = _count(roles)
         q_len, k_len = _size(roles.q_rows), _size(roles.k_columns)
-        mask, bias = read_site_mask(masks, is_causal, roles, axes, self.reader, (batch, heads, q_len, k_len))
+        mask, bias = read_site_mask(masks, is_causal, roles, axes, self.reader, (batch, heads, q_len, k_len), softcap is not None)
+        self._readable_at(at, mask, bias)
         module = module_path(anchor)
         spec = mask.spec
         site = AttentionSite(
@@ -201,6 +225,18 @@ class _Finder:
         )
         tables = frozenset(self.reader.used_tables & self.graph.tables.keys())
         return Match(site, roles, q, k, v, mask, bias, tables)
+
+
+    def _readable_at(self, output: Node, mask: ReadMask, bias: tuple[MaskOperand, ...]) -> None:
+        """Masks are read again where the output is made: they must still hold what they held."""
+        writes = self.graph.mutations.writes
+        for operand in bias:
+            if writes(operand.node, operand.on, output):
+                raise Unproven(operand.node, "it is written in place before the attention ends", "write it out of place")
+        for source in mask.sources:
+            local = source.graph is self.graph.gm.graph
+            if local and self.mutations.stale(source, output):
+                raise Unproven(source, "a mask is written in place before the attention ends", "write it out of place")
 
 
 def _argument(node: Node, position: int, name: str, default: object) -> object:

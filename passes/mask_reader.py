@@ -38,6 +38,8 @@ from dilcompile.passes.mask_terms import (
 from dilcompile.site import Length
 
 Indices = tuple[Expr, ...]
+# Integers whose arithmetic wraps around within the values that masks have.
+_WRAPPING = frozenset((torch.uint8, torch.int8, torch.int16))
 # A choice tree wider than this is no mask that a person wrote; it is kept as data.
 _WIDEST_CHOICE = 64
 
@@ -65,6 +67,7 @@ class MaskReader:
         tables: inputs whose values are known (registered buffers), by node.
         stale: tells whether a tensor was written in place between its making and its use by another node.
         outside: inputs of a checkpoint's body, and the nodes of the graph around it that they stand for.
+        carries_gradient: tells whether a tensor's gradient is asked for.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class MaskReader:
         tables: Mapping[Node, torch.Tensor],
         stale: Callable[[Node, Node], bool],
         outside: Mapping[Node, Node] | None = None,
+        carries_gradient: Callable[[Node], bool] = lambda node: False,
     ) -> None:
         self.tables = dict(tables)
         self.outside = dict(outside or {})
@@ -80,21 +84,40 @@ class MaskReader:
         self.used_tables: set[Node] = set()
         self._numbers: dict[Node, int] = {}
         self.stale = stale
+        self._carries_gradient = carries_gradient
         self._memo: dict[tuple[Node, Indices], Number | Truth] = {}
 
-    def truth(self, node: Node, indices: Sequence[Expr]) -> Truth:
-        """Element ``node[indices]`` as a truth value (nonzero is true)."""
-        value = self._value(node, tuple(indices))
+    def set_sizes(self, sizes: Mapping[sympy.Symbol, Expr]) -> None:
+        """The ranges of the index symbols from now on; formulas read under other ranges are forgotten."""
+        if self.sizes != sizes:
+            self.sizes = dict(sizes)
+            self._memo.clear()
+
+    def truth(self, node: Node, indices: Sequence[Expr], at: Node | None = None) -> Truth:
+        """Element ``node[indices]`` as a truth value (nonzero is true), as the node ``at`` reads it."""
+        value = self._read(node, tuple(indices), at)
         if isinstance(value, (sympy.Basic, Choice)):
             return nonzero(value)
         return value
 
-    def number(self, node: Node, indices: Sequence[Expr]) -> Number:
-        """Element ``node[indices]`` as a number (true is 1)."""
-        value = self._value(node, tuple(indices))
+    def number(self, node: Node, indices: Sequence[Expr], at: Node | None = None) -> Number:
+        """Element ``node[indices]`` as a number (true is 1), as the node ``at`` reads it."""
+        value = self._read(node, tuple(indices), at)
         if isinstance(value, (sympy.Basic, Choice)):
             return value
         return choice(value, sympy.Integer(1), sympy.Integer(0))
+
+    def _read(self, node: Node, indices: Indices, at: Node | None) -> Number | Truth:
+        if at is not None and self.stale(node, at):
+            # It holds what was written to it since, not what its node computed.
+            return self.element(node, self._at_zero(node, indices))
+        return self._value(node, indices)
+
+    @staticmethod
+    def _at_zero(node: Node, indices: Indices) -> Indices:
+        """Dims of size 1 are read at 0 whatever the index, as broadcasting does."""
+        sizes = zip(shape_of(node), indices, strict=True)
+        return tuple(sympy.Integer(0) if same_size(size, 1) else index for size, index in sizes)
 
     def _value(self, node: Node, indices: Indices) -> Number | Truth:
         key = (node, indices)
@@ -105,11 +128,7 @@ class MaskReader:
     def _compute(self, node: Node, indices: Indices) -> Number | Truth:
         if not is_tensor(node):
             raise Unreadable(f"{node.name} is not a tensor")
-        # Dims of size 1 are read at 0 whatever the index, as broadcasting does.
-        indices = tuple(
-            sympy.Integer(0) if same_size(size, 1) else index
-            for size, index in zip(shape_of(node), indices, strict=True)
-        )
+        indices = self._at_zero(node, indices)
         if node in self.tables:
             return self._table(node, indices)
         if node in self.outside:
@@ -121,6 +140,16 @@ class MaskReader:
             return rule(self, node, indices)
         except Unreadable:
             return self.element(node, indices)
+
+    def learned(self, element: Expr) -> bool:
+        """Does a gradient flow into this element?"""
+        return self._carries_gradient(self.elements[int(element.args[0])])
+
+    def wrapped(self, element: Expr) -> bool:
+        """May it be the result of arithmetic that wrapped around?"""
+        node = self.elements[int(element.args[0])]
+        computed = node.op == "call_function" and op_name(node) in ("add", "sub", "rsub", "mul", "neg")
+        return computed and node.meta["val"].dtype in _WRAPPING
 
     def element(self, node: Node, indices: Indices) -> Number | Truth:
         """The element kept as data."""
@@ -209,9 +238,14 @@ def lift(op: Callable[[Expr, Expr], Any], a: Number, b: Number) -> Number:
     if isinstance(b, Choice):
         return choice(b.when, lift(op, a, b.then), lift(op, a, b.other))
     result = op(a, b)
-    if not isinstance(result, sympy.Expr) or result is sympy.nan:
+    if not isinstance(result, sympy.Expr) or result is sympy.nan or _half_infinite(result):
         raise Unreadable("arithmetic without a value")
     return result
+
+
+def _half_infinite(value: Expr) -> bool:
+    """Infinity mixed with data: no algebra holds for it."""
+    return not value.is_number and bool(value.has(sympy.oo, -sympy.oo, sympy.zoo))
 
 
 def compare(op: str, a: Number, b: Number) -> Truth:
@@ -220,6 +254,8 @@ def compare(op: str, a: Number, b: Number) -> Truth:
         return if_else(a.when, compare(op, a.then, b), compare(op, a.other, b))
     if isinstance(b, Choice):
         return if_else(b.when, compare(op, a, b.then), compare(op, a, b.other))
+    if not (a.is_number and b.is_number) and (a.is_infinite or b.is_infinite):
+        raise Unreadable("a comparison with infinity")
     if a.is_number and b.is_number:
         return bool(getattr(operator, op)(float(a), float(b)))
     if op == "ne":
@@ -272,6 +308,7 @@ def _arithmetic(op: Callable[[Expr, Expr], Any]) -> Rule:
         if node.meta["val"].dtype is torch.bool:
             # On booleans + is or, * is and.
             return disjunction(_truth(a), _truth(b)) if op is operator.add else conjunction(_truth(a), _truth(b))
+        _exact_arithmetic(node)
         alpha = node.kwargs.get("alpha", 1)
         right = _number(b)
         if alpha != 1:
@@ -284,12 +321,22 @@ def _arithmetic(op: Callable[[Expr, Expr], Any]) -> Rule:
     return rule
 
 
+def _exact_arithmetic(node: Node) -> None:
+    """Small integers wrap around; 0 - 1 is 255."""
+    if node.meta["val"].dtype in _WRAPPING:
+        raise Unreadable("arithmetic that wraps around")
+
+
 def _rsub(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
+    _exact_arithmetic(node)
+    if node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
+        raise Unreadable("a scaled subtraction")
     a, b = _sides(reader, node, indices)
     return lift(operator.sub, _number(b), _number(a))
 
 
 def _divide(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
+    _exact_arithmetic(node)
     a, b = _sides(reader, node, indices)
     mode = node.kwargs.get("rounding_mode")
     floor = mode == "floor" or op_name(node) == "floor_divide"
@@ -340,6 +387,26 @@ def _cast(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
         return _number(value)
     if before.is_floating_point and not after.is_floating_point:
         raise Unreadable("a cast that truncates")
+    return _map(lambda leaf: _held_as(leaf, before, after), _number(value))
+
+
+def _map(function: Callable[[Expr], Expr], value: Number) -> Number:
+    """Apply a function to every case of a choice."""
+    if isinstance(value, Choice):
+        return choice(value.when, _map(function, value.then), _map(function, value.other))
+    return function(value)
+
+
+def _held_as(value: Expr, before: torch.dtype, after: torch.dtype) -> Expr:
+    """A number after a cast: rounded, or infinite where the dtype ends."""
+    if torch.promote_types(before, after) == after:
+        return value
+    if value.is_number:
+        return as_expr(torch.tensor(float(value), dtype=torch.float64).to(after).item())
+    if not after.is_floating_point:
+        raise Unreadable("a cast to fewer bits")
+    if not before.is_floating_point and torch.finfo(after).bits < 32:
+        raise Unreadable("positions in half precision")
     return value
 
 
@@ -361,6 +428,8 @@ def _select_value(when: Truth, then: Number | Truth, other: Number | Truth) -> N
 def _masked_fill(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
     rank = len(indices)
     inner, mask, fill = (reader.operand(arg, indices, rank) for arg in node.args[:3])
+    if not node.meta["val"].dtype.is_floating_point and isinstance(fill, sympy.Expr) and not fill.is_integer:
+        raise Unreadable("a fill that is cut off")
     if node.meta["val"].dtype is torch.bool:
         return if_else(_truth(mask), _truth(fill), _truth(inner))
     return choice(_truth(mask), _number(fill), _number(inner))
@@ -381,6 +450,9 @@ def _triangular(lower: bool) -> Rule:
 
 
 def _arange(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
+    dtype = node.meta["val"].dtype
+    if dtype in _WRAPPING or dtype is torch.bool or (dtype.is_floating_point and torch.finfo(dtype).bits < 32):
+        raise Unreadable("positions in few bits")
     held = [as_expr(arg.meta["val"] if isinstance(arg, Node) else arg) for arg in node.args]
     start = held[0] if len(held) > 1 else sympy.Integer(0)
     step = held[2] if len(held) > 2 else sympy.Integer(1)
@@ -393,7 +465,12 @@ def _constant(position: int | None, default: int) -> Rule:
         if is_tensor(value):
             raise Unreadable("a fill value that is data")
         held = value.meta["val"] if isinstance(value, Node) else value
-        return bool(held) if node.meta["val"].dtype is torch.bool else as_expr(held)
+        dtype = node.meta["val"].dtype
+        if dtype is torch.bool:
+            return bool(held)
+        if isinstance(held, (int, float)):
+            return as_expr(torch.tensor(held, dtype=torch.float64).to(dtype).item() if isinstance(held, float) else held)
+        return as_expr(held)
 
     return rule
 
@@ -525,21 +602,26 @@ def _indexed(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth
     before, after = indices[: positions[0]], indices[positions[0] + span :]
     at: list[Expr] = []
     for i in positions:
-        value = _number(reader.operand(chosen[i], block, span))
-        if isinstance(value, Choice):
-            raise Unreadable("an index that is a choice")
-        at.append(value)
+        at.append(_place(reader, _number(reader.operand(chosen[i], block, span)), shape_of(source)[i]))
     return reader._value(source, (*before, *at, *after))
+
+
+def _place(reader: MaskReader, index: Number, size: Length) -> Expr:
+    """An index that surely counts from the front (a negative one would count from the back)."""
+    if isinstance(index, Choice):
+        raise Unreadable("an index that is a choice")
+    bounds = Bounds(reader.sizes)
+    if not index.has(Element) and not (bounds.always(index) and bounds.always(as_expr(size) - 1 - index)):
+        raise Unreadable("an index that may count from the back")
+    return index
 
 
 def _gathered(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
     source, dim, index = node.args[:3]
     assert isinstance(source, Node)
     assert isinstance(index, Node)
-    at = _number(reader._value(index, indices))
-    if isinstance(at, Choice):
-        raise Unreadable("an index that is a choice")
     place = int(dim) % len(indices)  # type: ignore[arg-type]
+    at = _place(reader, _number(reader._value(index, indices)), shape_of(source)[place])
     return reader._value(source, (*indices[:place], at, *indices[place + 1 :]))
 
 
@@ -580,7 +662,7 @@ def _diff(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
     dim = int(node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", -1)) % len(indices)  # type: ignore[arg-type, call-overload]
     prepend = node.args[3] if len(node.args) > 3 else node.kwargs.get("prepend")
     append = node.args[4] if len(node.args) > 4 else node.kwargs.get("append")
-    if n != 1 or append is not None:
+    if n != 1 or append is not None or node.meta["val"].dtype is torch.bool:
         raise Unreadable("a higher difference")
     assert isinstance(source, Node)
 

@@ -191,7 +191,7 @@ class Bounds:
         if isinstance(truth, Eq0):
             if truth.expr.is_zero:
                 return True
-            never = self._always(truth.expr - 1) or self._always(-truth.expr - 1)
+            never = self.always(truth.expr - 1) or self.always(-truth.expr - 1)
             return False if never else truth
         if isinstance(truth, And):
             return conjunction(*(self.settle(part) for part in truth.parts))
@@ -210,16 +210,16 @@ class Bounds:
                 quotient += share
             else:
                 remainder += term
-        if remainder != 0 and not (self._always(remainder) and self._always(by - 1 - remainder)):
+        if remainder != 0 and not (self.always(remainder) and self.always(by - 1 - remainder)):
             return sympy.floor(index / by), sympy.Mod(index, by)
         return quotient, remainder
 
     def _settle_ge(self, truth: Ge0) -> Truth:
-        if self._always(truth.expr):
+        if self.always(truth.expr):
             return True
-        return False if self._always(-truth.expr - 1) else truth
+        return False if self.always(-truth.expr - 1) else truth
 
-    def _always(self, expr: Expr) -> bool:
+    def always(self, expr: Expr) -> bool:
         """Is ``expr >= 0`` for all indices in range? Only affine expressions are decided."""
         if expr.has(Element):
             return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -27,11 +28,14 @@ class Mutations:
 
     def stale(self, source: Node, reader: Node) -> bool:
         """Was ``source`` written after it was made and before ``reader`` reads it (by neither of the two)?"""
-        writes = self._writes.get(storage(source))
-        if not writes:
-            return False
-        start, end = self.position[source], self.position[reader]
-        return any(start < self.position[write] < end for write in writes)
+        return bool(self.writes(source, source, reader))
+
+    def writes(self, target: Node, after: Node, before: Node) -> list[Node]:
+        """The writes to ``target``'s storage strictly between two nodes."""
+        if not self._writes:
+            return []
+        start, end = self.position[after], self.position[before]
+        return [write for write in self._writes.get(storage(target), ()) if start < self.position[write] < end]
 
 
 def written(node: Node) -> list[Node]:
@@ -39,11 +43,11 @@ def written(node: Node) -> list[Node]:
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None or not schema.is_mutable:
         return []
-    found = []
+    found: list[Node] = []
     for i, argument in enumerate(schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
-        value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        value: Any = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
         found.extend(v for v in (value if isinstance(value, (list, tuple)) else [value]) if is_tensor(v))
     return found
 

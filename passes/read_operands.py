@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 
 import sympy
+import torch
 from torch.fx import Node
 
 from dilcompile.passes.axes import Atom, Axes, Leaves, shape_of
 from dilcompile.passes.mask_reader import MaskReader, as_expr, lift
 from dilcompile.passes.mask_terms import Bounds, Expr, Ge0, Truth, conjunction, negation
-from dilcompile.passes.masks import B, H, K, Lengths, NotAMask, Q, ReadMask, UnclearWindow, keep_of, read_mask
+from dilcompile.passes.masks import (
+    B,
+    H,
+    Hiding,
+    K,
+    Lengths,
+    NotAMask,
+    Q,
+    ReadMask,
+    UnclearWindow,
+    absorbs,
+    empty_rows,
+    keep_of,
+    read_mask,
+)
 from dilcompile.passes.roles import Roles
-from dilcompile.passes.score_path import MaskOperand
-from dilcompile.site import EmptyRows, Length, MaskSpec
+from dilcompile.passes.score_path import MaskOperand, Unproven
+from dilcompile.site import Length, MaskSpec
 
 
 def read_site_mask(
@@ -24,46 +40,70 @@ def read_site_mask(
     axes: Axes,
     reader: MaskReader,
     sizes: tuple[Length, Length, Length, Length],
+    capped: bool = False,
 ) -> tuple[ReadMask, tuple[MaskOperand, ...]]:
     """The conjunction of all masks, and the operands that are biases.
 
     Args:
         sizes: batch, heads, q_len, k_len.
+        capped: the scores go through a soft cap before they are masked.
     """
     lengths = Lengths(*sizes)
-    reader.sizes.update(lengths.bounds)
+    reader.set_sizes(lengths.bounds)
     symbols = _symbols(roles)
     keep: Truth = Ge0(Q - K) if is_causal else True
-    fills: set[EmptyRows] = set()
+    hidings: list[Hiding] = []
     bias: list[MaskOperand] = []
     for operand in operands:
-        indices = _indices(operand, roles, axes, symbols)
-        if operand.kind == "add":
-            try:
-                visible, filled = _additive(operand, indices, reader, lengths)
-            except NotAMask:
-                bias.append(operand)
-                continue
-            keep, fills = conjunction(keep, visible), fills | filled
+        try:
+            visible, hiding = _visible(operand, _indices(operand, roles, axes, symbols), reader, lengths)
+        except NotAMask:
+            bias.append(operand)
             continue
-        hidden = reader.truth(operand.node, indices)
-        keep = conjunction(keep, hidden if operand.kind == "keep" else negation(hidden))
-        if operand.on is not roles.output:  # SDPA hides with -inf and gives 0 where nothing is left
-            fills.add("nan" if operand.fill == float("-inf") else "uniform")
+        keep = conjunction(keep, visible)
+        if hiding is not None:
+            # The operands are met from the softmax inwards: what is a bias by now is added after this one.
+            hidings.append(replace(hiding, biased=bool(bias)))
+    calls_sdpa = any(operand.on is roles.output for operand in operands)
+    empty = empty_rows(hidings, calls_sdpa)
+    if empty == "shifted" and (bias or capped):
+        # Their gradients in a row without keys would have to be reproduced too.
+        empty = "other"
     try:
-        return read_mask(keep, fills, reader, lengths), tuple(bias)
+        read = read_mask(keep, empty, reader, lengths)
     except UnclearWindow as unclear:
         return ReadMask(MaskSpec(unread=str(unclear))), tuple(bias)
+    return _seen_through(read, hidings), tuple(bias)
 
 
-def _additive(
+def _visible(
     operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader, lengths: Lengths
-) -> tuple[Truth, set[EmptyRows]]:
-    value = reader.number(operand.node, indices)
+) -> tuple[Truth, Hiding | None]:
+    """Where an operand lets through, and how it hides the rest (None if it hides nothing)."""
+    settle = Bounds(lengths.bounds).settle
+    if operand.kind != "add":
+        chosen = reader.truth(operand.node, indices, operand.on)
+        visible = settle(chosen if operand.kind == "keep" else negation(chosen))
+        return visible, None if visible is True else Hiding(frozenset((operand.fill,)), replaces=True)
+    value = reader.number(operand.node, indices, operand.on)
     if operand.factor != 1.0:
         value = lift(operator.mul, value, as_expr(operand.factor))
-    visible, fills = keep_of(value)
-    return Bounds(lengths.bounds).settle(visible), fills
+    resolution = torch.finfo(operand.on.meta["val"].dtype).eps
+    visible, fills = keep_of(value, resolution, reader)
+    visible = settle(visible)
+    if visible is True:
+        return True, None
+    return visible, Hiding(frozenset(fills), replaces=False, absorbs=all(absorbs(fill, resolution) for fill in fills))
+
+
+def _seen_through(read: ReadMask, hidings: Sequence[Hiding]) -> ReadMask:
+    """Key padding by one small number added: a row without keys sees all of them, for the softmax ignores the number."""
+    if read.spec.empty_rows != "other" or read.spec.words != ("padding",) or len(hidings) != 1:
+        return read
+    (hiding,) = hidings
+    if hiding.replaces or len(hiding.fills) != 1 or float("-inf") in hiding.fills:
+        return read
+    return replace(read, spec=replace(read.spec, empty_rows="zero"), all_if_none=True)
 
 
 def _symbols(roles: Roles) -> dict[int, Expr]:
@@ -97,7 +137,11 @@ def _indices(operand: MaskOperand, roles: Roles, axes: Axes, symbols: dict[int, 
     # An SDPA call's own output stands for scores that it never shows.
     score_dims = _score_dims(operand.on, roles, axes) if operand.on is roles.output else axes[operand.on]
     rank = len(shape_of(operand.node))
+    if rank > len(score_dims):
+        raise Unproven(operand.node, "a mask has more dims than the scores", "give the scores the mask's batch dims")
     dims = score_dims[len(score_dims) - rank :]
+    if any(id(atom) not in symbols for dim in dims for atom in dim):
+        raise Unproven(operand.node, "a mask runs along an axis that the scores don't have", "it stays as it is")
     return tuple(_index(dim, symbols) for dim in dims)
 
 

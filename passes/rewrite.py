@@ -16,7 +16,7 @@ from dilcompile.passes.mutations import storage, written
 from dilcompile.passes.regions import Graph
 from dilcompile.passes.roles import Operand, Roles
 from dilcompile.passes.score_path import MaskOperand
-from dilcompile.site import Length
+from dilcompile.site import AttentionSite, Length
 
 
 def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> Node:
@@ -60,8 +60,8 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
         decision.kernel,
     )
     out = emit.item(call, 0)
-    if decision.fidelity == "exact" and spec.empty_rows == "uniform" and spec.key_padding:
-        out = _uniform_rows(emit, out, emit.item(call, 1), v, site.group)
+    if decision.fidelity == "exact" and spec.empty_rows != "zero":
+        out = _empty_rows(emit, out, emit.item(call, 1), q, k, v, site)
     result = _output(emit, out, roles, axes)
     roles.output.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
     return result
@@ -210,13 +210,28 @@ def _seed(emit: Emitter, q: Node) -> Node:
     return emit(aten.randint.low, 0, 2**62, [1], dtype=torch.int64, device=device)
 
 
-def _uniform_rows(emit: Emitter, out: Node, lse: Node, v: Node, group: int) -> Node:
-    """What a finite fill gives for a row that sees nothing: every key alike, so the mean of all values."""
-    mean = emit(aten.mean.dim, v, [2], True)
-    if group > 1:
-        mean = emit(aten.repeat_interleave.self_int, mean, group, 1)
+def _empty_rows(emit: Emitter, out: Node, lse: Node, q: Node, k: Node, v: Node, site: AttentionSite) -> Node:
+    """What the model's own spelling gives for a row that sees nothing: NaN, or every key alike, so the mean of all values."""
     empty = emit(aten.unsqueeze.default, emit(aten.eq.Scalar, lse, float("-inf")), -1)
+    if site.mask.empty_rows == "nan":
+        return emit(aten.masked_fill.Scalar, out, empty, float("nan"))
+    mean = emit(aten.mean.dim, v, [2], True)
+    if site.group > 1:
+        mean = emit(aten.repeat_interleave.self_int, mean, site.group, 1)
+    if site.mask.empty_rows == "shifted":
+        mean = emit(aten.add.Tensor, mean, _uniform_slope(emit, q, k, v, site))
     return emit(aten.where.self, empty, mean, out)
+
+
+def _uniform_slope(emit: Emitter, q: Node, k: Node, v: Node, site: AttentionSite) -> Node:
+    """Zero with the gradient in q and k of a softmax whose weights are all alike: ``scale * sum_k (q . (k - mean k)) v_k / Sk``."""
+    centred = emit(aten.sub.Tensor, k, emit(aten.mean.dim, k, [2], True))
+    mixed = emit(aten.matmul.default, emit(aten.transpose.int, centred, 2, 3), emit(aten.detach.default, v))
+    slope = emit(aten.div.Tensor, mixed, emit.size(site.k_len))
+    if site.group > 1:
+        slope = emit(aten.repeat_interleave.self_int, slope, site.group, 1)
+    value = emit(aten.mul.Scalar, emit(aten.matmul.default, q, slope), site.scale)
+    return emit(aten.sub.Tensor, value, emit(aten.detach.default, value))
 
 
 def _output(emit: Emitter, out: Node, roles: Roles, axes: Axes) -> Node:

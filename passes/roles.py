@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from dilcompile.passes.axes import Atom, Axes, Leaves, align, flat, is_tensor, leaves, op_name, same_size, shape_of
@@ -93,6 +94,8 @@ def roles_of_products(scores: Product, softmax: Node, dim: int, values: Product,
         raise Unproven(softmax, "the softmax runs over a feature axis (channel attention)", "it is not token attention")
     shared = _shared_of_scores(scores, axes, flip)
     k_columns, extra = _column_side(axes, k, k_free, scores.node, columns)
+    if len(k_columns) != len(columns):
+        raise Unproven(softmax, "the softmax does not run over the key axis of the product", "it is not token attention")
     rows, out_rows, heads = _row_side(axes, q, q_free, scores.node)
     shared += [Shared(out, atom, None, None, True) for atom, out in heads]
     shared += [Shared(out, None, atom, None, True) for atom, out in extra]
@@ -169,7 +172,8 @@ def _column_side(
         for dim, at in free
         for atom, out in zip(axes[k][dim], axes[scores][at], strict=True)
     ]
-    return tuple(a for a, o in pairs if id(o) in wanted), [(a, o) for a, o in pairs if id(o) not in wanted]
+    own = {id(out): atom for atom, out in pairs}
+    return tuple(own[id(out)] for out in columns if id(out) in own), [(a, o) for a, o in pairs if id(o) not in wanted]
 
 
 def _with_values(
@@ -195,7 +199,7 @@ def _with_values(
             break
     else:
         raise Unproven(values.node, "the value product does not sum over the key axis", "it is not token attention")
-    v_columns = tuple(a for _, c in contracted for a in axes[v][c])
+    v_columns = _in_order(columns, [(axes[probs][p], axes[v][c]) for p, c in contracted], values.node)
     matched: dict[int, Atom | None] = {}
     for left, right, _ in values.batch:
         p_dim, v_dim = (right, left) if flip else (left, right)
@@ -214,13 +218,31 @@ def _with_values(
                 raise Unproven(values.node, "an axis of the probabilities is neither query, head nor batch", "it stays as it is")
     v_free = values.lhs_free if flip else values.rhs_free
     v_features = tuple(atom for dim, _ in v_free for atom in axes[v][dim])
-    result_rows = tuple(
-        atom for atom in flat(axes[values.node]) if any(_same_axis(atom, row) for row in out_rows)
-    )
+    # In the order of the query's own rows, whatever order the output has them in.
+    result_rows = tuple(atom for row in out_rows for atom in flat(axes[values.node]) if _same_axis(atom, row))
+    if len(result_rows) != len(out_rows):
+        raise Unproven(values.node, "the query axis does not reach the output", "it is not token attention")
     joined = tuple(Shared(s.out, s.q, s.k, matched.get(id(s.out)), s.is_head) for s in shared)
     return Roles(
         q, k, v, joined, rows, k_columns, v_columns, result_rows, q_features, k_features, v_features, columns, values.node
     )  # fmt: skip
+
+
+def _in_order(columns: Leaves, dims: list[tuple[Leaves, Leaves]], product: Node) -> Leaves:
+    """The values' atoms in the order of the keys' columns."""
+    partner: dict[int, list[Atom]] = {}
+    for ours, theirs in dims:
+        pairs = align(ours, theirs)
+        if pairs is None or any(x is None or y is None for x, y in pairs):
+            raise Unproven(product, "keys and values are cut into different parts", "it stays as it is")
+        for x, y in pairs:
+            assert x is not None
+            assert y is not None
+            partner.setdefault(id(x), []).append(y)
+    found = [partner.get(id(column)) for column in leaves(columns)]
+    if any(atoms is None or len(atoms) != 1 for atoms in found):
+        raise Unproven(product, "keys and values are cut into different parts", "it stays as it is")
+    return tuple(atom for atoms in found for atom in atoms or ())
 
 
 def _same_axis(atom: Atom, row: Atom) -> bool:
@@ -317,13 +339,13 @@ def strip(node: Node, needed: Leaves, axes: Axes, reader: MaskReader, stale_at: 
         before = source.args[0]
         assert isinstance(before, Node)
         own = {id(atom) for atom in flat(axes[before]) if not atom.broadcast}
-        if own != wanted or reader.stale(before, stale_at):
+        if own != wanted or reader.stale(source, stale_at) or reader.stale(before, stale_at):
             break
         name = op_name(source)
         if name in LAYOUT_ONLY and not _narrows(before, source):
             source = before
-        elif scaled and name in ("mul", "div") and len(source.args) == 2:
-            value = scalar_or_none(source.args[1], reader)
+        elif scaled and name in ("mul", "div") and source.kwargs.get("rounding_mode") is None:
+            value = scalar_or_none(source.args[1], reader, source)
             if value is None or value == 0:
                 break
             factor *= 1 / value if name == "div" else value
@@ -334,6 +356,6 @@ def strip(node: Node, needed: Leaves, axes: Axes, reader: MaskReader, stale_at: 
 
 
 def _narrows(before: Node, after: Node) -> bool:
-    """A cast to fewer bits rounds; it is not only layout."""
+    """A cast to a dtype that can't hold every value rounds; it is not only layout."""
     old, new = before.meta["val"].dtype, after.meta["val"].dtype
-    return bool(old != new and (new.itemsize < old.itemsize or not new.is_floating_point))
+    return bool(torch.promote_types(old, new) != new)
