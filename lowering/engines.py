@@ -206,7 +206,8 @@ class MathEngine:
         """See ``Engine``."""
         for scores in _scores(part, block):
             lse = scores.logits.logsumexp(-1)
-            weights = (scores.logits - finite_for_backward(lse)[..., None]).exp_()
+            # Not exp(logits - lse): where a finite fill hides every key, float32 can't hold fill + log(number of keys).
+            weights = scores.logits.softmax(-1).masked_fill_((lse == -torch.inf)[..., None], 0)
             if scores.keep is not None:
                 weights = weights * scores.keep
             yield Result(scores.cut, weights @ scores.v, lse)

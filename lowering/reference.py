@@ -127,7 +127,7 @@ def _softmax(scores: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Weights [H, R, K] and LSE [H, R]; rows without keys give 0 and -inf."""
     logits = torch.where(count > 0, scores + count.log(), -torch.inf)
     lse = logits.logsumexp(dim=-1)
-    return (logits - torch.where(lse == -torch.inf, 0, lse)[..., None]).exp(), lse
+    return logits.softmax(dim=-1).masked_fill((lse == -torch.inf)[..., None], 0), lse
 
 
 def _score_gradient(call: Call, chunk: _Chunk, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor, Tensor]:
