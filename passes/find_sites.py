@@ -194,7 +194,8 @@ class _Finder:
                 raise Unproven(operand.source, "it is written in place before the attention ends", "write it out of place")
         batch, heads, kv_heads = _count(roles)
         q_len, k_len = _size(roles.q_rows), _size(roles.k_columns)
-        mask, bias = read_site_mask(masks, is_causal, roles, axes, self.reader, (batch, heads, q_len, k_len), softcap is not None)
+        sizes, capped = (batch, heads, q_len, k_len), softcap is not None
+        mask, bias = read_site_mask(masks, is_causal, roles, axes, self.reader, sizes, capped, self.graph.training)
         self._readable_at(at, mask, bias)
         module = module_path(anchor)
         spec = mask.spec

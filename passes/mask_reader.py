@@ -553,6 +553,19 @@ def _expand(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
     return reader.operand(node.args[0], indices, len(indices))
 
 
+def _repeated(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    shape, bounds = shape_of(source), Bounds(reader.sizes)
+    own = indices[len(indices) - len(shape) :]
+    whole = shape_of(node)[len(indices) - len(shape) :]
+    tiled = [
+        index if same_size(size, full) else bounds.divide(index, as_expr(size))[1]
+        for index, size, full in zip(own, shape, whole, strict=True)
+    ]
+    return reader._value(source, tuple(tiled))
+
+
 def _unsqueeze(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
     dim = int(node.args[1]) % len(indices)  # type: ignore[arg-type]
     source = node.args[0]
@@ -712,6 +725,7 @@ _READ: dict[str, Rule] = {
     **dict.fromkeys(
         "to _to_copy contiguous clone alias lift_fresh lift_fresh_copy detach type_as float".split(), _cast
     ),
+    "repeat": _repeated,
     "unsqueeze": _unsqueeze,
     "squeeze": _view,
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),

@@ -41,12 +41,14 @@ def read_site_mask(
     reader: MaskReader,
     sizes: tuple[Length, Length, Length, Length],
     capped: bool = False,
+    training: bool = False,
 ) -> tuple[ReadMask, tuple[MaskOperand, ...]]:
     """The conjunction of all masks, and the operands that are biases.
 
     Args:
         sizes: batch, heads, q_len, k_len.
         capped: the scores go through a soft cap before they are masked.
+        training: gradients are asked for.
     """
     lengths = Lengths(*sizes)
     reader.set_sizes(lengths.bounds)
@@ -66,7 +68,9 @@ def read_site_mask(
             hidings.append(replace(hiding, biased=bool(bias)))
     calls_sdpa = any(operand.on is roles.output for operand in operands)
     empty = empty_rows(hidings, calls_sdpa)
-    if empty == "shifted" and (bias or capped):
+    if empty == "shifted" and not training:
+        empty = "uniform"
+    elif empty == "shifted" and (bias or capped):
         # Their gradients in a row without keys would have to be reproduced too.
         empty = "other"
     try:

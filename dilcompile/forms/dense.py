@@ -30,7 +30,7 @@ class Dense(Form):
 
     def reject(self, site: AttentionSite) -> str | None:
         """A mask that could not be read, or one that leaves rows whose result only the model's own spelling has."""
-        if site.mask.empty_rows == "other":
+        if site.mask.unread is None and site.mask.empty_rows == "other":
             return (
                 "a row may see no key, and what it is then depends on the model's own spelling (several fills, or one so small that "
                 "the scores show through)"
