@@ -1,6 +1,6 @@
 """Compile time that dilcompile adds to Inductor alone, on a 12-layer GPT-2-like model; finding time per site.
 
-    OMP_NUM_THREADS=2 python benchmarks/compile_time.py --repeats 3 --write
+    OMP_NUM_THREADS=2 python benchmarks/compile_time.py --repeats 3 --save benchmarks/results/compile_time.json
 
 Both backends compile the same model in turn in one process, each time with empty caches; medians and their ratio.
 """
@@ -8,15 +8,17 @@ Both backends compile the same model in turn in one process, each time with empt
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from environment import describe, write_result
 from torch._inductor.utils import fresh_cache
 
 import dilcompile.pipeline as pipeline
+from dilcompile.bench import machine
 
 
 def model(layers: int, implementation: str) -> torch.nn.Module:
@@ -63,7 +65,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--implementation", default="sdpa", choices=["sdpa", "eager"])
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/")
+    parser.add_argument("--save", type=Path, help="write the result as JSON")
     asked = parser.parse_args()
     net = model(asked.layers, asked.implementation)
     ids = torch.randint(0, 512, (1, asked.length))
@@ -85,8 +87,9 @@ def main() -> None:
         "find_ms_per_site": 1e3 * parts["find"] / sites,
     }
     print(result)
-    if asked.write:
-        print(write_result("compile_time", result, describe()))
+    if asked.save is not None:
+        command = f"python benchmarks/compile_time.py --layers {asked.layers} --length {asked.length} --repeats {asked.repeats}"
+        asked.save.write_text(json.dumps({"command": command, "machine": machine(), **result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

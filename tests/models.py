@@ -91,9 +91,9 @@ def llama(implementation: str, **config: Any) -> nn.Module:
     """A two-layer Llama with grouped heads."""
     from transformers import LlamaConfig, LlamaModel
 
-    options = dict(
-        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, use_cache=False,
-    )  # fmt: skip
+    options = {
+        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 512, "use_cache": False,
+    }  # fmt: skip
     torch.manual_seed(0)
     return LlamaModel._from_config(LlamaConfig(**{**options, **config}), attn_implementation=implementation)

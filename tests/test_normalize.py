@@ -124,5 +124,5 @@ def test_what_cannot_be_retraced_is_named() -> None:
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
     graph.output(graph.call_function(torch.ops.aten.view.default, (x, [7, 7])))
-    with pytest.raises(NormalizeError, match="RuntimeError: .*shape"):
+    with pytest.raises(NormalizeError, match=r"RuntimeError: .*shape"):
         normalize(GraphModule(nn.Module(), graph), [torch.randn(2, 3)])

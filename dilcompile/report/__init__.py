@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from dilcompile.report.record import GraphReport, Report, Verdict
+from dilcompile.report.record import GraphReport, Verdict
+from dilcompile.report.report import Report
 
 __all__ = ["GraphReport", "Report", "Verdict"]

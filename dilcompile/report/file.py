@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dilcompile.errors import DilcompileError
-
-if TYPE_CHECKING:
-    from dilcompile.report.record import Report
 
 SUFFIXES = (".html", ".json")
 
@@ -23,12 +18,12 @@ def check_path(path: Path) -> None:
         raise DilcompileError(f"report: {str(path)!r} is a folder; name a file in it")
 
 
-def write(report: Report, path: Path) -> None:
-    """See ``Report.write``."""
-    check_path(path)
-    html = path.suffix.lower() == ".html"
-    content = report.to_html() if html else json.dumps(report.to_dict(), indent=2) + "\n"
-    # Several processes may write one report; each replaces it whole.
+def replace_file(path: Path, content: str) -> None:
+    """Write the whole file in one step: several processes may write one report.
+
+    Raises:
+        DilcompileError: if the place can't be written.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import json
 from html import escape
 
 from dilcompile.report import units
-from dilcompile.report.record import Report
+from dilcompile.report.record import Record
 from dilcompile.report.rows import HEADINGS, Row, grouped, rows_of
 from dilcompile.report.sections import READING, Section, sections
 from dilcompile.report.totals import Totals, totals_of
@@ -44,7 +44,7 @@ pre { overflow-x: auto; padding: .8rem; margin: .5rem 0 0; }
 """.strip()
 
 
-def page(report: Report) -> str:
+def page(report: Record) -> str:
     """See ``Report.to_html``."""
     rows, totals = rows_of(report.verdicts), totals_of(report)
     title = report.policy.splitlines()[0] if report.policy else "policy"
@@ -66,7 +66,7 @@ def page(report: Report) -> str:
     )
 
 
-def _graphs(report: Report) -> str:
+def _graphs(report: Record) -> str:
     number = len(report.graphs)
     return f"{number} graph{'' if number == 1 else 's'}"
 
@@ -132,7 +132,7 @@ def _reading(totals: Totals) -> str:
     return "<h2>How to read it</h2>" + "".join(f"<p class=soft>{escape(line)}</p>" for line in lines)
 
 
-def _seconds(report: Report) -> str:
+def _seconds(report: Record) -> str:
     rounded = {graph.graph: {step: round(seconds, 4) for step, seconds in graph.seconds.items()} for graph in report.graphs}
     return "\n".join(f"{graph}: {json.dumps(steps)}" for graph, steps in rounded.items())
 

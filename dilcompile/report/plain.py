@@ -8,7 +8,7 @@ from dilcompile.decision import Decision, Rejection
 from dilcompile.report.costs import Costs, costs_of, problem_with
 from dilcompile.report.kernels import Choice, kernel_of
 from dilcompile.report.lengths import hint, symbol
-from dilcompile.report.record import GraphReport, Report
+from dilcompile.report.record import GraphReport, Record
 from dilcompile.report.totals import totals_of
 from dilcompile.site import AttentionSite, MaskSpec, Miss
 
@@ -16,7 +16,7 @@ SCHEMA = "dilcompile.report"
 VERSION = 1
 
 
-def plain(report: Report) -> dict[str, Any]:
+def plain(report: Record) -> dict[str, Any]:
     """See ``Report.to_dict``."""
     totals = totals_of(report)
     return {

@@ -1,18 +1,12 @@
-"""What happened to every attention of a model: the record that ``explain`` returns and the backend writes."""
+"""What happened to every attention of a model, as data."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dilcompile.decision import Decision, Rejection
 from dilcompile.site import AttentionSite, Miss
-
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
 
 Verdict = Decision | Rejection
 
@@ -37,11 +31,8 @@ class GraphReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class Record:
     """All graphs of one model under one policy.
-
-    ``print(report)`` gives the table, in colour on a terminal; sites that are alike share a row there. ``to_dict`` and ``write``
-    list every site.
 
     Args:
         policy: the policy's text.
@@ -81,38 +72,3 @@ class Report:
     def notes(self) -> Sequence[str]:
         """What holds for whole graphs."""
         return tuple(f"graph {graph.graph}: {note}" for graph in self.graphs for note in graph.notes)
-
-    def __str__(self) -> str:
-        from dilcompile.report.table import text
-
-        return text(self)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from dilcompile.report.table import renderables
-
-        return renderables(self, options.max_width)
-
-    def to_dict(self) -> dict[str, object]:
-        """The report as plain JSON values; ``version`` counts changes of the keys (see ``dilcompile.report.plain``)."""
-        from dilcompile.report.plain import plain
-
-        return plain(self)
-
-    def to_html(self) -> str:
-        """One self-contained HTML page: no scripts, no files from elsewhere."""
-        from dilcompile.report.page import page
-
-        return page(self)
-
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the report to ``path``; missing folders are made, an old file is replaced in one step.
-
-        Args:
-            path: ``.html`` or ``.json``.
-
-        Raises:
-            DilcompileError: for another suffix, or a path that can't be written.
-        """
-        from dilcompile.report.file import write
-
-        write(self, Path(path))

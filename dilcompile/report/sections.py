@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dilcompile.report.record import Report
+from dilcompile.report.record import Record
 from dilcompile.report.rows import Row
 
 READING = (
@@ -23,7 +23,7 @@ class Section:
     items: tuple[tuple[str, str, str], ...]
 
 
-def sections(report: Report, rows: Iterable[Row]) -> list[Section]:
+def sections(report: Record, rows: Iterable[Row]) -> list[Section]:
     """All that are not empty. ``rows`` as they are shown, so that one item speaks of the same sites as one row."""
     rows = list(rows)
     refused = [(row.site[0], row.reason, row.cure) for row in rows if row.reason and not row.asked]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from dilcompile.report.record import Report
+from dilcompile.report.record import Record
 from dilcompile.report.rows import HEADINGS, Row, grouped, rows_of
 from dilcompile.report.sections import READING, Section, sections
 from dilcompile.report.totals import totals_of
@@ -24,7 +24,7 @@ _WHOLE_LINES = ("attention", "numbers", "pairs", "FLOPs", "memory")
 _STYLES = {"exact": "green", "approximate": "yellow", "unchanged": "dim"}
 
 
-def text(report: Report) -> str:
+def text(report: Record) -> str:
     """The report as text: with colours and the terminal's width on a terminal, else plain and ``COLUMNS`` (160) wide."""
     from rich.console import Console
 
@@ -36,7 +36,7 @@ def text(report: Report) -> str:
     return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
 
 
-def renderables(report: Report, width: int) -> Iterator[RenderableType]:
+def renderables(report: Record, width: int) -> Iterator[RenderableType]:
     """The table, what there is to say beside it, and the sums. Where the table has no room, one block a row."""
     from rich.text import Text
 
@@ -55,7 +55,7 @@ def renderables(report: Report, width: int) -> Iterator[RenderableType]:
         yield Text("\n".join(READING), style="dim")
 
 
-def _graphs(report: Report) -> str:
+def _graphs(report: Record) -> str:
     number = len(report.graphs)
     return f"{number} graph{'' if number == 1 else 's'} under {report.policy.splitlines()[0]}"
 

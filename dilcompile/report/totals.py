@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dilcompile.report import units
 from dilcompile.report.costs import costs_of
-from dilcompile.report.record import Report
+from dilcompile.report.record import Record
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _many(number: int, word: str) -> str:
     return f"{number} {word if number == 1 else plural}"
 
 
-def totals_of(report: Report) -> Totals:
+def totals_of(report: Record) -> Totals:
     """The sums of a report."""
     verdicts = report.verdicts
     costs = [held for verdict in verdicts if (held := costs_of(verdict)) is not None]
