@@ -20,6 +20,11 @@ def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, fresh: 
         out.copy_(part)
         lse.copy_(part_lse)
         return
-    weight = torch.sigmoid(part_lse - lse).nan_to_num_(nan=0.0)
-    out.lerp_(part.to(out.dtype), weight[..., None].to(out.dtype))
+    weight = torch.sigmoid(part_lse - lse).nan_to_num_(nan=0.0).to(out.dtype)[..., None]
+    if part.dtype == out.dtype:
+        out.lerp_(part, weight)
+    else:
+        # Copy by copy, so that never more than one of them is held in float32.
+        for target, source, share in zip(out, part, weight, strict=True):
+            target.lerp_(source.to(out.dtype), share)
     lse.copy_(torch.logaddexp(lse, part_lse))

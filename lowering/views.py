@@ -31,7 +31,7 @@ from dilcompile.lowering.strided import (
 )
 from dilcompile.relation import Relation
 
-_CHUNK_BYTES, _SMALL_CHUNK_BYTES = 1 << 24, 1 << 22
+_CHUNK_BYTES, _SMALL_CHUNK_BYTES = 1 << 24, 1 << 21
 _LSE_COLUMNS = 8
 
 
@@ -151,12 +151,15 @@ def _documents(call: Call) -> Iterator[tuple[Relation, slice, slice, slice]]:
 
 
 def _chunks(call: Call, batch: slice) -> Iterator[tuple[slice, slice]]:
-    """Batch rows and key heads in portions whose accumulators stay small, but that keep all threads busy."""
-    problem = call.problem
+    """Batch rows and key heads in portions whose accumulators stay small, but that keep all threads busy.
+
+    Half-precision portions are smaller: beside the output of a piece they need it in float32 and the op's packed keys and values.
+    """
+    problem, half = call.problem, call.q.dtype != call.score_dtype
     row = problem.group * problem.q_len * problem.v_dim * call.score_dtype.itemsize
     whole = row * problem.kv_heads * (batch.stop - batch.start)
-    limit = min(_CHUNK_BYTES, max(_SMALL_CHUNK_BYTES, whole // 4))
-    heads = min(problem.kv_heads, max(torch.get_num_threads(), limit // max(1, row)))
+    limit = min(_CHUNK_BYTES, max(_SMALL_CHUNK_BYTES // (2 if half else 1), whole // (8 if half else 4)))
+    heads = min(problem.kv_heads, max(1 if half else torch.get_num_threads(), limit // max(1, row)))
     rows = max(1, limit // max(1, row * heads)) if heads == problem.kv_heads else 1
     for b in range(batch.start, batch.stop, rows):
         for head in range(0, problem.kv_heads, heads):
