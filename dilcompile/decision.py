@@ -21,7 +21,7 @@ class Decision:
         form: the relation family to compute.
         fidelity: ``exact`` when the rewritten site computes what the user's model computes.
         kernel: the kernel asked for by name, or None to choose the fastest that supports the site.
-        fallback: what to do when the rewrite fails: ``warn`` and keep the original, keep it silently listed (``keep``), or ``error``.
+        fallback: what to do when the rewrite fails: ``warn`` and keep the original, ``keep`` it and only list it, or ``error``.
         notes: what the user should know (policy keys that have no effect here, rows that see only themselves ...).
     """
 
@@ -43,7 +43,7 @@ class Rejection:
         rule: name of the rule that matched, or None if no rule did.
         reason: why, naming the limit.
         cure: what to change to have it rewritten; empty when keeping it is what the policy asked for.
-        asked: True if the policy itself said ``keep`` (or no rule matched); False if a rule asked for a form that this site can't take.
+        asked: True if the policy itself said ``keep`` (or no rule matched); False if the site can't take the form asked for.
     """
 
     site: AttentionSite

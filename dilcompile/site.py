@@ -23,13 +23,13 @@ class MaskSpec:
     Args:
         causal: only keys ``k <= t``.
         left: only keys ``k >= t - left``; None for no limit.
-        right: only keys ``k <= t + right``; None for no limit. ``causal`` is kept apart from ``right=0`` because it is what users call it.
+        right: only keys ``k <= t + right``; None for no limit. ``right=0`` is called ``causal`` instead, as users do.
         q_offset: position of query row 0 on the key axis (0: top-left aligned; ``Sk - Sq``: bottom-right).
         key_padding: a factor ``keep[b, k]`` is known as an operand.
         documents: a factor ``document[b, t] == document[b, k]`` is known as an operand.
         unread: what could not be read, in words; the operand stays a tensor. None when everything was read.
-        empty_rows: what the user's spelling gives for a row that may see no key: 0 (or no row can be without keys), the mean of all
-            values (a finite fill; ``shifted``: one that was added, so that the scores keep their gradient), NaN, or ``other``:
+        empty_rows: what the user's spelling gives for a row that may see no key: 0 (or no row can be without keys), the mean
+            of all values (a finite fill; ``shifted``: one that was added, so that the scores keep their gradient), NaN, or ``other``:
             something that depends on the scores (several fills, or one so small that they show).
     """
 
@@ -96,7 +96,7 @@ class MaskSpec:
 class AttentionSite:
     """One attention in the user's model, as the finder proved it.
 
-    Lengths may be symbolic (``torch.SymInt``). ``scale`` and ``softcap`` are numbers, or None where the model's own tensor is used.
+    Lengths may be symbolic (``torch.SymInt``).
     """
 
     index: int
@@ -139,8 +139,8 @@ class AttentionSite:
         default = math.isclose(self.scale, self.head_dim**-0.5, rel_tol=1e-6)
         scale = "" if default else f" scale={self.scale:.6g}"
         return (
-            f"{self.module or '<top>'}: {self.kind} {self.spelling} B={self.batch} H={self.heads}{gqa} Sq={self.q_len} Sk={self.k_len} "
-            f"D={self.head_dim}{value} {str(self.dtype).removeprefix('torch.')} mask={self.mask}{scale}{extra}"
+            f"{self.module or '<top>'}: {self.kind} {self.spelling} B={self.batch} H={self.heads}{gqa} "
+            f"Sq={self.q_len} Sk={self.k_len} D={self.head_dim}{value} {str(self.dtype).removeprefix('torch.')} mask={self.mask}{scale}{extra}"
         )
 
 
