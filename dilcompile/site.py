@@ -29,7 +29,7 @@ class MaskSpec:
         documents: a factor ``document[b, t] == document[b, k]`` is known as an operand.
         unread: what could not be read, in words; the operand stays a tensor. None when everything was read.
         empty_rows: what the user's spelling gives for a row that may see no key: 0 (or no row can be without keys), the mean
-            of all values (a finite fill; ``shifted``: one that was added, so that the scores keep their gradient), NaN, or ``other``:
+            of all values (a finite fill; ``shifted``: one that was added, so the scores keep their gradient), NaN, or ``other``:
             something that depends on the scores (several fills, or one so small that they show).
     """
 
@@ -138,9 +138,10 @@ class AttentionSite:
         )
         default = math.isclose(self.scale, self.head_dim**-0.5, rel_tol=1e-6)
         scale = "" if default else f" scale={self.scale:.6g}"
+        dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"{self.module or '<top>'}: {self.kind} {self.spelling} B={self.batch} H={self.heads}{gqa} "
-            f"Sq={self.q_len} Sk={self.k_len} D={self.head_dim}{value} {str(self.dtype).removeprefix('torch.')} mask={self.mask}{scale}{extra}"
+            f"Sq={self.q_len} Sk={self.k_len} D={self.head_dim}{value} {dtype} mask={self.mask}{scale}{extra}"
         )
 
 

@@ -35,9 +35,7 @@ class Atom:
 
     __slots__ = ("broadcast", "origin", "parts", "role", "size")
 
-    def __init__(
-        self, size: Length, role: Role | None = None, broadcast: bool = False, origin: Atom | None = None
-    ) -> None:
+    def __init__(self, size: Length, role: Role | None = None, broadcast: bool = False, origin: Atom | None = None) -> None:
         self.size = size
         self.role = role
         self.broadcast = broadcast
@@ -77,7 +75,7 @@ def flat(layout: Layout) -> Leaves:
 
 
 def _divides(part: Length, whole: Length) -> bool:
-    return statically_known_true(whole % part == 0)
+    return bool(statically_known_true(whole % part == 0))  # type: ignore[operator]
 
 
 def regroup(atoms: Leaves, shape: Sequence[Length]) -> Layout | None:
@@ -234,26 +232,29 @@ class Axes:
             return layout
         inputs = tensor_args(node)
         spread = {id(atom) for arg in inputs for atom in flat(self[arg]) if not atom.broadcast}
-        constant = is_pointwise(node) and op_name(node) not in _RANDOM and all(
-            self._constant_along(arg, position, len(layout))
-            for arg in inputs
-            for position, dim in enumerate(layout)
-            if any(atom.broadcast for atom in leaves(dim))
+        constant = (
+            is_pointwise(node)
+            and op_name(node) not in _RANDOM
+            and all(
+                self._constant_along(arg, position - len(layout), leaves(dim))
+                for arg in inputs
+                for position, dim in enumerate(layout)
+                if any(atom.broadcast for atom in leaves(dim))
+            )
         )
         if constant and not any(id(atom) in spread for atom in atoms):
             return layout
         return tuple(
-            tuple(
-                Atom(atom.size, atom.role, origin=atom) if atom.broadcast else atom for atom in leaves(dim)
-            )
-            for dim in layout
+            tuple(Atom(atom.size, atom.role, origin=atom) if atom.broadcast else atom for atom in leaves(dim)) for dim in layout
         )
 
-    def _constant_along(self, node: Node, position: int, rank: int) -> bool:
-        """Does a pointwise operand not vary along a dim of the result?"""
+    def _constant_along(self, node: Node, position: int, dim: Leaves) -> bool:
+        """Does a pointwise operand not vary along the broadcast atoms of a dim of the result (counted from the back)?"""
         own = self[node]
-        place = position - (rank - len(own))
-        return place < 0 or all(atom.broadcast for atom in own[place])
+        if -position > len(own):
+            return True
+        here = {id(atom) for atom in own[position] if atom.broadcast}
+        return all(atom.broadcast for atom in own[position]) or all(id(atom) in here for atom in dim if atom.broadcast)
 
     def _checked(self, node: Node, layout: Layout | None) -> Layout:
         """The layout if it fits the shape; else fresh atoms, with roles carried over by position."""
@@ -289,11 +290,14 @@ class Axes:
         lhs, rhs = self._layouts[product.lhs], self._layouts[product.rhs]
         shape = shape_of(node)
         layout: list[Leaves] = [()] * len(shape)
+        swapped = product.rhs in self._of_products and product.lhs not in self._of_products
         for left, right, out in product.batch:
             pairs = align(() if left is None else lhs[left], () if right is None else rhs[right])
             if pairs is None:
                 return None
-            layout[out] = tuple(atom for atom in (_either(x, y) for x, y in pairs) if atom is not None)
+            # Probabilities keep their axes on whichever side of the values they stand.
+            chosen = (_either(y, x) if swapped else _either(x, y) for x, y in pairs)
+            layout[out] = tuple(atom for atom in chosen if atom is not None)
         mine = {id(atom) for dim, _ in product.lhs_free for atom in leaves(lhs[dim])}
         theirs = {id(atom) for dim, _ in product.rhs_free for atom in leaves(rhs[dim])}
         weight = product.rhs in self.weights or product.lhs in self.weights
@@ -384,7 +388,7 @@ def _movedim(node: Node, rank: int) -> Sequence[int]:
     source, target = node.args[1], node.args[2]
     sources = [source] if isinstance(source, int) else list(source)  # type: ignore[arg-type]
     targets = [target] if isinstance(target, int) else list(target)  # type: ignore[arg-type]
-    moved = {int(t) % rank: int(s) % rank for s, t in zip(sources, targets, strict=True)}  # type: ignore[arg-type]
+    moved = {int(t) % rank: int(s) % rank for s, t in zip(sources, targets, strict=True)}
     rest = iter(dim for dim in range(rank) if dim not in moved.values())
     return [moved[dim] if dim in moved else next(rest) for dim in range(rank)]
 
@@ -401,7 +405,7 @@ def _squeeze(axes: Axes, node: Node) -> Layout | None:
         return tuple(d for d, size in zip(before, shape_of(node.args[0]), strict=True) if not same_size(size, 1))  # type: ignore[arg-type]
     asked = node.args[1]
     dims = [asked] if isinstance(asked, int) else list(asked)  # type: ignore[arg-type]
-    gone = {int(d) % len(before) for d in dims}  # type: ignore[arg-type]
+    gone = {int(d) % len(before) for d in dims}
     return tuple(d for i, d in enumerate(before) if i not in gone or d)
 
 
@@ -492,13 +496,13 @@ def _stack(axes: Axes, node: Node) -> Layout | None:
 
 
 def _linear(axes: Axes, node: Node) -> Layout:
-    return _input(axes, node)[:-1] + (axes.fresh(shape_of(node)[-1], "feature"),)
+    return (*_input(axes, node)[:-1], axes.fresh(shape_of(node)[-1], "feature"))
 
 
 def _addmm(axes: Axes, node: Node) -> Layout | None:
     x = node.args[1]
     assert isinstance(x, Node)
-    return axes._layouts[x][:1] + (axes.fresh(shape_of(node)[-1], "feature"),)
+    return (*axes._layouts[x][:1], axes.fresh(shape_of(node)[-1], "feature"))
 
 
 def _conv(axes: Axes, node: Node) -> Layout | None:
@@ -524,7 +528,9 @@ def _attention(axes: Axes, node: Node) -> Layout:
     for operand in node.args[1:3]:
         assert isinstance(operand, Node)
         # A batch axis that the queries are broadcast along is the keys' or the values'.
-        batch = [mine if _spans(mine, size) else other for mine, other, size in zip(batch, axes._layouts[operand], shape, strict=False)]
+        batch = [
+            mine if _spans(mine, size) else other for mine, other, size in zip(batch, axes._layouts[operand], shape, strict=False)
+        ]
     return (*batch, axes._layouts[q][-2], axes._layouts[v][-1])
 
 

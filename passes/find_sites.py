@@ -80,7 +80,18 @@ def _weight_like(nodes: list[Node], parameters: frozenset[Node]) -> frozenset[No
     for node in nodes:
         if node.op == "call_function" and is_tensor(node):
             inputs = [arg for arg in node.all_input_nodes if is_tensor(arg)]
-            moved = op_name(node) in ("t", "transpose", "permute", "view", "reshape", "to", "expand", "unsqueeze", "mul", "select")
+            moved = op_name(node) in (
+                "t",
+                "transpose",
+                "permute",
+                "view",
+                "reshape",
+                "to",
+                "expand",
+                "unsqueeze",
+                "mul",
+                "select",
+            )
             if moved and inputs and all(arg in found for arg in inputs):
                 found.add(node)
     return frozenset(found)
@@ -227,7 +238,6 @@ class _Finder:
         tables = frozenset(self.reader.used_tables & self.graph.tables.keys())
         return Match(site, roles, q, k, v, mask, bias, tables)
 
-
     def _readable_at(self, output: Node, mask: ReadMask, bias: tuple[MaskOperand, ...]) -> None:
         """Masks are read again where the output is made: they must still hold what they held."""
         writes = self.graph.mutations.writes
@@ -285,4 +295,3 @@ def _phase(training: bool, q_len: Length) -> Phase:
 
 def _describe_bias(bias: tuple[MaskOperand, ...]) -> str | None:
     return " + ".join(operand.node.name for operand in bias) or None
-

@@ -25,7 +25,7 @@ def _keep(mask: Tensor | None, mask_type: int | None) -> Tensor | None:
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
-    return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(1, 2)
+    return torch.unflatten(x, -1, (num_heads, x.shape[-1] // num_heads)).transpose(1, 2)
 
 
 def encoder_layer(

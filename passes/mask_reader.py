@@ -588,7 +588,7 @@ def _selected(reader: MaskReader, node: Node, indices: Indices) -> Number | Trut
 def _sliced(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
     source = node.args[0]
     assert isinstance(source, Node)
-    held = [arg.meta["val"] if isinstance(arg, Node) and not is_tensor(arg) else arg for arg in node.args[1:]]
+    held: list[Any] = [arg.meta["val"] if isinstance(arg, Node) and not is_tensor(arg) else arg for arg in node.args[1:]]
     dim, start, _, step = (held + [None] * 4)[:4] if len(held) < 4 else held[:4]
     dim = int(dim or 0) % len(indices)
     start = 0 if start is None else start
@@ -613,9 +613,8 @@ def _indexed(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth
     span = len(indices) - (rank - len(positions))
     block = indices[positions[0] : positions[0] + span]
     before, after = indices[: positions[0]], indices[positions[0] + span :]
-    at: list[Expr] = []
-    for i in positions:
-        at.append(_place(reader, _number(reader.operand(chosen[i], block, span)), shape_of(source)[i]))
+    sizes = shape_of(source)
+    at = [_place(reader, _number(reader.operand(chosen[i], block, span)), sizes[i]) for i in positions]
     return reader._value(source, (*before, *at, *after))
 
 
@@ -649,7 +648,7 @@ def _cumsum(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
 
 
 def _cat(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
-    parts = [part for part in node.args[0] if is_tensor(part)]  # type: ignore[union-attr]
+    parts: list[Node] = [part for part in node.args[0] if is_tensor(part)]  # type: ignore[union-attr, misc]
     dim = (int(node.args[1]) if len(node.args) > 1 else 0) % len(indices)  # type: ignore[arg-type]
     if len(parts) > 4:
         raise Unreadable("a concatenation of many parts")
@@ -672,7 +671,7 @@ def _cat(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
 def _diff(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
     source = node.args[0]
     n = node.args[1] if len(node.args) > 1 else 1
-    dim = int(node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", -1)) % len(indices)  # type: ignore[arg-type, call-overload]
+    dim = int(node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", -1)) % len(indices)  # type: ignore[arg-type]
     prepend = node.args[3] if len(node.args) > 3 else node.kwargs.get("prepend")
     append = node.args[4] if len(node.args) > 4 else node.kwargs.get("append")
     if n != 1 or append is not None or node.meta["val"].dtype is torch.bool:
@@ -722,9 +721,7 @@ _READ: dict[str, Rule] = {
     **dict.fromkeys(("zeros", "new_zeros", "zeros_like"), _constant(None, 0)),
     **dict.fromkeys(("ones", "new_ones", "ones_like"), _constant(None, 1)),
     **dict.fromkeys(VIEWS, _view),
-    **dict.fromkeys(
-        "to _to_copy contiguous clone alias lift_fresh lift_fresh_copy detach type_as float".split(), _cast
-    ),
+    **dict.fromkeys("to _to_copy contiguous clone alias lift_fresh lift_fresh_copy detach type_as float".split(), _cast),
     "repeat": _repeated,
     "unsqueeze": _unsqueeze,
     "squeeze": _view,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeAlias
 
 import sympy
 
-Expr = sympy.Expr
+Expr: TypeAlias = sympy.Expr
 
 
 class Element(sympy.Function):  # type: ignore[misc]
@@ -96,7 +97,7 @@ class Or:
         return " or ".join(sorted(f"({part})" for part in self.parts))
 
 
-Truth = bool | Ge0 | Eq0 | Less | Given | Not | And | Or
+Truth: TypeAlias = bool | Ge0 | Eq0 | Less | Given | Not | And | Or
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Choice:
     other: Number
 
 
-Number = Expr | Choice
+Number: TypeAlias = "Expr | Choice"
 
 
 def conjunction(*parts: Truth) -> Truth:
@@ -173,8 +174,11 @@ def choice(when: Truth, then: Number, other: Number) -> Number:
 def _is_nonnegative(expr: Expr) -> bool:
     if expr.is_number:
         return bool(expr >= 0)
+    if not all(symbol.is_nonnegative for symbol in expr.free_symbols):
+        return False  # a number that the caller gives may be anything
     # Lengths are positive integers: shift them to start at 0, so that non-negative coefficients prove it.
-    shifted = sympy.expand(expr.subs({s: sympy.Symbol(f"_{s}", integer=True, nonnegative=True) + 1 for s in expr.free_symbols}))
+    least = {s: 1 if s.is_positive else 0 for s in expr.free_symbols}
+    shifted = sympy.expand(expr.subs({s: sympy.Symbol(f"_{s}", integer=True, nonnegative=True) + n for s, n in least.items()}))
     return all(term.is_nonnegative for term in sympy.Add.make_args(shifted))
 
 
@@ -206,7 +210,7 @@ class Bounds:
         quotient, remainder = sympy.Integer(0), sympy.Integer(0)
         for term in sympy.Add.make_args(sympy.expand(index)):
             share = sympy.cancel(term / by)
-            if share.is_polynomial() and sympy.denom(share) == 1:
+            if share.is_integer:
                 quotient += share
             else:
                 remainder += term

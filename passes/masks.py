@@ -33,6 +33,9 @@ from dilcompile.passes.mask_terms import (
 from dilcompile.site import EmptyRows, Length, MaskSpec
 
 B, H, Q, K = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("b", "h", "q", "k"))
+# Where several axes make up the heads (key head and member), each has an index of its own.
+HEAD_DIGITS = tuple(sympy.Symbol(f"h{i}", integer=True, nonnegative=True) for i in range(6))
+_INDICES = frozenset((B, H, Q, K, *HEAD_DIGITS))
 
 # An additive mask hides with at least this much: the smallest fill in use (BERT's -1e4) hides within exp(-1e4) = 0.
 _HIDES = -1e3
@@ -145,7 +148,7 @@ class NotAMask(Exception):
 def _scaled_keep(value: Expr, resolution: float, reader: MaskReader) -> tuple[Truth, set[float]]:
     """``(1 - m) * c`` with a huge negative c: visible where m is 1.
 
-    An m of integers is taken to hold 0 and 1. An m of fractions may hold anything, so c must be so large that all but exactly 1 hides.
+    An m of integers is taken to hold 0 and 1. One of fractions may hold anything: c must be so large that only 1 shows.
     """
     fill, factor = sympy.factor_terms(value).as_coeff_Mul()
     elements = factor.atoms(Element)
@@ -168,7 +171,7 @@ def read_mask(keep: Truth, empty: EmptyRows, reader: MaskReader, lengths: Length
     Args:
         empty: what rows become that see no key.
     """
-    bounds = Bounds(lengths.bounds)
+    bounds = Bounds(reader.sizes)
     keep = bounds.settle(keep)
     if keep is False:
         return ReadMask(MaskSpec(unread="false: nothing is visible"))
@@ -215,7 +218,7 @@ def _always_sees(upper: Sequence[Expr], lower: Sequence[Expr], documents: bool, 
 
 def symbols_of(truth: Truth) -> set[sympy.Symbol]:
     """The index symbols that a truth value depends on."""
-    return {symbol for expr in numbers_of(truth) for symbol in expr.free_symbols if symbol in (B, H, Q, K)}
+    return {symbol for expr in numbers_of(truth) for symbol in expr.free_symbols if symbol in _INDICES}
 
 
 def elements_of(truth: Truth) -> set[Expr]:
@@ -243,7 +246,7 @@ def _edge(factor: Truth) -> tuple[bool, Expr] | None:
     expr = sympy.expand(factor.expr)
     slope_q, slope_k = expr.coeff(Q), expr.coeff(K)
     rest = sympy.expand(expr - slope_q * Q - slope_k * K)
-    if rest.free_symbols & {B, H, Q, K}:
+    if rest.free_symbols & _INDICES:
         return None
     if (slope_q, slope_k) == (1, -1):
         return True, rest
@@ -333,7 +336,11 @@ def describe(truth: Truth, reader: MaskReader) -> str:
     """The formula with elements by the names of their nodes."""
     text = str(truth)
     for number, node in enumerate(reader.elements):
-        text = text.replace("IntegerElement", "Element").replace(f"Element({number}, ", f"{node.name}(").replace(f"Element({number})", node.name)
+        text = (
+            text.replace("IntegerElement", "Element")
+            .replace(f"Element({number}, ", f"{node.name}(")
+            .replace(f"Element({number})", node.name)
+        )
     return text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 
@@ -48,7 +49,7 @@ def parse_product(node: Node) -> Product | None:
 
 def _rank(value: Any) -> int | None:
     held = value.meta.get("val") if isinstance(value, Node) else None
-    return held.dim() if hasattr(held, "dim") else None
+    return held.dim() if isinstance(held, torch.Tensor) else None
 
 
 def _matmul(node: Node, lhs: Any, rhs: Any) -> Product | None:
@@ -56,11 +57,10 @@ def _matmul(node: Node, lhs: Any, rhs: Any) -> Product | None:
     if left is None or right is None or left < 2 or right < 2:
         return None
     rank = max(left, right)
-    batch = []
-    for back in range(3, rank + 1):
-        batch.append(
-            (left - back if back <= left else None, right - back if back <= right else None, rank - back)
-        )
+    batch = [
+        (left - back if back <= left else None, right - back if back <= right else None, rank - back)
+        for back in range(3, rank + 1)
+    ]
     return Product(
         node,
         lhs,

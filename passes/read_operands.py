@@ -14,6 +14,7 @@ from dilcompile.passes.axes import Atom, Axes, Leaves, shape_of
 from dilcompile.passes.mask_reader import MaskReader, as_expr, lift
 from dilcompile.passes.mask_terms import Bounds, Expr, Ge0, Truth, conjunction, negation
 from dilcompile.passes.masks import (
+    HEAD_DIGITS,
     B,
     H,
     Hiding,
@@ -51,8 +52,9 @@ def read_site_mask(
         training: gradients are asked for.
     """
     lengths = Lengths(*sizes)
-    reader.set_sizes(lengths.bounds)
-    symbols = _symbols(roles)
+    heads = _head_digits(roles)
+    reader.set_sizes({**lengths.bounds, **heads})
+    symbols = _symbols(roles, tuple(heads))
     keep: Truth = Ge0(Q - K) if is_causal else True
     hidings: list[Hiding] = []
     bias: list[MaskOperand] = []
@@ -84,7 +86,7 @@ def _visible(
     operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader, lengths: Lengths
 ) -> tuple[Truth, Hiding | None]:
     """Where an operand lets through, and how it hides the rest (None if it hides nothing)."""
-    settle = Bounds(lengths.bounds).settle
+    settle = Bounds(reader.sizes).settle
     if operand.kind != "add":
         chosen = reader.truth(operand.node, indices, operand.on)
         visible = settle(chosen if operand.kind == "keep" else negation(chosen))
@@ -110,12 +112,20 @@ def _seen_through(read: ReadMask, hidings: Sequence[Hiding]) -> ReadMask:
     return replace(read, spec=replace(read.spec, empty_rows="zero"), all_if_none=True)
 
 
-def _symbols(roles: Roles) -> dict[int, Expr]:
+def _head_digits(roles: Roles) -> dict[sympy.Symbol, Expr]:
+    """An index symbol for each of several head axes, with its size; empty where one symbol does."""
+    atoms = tuple(axis.out for axis in roles.heads)
+    if not 2 <= len(atoms) <= len(HEAD_DIGITS):
+        return {}
+    return {symbol: as_expr(atom.size) for symbol, atom in zip(HEAD_DIGITS, atoms, strict=False)}
+
+
+def _symbols(roles: Roles, heads: tuple[sympy.Symbol, ...]) -> dict[int, Expr]:
     """An index expression for every atom of the scores."""
-    found: dict[int, Expr] = {}
+    found: dict[int, Expr] = {id(axis.out): symbol for axis, symbol in zip(roles.heads, heads, strict=False)}
     for atoms, symbol in (
         (tuple(axis.out for axis in roles.batch), B),
-        (tuple(axis.out for axis in roles.heads), H),
+        (() if heads else tuple(axis.out for axis in roles.heads), H),
         (roles.out_rows, Q),
         (roles.score_columns, K),
     ):
@@ -163,4 +173,3 @@ def _index(dim: Leaves, symbols: dict[int, Expr]) -> Expr:
 
 def _symbol(atom: Atom, symbols: dict[int, Expr]) -> Expr:
     return symbols[id(atom)]
-

@@ -224,7 +224,7 @@ def _empty_rows(emit: Emitter, out: Node, lse: Node, q: Node, k: Node, v: Node, 
 
 
 def _uniform_slope(emit: Emitter, q: Node, k: Node, v: Node, site: AttentionSite) -> Node:
-    """Zero with the gradient in q and k of a softmax whose weights are all alike: ``scale * sum_k (q . (k - mean k)) v_k / Sk``."""
+    """Zero, with the gradient in q and k of a uniform softmax: ``scale * sum_k (q . (k - mean k)) v_k / Sk``."""
     centred = emit(aten.sub.Tensor, k, emit(aten.mean.dim, k, [2], True))
     mixed = emit(aten.matmul.default, emit(aten.transpose.int, centred, 2, 3), emit(aten.detach.default, v))
     slope = emit(aten.div.Tensor, mixed, emit.size(site.k_len))

@@ -100,8 +100,8 @@ def roles_of_products(scores: Product, softmax: Node, dim: int, values: Product,
     shared += [Shared(out, atom, None, None, True) for atom, out in heads]
     shared += [Shared(out, None, atom, None, True) for atom, out in extra]
     contracted = scores.contracted
-    q_features = tuple(a for l, r in contracted for a in axes[q][r if flip else l])
-    k_features = tuple(a for l, r in contracted for a in axes[k][l if flip else r])
+    q_features = tuple(atom for left, right in contracted for atom in axes[q][right if flip else left])
+    k_features = tuple(atom for left, right in contracted for atom in axes[k][left if flip else right])
     if any(atom.role == "token" for atom in q_features + k_features):
         raise Unproven(scores.node, "the product sums over a token axis (channel attention)", "it is not token attention")
     return _with_values(q, k, shared, rows, out_rows, columns, k_columns, q_features, k_features, values, softmax, axes)
@@ -131,9 +131,7 @@ def _shared_of_scores(scores: Product, axes: Axes, flip: bool) -> list[Shared]:
             found.append((i, unknown, Shared(result, _varying(q), _varying(k), None, is_head)))
     if not any(axis.is_head for _, _, axis in found):
         # Nothing says where the heads come from: they stand last before the rows, as in [B, H, S, D].
-        found = [
-            (i, unknown, Shared(s.out, s.q, s.k, None, unknown and i == rank - 1 and rank >= 2)) for i, unknown, s in found
-        ]
+        found = [(i, unknown, Shared(s.out, s.q, s.k, None, unknown and i == rank - 1 and rank >= 2)) for i, unknown, s in found]
     return [axis for _, _, axis in found]
 
 
@@ -141,11 +139,7 @@ def _row_side(
     axes: Axes, q: Node, free: tuple[tuple[int, int], ...], scores: Node
 ) -> tuple[Leaves, Leaves, list[tuple[Atom, Atom]]]:
     """The query axis, and head axes that only the queries have (multi-query attention)."""
-    pairs = [
-        (atom, out)
-        for dim, at in free
-        for atom, out in zip(axes[q][dim], axes[scores][at], strict=True)
-    ]
+    pairs = [(atom, out) for dim, at in free for atom, out in zip(axes[q][dim], axes[scores][at], strict=True)]
     rows = [(atom, out) for atom, out in pairs if atom.role != "feature"]
     heads = [(atom, out) for atom, out in pairs if atom.role == "feature"]
     if not rows and heads:
@@ -167,11 +161,7 @@ def _column_side(
     axes: Axes, k: Node, free: tuple[tuple[int, int], ...], scores: Node, columns: Leaves
 ) -> tuple[Leaves, list[tuple[Atom, Atom]]]:
     wanted = _ids(columns)
-    pairs = [
-        (atom, out)
-        for dim, at in free
-        for atom, out in zip(axes[k][dim], axes[scores][at], strict=True)
-    ]
+    pairs = [(atom, out) for dim, at in free for atom, out in zip(axes[k][dim], axes[scores][at], strict=True)]
     own = {id(out): atom for atom, out in pairs}
     return tuple(own[id(out)] for out in columns if id(out) in own), [(a, o) for a, o in pairs if id(o) not in wanted]
 
@@ -193,12 +183,13 @@ def _with_values(
     """Match the value product against the scores' axes."""
     known = {id(axis.out): axis for axis in shared}
     wanted = _ids(columns)
-    for probs, v, flip in ((values.lhs, values.rhs, False), (values.rhs, values.lhs, True)):
-        contracted = [(r, l) if flip else (l, r) for l, r in values.contracted]
+    for probs, flip in ((values.lhs, False), (values.rhs, True)):
+        contracted = [(right, left) if flip else (left, right) for left, right in values.contracted]
         if _ids(tuple(a for p, _ in contracted for a in axes[probs][p])) == wanted:
             break
     else:
         raise Unproven(values.node, "the value product does not sum over the key axis", "it is not token attention")
+    v = values.lhs if flip else values.rhs
     v_columns = _in_order(columns, [(axes[probs][p], axes[v][c]) for p, c in contracted], values.node)
     matched: dict[int, Atom | None] = {}
     for left, right, _ in values.batch:

@@ -23,7 +23,8 @@ _DROPOUT = frozenset(("dropout", "native_dropout"))
 _LABELLED = _CASTS | _MOVES | _DROPOUT | KEEPS_LAYOUT | frozenset(("cat", "tanh", "where"))
 # Their result depends on the shape of their tensor arguments, not on the values.
 _SHAPE_ONLY = frozenset(
-    "sym_size sym_numel zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty".split()
+    "sym_size sym_numel zeros_like ones_like full_like empty_like rand_like randn_like "
+    "new_zeros new_ones new_full new_empty".split()
 )
 # Their first argument alone gives the values.
 _SHAPED_LIKE = frozenset("view_as reshape_as expand_as type_as".split())
@@ -114,9 +115,7 @@ class ScoreWalk:
         mutations: the graph's in-place writes.
     """
 
-    def __init__(
-        self, axes: Axes, score_labels: dict[Node, frozenset[Node]], reader: MaskReader, mutations: Mutations
-    ) -> None:
+    def __init__(self, axes: Axes, score_labels: dict[Node, frozenset[Node]], reader: MaskReader, mutations: Mutations) -> None:
         self.axes, self.labels, self.reader, self.mutations = axes, score_labels, reader, mutations
 
     def path(self, softmax: Node, dim: int) -> ScorePath:
@@ -176,7 +175,9 @@ class ScoreWalk:
             stages.cap_outer, stages.factor = stages.factor, 1.0
             return _first(node)
         if name in ("matmul", "bmm", "mm", "einsum", "linear", "conv2d", "baddbmm"):
-            raise Unproven(node, "the scores are mixed by a learned product (talking heads)", "no form covers it; it stays as it is")
+            raise Unproven(
+                node, "the scores are mixed by a learned product (talking heads)", "no form covers it; it stays as it is"
+            )
         raise Unproven(node, f"aten.{name} stands between the product and the softmax", "it stays as it is")
 
     def _scaling(self, node: Node, stages: _Stages) -> Node:
@@ -272,13 +273,15 @@ def uncast(node: Node) -> Node:
         Unproven: if the cast cuts fractions off.
     """
     if not node.meta["val"].dtype.is_floating_point:
-        raise Unproven(node, f"a cast to {str(node.meta['val'].dtype).removeprefix('torch.')} cuts fractions off", "it stays as it is")
+        raise Unproven(
+            node, f"a cast to {str(node.meta['val'].dtype).removeprefix('torch.')} cuts fractions off", "it stays as it is"
+        )
     return _first(node)
 
 
 def _does_nothing(node: Node) -> bool:
     """A dropout that is switched off."""
-    return op_name(node) == "dropout" and (not node.args[2] or node.args[1] == 0)
+    return op_name(node) == "dropout" and bool(not node.args[2] or node.args[1] == 0)
 
 
 def _sides(node: Node, score_labels: dict[Node, frozenset[Node]]) -> tuple[Node, Any]:
@@ -374,5 +377,7 @@ def _through(user: Node) -> float:
     if name == "mul":
         raise Unproven(user, "the probabilities are multiplied (a head mask or renormalisation)", "it stays as it is")
     if name in ("matmul", "bmm", "einsum", "linear", "conv2d"):
-        raise Unproven(user, "the probabilities are mixed by a learned product (talking heads)", "no form covers it; it stays as it is")
+        raise Unproven(
+            user, "the probabilities are mixed by a learned product (talking heads)", "no form covers it; it stays as it is"
+        )
     raise Unproven(user, f"aten.{name} stands between the softmax and the values", "it stays as it is")

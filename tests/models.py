@@ -46,7 +46,9 @@ class SdpaAttention(nn.Module):
 class Stack(nn.Module):
     """Two attentions with residuals; optionally under activation checkpoints or with a graph break between."""
 
-    def __init__(self, kind: type[nn.Module] = CausalAttention, checkpointed: bool = False, broken: bool = False, **kw: Any) -> None:
+    def __init__(
+        self, kind: type[nn.Module] = CausalAttention, checkpointed: bool = False, broken: bool = False, **kw: Any
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(kind(**kw) for _ in range(2))
         self.checkpointed, self.broken = checkpointed, broken

@@ -227,7 +227,10 @@ def test_fuel(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"polcy": "exact"}, r"options: unknown key 'polcy' \(did you mean 'policy'\?\); the keys are policy, mode, inner, report"),
+        (
+            {"polcy": "exact"},
+            r"options: unknown key 'polcy' \(did you mean 'policy'\?\); the keys are policy, mode, inner, report",
+        ),
         ({"inner": "nvfuser"}, "options: inner must be one of inductor, aot_eager, eager, not 'nvfuser'"),
         ({"mode": "fast"}, "options: mode must be one of default, .*, not 'fast'"),
         ({"mode": "max-autotune", "inner": "eager"}, "options: mode 'max-autotune' is Inductor's, but inner is 'eager'"),

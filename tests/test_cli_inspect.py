@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from dilcompile.cli import app
 
-MODELS = '''
+MODELS = """
 import torch
 import torch.nn.functional as F
 from models import NoAttention, SdpaAttention, Stack
@@ -41,14 +41,14 @@ def odd():
 
 def wrong():
     return 3
-'''
-POLICY = '''
+"""
+POLICY = """
 version: 1
 name: near
 rules:
   - {name: nobody, match: {module: "modle.*"}, apply: {form: keep}}
   - {name: window, apply: {form: sliding_window, window: 4}}
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,10 @@ def test_a_refused_or_missed_site_fails_only_if_asked(run: Any, name: str) -> No
         (["inspected"], "MODULE:FUNCTION takes module:function, got 'inspected'\n"),
         (["inspected:nobody"], "MODULE:FUNCTION inspected:nobody: the module inspected has no function 'nobody'\n"),
         (["nowhere:stack"], "MODULE:FUNCTION nowhere:stack: No module named 'nowhere'\n"),
-        (["inspected:wrong"], "MODULE:FUNCTION inspected:wrong: the function must return (model, inputs) or (model, args, kwargs)\n"),
+        (
+            ["inspected:wrong"],
+            "MODULE:FUNCTION inspected:wrong: the function must return (model, inputs) or (model, args, kwargs)\n",
+        ),
         (["inspected:stack", "--policy", "nowhere.yaml"], "nowhere.yaml: no such file (did you mean 'near.yaml'?)\n"),
         (["inspected:stack", "--html", "r.pdf"], "report: 'r.pdf' ends in '.pdf'; name it .html or .json\n"),
         (["inspected:stack", "--html", "r.json"], "--html r.json: name it .html; --json prints the JSON\n"),

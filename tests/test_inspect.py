@@ -48,7 +48,9 @@ def hugging_face(kind: str, attention: str) -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=32, attn_implementation=attention)).eval()
 
 
-@pytest.mark.parametrize(("kind", "path", "kv_heads"), [("llama", "model.layers.{}.self_attn", 2), ("gpt2", "transformer.h.{}.attn", 4)])
+@pytest.mark.parametrize(
+    ("kind", "path", "kv_heads"), [("llama", "model.layers.{}.self_attn", 2), ("gpt2", "transformer.h.{}.attn", 4)]
+)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_hugging_face_models(kind: str, path: str, kv_heads: int, attention: str) -> None:
     model, ids = hugging_face(kind, attention), torch.randint(0, 32, (1, 24))
@@ -56,7 +58,9 @@ def test_hugging_face_models(kind: str, path: str, kv_heads: int, attention: str
     assert [site.module for site in report.sites] == [path.format(0), path.format(1)]
     assert all((site.heads, site.kv_heads, site.q_len, site.head_dim) == (4, kv_heads, 24, 8) for site in report.sites)
     assert all(site.mask.words == ("causal",) for site in report.sites)
-    assert all((decision.fidelity, str(decision.form)) == ("approximate", "sliding_window(window=4)") for decision in report.decisions)
+    assert all(
+        (decision.fidelity, str(decision.form)) == ("approximate", "sliding_window(window=4)") for decision in report.decisions
+    )
     assert (len(report.decisions), report.misses, report.unused_rules) == (2, (), ())
     assert path.format("{0-1}") in str(report)
 

@@ -46,7 +46,9 @@ def kept(**changes: Any) -> Rejection:
 
 def report(*verdicts: Any, **changes: Any) -> Report:
     held = {"misses": (MISS,), "notes": ("left as it is",), "seconds": {"find": 0.25}}
-    return Report("policy mixed\n  near: ...", (GraphReport("0/0", verdicts, **{**held, **changes}),), ("rule x matched no site",))
+    return Report(
+        "policy mixed\n  near: ...", (GraphReport("0/0", verdicts, **{**held, **changes}),), ("rule x matched no site",)
+    )
 
 
 def layers(number: int, make: Any = decided, **changes: Any) -> list[Any]:
@@ -202,7 +204,13 @@ def test_ranges(numbers: list[int], text: str) -> None:
 
 @pytest.mark.parametrize(
     ("number", "count", "size"),
-    [(0, "0", "0 B"), (999, "999", "999 B"), (1000, "1.00 k", "1000 B"), (1536, "1.54 k", "1.50 KiB"), (999_999_999, "1.00 G", "954 MiB")],
+    [
+        (0, "0", "0 B"),
+        (999, "999", "999 B"),
+        (1000, "1.00 k", "1000 B"),
+        (1536, "1.54 k", "1.50 KiB"),
+        (999_999_999, "1.00 G", "954 MiB"),
+    ],
 )
 def test_units(number: int, count: str, size: str) -> None:
     assert (units.count(number), units.size(number)) == (count, size)
@@ -319,7 +327,11 @@ def test_json_has_the_keys_of_version_1() -> None:
 def test_json_says_of_each_verdict_what_a_program_asks() -> None:
     described: Any = report(decided(), refused(index=1)).to_dict()
     rewritten, stays = described["graphs"][0]["sites"]
-    assert (rewritten["form"], rewritten["fidelity"], rewritten["kernel"]) == ("sliding_window(window=256, sinks=4)", "approximate", "cpu")
+    assert (rewritten["form"], rewritten["fidelity"], rewritten["kernel"]) == (
+        "sliding_window(window=256, sinks=4)",
+        "approximate",
+        "cpu",
+    )
     assert (stays["reason"], stays["cure"], stays["form"]) == ("its mask could not be read (x < 3)", "give it another form", None)
     assert described["totals"]["refused"] == 1
 
@@ -356,7 +368,13 @@ def test_html_lists_every_site_by_itself_and_needs_nothing_else() -> None:
     for index in range(30):
         assert f"model.layers.{index}.self_attn" in page.text
     assert page.left.count("tr") == 1 + 32
-    for said in ("the axes <B> could not be proven", "reshape before", "rule x matched no site", "left as it is", "kept: refused"):
+    for said in (
+        "the axes <B> could not be proven",
+        "reshape before",
+        "rule x matched no site",
+        "left as it is",
+        "kept: refused",
+    ):
         assert said in page.text
 
 

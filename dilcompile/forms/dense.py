@@ -32,7 +32,7 @@ class Dense(Form):
         """A mask that could not be read, or one that leaves rows whose result only the model's own spelling has."""
         if site.mask.unread is None and site.mask.empty_rows == "other":
             return (
-                "a row may see no key, and what it is then depends on the model's own spelling (several fills, or one so small that "
-                "the scores show through)"
+                "a row may see no key, and what it is then depends on the model's own spelling (several fills, "
+                "or one so small that the scores show through)"
             )
         return unread_mask(site)
