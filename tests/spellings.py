@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -46,9 +47,7 @@ class Found:
 
     @property
     def refusals(self) -> list[str]:
-        return [
-            v.reason for outcome in self.outcomes for v in outcome.report.verdicts if not isinstance(v, Decision)
-        ]
+        return [v.reason for outcome in self.outcomes for v in outcome.report.verdicts if not isinstance(v, Decision)]
 
     @property
     def masks(self) -> list[str]:
@@ -136,3 +135,218 @@ def square_tensors(gm: GraphModule, length: int) -> list[Node]:
         for node in gm.graph.nodes
         if isinstance(node.meta.get("val"), Tensor) and sum(size == length for size in node.meta["val"].shape) >= 2
     ]
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """One way to write an attention; every field is a spelling rule that composes with the others.
+
+    Args:
+        layout: where heads and batch stand while scores are made.
+        scale: how the factor 0.3 is applied.
+        mask: what is hidden; ``causal``, ``window``, ``band``, ``padding``, ``causal+padding``, ``none``.
+        maker: how the mask comes about (``arange``, ``tril``, ``triu``, ``buffer``, ``reverse``).
+        hide: how it is applied to the scores.
+        softmax: plain, in float32 style, or with the maximum taken off.
+        share: how keys of fewer heads are spread over the query heads.
+    """
+
+    layout: str = "bhsd"
+    scale: str = "mul"
+    mask: str = "causal"
+    maker: str = "arange"
+    hide: str = "fill_inf"
+    softmax: str = "plain"
+    share: str = "none"
+    dropout: bool = False
+    sizes: tuple[int, int, int, int] = (2, 4, 7, 6)
+
+
+LAYOUTS = ("bhsd", "b*h", "h*b", "einsum", "einsum_kq", "einsum_last", "baddbmm", "sdpa", "five")
+SCALES = ("mul", "div", "query", "key", "both", "tensor", "buffer", "inplace", "none")
+MASKS = ("none", "causal", "window", "band", "padding", "causal+padding", "reach")
+MAKERS = ("arange", "tril", "triu", "buffer", "reverse")
+HIDES = ("fill_inf", "fill_min", "fill_", "where", "where_hide", "add", "add_", "one_minus", "add_where")
+SOFTMAXES = ("plain", "cast", "method", "less_max")
+SHARES = ("none", "expand", "interleave", "tile", "one")
+SCALE, REACH = 0.3, 3
+
+
+class Written(nn.Module):
+    """Self-attention in one spelling. ``extra`` hides more pairs, for the reference of an approximate form."""
+
+    def __init__(self, spelling: Spelling, extra: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.spelling, self.extra = spelling, extra
+        _, heads, length, features = spelling.sizes
+        self.kv_heads = {"none": heads, "one": 1}.get(spelling.share, heads // 2 if heads % 2 == 0 else 1)
+        self.q = nn.Linear(heads * features, heads * features)
+        self.kv = nn.Linear(heads * features, 2 * self.kv_heads * features)
+        self.register_buffer("table", torch.ones(length + 3, length + 3, dtype=torch.bool).tril()[None, None])
+        self.register_buffer("factor", torch.tensor(SCALE))
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        batch, length, _ = x.shape
+        _, heads, _, features = self.spelling.sizes
+        q = self.q(x).view(batch, length, heads, features).transpose(1, 2)
+        k, v = (t.view(batch, length, self.kv_heads, features).transpose(1, 2) for t in self.kv(x).chunk(2, -1))
+        k, v = self._shared(k, heads), self._shared(v, heads)
+        if self.spelling.scale in ("query", "both"):
+            q = q * (SCALE if self.spelling.scale == "query" else SCALE**0.5)
+        if self.spelling.scale in ("key", "both"):
+            k = k * (SCALE if self.spelling.scale == "key" else SCALE**0.5)
+        mask = self._mask(length, keep)
+        out = getattr(self, "_" + self.spelling.layout.replace("*", "_"))(q, k, v, mask)
+        return out.transpose(1, 2).reshape(batch, length, heads * features)
+
+    def _shared(self, x: Tensor, heads: int) -> Tensor:
+        batch, own, length, features = x.shape
+        if self.spelling.share == "expand":
+            return x[:, :, None].expand(batch, own, heads // own, length, features).reshape(batch, heads, length, features)
+        if self.spelling.share == "interleave":
+            return x.repeat_interleave(heads // own, dim=1)
+        if self.spelling.share == "tile":
+            return x.repeat(1, heads // own, 1, 1)
+        return x.expand(batch, heads, length, features) if self.spelling.share == "one" else x
+
+    def _mask(self, length: int, keep: Tensor | None) -> Tensor | None:
+        """A boolean [B or 1, 1, S, S], true where a pair is seen."""
+        rows, columns = torch.arange(length)[:, None], torch.arange(length)[None, :]
+        maker, wanted = self.spelling.maker, self.spelling.mask
+        causal = {
+            "arange": lambda: columns <= rows,
+            "tril": lambda: torch.tril(torch.ones(length, length, dtype=torch.bool)),
+            "triu": lambda: torch.triu(torch.ones(length, length), diagonal=1) == 0,
+            "buffer": lambda: self.table[0, 0, :length, :length],
+            "reverse": lambda: ~(rows < columns),
+        }[maker]()
+        found = None
+        if wanted in ("causal", "causal+padding"):
+            found = causal
+        elif wanted == "window":
+            found = causal & (rows - columns < REACH) if maker != "tril" else causal.triu(-(REACH - 1))
+        elif wanted == "band":
+            found = (rows - columns).abs() < REACH if maker != "reverse" else (rows < columns + REACH) * (columns < rows + REACH)
+        elif wanted == "reach":
+            found = columns - rows <= REACH
+        if self.extra is not None:
+            found = self.extra(rows, columns) if found is None else found & self.extra(rows, columns)
+        found = None if found is None else found[None, None]
+        if wanted in ("padding", "causal+padding"):
+            assert keep is not None
+            padding = keep[:, None, None, :].to(torch.bool)
+            found = padding if found is None else found & padding
+        return found
+
+    def _weights(self, scores: Tensor, mask: Tensor | None, dim: int = -1) -> Tensor:
+        scores = self._hidden(self._scaled(scores), mask)
+        how = self.spelling.softmax
+        if how == "less_max":
+            scores = scores - scores.amax(dim, keepdim=True)
+        if how == "method":
+            weights = scores.softmax(dim)
+        elif how == "cast":
+            weights = F.softmax(scores, dim=dim, dtype=torch.float64).to(scores.dtype)
+        else:
+            weights = torch.softmax(scores, dim=dim)
+        return F.dropout(weights, 0.1, training=self.training) if self.spelling.dropout else weights
+
+    def _scaled(self, scores: Tensor) -> Tensor:
+        how = self.spelling.scale
+        if how == "mul":
+            return scores * SCALE
+        if how == "div":
+            return scores / (1 / SCALE)
+        if how == "tensor":
+            return scores * torch.tensor(SCALE, dtype=scores.dtype)
+        if how == "buffer":
+            return self.factor * scores
+        return scores.mul_(SCALE) if how == "inplace" else scores
+
+    def _hidden(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return scores
+        how, least = self.spelling.hide, torch.finfo(scores.dtype).min
+        if how == "fill_inf":
+            return scores.masked_fill(~mask, float("-inf"))
+        if how == "fill_min":
+            return scores.masked_fill(mask.logical_not(), least)
+        if how == "fill_":
+            return scores.masked_fill_(mask == 0, -1e30)
+        if how == "where":
+            return torch.where(mask, scores, torch.tensor(least, dtype=scores.dtype))
+        if how == "where_hide":
+            return torch.where(~mask, least, scores)
+        if how == "one_minus":
+            return scores + (1.0 - mask.to(scores.dtype)) * least
+        added = torch.zeros(mask.shape, dtype=scores.dtype).masked_fill(~mask, float("-inf"))
+        if how == "add_where":
+            added = torch.where(mask, 0.0, least)
+        if how == "add_":
+            scores += added
+            return scores
+        return added + scores
+
+    def _bhsd(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return self._weights(q @ k.transpose(-2, -1), mask) @ v
+
+    def _b_h(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        batch, heads, length, _ = q.shape
+        if mask is not None:
+            mask = mask.expand(batch, heads, length, length).reshape(batch * heads, length, length)
+        q, k, v = (x.reshape(batch * heads, length, -1) for x in (q, k, v))
+        return torch.bmm(self._weights(torch.bmm(q, k.mT), mask), v).view(batch, heads, length, -1)
+
+    def _h_b(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        batch, heads, length, _ = q.shape
+        if mask is not None:
+            mask = mask.transpose(0, 1).expand(heads, batch, length, length).reshape(batch * heads, length, length)
+        q, k, v = (x.transpose(0, 1).reshape(heads * batch, length, -1) for x in (q, k, v))
+        return torch.bmm(self._weights(torch.bmm(q, k.mT), mask), v).view(heads, batch, length, -1).transpose(0, 1)
+
+    def _einsum(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        weights = self._weights(torch.einsum("bhid,bhjd->bhij", q, k), mask)
+        return torch.einsum("bhij,bhjd->bhid", weights, v)
+
+    def _einsum_kq(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        weights = self._weights(torch.einsum("bhid,bhjd->bhji", q, k), None if mask is None else mask.mT, dim=-2)
+        return torch.einsum("bhji,bhjd->bhid", weights, v)
+
+    def _einsum_last(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        mask = None if mask is None else mask.permute(0, 2, 3, 1)
+        weights = self._weights(torch.einsum("bhjd,bhid->bijh", k, q), mask, dim=2)
+        return torch.einsum("bhjd,bijh->bhid", v, weights)
+
+    def _baddbmm(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        batch, heads, length, _ = q.shape
+        if mask is not None:
+            mask = mask.expand(batch, heads, length, length).reshape(batch * heads, length, length)
+        q, k, v = (x.reshape(batch * heads, length, -1) for x in (q, k, v))
+        scores = torch.baddbmm(torch.zeros(1, 1, 1, dtype=q.dtype).expand(batch * heads, length, length), q, k.mT, alpha=2.0)
+        return torch.bmm(self._weights(scores, mask), v).view(batch, heads, length, -1)
+
+    def _five(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        batch, heads, length, features = q.shape
+        q, k, v = (x.reshape(batch, 2, heads // 2, length, features) for x in (q, k, v))
+        mask = None if mask is None else mask[:, :, None]
+        return (self._weights(q @ k.mT, mask) @ v).reshape(batch, heads, length, features)
+
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        scale = SCALE if self.spelling.scale not in ("query", "key", "both", "none") else 1.0
+        if mask is not None and self.spelling.hide not in ("fill_inf", "fill_", "where"):
+            mask = self._hidden(torch.zeros(mask.shape, dtype=q.dtype), mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def keep_of(batch: int, length: int) -> Tensor:
+    """Key padding [B, S]: row 0 keeps all, every other row loses another key (never key 0, so that every row keeps one)."""
+    keep = torch.ones(batch, length, dtype=torch.int64)
+    for row in range(1, batch):
+        keep[row, 1 + row % (length - 1)] = 0
+    return keep
+
+
+def inputs_of(spelling: Spelling) -> tuple[Tensor, ...]:
+    batch, heads, length, features = spelling.sizes
+    x = torch.randn(batch, length, heads * features, generator=torch.Generator().manual_seed(7))
+    return (x, keep_of(batch, length)) if "padding" in spelling.mask else (x,)
