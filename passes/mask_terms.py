@@ -6,6 +6,7 @@ over index symbols, lengths and tensor elements, or ``Choice`` between two numbe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
@@ -162,6 +163,23 @@ def if_else(when: Truth, then: Truth, other: Truth) -> Truth:
     if when is False:
         return other
     return disjunction(conjunction(when, then), conjunction(negation(when), other))
+
+
+def mapped(truth: Truth, change: Callable[[Expr], Expr]) -> Truth:
+    """The same truth with every number in it changed."""
+    if isinstance(truth, bool):
+        return truth
+    if isinstance(truth, And):
+        return conjunction(*(mapped(part, change) for part in truth.parts))
+    if isinstance(truth, Or):
+        return disjunction(*(mapped(part, change) for part in truth.parts))
+    if isinstance(truth, Not):
+        return negation(mapped(truth.inner, change))
+    if isinstance(truth, Less):
+        return Less(change(truth.left), change(truth.right))
+    if isinstance(truth, Given):
+        return Given(change(truth.element))
+    return Ge0(change(truth.expr)) if isinstance(truth, Ge0) else Eq0(change(truth.expr))
 
 
 def choice(when: Truth, then: Number, other: Number) -> Number:

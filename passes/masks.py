@@ -33,9 +33,9 @@ from dilcompile.passes.mask_terms import (
 from dilcompile.site import EmptyRows, Length, MaskSpec
 
 B, H, Q, K = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("b", "h", "q", "k"))
-# Where several axes make up the heads (key head and member), each has an index of its own.
-HEAD_DIGITS = tuple(sympy.Symbol(f"h{i}", integer=True, nonnegative=True) for i in range(6))
-_INDICES = frozenset((B, H, Q, K, *HEAD_DIGITS))
+# Where several axes make up the batch, heads, rows or columns, each has an index of its own.
+DIGITS = {symbol: tuple(sympy.Symbol(f"{symbol}{i}", integer=True, nonnegative=True) for i in range(8)) for symbol in (B, H, Q, K)}
+_INDICES = frozenset((*DIGITS, *(digit for digits in DIGITS.values() for digit in digits)))
 
 # An additive mask hides with at least this much: the smallest fill in use (BERT's -1e4) hides within exp(-1e4) = 0.
 _HIDES = -1e3

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -12,9 +12,9 @@ from torch.fx import Node
 
 from dilcompile.passes.axes import Atom, Axes, Leaves, shape_of
 from dilcompile.passes.mask_reader import MaskReader, as_expr, lift
-from dilcompile.passes.mask_terms import Bounds, Expr, Ge0, Truth, conjunction, negation
+from dilcompile.passes.mask_terms import Bounds, Expr, Ge0, Truth, conjunction, mapped, negation
 from dilcompile.passes.masks import (
-    HEAD_DIGITS,
+    DIGITS,
     B,
     H,
     Hiding,
@@ -52,15 +52,14 @@ def read_site_mask(
         training: gradients are asked for.
     """
     lengths = Lengths(*sizes)
-    heads = _head_digits(roles)
-    reader.set_sizes({**lengths.bounds, **heads})
-    symbols = _symbols(roles, tuple(heads))
+    places = _places(roles, lengths)
+    reader.set_sizes(places.sizes)
     keep: Truth = Ge0(Q - K) if is_causal else True
     hidings: list[Hiding] = []
     bias: list[MaskOperand] = []
     for operand in operands:
         try:
-            visible, hiding = _visible(operand, _indices(operand, roles, axes, symbols), reader, lengths)
+            visible, hiding = _visible(operand, _indices(operand, roles, axes, places.of), reader)
         except NotAMask:
             bias.append(operand)
             continue
@@ -76,14 +75,14 @@ def read_site_mask(
         # Their gradients in a row without keys would have to be reproduced too.
         empty = "other"
     try:
-        read = read_mask(keep, empty, reader, lengths)
+        read = read_mask(places.whole(keep), empty, reader, lengths)
     except UnclearWindow as unclear:
         return ReadMask(MaskSpec(unread=str(unclear))), tuple(bias)
     return _seen_through(read, hidings), tuple(bias)
 
 
 def _visible(
-    operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader, lengths: Lengths
+    operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader
 ) -> tuple[Truth, Hiding | None]:
     """Where an operand lets through, and how it hides the rest (None if it hides nothing)."""
     settle = Bounds(reader.sizes).settle
@@ -112,41 +111,50 @@ def _seen_through(read: ReadMask, hidings: Sequence[Hiding]) -> ReadMask:
     return replace(read, spec=replace(read.spec, empty_rows="zero"), all_if_none=True)
 
 
-def _head_digits(roles: Roles) -> dict[sympy.Symbol, Expr]:
-    """An index symbol for each of several head axes, with its size; empty where one symbol does."""
-    atoms = tuple(axis.out for axis in roles.heads)
-    if not 2 <= len(atoms) <= len(HEAD_DIGITS):
-        return {}
-    return {symbol: as_expr(atom.size) for symbol, atom in zip(HEAD_DIGITS, atoms, strict=False)}
+@dataclass(frozen=True)
+class Places:
+    """The index expressions of the atoms that the scores are made of.
+
+    Args:
+        of: the symbol of every atom.
+        sizes: the range of every symbol.
+        last: of each axis of several atoms the innermost symbol, as what is left of the axis's own index: ``q1 = q - 7 * q0``.
+    """
+
+    of: Mapping[int, Expr]
+    sizes: Mapping[sympy.Symbol, Expr]
+    last: Mapping[sympy.Symbol, Expr]
+
+    def whole(self, truth: Truth) -> Truth:
+        """The same truth over the axes' own indices, wherever their parts come together."""
+        if not self.last:
+            return truth
+        return mapped(truth, lambda expr: sympy.expand(expr.subs(self.last)))
 
 
-def _symbols(roles: Roles, heads: tuple[sympy.Symbol, ...]) -> dict[int, Expr]:
-    """An index expression for every atom of the scores."""
-    found: dict[int, Expr] = {id(axis.out): symbol for axis, symbol in zip(roles.heads, heads, strict=False)}
+def _places(roles: Roles, lengths: Lengths) -> Places:
+    of: dict[int, Expr] = {}
+    sizes, last = dict(lengths.bounds), {}
     for atoms, symbol in (
         (tuple(axis.out for axis in roles.batch), B),
-        (() if heads else tuple(axis.out for axis in roles.heads), H),
+        (tuple(axis.out for axis in roles.heads), H),
         (roles.out_rows, Q),
         (roles.score_columns, K),
     ):
-        found.update(_digits(atoms, symbol))
-    return found
+        if len(atoms) <= 1:
+            of.update((id(atom), symbol) for atom in atoms)
+            continue
+        if len(atoms) > len(DIGITS[symbol]):
+            raise Unproven(roles.output, "an axis of the scores is made of too many parts", "it stays as it is")
+        outer: Expr = sympy.Integer(0)
+        for atom, digit in zip(atoms, DIGITS[symbol], strict=False):
+            of[id(atom)], sizes[digit] = digit, as_expr(atom.size)
+            outer = outer * as_expr(atom.size) + digit
+        last[digit] = symbol - (outer - digit)
+    return Places(of, sizes, last)
 
 
-def _digits(atoms: Leaves, symbol: sympy.Symbol) -> dict[int, Expr]:
-    """Mixed-radix digits of an index over several atoms; the plain symbol for one."""
-    if len(atoms) == 1:
-        return {id(atoms[0]): symbol}
-    found: dict[int, Expr] = {}
-    rest: Expr = symbol
-    for atom in reversed(atoms):
-        size = as_expr(atom.size)
-        found[id(atom)] = sympy.Mod(rest, size)
-        rest = sympy.floor(rest / size)
-    return found
-
-
-def _indices(operand: MaskOperand, roles: Roles, axes: Axes, symbols: dict[int, Expr]) -> tuple[Expr, ...]:
+def _indices(operand: MaskOperand, roles: Roles, axes: Axes, symbols: Mapping[int, Expr]) -> tuple[Expr, ...]:
     """The operand's indices for the pair (b, h, q, k): its dims are broadcast against the scores'."""
     # An SDPA call's own output stands for scores that it never shows.
     score_dims = _score_dims(operand.on, roles, axes) if operand.on is roles.output else axes[operand.on]
@@ -164,12 +172,12 @@ def _score_dims(node: Node, roles: Roles, axes: Axes) -> tuple[Leaves, ...]:
     return (*axes[node][:-2], roles.out_rows, roles.score_columns)
 
 
-def _index(dim: Leaves, symbols: dict[int, Expr]) -> Expr:
+def _index(dim: Leaves, symbols: Mapping[int, Expr]) -> Expr:
     index: Expr = sympy.Integer(0)
     for atom in dim:
         index = index * as_expr(atom.size) + _symbol(atom, symbols)
     return sympy.expand(index)
 
 
-def _symbol(atom: Atom, symbols: dict[int, Expr]) -> Expr:
+def _symbol(atom: Atom, symbols: Mapping[int, Expr]) -> Expr:
     return symbols[id(atom)]
