@@ -550,3 +550,17 @@ def test_every_mutation_is_noticed(mutation: Callable[[pytest.MonkeyPatch], None
 
 def test_every_kernel_is_in_the_matrix() -> None:
     assert set(ON_CPU) | {"flash"} == set(select.KERNELS)
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+def test_a_bias_that_hides_every_key_with_a_finite_fill_gives_the_mean(kernel: str) -> None:
+    """float32 can't hold finfo.min + log(number of keys), so the LSE alone would give the sum of the values."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 12, 16) for _ in range(3))
+    bias = torch.randn(1, 2, 12, 12)
+    bias[:, :, 5] = torch.finfo(torch.float32).min
+    out, _ = torch.ops.dilcompile.attention(
+        q, k, v, None, None, bias, None, "dense()", False, None, None, 0, 0.25, None, 0.0, kernel
+    )  # fmt: skip
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+    torch.testing.assert_close(out[:, :, 5], v.mean(2))
