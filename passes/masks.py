@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import sympy
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from dilcompile.passes.axes import op_name, same_size, shape_of
 from dilcompile.passes.emit import Emitter, aten
@@ -34,7 +35,9 @@ from dilcompile.site import EmptyRows, Length, MaskSpec
 
 B, H, Q, K = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("b", "h", "q", "k"))
 # Where several axes make up the batch, heads, rows or columns, each has an index of its own.
-DIGITS = {symbol: tuple(sympy.Symbol(f"{symbol}{i}", integer=True, nonnegative=True) for i in range(8)) for symbol in (B, H, Q, K)}
+DIGITS = {
+    axis: tuple(sympy.Symbol(f"{axis}{i}", integer=True, nonnegative=True) for i in range(8)) for axis in (B, H, Q, K)
+}
 _INDICES = frozenset((*DIGITS, *(digit for digits in DIGITS.values() for digit in digits)))
 
 # An additive mask hides with at least this much: the smallest fill in use (BERT's -1e4) hides within exp(-1e4) = 0.
@@ -186,7 +189,7 @@ def read_mask(keep: Truth, empty: EmptyRows, reader: MaskReader, lengths: Length
         document = _document(factor, reader, lengths)
         if edge is not None:
             (upper if edge[0] else lower).append(edge[1])
-        elif symbols_of(factor) <= {B, K} and _emittable(factor):
+        elif symbols_of(factor) <= {B, K} and _emittable(factor, reader, lengths):
             padding.append(factor)
         elif document is not None:
             documents.append(document)
@@ -266,7 +269,7 @@ def _document(factor: Truth, reader: MaskReader, lengths: Lengths) -> Expr | Non
         for element in own.atoms(Element):
             if K not in element.free_symbols or element.free_symbols - {B, K}:
                 continue
-            if own == element - element.subs(K, Q) and _emittable_number(element) and _runs(element, reader):
+            if own == element - element.subs(K, Q) and _emittable_number(element, reader, lengths) and _runs(element, reader):
                 return element
     return None
 
@@ -344,24 +347,31 @@ def describe(truth: Truth, reader: MaskReader) -> str:
     return text
 
 
-def _emittable(truth: Truth) -> bool:
+def _emittable(truth: Truth, reader: MaskReader, lengths: Lengths) -> bool:
     """Can the factor be computed as a [B, Sk] tensor?"""
-    return all(map(_emittable_number, numbers_of(truth)))
+    return all(_emittable_number(expr, reader, lengths) for expr in numbers_of(truth))
 
 
-def _emittable_number(expr: Expr) -> bool:
+def _emittable_number(expr: Expr, reader: MaskReader, lengths: Lengths) -> bool:
     """Is it a sum of numbers, the key position and elements at (b, k), each with a number before it?"""
     terms = [term.as_coeff_Mul() for term in sympy.Add.make_args(sympy.expand(expr))]
     return all(
-        factor.is_finite and (rest == 1 or rest == K or (isinstance(rest, Element) and _plain_indices(rest)))
+        factor.is_finite and (rest == 1 or rest == K or (isinstance(rest, Element) and _plain_indices(rest, reader, lengths)))
         for factor, rest in terms
     )
 
 
-def _plain_indices(element: Expr) -> bool:
-    """Is the element indexed by b, k and numbers, the letters at most once?"""
+def _plain_indices(element: Expr, reader: MaskReader, lengths: Lengths) -> bool:
+    """Is the element indexed by b, k and numbers, the letters at most once, in a tensor that is long enough?"""
     live = [index for index in element.args[1:] if not index.is_Integer]
-    return all(index in (B, K) for index in live) and len(set(live)) == len(live)
+    if any(index not in (B, K) for index in live) or len(set(live)) != len(live):
+        return False
+    shape = shape_of(reader.elements[int(element.args[0])])
+    ends = {B: lengths.batch, K: lengths.k_len}
+    return all(
+        index.is_Integer or statically_known_true(size >= ends[index])
+        for size, index in zip(shape, element.args[1:], strict=True)
+    )
 
 
 class Vectors:

@@ -304,6 +304,8 @@ MASKS: list[Case] = [
     ("padding along the heads", hide(lambda m: ~m[None, :, None]), lambda: (*qkv(), torch.rand(H, S) > 0.2), "kept: other(l_inputs_3_(h, k)) (uniform)"),
     ("an offset as a tensor", hide(lambda p: (lambda q, k: ~(k <= q + p))(*places())), lambda: (*qkv(), torch.tensor(1)), "kept: other(-k + q + l_inputs_3_ >= 0) (uniform)"),
     ("an offset a batch row", hide(lambda p: (lambda q, k: ~(k <= q + p[:, None, None, None]))(*places())), lambda: (*qkv(), torch.tensor([1, 2])), "kept: other(-k + q + l_inputs_3_(b) >= 0) (uniform)"),
+    ("padding behind memory keys", hide(lambda m: ~torch.cat((torch.ones(B, 2, dtype=torch.bool), m), -1)[:, None, None]), lambda: (*qkv(S, S + 2), padding()), "kept: other(((l_inputs_3_(b, k - 2)) and (k - 2 >= 0)) or (1 - k >= 0)) (uniform)"),
+    ("padding before memory keys", hide(lambda m: ~torch.cat((m, torch.ones(B, 2, dtype=torch.bool)), -1)[:, None, None]), lambda: (*qkv(S, S + 2), padding()), "kept: other(((6 - k >= 0) and (l_inputs_3_(b, k))) or (k - 7 >= 0)) (uniform)"),
     ("more dims than the scores", lambda q, k, v, m: attend((q[0] @ k[0].mT).masked_fill(~m[:, None, None], LEAST), v[0]), _with(padding), "miss: the softmax does not run over the key axis of the product"),
     ("a bias of more rows than the scores", lambda q, k, v, m: attend(q[:, :, :1] @ k.mT + m, v), lambda: (*qkv(), torch.randn(S, S)), "miss: an axis of the probabilities is neither query, head nor batch"),
 ]  # fmt: skip

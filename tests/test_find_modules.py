@@ -1,0 +1,161 @@
+"""torch.nn's own attention modules: every option of MultiheadAttention and the transformer layers, in training and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from spellings import Found, agree
+from torch import Tensor, nn
+
+B, S, E, H = 2, 7, 12, 3
+CAUSAL = torch.ones(S, S, dtype=torch.bool).triu(1)
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Call(nn.Module):
+    """A module called in one way."""
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self.call = module, call
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.call(self.module, *inputs)
+
+
+def causal() -> Tensor:
+    return torch.ones(S, S, dtype=torch.bool).triu(1)
+
+
+def padding() -> Tensor:
+    mask = torch.zeros(B, S, dtype=torch.bool)
+    mask[1, -3:] = True
+    return mask
+
+
+def infinite(mask: Tensor) -> Tensor:
+    return torch.zeros(mask.shape).masked_fill(mask, float("-inf"))
+
+
+def alone(**how: Any) -> Callable[..., Any]:
+    return lambda m, x, *_: m(x, x, x, **how)
+
+
+# name, options of the module, call, what is found: masks, or the reason of the miss.
+ATTENTION: list[tuple[str, dict[str, Any], Callable[..., Any], str]] = [
+    ("plain", {}, lambda m, x, p, y: m(x, x, x, need_weights=False)[0], "none"),
+    ("weights", {}, lambda m, x, p, y: m(x, x, x), "the attention weights are used elsewhere too"),
+    ("weights of each head", {}, lambda m, x, p, y: m(x, x, x, average_attn_weights=False), "the attention weights are used elsewhere too"),
+    ("weights not taken", {}, lambda m, x, p, y: m(x, x, x)[0], "none"),
+    ("padding", {}, lambda m, x, p, y: m(x, x, x, key_padding_mask=p, need_weights=False)[0], "padding"),
+    ("padding, weights not taken", {}, lambda m, x, p, y: m(x, x, x, key_padding_mask=p)[0], "padding"),
+    ("float padding", {}, lambda m, x, p, y: m(x, x, x, key_padding_mask=infinite(p), need_weights=False)[0], "padding"),
+    ("causal", {}, lambda m, x, p, y: m(x, x, x, attn_mask=causal(), need_weights=False)[0], "causal"),
+    ("float causal", {}, lambda m, x, p, y: m(x, x, x, attn_mask=infinite(causal()), need_weights=False)[0], "causal"),
+    ("causal and padding", {}, lambda m, x, p, y: m(x, x, x, attn_mask=causal(), key_padding_mask=p, need_weights=False)[0], "causal & padding"),
+    ("causal by flag", {}, lambda m, x, p, y: m(x, x, x, attn_mask=causal(), is_causal=True, need_weights=False)[0], "causal"),
+    ("a mask from outside", {}, lambda m, x, p, y: m(x, x, x, attn_mask=CAUSAL, need_weights=False)[0], "other"),
+    ("a mask a head", {}, lambda m, x, p, y: m(x, x, x, attn_mask=causal().expand(B * H, S, S), need_weights=False)[0], "causal"),
+    ("add_zero_attn", {"add_zero_attn": True}, lambda m, x, p, y: m(x, x, x, need_weights=False)[0], "none"),
+    ("add_bias_kv", {"add_bias_kv": True}, lambda m, x, p, y: m(x, x, x, key_padding_mask=p, need_weights=False)[0], "none"),
+    ("kdim and vdim", {"kdim": 8, "vdim": 8}, lambda m, x, p, y: m(x, y, y, need_weights=False)[0], "none"),
+    ("without bias", {"bias": False}, lambda m, x, p, y: m(x, x, x, need_weights=False)[0], "none"),
+    ("without a batch", {}, lambda m, x, p, y: m(x[0], x[0], x[0], need_weights=False)[0], "none"),
+]  # fmt: skip
+
+
+def _said(found: Found) -> str:
+    words = [miss.reason for miss in found.misses]
+    words += ["other" if site.mask.unread else str(site.mask) for site in found.sites]
+    return ", ".join(dict.fromkeys(words))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "no_grad"])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case[0])
+def test_multihead_attention(case: tuple[str, dict[str, Any], Callable[..., Any], str], batch_first: bool, mode: str) -> None:
+    name, options, call, golden = case
+    shape = (B, S) if batch_first else (S, B)
+    inputs = (torch.randn(*shape, E), padding(), torch.randn(*shape, 8))
+    module = Call(nn.MultiheadAttention(E, H, batch_first=batch_first, **options), call).train(mode == "train")
+    with torch.set_grad_enabled(mode != "no_grad"):
+        found = agree(module, *inputs, gradients=mode != "no_grad")
+    assert _said(found) == golden, name
+    assert found.rewritten == (0 if golden in ("other", "the attention weights are used elsewhere too") else 1)
+
+
+LAYER: list[tuple[str, Callable[..., Any], str]] = [
+    ("plain", lambda m, x, p: m(x), "none"),
+    ("causal", lambda m, x, p: m(x, causal()), "causal"),
+    ("float causal by flag", lambda m, x, p: m(x, infinite(causal()), is_causal=True), "causal"),
+    ("padding", lambda m, x, p: m(x, src_key_padding_mask=p), "padding"),
+    ("causal and padding", lambda m, x, p: m(x, causal(), src_key_padding_mask=p), "causal & padding"),
+]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "no_grad"])
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("case", LAYER, ids=lambda case: case[0])
+def test_encoder_layer(case: tuple[str, Callable[..., Any], str], norm_first: bool, mode: str) -> None:
+    name, call, golden = case
+    for batch_first in (True, False):
+        layer = nn.TransformerEncoderLayer(
+            E, H, 16, dropout=0.0, batch_first=batch_first, norm_first=norm_first, activation="gelu"
+        )
+        x = torch.randn(B, S, E) if batch_first else torch.randn(S, B, E)
+        with torch.set_grad_enabled(mode != "no_grad"):
+            found = agree(Call(layer, call).train(mode == "train"), x, padding(), gradients=mode != "no_grad")
+        assert (_said(found), found.rewritten) == (golden, 1), name
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_decoder(train: bool) -> None:
+    def call(module: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
+        return module(x, x.flip(0) * 2, tgt_mask=infinite(causal()), tgt_is_causal=True, memory_key_padding_mask=keep)
+
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(E, H, 16, dropout=0.0, batch_first=True), 2)
+    found = agree(Call(decoder, call).train(train), torch.randn(B, S, E), padding())
+    assert found.masks == ["causal", "padding", "causal", "padding"]
+    assert [site.kind for site in found.sites] == ["self", "cross"] * 2
+    assert [site.layer for site in found.sites] == [0, 0, 1, 1]
+    assert found.rewritten == 4
+
+
+def test_dropout_keeps_its_probability() -> None:
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = nn.Dropout(0.25)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self.drop((q @ k.mT).softmax(-1)) @ v
+
+    from spellings import compiled
+
+    for train, p in ((True, 0.25), (False, 0.0)):
+        run, found = compiled(Dropped().train(train))
+        run(*(torch.randn(B, H, S, 4) for _ in range(3)))
+        assert [site.dropout_p for site in found.sites] == [pytest.approx(p)]
+
+
+def test_half_precision_softmax_in_float32() -> None:
+    class Half(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            scores = (q @ k.mT).masked_fill(causal(), torch.finfo(q.dtype).min)
+            return torch.softmax(scores.float(), -1).to(q.dtype) @ v
+
+    for dtype in (torch.bfloat16, torch.float16):
+        inputs = [torch.randn(B, H, S, 8, dtype=torch.float32).to(dtype) for _ in range(3)]
+        found = agree(Half(), *inputs, tolerance=3e-2, gradients=False)
+        assert (found.masks, found.sites[0].softmax_dtype, found.sites[0].dtype) == (["causal"], torch.float32, dtype)
