@@ -35,9 +35,7 @@ from dilcompile.site import EmptyRows, Length, MaskSpec
 
 B, H, Q, K = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("b", "h", "q", "k"))
 # Where several axes make up the batch, heads, rows or columns, each has an index of its own.
-DIGITS = {
-    axis: tuple(sympy.Symbol(f"{axis}{i}", integer=True, nonnegative=True) for i in range(8)) for axis in (B, H, Q, K)
-}
+DIGITS = {axis: tuple(sympy.Symbol(f"{axis}{i}", integer=True, nonnegative=True) for i in range(8)) for axis in (B, H, Q, K)}
 _INDICES = frozenset((*DIGITS, *(digit for digits in DIGITS.values() for digit in digits)))
 
 # An additive mask hides with at least this much: the smallest fill in use (BERT's -1e4) hides within exp(-1e4) = 0.

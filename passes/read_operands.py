@@ -81,9 +81,7 @@ def read_site_mask(
     return _seen_through(read, hidings), tuple(bias)
 
 
-def _visible(
-    operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader
-) -> tuple[Truth, Hiding | None]:
+def _visible(operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader) -> tuple[Truth, Hiding | None]:
     """Where an operand lets through, and how it hides the rest (None if it hides nothing)."""
     settle = Bounds(reader.sizes).settle
     if operand.kind != "add":

@@ -45,7 +45,7 @@ def qkv(rows: int = S, columns: int = S) -> tuple[Tensor, Tensor, Tensor]:
 def padding(dtype: torch.dtype = torch.bool, left: bool = False, empty: bool = False) -> Tensor:
     """1 where a key counts; row 1 loses three keys; with ``empty`` row 0 loses all."""
     mask = torch.ones(B, S, dtype=dtype)
-    mask[1, :3 if left else S] = 0
+    mask[1, : 3 if left else S] = 0
     if not left:
         mask[1, : S - 3] = 1
     if empty:
