@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -87,7 +88,7 @@ def _visible(operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader
     if operand.kind != "add":
         chosen = reader.truth(operand.node, indices, operand.on)
         visible = settle(chosen if operand.kind == "keep" else negation(chosen))
-        return visible, None if visible is True else Hiding(frozenset((operand.fill,)), replaces=True)
+        return visible, None if visible is True else Hiding(_arriving({operand.fill}, operand), replaces=True)
     value = reader.number(operand.node, indices, operand.on)
     if operand.factor != 1.0:
         value = lift(operator.mul, value, as_expr(operand.factor))
@@ -96,7 +97,12 @@ def _visible(operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader
     visible = settle(visible)
     if visible is True:
         return True, None
-    return visible, Hiding(frozenset(fills), replaces=False, absorbs=all(absorbs(fill, resolution) for fill in fills))
+    return visible, Hiding(_arriving(fills, operand), replaces=False, absorbs=all(absorbs(fill, resolution) for fill in fills))
+
+
+def _arriving(fills: set[float], operand: MaskOperand) -> frozenset[float]:
+    """The fills as they reach the softmax: infinite where a cast on the way can't hold them."""
+    return frozenset(fill if abs(fill) <= operand.ends else -math.inf for fill in fills)
 
 
 def _seen_through(read: ReadMask, hidings: Sequence[Hiding]) -> ReadMask:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
+import torch
 from torch.fx import Node
 
 from dilcompile.passes.axes import KEEPS_LAYOUT, VIEWS, Axes, Leaves, is_pointwise, is_tensor, op_name, shape_of
@@ -48,13 +50,23 @@ class Unproven(Exception):
 
 @dataclass(frozen=True)
 class MaskOperand:
-    """One mask or bias on the way: added, or hiding where true or where false."""
+    """One mask or bias on the way: added, or hiding where true or where false.
+
+    Args:
+        node: the mask.
+        on: the score tensor it meets, whose dims it broadcasts against.
+        kind: ``add``, ``hide`` (where true) or ``keep`` (where true).
+        factor: what the added tensor is multiplied with before it reaches the softmax.
+        fill: what hidden scores are when they reach the softmax.
+        ends: the largest number that the casts after it let through; larger ones become infinite.
+    """
 
     node: Node
-    on: Node  # the score tensor it meets, whose dims it broadcasts against
-    kind: str  # "add" | "hide" | "keep"
+    on: Node
+    kind: str
     factor: float = 1.0
     fill: float = float("-inf")
+    ends: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,7 @@ class _Stages:
 
     columns: Leaves  # the axis that the softmax runs over
     factor: float = 1.0  # product of all scalings met so far (those nearer to the softmax)
+    ends: float = math.inf  # the largest number of all dtypes met so far
     cap_outer: float | None = None  # c in c * tanh(...), once the tanh was met
     masks: list[MaskOperand] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
@@ -131,7 +144,7 @@ class ScoreWalk:
                 "the scores add up several products (relative or talking-heads attention)",
                 "it stays as it is; no form covers a sum of products yet",
             )
-        stages, reader = _Stages(self.axes[softmax][dim]), softmax
+        stages, reader = _Stages(self.axes[softmax][dim], ends=_largest(softmax)), softmax
         while True:
             if self.mutations.stale(node, reader):
                 raise Unproven(node, "the scores are written through another view", "write the mask out of place")
@@ -143,7 +156,7 @@ class ScoreWalk:
         scale = stages.factor * product.alpha * (1.0 if stages.cap_outer is None else stages.cap_outer)
         if product.addend is not None:
             self._uncapped(node, stages)
-            stages.masks.append(MaskOperand(product.addend, node, "add", stages.factor * product.beta))
+            stages.masks.append(MaskOperand(product.addend, node, "add", stages.factor * product.beta, ends=stages.ends))
         for operand in stages.masks:
             self._independent(operand, node)
         return ScorePath(product, scale, stages.cap_outer, tuple(stages.masks), tuple(stages.nodes))
@@ -154,6 +167,7 @@ class ScoreWalk:
         if node.op != "call_function":
             raise Unproven(node, "the scores come from outside this graph", "avoid the graph break between scores and softmax")
         if name in _CASTS:
+            stages.ends = min(stages.ends, _largest(node))
             return uncast(node)
         if name in _REORDERS or _does_nothing(node):
             return _first(node)
@@ -205,7 +219,7 @@ class ScoreWalk:
         alpha = node.kwargs.get("alpha", 1)
         if not isinstance(alpha, (int, float)):
             raise Unproven(node, "the mask is scaled by a computed number", "it stays as it is")
-        stages.masks.append(MaskOperand(other, node, "add", sign * stages.factor * float(alpha)))
+        stages.masks.append(MaskOperand(other, node, "add", sign * stages.factor * float(alpha), ends=stages.ends))
         return path
 
     def _is_row_maximum(self, other: Node, path: Node, columns: Leaves) -> bool:
@@ -230,7 +244,7 @@ class ScoreWalk:
         self._uncapped(node, stages)
         if not is_tensor(mask):
             raise Unproven(node, "the mask is not a tensor", "it stays as it is")
-        stages.masks.append(MaskOperand(mask, node, kind, 1.0, value))
+        stages.masks.append(MaskOperand(mask, node, kind, 1.0, value, stages.ends))
 
     def _where(self, node: Node, stages: _Stages) -> Node:
         condition, then, other = node.args[:3]
@@ -264,6 +278,11 @@ class ScoreWalk:
             fresh = [source for source in (*sources, *written) if source not in seen]
             seen.update(fresh)
             queue += fresh
+
+
+def _largest(node: Node) -> float:
+    dtype = node.meta["val"].dtype
+    return float(torch.finfo(dtype).max) if dtype.is_floating_point else math.inf
 
 
 def uncast(node: Node) -> Node:
