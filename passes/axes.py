@@ -31,15 +31,24 @@ class Atom:
         role: ``feature`` if it comes out of a projection, ``token`` if it surely does not, None if unknown.
         broadcast: the tensor does not vary along it (it came from ``expand`` or ``repeat``).
         origin: the axis it is a copy, slice or extension of.
+        moved: it is a slice or an extension, so that its positions are not those of its origin.
     """
 
-    __slots__ = ("broadcast", "origin", "parts", "role", "size")
+    __slots__ = ("broadcast", "moved", "origin", "parts", "role", "size")
 
-    def __init__(self, size: Length, role: Role | None = None, broadcast: bool = False, origin: Atom | None = None) -> None:
+    def __init__(
+        self,
+        size: Length,
+        role: Role | None = None,
+        broadcast: bool = False,
+        origin: Atom | None = None,
+        moved: bool = False,
+    ) -> None:
         self.size = size
         self.role = role
         self.broadcast = broadcast
         self.origin = origin
+        self.moved = moved
         self.parts: Leaves | None = None
 
     def split(self, outer: Length, inner: Length) -> Leaves:
@@ -51,9 +60,9 @@ class Atom:
 
     @property
     def root(self) -> Atom:
-        """The axis this one was first copied, sliced or extended from."""
+        """The axis this one is a copy of, position by position."""
         atom = self
-        while atom.origin is not None:
+        while atom.origin is not None and not atom.moved:
             atom = atom.origin
         return atom
 
@@ -271,7 +280,7 @@ class Axes:
     def fresh(size: Length, role: Role | None = None, origin: Leaves = (), broadcast: bool = False) -> Leaves:
         if same_size(size, 1):
             return ()
-        return (Atom(size, role, broadcast, origin[0] if len(origin) == 1 else None),)
+        return (Atom(size, role, broadcast, origin[0] if len(origin) == 1 else None, moved=True),)
 
     def _pointwise(self, node: Node) -> Layout:
         shape = shape_of(node)

@@ -55,7 +55,7 @@ GOLDEN: list[tuple[Callable[..., Tensor], tuple[str, ...], str]] = [
     (lambda x: torch.nn.functional.dropout(x[:, None].expand(2, 4, 3), 0.5), ("ab",), "a ? b"),
     (lambda x: x[:, None].expand(2, 4, 3) + torch.ones(4, 1), ("ab",), "a ? b"),
     (lambda x: x[:, None].expand(2, 4, 3).masked_fill(torch.ones(4, 1, dtype=torch.bool), 0), ("ab",), "a ? b"),
-    (lambda x: x[:, 1:], ("ab",), "a b?"),
+    (lambda x: x[:, 1:], ("ab",), "a ?"),
     (lambda x: x.roll(1, 1), ("ab",), "? ?"),
     (lambda x: x.flip(0), ("ab",), "? ?"),
     (lambda x, y: x @ y, ("ab", "bc"), "a c"),

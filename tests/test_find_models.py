@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,11 +14,10 @@ LENGTH = 37  # a prime that is no other size in these models
 
 
 @pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
+def _quiet() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
-    yield
 
 
 def _small(**more: Any) -> dict[str, Any]:

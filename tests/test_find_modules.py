@@ -159,3 +159,24 @@ def test_half_precision_softmax_in_float32() -> None:
         inputs = [torch.randn(B, H, S, 8, dtype=torch.float32).to(dtype) for _ in range(3)]
         found = agree(Half(), *inputs, tolerance=3e-2, gradients=False)
         assert (found.masks, found.sites[0].softmax_dtype, found.sites[0].dtype) == (["causal"], torch.float32, dtype)
+
+
+@pytest.mark.parametrize("cut", ["cache", "shift", "none"])
+def test_keys_at_other_positions_are_cross_attention(cut: str) -> None:
+    """A window over positions needs the positions: a longer or shifted key axis without a causal mask has none."""
+
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(E, 3 * E)
+
+        def forward(self, x: Tensor, past: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).unflatten(-1, (3, H, E // H)).permute(2, 0, 3, 1, 4).unbind(0)
+            if cut == "cache":
+                k, v = torch.cat((past, k), 2), torch.cat((past, v), 2)
+            if cut == "shift":
+                q, k, v = q[:, :, :-1], k[:, :, 1:], v[:, :, 1:]
+            return (q @ k.mT).softmax(-1) @ v
+
+    found = agree(Cut(), torch.randn(B, S, E), torch.randn(B, H, 5, E // H))
+    assert [site.kind for site in found.sites] == ["self" if cut == "none" else "cross"]
