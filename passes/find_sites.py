@@ -10,8 +10,8 @@ import torch
 from torch.fx import Node
 
 from dilcompile.passes.axes import Atom, Axes, Leaves, is_tensor, op_name, shape_of
-from dilcompile.passes.mask_reader import MaskReader
-from dilcompile.passes.masks import ReadMask
+from dilcompile.passes.masks.read import ReadMask
+from dilcompile.passes.masks.reader import MaskReader
 from dilcompile.passes.provenance import layer_index, module_path, source_line
 from dilcompile.passes.read_operands import read_site_mask
 from dilcompile.passes.regions import Graph

@@ -12,24 +12,14 @@ import torch
 from torch.fx import Node
 
 from dilcompile.passes.axes import Atom, Axes, Leaves, shape_of
-from dilcompile.passes.mask_reader import MaskReader, as_expr, lift
-from dilcompile.passes.mask_terms import Bounds, Expr, Ge0, Truth, conjunction, mapped, negation
-from dilcompile.passes.masks import (
-    DIGITS,
-    B,
-    H,
-    Hiding,
-    K,
-    Lengths,
-    NotAMask,
-    Q,
-    ReadMask,
-    UnclearWindow,
-    absorbs,
-    empty_rows,
-    keep_of,
-    read_mask,
-)
+from dilcompile.passes.masks.arithmetic import as_expr, lift
+from dilcompile.passes.masks.bounds import Bounds
+from dilcompile.passes.masks.factors import UnclearWindow, read_mask
+from dilcompile.passes.masks.hiding import Hiding, NotAMask, absorbs, empty_rows, keep_of
+from dilcompile.passes.masks.read import ReadMask
+from dilcompile.passes.masks.reader import MaskReader
+from dilcompile.passes.masks.symbols import DIGITS, B, H, K, Lengths, Q
+from dilcompile.passes.masks.terms import Expr, Ge0, Truth, conjunction, mapped, negation
 from dilcompile.passes.roles import Roles
 from dilcompile.passes.score_path import MaskOperand, Unproven
 from dilcompile.site import Length, MaskSpec

@@ -11,7 +11,7 @@ from dilcompile.decision import Decision
 from dilcompile.passes.axes import Atom, Axes, Leaves, flat, is_tensor, leaves, same_size, shape_of
 from dilcompile.passes.emit import Emitter, aten
 from dilcompile.passes.find_sites import Match
-from dilcompile.passes.masks import Vectors
+from dilcompile.passes.masks.vectors import Vectors
 from dilcompile.passes.mutations import storage, written
 from dilcompile.passes.regions import Graph
 from dilcompile.passes.roles import Operand, Roles

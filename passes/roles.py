@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from dilcompile.passes.axes import Atom, Axes, Leaves, align, flat, is_tensor, leaves, op_name, same_size, shape_of
-from dilcompile.passes.mask_reader import MaskReader
+from dilcompile.passes.masks.reader import MaskReader
 from dilcompile.passes.products import Product
 from dilcompile.passes.score_path import Unproven, scalar_or_none
 

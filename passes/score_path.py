@@ -12,7 +12,8 @@ import torch
 from torch.fx import Node
 
 from dilcompile.passes.axes import KEEPS_LAYOUT, VIEWS, Axes, Leaves, is_pointwise, is_tensor, op_name, shape_of
-from dilcompile.passes.mask_reader import MaskReader, Unreadable
+from dilcompile.passes.masks.arithmetic import Unreadable
+from dilcompile.passes.masks.reader import MaskReader
 from dilcompile.passes.mutations import Mutations
 from dilcompile.passes.products import Product
 

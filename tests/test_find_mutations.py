@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import sympy
 import test_masks_sound as sound
 import torch
 from spellings import Spelling, Written, agree, inputs_of
 
-from dilcompile.passes import axes, find_sites, mask_reader, mask_terms, masks, mutations, read_operands, roles, score_path
+from dilcompile.passes import axes, find_sites, mutations, roles, score_path
 
 
 @pytest.fixture(autouse=True)
@@ -61,15 +60,6 @@ def _crossed() -> None:
     agree(sound.Call(call), torch.randn(2, 9, 4), torch.randn(2, 9, 4), torch.randn(2, 3, 3, 4))
 
 
-def _negated_by_one_too_few(truth: Any) -> Any:
-    if isinstance(truth, mask_terms.Ge0):
-        return mask_terms.Ge0(sympy.expand(-truth.expr))
-    return _NEGATION(truth)
-
-
-_NEGATION = mask_terms.negation
-_AND = mask_reader._READ["bitwise_and"]
-
 # name, where, attribute, what it becomes, the test that must turn red.
 MUTATIONS: list[tuple[str, Any, str, Any, Callable[[], None]]] = [
     ("writes are forgotten: scores", mutations.Mutations, "writes", lambda *_: [], case("scores, by setitem")),
@@ -82,18 +72,6 @@ MUTATIONS: list[tuple[str, Any, str, Any, Callable[[], None]]] = [
     ("the soft cap is no border", score_path.ScoreWalk, "_uncapped", lambda *_: None, case("shifted before the cap")),
     ("casts keep everything", score_path, "uncast", lambda node: node.args[0], case("cast to integers")),
     ("any fill hides", score_path, "_HIDES", 1e30, case("a fill made small again")),
-    ("documents may come back", masks, "_runs", lambda *_: True, case("numbers that may come back")),
-    ("indices count from the front", mask_reader, "_place", lambda reader, index, size: index, case("indexed from the back")),
-    ("bytes do not wrap", mask_reader, "_exact_arithmetic", lambda node: None, case("bytes that wrap around")),
-    ("every fill absorbs", read_operands, "absorbs", lambda *_: True, case("a small number that hides a batch row")),
-    ("fractions are 0 or 1", masks, "absorbs", lambda *_: True, case("fractions", gradients=False)),
-    ("masks are never learned", mask_reader.MaskReader, "learned", lambda *_: False, case("learned fractions and the least number")),
-    ("no row is ever empty", masks, "_always_sees", lambda *_: True, case("strictly earlier")),
-    ("empty rows are uniform", read_operands, "empty_rows", lambda *_: "uniform", case("causal and padding by two fills")),
-    ("or is and", mask_reader, "_READ", {**mask_reader._READ, "bitwise_or": _AND, "__or__": _AND}, case("a prefix")),
-    ("not is off by one", mask_reader, "negation", _negated_by_one_too_few, spelt(maker="reverse", hide="where")),
-    ("not is off by one, at the end", read_operands, "negation", _negated_by_one_too_few, case("top left")),
-    ("every zero is one", mask_reader, "nonzero", lambda value: True, spelt(mask="padding")),
     ("values stand in their own order", roles, "_in_order", _values_in_their_own_order, _crossed),
     ("keys are tiled, not repeated", axes, "_RULES", {**axes._RULES, "repeat_interleave": _tiled}, spelt(share="interleave")),
     ("repeated keys never vary", axes.Axes, "_varying", lambda self, node, layout: layout, lambda: _repeated_then_changed()),

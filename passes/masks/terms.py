@@ -1,6 +1,6 @@
 """What one element of a mask says, as a formula over its indices: the terms that the mask reader computes with.
 
-Truth values are Python bools or ``Ge0``, ``Eq0``, ``Given``, ``And``, ``Or``, ``Not``. Numbers are sympy expressions
+Truth values are Python bools or ``Ge0``, ``Eq0``, ``Less``, ``Given``, ``And``, ``Or``, ``Not``. Numbers are sympy expressions
 over index symbols, lengths and tensor elements, or ``Choice`` between two numbers.
 """
 
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TypeAlias
 
 import sympy
 
 Expr: TypeAlias = sympy.Expr
+
+
+Indices: TypeAlias = tuple[Expr, ...]
 
 
 class Element(sympy.Function):  # type: ignore[misc]
@@ -188,69 +190,19 @@ def choice(when: Truth, then: Number, other: Number) -> Number:
     return other if when is False else Choice(when, then, other)
 
 
-@lru_cache(maxsize=4096)
-def _is_nonnegative(expr: Expr) -> bool:
-    if expr.is_number:
-        return bool(expr >= 0)
-    if not all(symbol.is_nonnegative for symbol in expr.free_symbols):
-        return False  # a number that the caller gives may be anything
-    # Lengths are positive integers: shift them to start at 0, so that non-negative coefficients prove it.
-    least = {s: 1 if s.is_positive else 0 for s in expr.free_symbols}
-    shifted = sympy.expand(expr.subs({s: sympy.Symbol(f"_{s}", integer=True, nonnegative=True) + n for s, n in least.items()}))
-    return all(term.is_nonnegative for term in sympy.Add.make_args(shifted))
+def numbers_of(truth: Truth) -> tuple[Expr, ...]:
+    """All number expressions in a truth value."""
+    if isinstance(truth, bool):
+        return ()
+    if isinstance(truth, (And, Or)):
+        return tuple(expr for part in truth.parts for expr in numbers_of(part))
+    if isinstance(truth, Not):
+        return numbers_of(truth.inner)
+    if isinstance(truth, Less):
+        return truth.left, truth.right
+    return (truth.element,) if isinstance(truth, Given) else (truth.expr,)
 
 
-class Bounds:
-    """The range of every index symbol: 0 <= symbol < size. Decides affine comparisons that hold everywhere."""
-
-    def __init__(self, sizes: dict[sympy.Symbol, Expr]) -> None:
-        self.sizes = sizes
-
-    def settle(self, truth: Truth) -> Truth:
-        """The same truth with every comparison that always or never holds replaced by a constant."""
-        if isinstance(truth, Ge0):
-            return self._settle_ge(truth)
-        if isinstance(truth, Eq0):
-            if truth.expr.is_zero:
-                return True
-            never = self.always(truth.expr - 1) or self.always(-truth.expr - 1)
-            return False if never else truth
-        if isinstance(truth, And):
-            return conjunction(*(self.settle(part) for part in truth.parts))
-        if isinstance(truth, Or):
-            return disjunction(*(self.settle(part) for part in truth.parts))
-        if isinstance(truth, Not):
-            return negation(self.settle(truth.inner))
-        return truth
-
-    def divide(self, index: Expr, by: Expr) -> tuple[Expr, Expr]:
-        """Quotient and remainder of an affine index, exact where the bounds prove the remainder's range."""
-        quotient, remainder = sympy.Integer(0), sympy.Integer(0)
-        for term in sympy.Add.make_args(sympy.expand(index)):
-            share = sympy.cancel(term / by)
-            if share.is_integer:
-                quotient += share
-            else:
-                remainder += term
-        if remainder != 0 and not (self.always(remainder) and self.always(by - 1 - remainder)):
-            return sympy.floor(index / by), sympy.Mod(index, by)
-        return quotient, remainder
-
-    def _settle_ge(self, truth: Ge0) -> Truth:
-        if self.always(truth.expr):
-            return True
-        return False if self.always(-truth.expr - 1) else truth
-
-    def always(self, expr: Expr) -> bool:
-        """Is ``expr >= 0`` for all indices in range? Only affine expressions are decided."""
-        if expr.has(Element):
-            return False
-        lowest = sympy.expand(expr)
-        for symbol, size in self.sizes.items():
-            slope = lowest.coeff(symbol)
-            if symbol not in lowest.free_symbols:
-                continue
-            if not slope.is_number or symbol in (lowest - slope * symbol).free_symbols:
-                return False
-            lowest = sympy.expand(lowest.subs(symbol, 0 if slope >= 0 else size - 1))
-        return _is_nonnegative(lowest)
+def elements_of(truth: Truth) -> set[Expr]:
+    """The elements of data that a truth value depends on."""
+    return {element for expr in numbers_of(truth) for element in expr.atoms(Element)}
