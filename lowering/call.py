@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dilcompile.forms import Dilated, Form, parse_form
+from dilcompile.lowering.pairs import Pairs
 from dilcompile.relation import Problem, Relation
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -25,6 +26,8 @@ class Call:
         documents: int [B or 1, Sk], the document number of each key position, runs contiguous.
         bias: float, broadcastable to [B, H, Sq, Sk], added to the scaled and capped scores.
         dropout_seed: int64 with one element.
+        row_limits: int64 [2, B or 1, Sq]: row (b, q) sees the keys from ``row_limits[0]`` up to before ``row_limits[1]``.
+        pairs: a formula that lets pairs through.
     """
 
     q: Tensor
@@ -39,6 +42,8 @@ class Call:
     softcap: float | None = None
     dropout_p: float = 0.0
     merge_grad: Literal["exact", "detach"] = "exact"
+    row_limits: Tensor | None = None
+    pairs: Pairs | None = None
 
     @property
     def problem(self) -> Problem:
@@ -52,7 +57,12 @@ class Call:
 
 
 class Kernel(Protocol):
-    """Who computes a call on one device. Modules of this folder satisfy it."""
+    """Who computes a call on one device. Modules of this folder satisfy it.
+
+    ``TAKES_ROW_MASKS``: row limits and formulas over pairs are computed too.
+    """
+
+    TAKES_ROW_MASKS: bool
 
     def supports(self, call: Call, backward: bool) -> str | None:
         """Why this kernel can't compute the call (its forward, or its backward), or None."""

@@ -22,6 +22,8 @@ from dilcompile.lowering.engines import (
 )
 from dilcompile.lowering.strided import Block
 
+TAKES_ROW_MASKS = True
+
 
 class FlashEngine:
     """ATen's flash op for CPU: strided operands, an additive mask beside the causal flag, LSE out and joint LSE in."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from dilcompile.lowering.call import Call
 from dilcompile.lowering.dropout import keep_factor
 from dilcompile.lowering.masking import Places, as_bias, band, band_bias, keys_seen, places, uncounted
+from dilcompile.lowering.row_masks import RowMasks
 from dilcompile.lowering.strided import Block, Cut, Operand, cuts
 from dilcompile.relation import Relation
 
@@ -29,6 +30,7 @@ class Part:
         q, k, v, padding, bias: operands; ``padding`` bool [B, Sk], ``bias`` expanded to [B, H, Sq, Sk].
         relation: the whole call's terms over this part's lengths.
         first_batch, first_head, first_position: where the part begins in the call.
+        row_masks: limits and formulas by row; None without.
     """
 
     call: Call
@@ -41,6 +43,7 @@ class Part:
     first_batch: int
     first_head: int
     first_position: int
+    row_masks: RowMasks | None = None
 
     def places(self, block: Block) -> Places:
         """Coordinates of a block inside the relation."""
@@ -88,26 +91,36 @@ def _whole(block: Block) -> Cut:
 def masked_cuts(part: Part, block: Block) -> Iterator[Masked]:
     piece, dtype, device = block.piece, part.call.score_dtype, part.call.q.device
     simple = piece.is_full or piece.is_causal
-    if not piece.exclusive and part.padding is None:
+    if part.row_masks is None and not piece.exclusive and part.padding is None:
         shape = (piece.rows, piece.keys, piece.low, piece.high)
         bias = None if simple else band_bias(shape, dtype, device)
         yield Masked(_whole(block), bias, piece.is_causal, None)
-    elif not piece.exclusive and simple and part.padding is not None:
+    elif part.row_masks is None and not piece.exclusive and simple and part.padding is not None:
         keep = block.view(part.padding)
         sees = keep.cumsum(-1)[..., 0, : piece.rows] > 0 if piece.is_causal else keep.any(-1)
         yield Masked(_whole(block), as_bias(keep, dtype), piece.is_causal, sees)
     else:
-        for cut, visible in _visible_cuts(part, block):
+        for cut, visible in _visible_cuts(part, block, shared=True):
             if visible is not None:
                 yield Masked(cut, as_bias(visible, dtype), False, visible.any(-1))
 
 
-def _visible_cuts(part: Part, block: Block) -> Iterator[tuple[Cut, Tensor | None]]:
-    """Cuts of bounded size with the pairs that count, bool broadcastable to the cut; None: no pair at all."""
-    piece, device = block.piece, part.call.q.device
+def _visible_cuts(part: Part, block: Block, shared: bool = False) -> Iterator[tuple[Cut, Tensor | None]]:
+    """Cuts of bounded size with the pairs that count, bool broadcastable to the cut; None: no pair at all.
+
+    Args:
+        shared: nothing is held by the pair but the mask, so a dim that it doesn't vary along costs nothing.
+    """
+    piece, device, masks = block.piece, part.call.q.device, part.row_masks
     where = part.places(block) if piece.exclusive else None
     keep = None if part.padding is None else block.view(part.padding)
-    for cut in cuts(block, _PAIRS_AT_ONCE, lambda row, stop: keys_seen(piece, row, stop)):
+
+    def keys_of(row: int, stop: int) -> tuple[int, int]:
+        first, last = keys_seen(piece, row, stop)
+        return (first, last) if masks is None else masks.narrowed(block, row, stop, first, last)
+
+    free = shared and masks is not None and not any(axis.batch for axis in block.second) and where is None
+    for cut in cuts(block, _PAIRS_AT_ONCE, keys_of, whole_second=free):
         first, second, _, keys = cut
         if keys.stop == keys.start:
             yield cut, None
@@ -117,7 +130,9 @@ def _visible_cuts(part: Part, block: Block) -> Iterator[tuple[Cut, Tensor | None
             visible = visible & uncounted(part.relation, piece.term, where.cut(cut))
         if keep is not None:
             visible = visible & keep[first, second, :, keys]
-        yield cut, visible
+        if masks is not None:
+            visible = visible & masks.visible(block, cut)
+        yield cut, visible[:, :1] if free else visible
 
 
 @dataclass(frozen=True)

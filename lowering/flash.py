@@ -23,6 +23,8 @@ from dilcompile.lowering.engines import (
 )
 from dilcompile.lowering.strided import Block
 
+TAKES_ROW_MASKS = True
+
 _LARGEST_HEAD = 248
 
 
@@ -76,7 +78,7 @@ class CudaFlashEngine:
 
 def _unmasked(part: Part, block: Block) -> bool:
     piece = block.piece
-    return part.padding is None and not piece.exclusive and (piece.is_full or piece.is_causal)
+    return part.padding is None and part.row_masks is None and not piece.exclusive and (piece.is_full or piece.is_causal)
 
 
 def _whole(block: Block) -> tuple[slice, slice, slice, slice]:

@@ -18,12 +18,14 @@ from dilcompile.lowering.call import (
     problem_of,
     relation_of,
 )
+from dilcompile.lowering.pairs import Pairs
 from dilcompile.relation import Problem
 
 _OPERANDS = (
     "Tensor q, Tensor k, Tensor v, Tensor? key_padding, Tensor? documents, Tensor? bias, Tensor? dropout_seed, str form, "
     "bool is_causal, int? window_left, int? window_right, SymInt q_offset, float scale, float? softcap, float dropout_p, "
-    "str? kernel"
+    "str? kernel, Tensor? q_start=None, Tensor? row_limits=None, Tensor? row_terms=None, Tensor? key_terms=None, "
+    "str? pairs=None"
 )
 
 
@@ -45,6 +47,11 @@ def attention(
     softcap: float | None,
     dropout_p: float,
     kernel: str | None,
+    q_start: Tensor | None = None,
+    row_limits: Tensor | None = None,
+    row_terms: Tensor | None = None,
+    key_terms: Tensor | None = None,
+    pairs: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the relation that ``form`` means here.
 
@@ -55,6 +62,9 @@ def attention(
         is_causal, window_left, window_right: the site's own mask, intersected; query row i stands at ``i + q_offset``.
         scale: factor on q . k; softcap: ``c * tanh(s / c)`` on the scaled scores, before the bias.
         kernel: name of a kernel, or None for the fastest.
+        q_start: int64 with one element, added to ``q_offset``: a position that is known when the model runs.
+        row_limits: see ``Call``.
+        row_terms, key_terms, pairs: the formula over pairs and its terms, see ``Pairs``.
 
     Returns:
         out [B, H, Sq, Dv] in q's dtype, in memory [B, Sq, H, Dv]; lse [B, H, Sq], natural log, float32 (float64 for float64).
@@ -67,7 +77,7 @@ def attention(
 
     call = _call(
         q, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
-        scale, softcap, dropout_p,
+        scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs,
     )  # fmt: skip
     out, lse = select(call, kernel).forward(call)
     factor = output_scale(form_of(form), k.shape[2])
@@ -104,13 +114,18 @@ def attention_backward(
     softcap: float | None,
     dropout_p: float,
     kernel: str | None,
+    q_start: Tensor | None = None,
+    row_limits: Tensor | None = None,
+    row_terms: Tensor | None = None,
+    key_terms: Tensor | None = None,
+    pairs: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v [as their operand, laid out [B, S, H, D]] and of the bias (an empty tensor without one)."""
     from dilcompile.lowering.select import select
 
     call = _call(
         q, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
-        scale, softcap, dropout_p,
+        scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs,
     )  # fmt: skip
     factor = output_scale(form_of(form), k.shape[2])
     if factor != 1.0:
@@ -137,11 +152,22 @@ def _call(
     scale: float,
     softcap: float | None,
     dropout_p: float,
+    q_start: Tensor | None,
+    row_limits: Tensor | None,
+    row_terms: Tensor | None,
+    key_terms: Tensor | None,
+    pairs: str | None,
 ) -> Call:
-    problem = problem_of(q, k, v, is_causal, window_left, window_right, q_offset)
+    first = q_offset if q_start is None else q_offset + int(q_start)
+    problem = problem_of(q, k, v, is_causal, window_left, window_right, first)
+    formula = None
+    if pairs is not None:
+        assert row_terms is not None, "a formula over pairs needs its rows' terms"
+        assert key_terms is not None, "a formula over pairs needs its keys' terms"
+        formula = Pairs(pairs, row_terms, key_terms)
     return Call(
         q, k, v, key_padding, documents, bias, dropout_seed, relation_of(form_of(form), problem),
-        scale, softcap, dropout_p, merge_grad(form_of(form)),
+        scale, softcap, dropout_p, merge_grad(form_of(form)), row_limits, formula,
     )  # fmt: skip
 
 
@@ -178,18 +204,23 @@ def _(
     return empty_output(q, q.shape[3]), empty_output(k, k.shape[3]), empty_output(v, v.shape[3]), grad_bias
 
 
+# Where the operands that are tensors end among the arguments, and where those with a default begin.
+_TENSORS, _MORE = 7, 16
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:7], *output)
-    ctx.options = inputs[7:]
+    ctx.save_for_backward(*inputs[:_TENSORS], *inputs[_MORE:-1], *output)
+    ctx.options, ctx.pairs = inputs[_TENSORS:_MORE], inputs[-1]
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     *operands, out, lse = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    grads = torch.ops.dilcompile.attention_backward(grad_out, grad_lse, out, lse, *operands, *ctx.options)
+    operands, more = operands[:_TENSORS], operands[_TENSORS:]
+    grads = torch.ops.dilcompile.attention_backward(grad_out, grad_lse, out, lse, *operands, *ctx.options, *more, ctx.pairs)
     grad_bias = grads[3] if ctx.needs_input_grad[5] else None
-    return (*grads[:3], None, None, grad_bias, *([None] * (len(ctx.options) + 1)))
+    return (*grads[:3], None, None, grad_bias, None, *([None] * (len(ctx.options) + len(more) + 1)))
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)

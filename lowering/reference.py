@@ -12,6 +12,7 @@ from dilcompile.lowering.call import Call, Gradients, empty_output
 from dilcompile.lowering.dropout import keep_factor
 from dilcompile.relation import Relation
 
+TAKES_ROW_MASKS = True
 _SCORES_AT_ONCE = 1 << 22
 
 
@@ -92,12 +93,24 @@ def _chunk(call: Call, b: int, rows: slice, k: Tensor, v: Tensor) -> _Chunk:
     if call.dropout_p > 0 and call.dropout_seed is not None:
         where = torch.tensor(b, device=device)
         keep = keep_factor(call.dropout_seed, where, h, t, keys, call.dropout_p, call.score_dtype)
-    return _Chunk(b, rows, q, k, v, scores, slope, _counts(call, b, h, t, keys), keep)
+    return _Chunk(b, rows, q, k, v, scores, slope, _counts(call, b, h, t, keys, _by_row(call, b, rows, keys)), keep)
 
 
-def _counts(call: Call, b: int, h: Tensor, t: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+def _by_row(call: Call, b: int, rows: slice, k: Tensor) -> Tensor:
+    """The pairs [R, K] that the row limits and the formula over pairs let through."""
+    visible = torch.ones(rows.stop - rows.start, len(k), dtype=torch.bool, device=k.device)
+    if call.row_limits is not None:
+        first, stop = call.row_limits[:, b if call.row_limits.shape[1] > 1 else 0, rows, None]
+        visible &= (k >= first) & (k < stop)
+    if call.pairs is not None:
+        by_row, by_key = (x[:, b if x.shape[1] > 1 else 0] for x in (call.pairs.rows, call.pairs.keys))
+        visible &= call.pairs.visible(lambda number: by_row[number, rows, None] + by_key[number])
+    return visible
+
+
+def _counts(call: Call, b: int, h: Tensor, t: Tensor, k: Tensor, by_row: Tensor) -> tuple[Tensor, ...]:
     """The multiplicities, one tensor for all terms, or one a term where each has its own gradient."""
-    visible = torch.ones_like(t + k, dtype=torch.bool)
+    visible = by_row
     if call.key_padding is not None:
         visible &= call.key_padding[b]
     if call.documents is not None:

@@ -9,6 +9,8 @@ from dilcompile.lowering.call import Call, Gradients
 from dilcompile.lowering.engines import finite_for_backward, needs_math
 from dilcompile.relation import Everything, Term
 
+TAKES_ROW_MASKS = False
+
 
 def supports(call: Call, backward: bool) -> str | None:
     """Every key, or causal from the top left; on CUDA without key padding in half precision."""

@@ -26,11 +26,17 @@ def select(call: Call, name: str | None = None, backward: bool = False) -> Kerne
         KernelError: if the kernel asked for is unknown or can't compute the call.
     """
     if name is None:
-        return next(kernel for kernel in KERNELS.values() if kernel.supports(call, backward) is None)
+        return next(kernel for kernel in KERNELS.values() if _refusal(kernel, call, backward) is None)
     if name not in KERNELS:
         raise KernelError(f"kernel {name!r} is unknown; the kernels are {', '.join(KERNELS)}")
-    reason = KERNELS[name].supports(call, backward)
+    reason = _refusal(KERNELS[name], call, backward)
     if reason is not None:
-        able = next(other for other, kernel in KERNELS.items() if kernel.supports(call, backward) is None)
+        able = next(other for other, kernel in KERNELS.items() if _refusal(kernel, call, backward) is None)
         raise KernelError(f"kernel {name!r} can't compute this attention: {reason}; kernel {able!r} can, or leave the kernel out")
     return KERNELS[name]
+
+
+def _refusal(kernel: Kernel, call: Call, backward: bool) -> str | None:
+    if not kernel.TAKES_ROW_MASKS and (call.row_limits is not None or call.pairs is not None):
+        return "a mask by row"
+    return kernel.supports(call, backward)

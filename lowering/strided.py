@@ -231,16 +231,19 @@ def _add_in_turns(target: Tensor, grad: Tensor, turns: list[tuple[int, int]]) ->
 Cut = tuple[slice, slice, slice, slice]
 
 
-def cuts(block: Block, limit: int, keys_of: Callable[[int, int], tuple[int, int]]) -> Iterator[Cut]:
+def cuts(block: Block, limit: int, keys_of: Callable[[int, int], tuple[int, int]], whole_second: bool = False) -> Iterator[Cut]:
     """Slices (first, second, rows, keys) whose pairs number at most ``limit``, where a single row does not exceed it.
 
     Args:
         keys_of: first and last key that the rows ``a`` up to ``b`` see.
+        whole_second: the second dim does not count, and is not cut.
     """
     (first, second), rows, keys = block.sizes, block.piece.rows, block.piece.keys
+    counted = 1 if whole_second else second
     row_step = max(1, min(rows, limit // max(1, keys)))
-    second_step = max(1, min(second, limit // (row_step * keys))) if row_step == rows else 1
-    first_step = max(1, limit // (row_step * keys * second)) if second_step == second else 1
+    second_step = max(1, min(counted, limit // (row_step * keys))) if row_step == rows else 1
+    first_step = max(1, limit // (row_step * keys * counted)) if second_step == counted else 1
+    second_step = second if whole_second else second_step
     for row in range(0, rows, row_step):
         stop = min(rows, row + row_step)
         key, key_stop = keys_of(row, stop)

@@ -19,6 +19,7 @@ from dilcompile.lowering.call import Call, Gradients, empty_output
 from dilcompile.lowering.engines import Engine, Part, Upstream
 from dilcompile.lowering.merge import merge_into
 from dilcompile.lowering.pieces import Piece, Plan, plan
+from dilcompile.lowering.row_masks import row_masks
 from dilcompile.lowering.strided import (
     Block,
     Operand,
@@ -187,12 +188,14 @@ def _part(call: Call, region: _Region) -> Part:
         first_batch=region.batch.start,
         first_head=region.heads.start,
         first_position=region.keys.start,
+        row_masks=row_masks(call, region.batch, region.query_rows, region.keys),
     )
 
 
 def _blocks(part: Part, piece: Piece, extra: list[Operand]) -> Iterator[Block]:
     operands = [part.q, part.k, part.v, *extra]
     operands += [operand for operand in (part.padding, part.bias) if operand is not None]
+    operands += [] if part.row_masks is None else part.row_masks.operands
     return blocks(piece, part.q.tensor.shape[0], operands, apart=piece.exclusive)
 
 
@@ -201,8 +204,8 @@ def _forward_region(call: Call, engine: Engine, region: _Region, planned: Plan, 
     own_dtype = out.dtype == call.score_dtype
     total = out if own_dtype else empty_output(out, out.shape[-1], call.score_dtype)
     lse.fill_(-torch.inf)
-    # With padding a piece may find no key for a row, so nothing counts as written before.
-    all_written = planned.covers and part.padding is None
+    # With padding or masks by row a piece may find no key for a row, so nothing counts as written before.
+    all_written = planned.covers and part.padding is None and part.row_masks is None
     if not all_written:
         total.zero_()
     totals, lses = row_operand(total, group), row_operand(lse, group)
