@@ -1,0 +1,65 @@
+"""Why a rewritten model differs from the plain one by more than rounding in float64: found out by taking things away."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from zoo.compiling import Backend, Tally, as_it_is, rewriting, widened
+from zoo.runs import Numbers, apart, run
+
+BOUND = 1e-9
+UNEXPLAINED = "UNEXPLAINED"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One call of one model, to be repeated in other ways."""
+
+    net: nn.Module
+    inputs: dict[str, Any]
+    gradients: bool
+    dynamic: bool | None
+
+    def compiled(self, backend: Backend) -> Callable[..., Any]:
+        torch._dynamo.reset()
+        return torch.compile(self.net, backend=backend, dynamic=self.dynamic)
+
+    def run(self, call: Callable[..., Any]) -> Numbers:
+        return run(self.net, call, self.inputs, self.gradients)
+
+    def run_by(self, backend: Backend) -> Numbers:
+        return self.run(self.compiled(backend))
+
+
+def cause_of(trial: Trial, found: Numbers, eager: Numbers) -> tuple[str, float]:
+    """The first thing that leaves no difference when it is taken away, and the difference that is then left.
+
+    Args:
+        found, eager: what the rewritten and the plain model give.
+    """
+    left = max(apart(trial.run(trial.net), eager))
+    if left > BOUND:
+        return "the model differs from itself at the same seed", left
+    with _math():
+        left = max(apart(found, trial.run(trial.net)))
+        if left <= BOUND:
+            return "torch's fused CPU attention differs from its own math", left
+        left = max(apart(found, trial.run_by(as_it_is)))
+        if left <= BOUND:
+            return "torch.compile without any rewriting differs alike", left
+        left = max(apart(trial.run_by(widened(rewriting(Tally()))), trial.run_by(widened(as_it_is))))
+    return ("own float32" if left <= BOUND else UNEXPLAINED), left
+
+
+@contextlib.contextmanager
+def _math() -> Iterator[None]:
+    """SDPA calls written out by torch itself."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
