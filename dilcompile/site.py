@@ -122,6 +122,7 @@ class AttentionSite:
     phase: Phase = "prefill"
     layer: int | None = None
     layer_type: str | None = None
+    sinks: str | None = None
 
     @property
     def group(self) -> int:
@@ -133,7 +134,12 @@ class AttentionSite:
         value = "" if self.v_dim == self.head_dim else f" v_dim={self.v_dim}"
         extra = "".join(
             f" {name}={held}"
-            for name, held in (("softcap", self.softcap), ("bias", self.bias), ("dropout", self.dropout_p or None))
+            for name, held in (
+                ("softcap", self.softcap),
+                ("bias", self.bias),
+                ("sinks", self.sinks),
+                ("dropout", self.dropout_p or None),
+            )
             if held is not None
         )
         default = math.isclose(self.scale, self.head_dim**-0.5, rel_tol=1e-6)

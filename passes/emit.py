@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils._pytree import tree_map
 
-from dilcompile.passes.axes import same_size
+from dilcompile.passes.atoms import same_size
 from dilcompile.passes.normalize import fake_mode_of
 from dilcompile.site import Length
 

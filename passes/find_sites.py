@@ -1,41 +1,31 @@
-"""Find every attention of a normalised graph: from each softmax or SDPA call outward, by role, with the axes proven."""
+"""Find every attention of a normalised graph: from each anchor outward, by role, with the axes proven."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch.fx import Node
 
-from dilcompile.passes.axes import Atom, Axes, Leaves, is_tensor, op_name, shape_of
-from dilcompile.passes.masks.read import ReadMask
-from dilcompile.passes.masks.reader import MaskReader
-from dilcompile.passes.provenance import layer_index, module_path, source_line
-from dilcompile.passes.read_operands import read_site_mask
+from dilcompile.passes.anchors import Attention, Softmax, Spelling
+from dilcompile.passes.axes import Axes
+from dilcompile.passes.call_roles import roles_of_call
+from dilcompile.passes.facts import Facts
+from dilcompile.passes.gather_facts import gather_facts
+from dilcompile.passes.loose_ends import LooseEnds
+from dilcompile.passes.match import Match, Proof, describe
+from dilcompile.passes.operators import full_name, op_name
+from dilcompile.passes.provenance import module_path, source_line
 from dilcompile.passes.regions import Graph
-from dilcompile.passes.roles import Operand, Roles, roles_of_products, roles_of_sdpa, strip
-from dilcompile.passes.score_path import SOFTMAX, MaskOperand, ScoreWalk, Unproven, labels, scalar_or_none, walk_values
-from dilcompile.site import AttentionSite, Kind, Length, Miss, Phase
+from dilcompile.passes.roles import roles_of_products
+from dilcompile.passes.score_path import walk_scores
+from dilcompile.passes.spellings import BY_ANCHOR
+from dilcompile.passes.unproven import Unproven
+from dilcompile.passes.value_path import walk_values
+from dilcompile.site import Miss
 
 log = logging.getLogger(__name__)
-
-SDPA = "scaled_dot_product_attention"
-
-
-@dataclass(frozen=True)
-class Match:
-    """One proven attention: its description, and the nodes that a rewrite needs."""
-
-    site: AttentionSite
-    roles: Roles
-    q: Operand
-    k: Operand
-    v: Operand
-    mask: ReadMask
-    bias: tuple[MaskOperand, ...]
-    tables: frozenset[Node]
 
 
 @dataclass(frozen=True)
@@ -47,251 +37,78 @@ class Findings:
 
 def find_sites(graph: Graph) -> Findings:
     """All attention of the graph, and everything that looks like it and could not be proven, in graph order."""
-    nodes = list(graph.gm.graph.nodes)
-    axes = Axes(nodes, _weight_like(nodes, graph.weights))
-    finder = _Finder(graph, nodes, axes)
+    facts = gather_facts(graph)
+    ends = LooseEnds(list(graph.gm.graph.nodes), facts)
     matches: list[Match] = []
     misses: list[Miss] = []
-    for node in nodes:
-        if node.op != "call_function":
-            continue
-        name = op_name(node)
-        if name not in SOFTMAX and name != SDPA:
-            continue
+    for node in graph.gm.graph.nodes:
         try:
-            match = finder.sdpa(node, len(matches)) if name == SDPA else finder.softmax(node, len(matches))
+            match = _at(node, len(matches), graph, facts, ends)
         except Unproven as end:
             misses.append(Miss(module_path(node), source_line(node), end.node.name, end.reason, end.cure))
-            continue
         except Exception as error:
             # A site that the finder stumbles over is a site left alone, never a model that does not run.
             log.warning("dilcompile: the finder failed at %s", node.name, exc_info=True)
             reason = f"the finder failed on it ({type(error).__name__}: {error})"
             misses.append(Miss(module_path(node), source_line(node), node.name, reason, "please report it"))
-            continue
-        if match is not None:
-            matches.append(match)
-    return Findings(tuple(matches), tuple(misses), axes)
+        else:
+            matches += [] if match is None else [match]
+    return Findings(tuple(matches), tuple(misses), facts.axes)
 
 
-def _weight_like(nodes: list[Node], parameters: frozenset[Node]) -> frozenset[Node]:
-    """Parameters, and whatever is made of parameters by views and elementwise operators only."""
-    found = set(parameters)
-    for node in nodes:
-        if node.op == "call_function" and is_tensor(node):
-            inputs = [arg for arg in node.all_input_nodes if is_tensor(arg)]
-            moved = op_name(node) in (
-                "t",
-                "transpose",
-                "permute",
-                "view",
-                "reshape",
-                "to",
-                "expand",
-                "unsqueeze",
-                "mul",
-                "select",
-            )
-            if moved and inputs and all(arg in found for arg in inputs):
-                found.add(node)
-    return frozenset(found)
+def _at(node: Node, index: int, graph: Graph, facts: Facts, ends: LooseEnds) -> Match | None:
+    """The attention that is anchored at a node; None if there is none.
+
+    Raises:
+        Unproven: if there seems to be one.
+    """
+    if node.op != "call_function":
+        return None
+    for spelling in BY_ANCHOR.get(full_name(node), ()):
+        found = spelling.read(node, facts)
+        if isinstance(found, Attention):
+            return describe(_of_call(node, spelling, found, facts), index, graph, facts)
+        if isinstance(found, Softmax):
+            ends.note(found)
+            proof = _of_softmax(node, spelling, found, facts, ends)
+            return None if proof is None else describe(proof, index, graph, facts)
+    ends.check(node)
+    return None
 
 
-def _known(graph: Graph | None) -> dict[Node, torch.Tensor]:
-    """Buffers, and tensors that the retrace folded into the graph (``torch.tensor(8.0)`` in the model's code)."""
-    if graph is None:
-        return {}
-    found = {**_known(graph.parent), **graph.tables}
-    for node in graph.gm.graph.find_nodes(op="get_attr"):
-        held = getattr(graph.gm, str(node.target), None)
-        if type(held) is torch.Tensor:
-            found[node] = held
-    return found
+def _of_call(node: Node, spelling: Spelling, call: Attention, facts: Facts) -> Proof:
+    """A whole attention: the roles are given."""
+    return Proof(
+        anchor=node,
+        spelling=spelling.name,
+        roles=roles_of_call(call, facts.axes),
+        scale=call.scale,
+        softcap=call.softcap,
+        dropout_p=call.dropout_p,
+        masks=call.masks,
+        sinks=(),
+        seen=call.seen,
+        empty=call.empty,
+        softmax_dtype=torch.float32,
+    )
 
 
-def _wants_gradient(node: Node) -> bool:
-    """Retracing detaches ``val``; Dynamo's own record has the flag."""
-    return any(getattr(node.meta.get(key), "requires_grad", False) for key in ("val", "example_value"))
-
-
-def _learned(graph: Graph) -> set[Node]:
-    found = set(graph.weights)
-    for node in graph.gm.graph.nodes:
-        if not is_tensor(node) or not node.meta["val"].dtype.is_floating_point or op_name(node) == "detach":
-            continue
-        asked = node.op == "placeholder" and (_wants_gradient(node) or graph.parent is not None)
-        if asked or any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-class _Finder:
-    def __init__(self, graph: Graph, nodes: list[Node], axes: Axes) -> None:
-        self.graph, self.axes = graph, axes
-        self.mutations = graph.mutations
-        self.reader = MaskReader(_known(graph), graph.stale, graph.outside, lambda node: node in self.learned)
-        self.scores = labels(nodes, lambda node: node in axes.products)
-        self.probabilities = labels(nodes, lambda node: node.op == "call_function" and op_name(node) in SOFTMAX)
-
-    @cached_property
-    def learned(self) -> frozenset[Node]:
-        """Tensors that gradients flow through."""
-        found: set[Node] = set()
-        graph: Graph | None = self.graph if self.graph.training else None
-        while graph is not None:
-            found |= _learned(graph)
-            graph = graph.parent
-        return frozenset(found)
-
-    def sdpa(self, node: Node, index: int) -> Match | None:
-        """A call of the operator: the roles are given, the mask is read."""
-        attn_mask = _argument(node, 3, "attn_mask", None)
-        dropout_p = float(_argument(node, 4, "dropout_p", 0.0))  # type: ignore[arg-type]
-        is_causal = bool(_argument(node, 5, "is_causal", False))
-        asked = _argument(node, 6, "scale", None)
-        roles = roles_of_sdpa(node, self.axes)
-        head_dim = int(shape_of(roles.q)[-1])
-        scale = head_dim**-0.5 if asked is None else scalar_or_none(asked, self.reader, node)
-        if scale is None:
-            raise Unproven(node, "the scale is computed in the graph", "give it as a number")
-        masks = []
-        if isinstance(attn_mask, Node):
-            boolean = attn_mask.meta["val"].dtype is torch.bool
-            masks.append(MaskOperand(attn_mask, node, "keep" if boolean else "add"))
-        return self._match(node, index, "sdpa", roles, scale, None, dropout_p, tuple(masks), is_causal, torch.float32)
-
-    def softmax(self, node: Node, index: int) -> Match | None:
-        """A written-out attention, if the softmax stands between two products of activations."""
-        source = node.args[0]
-        if not isinstance(source, Node) or source not in self.scores or not self._reaches_values(node):
-            return None  # a router, a gate, a classifier: nothing like attention
-        rank = len(shape_of(node))
-        dim = int(node.args[1]) % rank  # type: ignore[arg-type]
-        path = ScoreWalk(self.axes, self.scores, self.reader, self.mutations).path(node, dim)
-        values = walk_values(node, self.axes)
-        roles = roles_of_products(path.product, node, dim, values.product, self.axes)
-        spelling = f"{op_name(path.product.node)}-softmax"
-        return self._match(
-            node, index, spelling, roles, path.scale, path.softcap, values.dropout_p, path.masks, False,
-            node.meta["val"].dtype,
-        )  # fmt: skip
-
-    def _reaches_values(self, softmax: Node) -> bool:
-        return any(
-            softmax in self.probabilities.get(operand, frozenset())
-            for product in self.axes.products.values()
-            for operand in (product.lhs, product.rhs)
-        )
-
-    def _match(
-        self,
-        anchor: Node,
-        index: int,
-        spelling: str,
-        roles: Roles,
-        scale: float,
-        softcap: float | None,
-        dropout_p: float,
-        masks: tuple[MaskOperand, ...],
-        is_causal: bool,
-        softmax_dtype: torch.dtype,
-    ) -> Match:
-        axes, at = self.axes, roles.output
-        q = strip(roles.q, _needed(roles, "q", axes), axes, self.reader, at, scaled=True)
-        k = strip(roles.k, _needed(roles, "k", axes), axes, self.reader, at, scaled=True)
-        v = strip(roles.v, _needed(roles, "v", axes), axes, self.reader, at, scaled=False)
-        for operand in (q, k, v):
-            if self.mutations.stale(operand.source, at):
-                raise Unproven(operand.source, "it is written in place before the attention ends", "write it out of place")
-        batch, heads, kv_heads = _count(roles)
-        q_len, k_len = _size(roles.q_rows), _size(roles.k_columns)
-        sizes, capped = (batch, heads, q_len, k_len), softcap is not None
-        mask, bias = read_site_mask(masks, is_causal, roles, axes, self.reader, sizes, capped, self.graph.training)
-        self._readable_at(at, mask, bias)
-        module = module_path(anchor)
-        spec = mask.spec
-        site = AttentionSite(
-            index=index,
-            module=module,
-            source=source_line(anchor),
-            spelling=spelling,
-            kind=_kind(roles, spec.causal),
-            batch=batch,
-            heads=heads,
-            kv_heads=kv_heads,
-            q_len=q_len,
-            k_len=k_len,
-            head_dim=int(_size(roles.q_features)),
-            v_dim=int(_size(roles.v_features)),
-            dtype=at.meta["val"].dtype,
-            softmax_dtype=softmax_dtype,
-            device=at.meta["val"].device,
-            scale=scale * q.factor * k.factor,
-            mask=spec,
-            softcap=softcap,
-            dropout_p=dropout_p,
-            bias=_describe_bias(bias),
-            phase=_phase(self.graph.training, q_len),
-            layer=layer_index(module),
-            layer_type="sliding_attention" if "window" in spec.words else "full_attention",
-        )
-        tables = frozenset(self.reader.used_tables & self.graph.tables.keys())
-        return Match(site, roles, q, k, v, mask, bias, tables)
-
-    def _readable_at(self, output: Node, mask: ReadMask, bias: tuple[MaskOperand, ...]) -> None:
-        """Masks are read again where the output is made: they must still hold what they held."""
-        writes = self.graph.mutations.writes
-        for operand in bias:
-            if writes(operand.node, operand.on, output):
-                raise Unproven(operand.node, "it is written in place before the attention ends", "write it out of place")
-        for source in mask.sources:
-            local = source.graph is self.graph.gm.graph
-            if local and self.mutations.stale(source, output):
-                raise Unproven(source, "a mask is written in place before the attention ends", "write it out of place")
-
-
-def _argument(node: Node, position: int, name: str, default: object) -> object:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def _needed(roles: Roles, operand: str, axes: Axes) -> Leaves:
-    """The atoms along which an operand varies."""
-    shared = tuple(atom for axis in roles.shared if (atom := getattr(axis, operand)) is not None)
-    if operand == "q":
-        return shared + roles.q_rows + roles.q_features
-    if operand == "k":
-        return shared + roles.k_columns + roles.k_features
-    return shared + roles.v_columns + roles.v_features
-
-
-def _size(atoms: Leaves) -> Length:
-    size: Length = 1
-    for atom in atoms:
-        size = size * atom.size
-    return size
-
-
-def _count(roles: Roles) -> tuple[Length, int, int]:
-    batch = _size(tuple(axis.out for axis in roles.batch))
-    heads = int(_size(tuple(axis.out for axis in roles.heads)))
-    own: list[Atom] = [axis.out for axis in roles.heads if axis.k is not None or axis.v is not None]
-    return batch, heads, int(_size(tuple(own)))
-
-
-def _kind(roles: Roles, causal: bool) -> Kind:
-    if causal:
-        return "self"
-    rows, columns = roles.q_rows, roles.k_columns
-    if len(rows) == len(columns) and all(a.root is b.root for a, b in zip(rows, columns, strict=True)):
-        return "self"
-    return "cross" if rows or columns else "self"
-
-
-def _phase(training: bool, q_len: Length) -> Phase:
-    if training:
-        return "train"
-    return "decode" if isinstance(q_len, int) and q_len == 1 else "prefill"
-
-
-def _describe_bias(bias: tuple[MaskOperand, ...]) -> str | None:
-    return " + ".join(operand.node.name for operand in bias) or None
+def _of_softmax(node: Node, spelling: Spelling, softmax: Softmax, facts: Facts, ends: LooseEnds) -> Proof | None:
+    """A written-out attention, if the softmax stands between two products of activations."""
+    if not ends.joins_products(softmax):
+        return None  # a router, a gate, a classifier: nothing like attention
+    path = walk_scores(softmax, facts)
+    values = walk_values(softmax.probabilities, path.columns, facts.axes)
+    return Proof(
+        anchor=node,
+        spelling=f"{op_name(path.product.node)}-{spelling.name}",
+        roles=roles_of_products(path.product, node, path.columns, values.product, facts.axes),
+        scale=path.scale,
+        softcap=path.softcap,
+        dropout_p=values.dropout_p,
+        masks=path.masks,
+        sinks=path.sinks,
+        seen=True,
+        empty=softmax.empty,
+        softmax_dtype=softmax.dtype,
+    )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from dilcompile.passes.axes import is_tensor
+from dilcompile.passes.operators import is_tensor
 
 
 class Mutations:

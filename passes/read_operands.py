@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 
 import sympy
 import torch
-from torch.fx import Node
 
-from dilcompile.passes.axes import Atom, Axes, Leaves, shape_of
+from dilcompile.passes.anchors import EmptyRule, MaskOperand
+from dilcompile.passes.atoms import Atom, Leaves
+from dilcompile.passes.axes import Axes
 from dilcompile.passes.masks.arithmetic import as_expr, lift
 from dilcompile.passes.masks.bounds import Bounds
 from dilcompile.passes.masks.factors import UnclearWindow, read_mask
@@ -19,33 +20,43 @@ from dilcompile.passes.masks.hiding import Hiding, NotAMask, absorbs, empty_rows
 from dilcompile.passes.masks.read import ReadMask
 from dilcompile.passes.masks.reader import MaskReader
 from dilcompile.passes.masks.symbols import DIGITS, B, H, K, Lengths, Q
-from dilcompile.passes.masks.terms import Expr, Ge0, Truth, conjunction, mapped, negation
+from dilcompile.passes.masks.terms import Expr, Truth, conjunction, mapped, negation
+from dilcompile.passes.operators import shape_of
 from dilcompile.passes.roles import Roles
-from dilcompile.passes.score_path import MaskOperand, Unproven
+from dilcompile.passes.unproven import Unproven
 from dilcompile.site import Length, MaskSpec
+
+# A logit beside which every ordinary one has all the weight.
+_NOTHING = -1e30
 
 
 def read_site_mask(
     operands: Sequence[MaskOperand],
-    is_causal: bool,
+    seen: Truth,
     roles: Roles,
     axes: Axes,
     reader: MaskReader,
     sizes: tuple[Length, Length, Length, Length],
+    *,
     capped: bool = False,
     training: bool = False,
+    rule: EmptyRule = "plain",
+    sunk: bool = False,
 ) -> tuple[ReadMask, tuple[MaskOperand, ...]]:
     """The conjunction of all masks, and the operands that are biases.
 
     Args:
+        seen: what the spelling itself lets through.
         sizes: batch, heads, q_len, k_len.
         capped: the scores go through a soft cap before they are masked.
         training: gradients are asked for.
+        rule: what the spelling makes of rows that see nothing.
+        sunk: learned or constant sinks stand beside the keys.
     """
     lengths = Lengths(*sizes)
     places = _places(roles, lengths)
     reader.set_sizes(places.sizes)
-    keep: Truth = Ge0(Q - K) if is_causal else True
+    keep = seen
     hidings: list[Hiding] = []
     bias: list[MaskOperand] = []
     for operand in operands:
@@ -58,8 +69,12 @@ def read_site_mask(
         if hiding is not None:
             # The operands are met from the softmax inwards: what is a bias by now is added after this one.
             hidings.append(replace(hiding, biased=bool(bias)))
-    calls_sdpa = any(operand.on is roles.output for operand in operands)
-    empty = empty_rows(hidings, calls_sdpa)
+    empty = empty_rows(hidings, rule == "zero")
+    if rule == "odd" and empty in ("uniform", "shifted"):
+        empty = "other"
+    if sunk and empty != "zero":
+        # Next to an ordinary sink, keys at the least number weigh nothing at all.
+        empty = "zero" if all(fill <= _NOTHING for hiding in hidings for fill in hiding.fills) else "other"
     if empty == "shifted" and not training:
         empty = "uniform"
     elif empty == "shifted" and (bias or capped):
@@ -69,7 +84,7 @@ def read_site_mask(
         read = read_mask(places.whole(keep), empty, reader, lengths)
     except UnclearWindow as unclear:
         return ReadMask(MaskSpec(unread=str(unclear))), tuple(bias)
-    return _seen_through(read, hidings), tuple(bias)
+    return (read if rule == "odd" or sunk else _seen_through(read, hidings)), tuple(bias)
 
 
 def _visible(operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader) -> tuple[Truth, Hiding | None]:
@@ -150,8 +165,7 @@ def _places(roles: Roles, lengths: Lengths) -> Places:
 
 def _indices(operand: MaskOperand, roles: Roles, axes: Axes, symbols: Mapping[int, Expr]) -> tuple[Expr, ...]:
     """The operand's indices for the pair (b, h, q, k): its dims are broadcast against the scores'."""
-    # An SDPA call's own output stands for scores that it never shows.
-    score_dims = _score_dims(operand.on, roles, axes) if operand.on is roles.output else axes[operand.on]
+    score_dims = roles.score_dims(operand.on, axes)
     rank = len(shape_of(operand.node))
     if rank > len(score_dims):
         raise Unproven(operand.node, "a mask has more dims than the scores", "give the scores the mask's batch dims")
@@ -159,11 +173,6 @@ def _indices(operand: MaskOperand, roles: Roles, axes: Axes, symbols: Mapping[in
     if any(id(atom) not in symbols for dim in dims for atom in dim):
         raise Unproven(operand.node, "a mask runs along an axis that the scores don't have", "it stays as it is")
     return tuple(_index(dim, symbols) for dim in dims)
-
-
-def _score_dims(node: Node, roles: Roles, axes: Axes) -> tuple[Leaves, ...]:
-    """The dims of the scores that an SDPA call never shows."""
-    return (*axes[node][:-2], roles.out_rows, roles.score_columns)
 
 
 def _index(dim: Leaves, symbols: Mapping[int, Expr]) -> Expr:

@@ -8,14 +8,17 @@ import torch
 from torch.fx import GraphModule, Node
 
 from dilcompile.decision import Decision
-from dilcompile.passes.axes import Atom, Axes, Leaves, flat, is_tensor, leaves, same_size, shape_of
+from dilcompile.passes.anchors import MaskOperand, Sink
+from dilcompile.passes.atoms import Atom, Layout, Leaves, flat, leaves, same_size
+from dilcompile.passes.axes import Axes
 from dilcompile.passes.emit import Emitter, aten
-from dilcompile.passes.find_sites import Match
 from dilcompile.passes.masks.vectors import Vectors
+from dilcompile.passes.match import Match
 from dilcompile.passes.mutations import storage, written
+from dilcompile.passes.operands import Operand
+from dilcompile.passes.operators import is_tensor, shape_of
 from dilcompile.passes.regions import Graph
-from dilcompile.passes.roles import Operand, Roles
-from dilcompile.passes.score_path import MaskOperand
+from dilcompile.passes.roles import Roles
 from dilcompile.site import AttentionSite, Length
 
 
@@ -62,6 +65,8 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
     out = emit.item(call, 0)
     if decision.fidelity == "exact" and spec.empty_rows != "zero":
         out = _empty_rows(emit, out, emit.item(call, 1), q, k, v, site)
+    if match.sinks:
+        out = _past_sinks(emit, out, emit.item(call, 1), match.sinks, roles, axes)
     result = _output(emit, out, roles, axes)
     roles.output.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
     return result
@@ -160,19 +165,16 @@ def _bias(emit: Emitter, operands: Sequence[MaskOperand], roles: Roles, axes: Ax
     """The sum of all biases, broadcastable to [B, H, Sq, Sk]."""
     total: Node | None = None
     for operand in operands:
-        part = _in_score_order(emit, operand, roles, axes)
+        part = _in_score_order(emit, operand.node, roles.score_dims(operand.on, axes), roles)
         if operand.factor != 1.0:
             part = emit(aten.mul.Scalar, part, operand.factor)
         total = part if total is None else emit(aten.add.Tensor, total, part)
     return total
 
 
-def _in_score_order(emit: Emitter, operand: MaskOperand, roles: Roles, axes: Axes) -> Node:
-    if operand.on is roles.output:  # an SDPA call's own output stands for its scores
-        dims = (*axes[operand.on][:-2], roles.out_rows, roles.score_columns)
-    else:
-        dims = axes[operand.on]
-    shape = shape_of(operand.node)
+def _in_score_order(emit: Emitter, tensor: Node, dims: Layout, roles: Roles) -> Node:
+    """A tensor that is broadcast against score dims, broadcastable to [B, H, Sq, Sk]."""
+    shape = shape_of(tensor)
     dims = dims[len(dims) - len(shape) :]
     atoms: list[Atom] = []
     sizes: list[Length] = []
@@ -181,7 +183,7 @@ def _in_score_order(emit: Emitter, operand: MaskOperand, roles: Roles, axes: Axe
         atoms += own
         # A dim of size 1 is broadcast along all the atoms it stands for.
         sizes += [1] * len(own) if same_size(size, 1) else [atom.size for atom in own]
-    node = emit.reshape(operand.node, sizes)
+    node = emit.reshape(tensor, sizes)
     groups = [
         [axis.out for axis in roles.batch],
         [axis.out for axis in roles.heads],
@@ -203,6 +205,31 @@ def _spread(sizes: list[Length], group: list[int], atoms: list[Atom]) -> bool:
     """Must a partly broadcast group be written out, because its atoms merge into one dim?"""
     ones = [same_size(size, 1) for size in sizes]
     return any(ones) and not all(ones)
+
+
+def _past_sinks(emit: Emitter, out: Node, lse: Node, sinks: Sequence[Sink], roles: Roles, axes: Axes) -> Node:
+    """What is left of the keys' output once sinks have taken their part: ``out * sigmoid(lse - sink)`` for each in turn."""
+    for sink in sinks:
+        logit = sink.logit if isinstance(sink.logit, float) else _sink_logit(emit, sink, roles, axes, lse.meta["val"].dtype)
+        subtract = aten.sub.Scalar if isinstance(logit, float) else aten.sub.Tensor
+        gap = emit(subtract, lse, logit)
+        share = emit(aten.sigmoid.default, gap)
+        out = emit(aten.mul.Tensor, out, emit.cast(emit(aten.unsqueeze.default, share, -1), out.meta["val"].dtype))
+        # The sink is part of the sum from now on.
+        lse = emit(aten.sub.Tensor, lse, emit(aten.log_sigmoid.default, gap)) if len(sinks) > 1 else lse
+    return out
+
+
+def _sink_logit(emit: Emitter, sink: Sink, roles: Roles, axes: Axes, dtype: torch.dtype) -> Node:
+    """The logits of a sink tensor, one a row: [B or 1, H or 1, Sq or 1]."""
+    assert isinstance(sink.logit, Node)
+    node = emit.cast(sink.logit, dtype)
+    if sink.factor != 1.0:
+        node = emit(aten.mul.Scalar, node, sink.factor)
+    node = emit(aten.logsumexp.default, node, [sink.dim], True)
+    dims = list(axes[sink.on])
+    dims[sink.dim] = roles.score_columns
+    return emit(aten.squeeze.dim, _in_score_order(emit, node, tuple(dims), roles), -1)
 
 
 def _seed(emit: Emitter, q: Node) -> Node:

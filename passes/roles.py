@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch.fx import Node
 
-from dilcompile.passes.axes import Atom, Axes, Leaves, align, flat, is_tensor, leaves, op_name, same_size, shape_of
-from dilcompile.passes.masks.reader import MaskReader
+from dilcompile.passes.atoms import Atom, Layout, Leaves, align, flat, leaves
+from dilcompile.passes.axes import Axes
 from dilcompile.passes.products import Product
-from dilcompile.passes.score_path import Unproven, scalar_or_none
+from dilcompile.passes.unproven import Unproven
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Roles:
         out_rows: the query axis as it appears in the output.
         features, v_features: contracted axis (in q, in k), and the value's own.
         output: the node that holds the result.
+        hidden_scores: the dims of the scores, where a call computes them inside.
     """
 
     q: Node
@@ -56,6 +56,11 @@ class Roles:
     v_features: Leaves
     score_columns: Leaves
     output: Node
+    hidden_scores: Layout | None = None
+
+    def score_dims(self, on: Node, axes: Axes) -> Layout:
+        """The dims of a score tensor; a call's own output stands for the scores that it never shows."""
+        return self.hidden_scores if self.hidden_scores is not None and on is self.output else axes[on]
 
     @property
     def batch(self) -> tuple[Shared, ...]:
@@ -69,17 +74,19 @@ class Roles:
         return tuple(own + grouped)
 
 
-def _varying(atom: Atom | None) -> Atom | None:
+def varying(atom: Atom | None) -> Atom | None:
     return None if atom is None or atom.broadcast else atom
 
 
-def roles_of_products(scores: Product, softmax: Node, dim: int, values: Product, axes: Axes) -> Roles:
+def roles_of_products(scores: Product, softmax: Node, columns: Leaves, values: Product, axes: Axes) -> Roles:
     """Prove that softmax and value product run over the key axis, and name the axes.
+
+    Args:
+        columns: the axis that the softmax runs over, without the sinks.
 
     Raises:
         Unproven: naming the product whose axes don't fit.
     """
-    columns = axes[softmax][dim]
     lhs_out = _joined(axes, scores.node, scores.lhs_free)
     rhs_out = _joined(axes, scores.node, scores.rhs_free)
     if columns and _ids(columns) <= _ids(rhs_out):
@@ -128,7 +135,7 @@ def _shared_of_scores(scores: Product, axes: Axes, flip: bool) -> list[Shared]:
             named = [atom for atom in (q, k) if atom is not None and not atom.broadcast]
             is_head = any(atom.role == "feature" for atom in named)
             unknown = all(atom.role is None for atom in named)
-            found.append((i, unknown, Shared(result, _varying(q), _varying(k), None, is_head)))
+            found.append((i, unknown, Shared(result, varying(q), varying(k), None, is_head)))
     if not any(axis.is_head for _, _, axis in found):
         # Nothing says where the heads come from: they stand last before the rows, as in [B, H, S, D].
         found = [(i, unknown, Shared(s.out, s.q, s.k, None, unknown and i == rank - 1 and rank >= 2)) for i, unknown, s in found]
@@ -200,7 +207,7 @@ def _with_values(
         for p_atom, v_atom in pairs:
             if p_atom is None or id(p_atom) not in known:
                 raise Unproven(values.node, "the values have a batch axis that the scores lack", "it stays as it is")
-            matched[id(p_atom)] = _varying(v_atom)
+            matched[id(p_atom)] = varying(v_atom)
     row_ids = _ids(out_rows)
     free = values.rhs_free if flip else values.lhs_free
     for dim, _ in free:
@@ -238,115 +245,3 @@ def _in_order(columns: Leaves, dims: list[tuple[Leaves, Leaves]], product: Node)
 
 def _same_axis(atom: Atom, row: Atom) -> bool:
     return atom is row or atom.origin is row
-
-
-def roles_of_sdpa(node: Node, axes: Axes) -> Roles:
-    """The roles that the operator's own definition gives (``torch.nn.functional.scaled_dot_product_attention``)."""
-    q, k, v = node.args[:3]
-    assert isinstance(q, Node)
-    assert isinstance(k, Node)
-    assert isinstance(v, Node)
-    rank = len(shape_of(q))
-    if len(shape_of(k)) != rank or len(shape_of(v)) != rank or rank < 2:
-        raise Unproven(node, "query, key and value have different ranks", "give them one rank")
-    shared: list[Shared] = []
-    for dim in range(rank - 2):
-        heads_here = dim == rank - 3 and rank >= 4
-        shared += _sdpa_axis(node, axes, dim, heads_here)
-    rows, columns = axes[q][-2], axes[k][-2]
-    # In self-attention rows and columns are one token axis; the scores, never shown, have two.
-    own_columns = tuple(Atom(atom.size, atom.role, atom.broadcast, atom) for atom in columns)
-    return Roles(
-        q, k, v, tuple(shared), rows, columns, axes[v][-2], rows, axes[q][-1], axes[k][-1], axes[v][-1],
-        own_columns, node,
-    )  # fmt: skip
-
-
-def _sdpa_axis(node: Node, axes: Axes, dim: int, is_head: bool) -> list[Shared]:
-    q, k, v = node.args[:3]
-    q_dim, k_dim, v_dim = (axes[operand][dim] for operand in (q, k, v))  # type: ignore[index]
-    q_size, k_size = shape_of(q)[dim], shape_of(k)[dim]  # type: ignore[arg-type]
-    if is_head and node.kwargs.get("enable_gqa", False) and not same_size(q_size, k_size):
-        group = q_size // k_size
-        pairs = _grouped(q_dim, k_dim, int(k_size), int(group))
-    else:
-        pairs = align(q_dim, k_dim)
-    if pairs is None:
-        raise Unproven(node, "query and key have batch axes that can't be matched", "it stays as it is")
-    own = tuple(y for _, y in pairs if y is not None)
-    v_pairs = dict.fromkeys((id(y) for y in own), None)
-    matched = align(own, v_dim)
-    if matched is None:
-        raise Unproven(node, "key and value have batch axes that can't be matched", "it stays as it is")
-    by_key: dict[int, Atom | None] = {**v_pairs, **{id(y): w for y, w in matched if y is not None}}
-    found = []
-    for x, y in pairs:
-        out = x if x is not None else y
-        assert out is not None
-        value = by_key.get(id(y)) if y is not None else None
-        head = is_head or any(a is not None and a.role == "feature" and not a.broadcast for a in (x, y))
-        found.append(Shared(out, _varying(x), _varying(y), _varying(value), head))
-    return found
-
-
-def _grouped(q_dim: Leaves, k_dim: Leaves, kv_heads: int, group: int) -> list[tuple[Atom | None, Atom | None]] | None:
-    """Pair query heads (key head outermost) with key heads."""
-    own = align(q_dim, (*leaves(k_dim), Atom(group, "feature", True)))
-    if own is None:
-        return None
-    return [(x, None if y is not None and y.broadcast else y) for x, y in own]
-
-
-LAYOUT_ONLY = frozenset(
-    "view reshape _unsafe_view flatten unflatten transpose permute t mT swapaxes movedim unsqueeze squeeze expand "
-    "repeat repeat_interleave contiguous clone alias to _to_copy type_as float".split()
-)
-
-
-@dataclass(frozen=True)
-class Operand:
-    """Where to read one of q, k, v from: behind all views and copies, before any head was repeated.
-
-    Args:
-        source: the node to read.
-        factor: product of the plain numbers it was multiplied with on the way.
-    """
-
-    source: Node
-    factor: float
-
-
-def strip(node: Node, needed: Leaves, axes: Axes, reader: MaskReader, stale_at: Node, scaled: bool) -> Operand:
-    """Walk back from an operand through everything that only moves, repeats, copies or scales it.
-
-    Args:
-        needed: the operand's atoms that vary; the walk stops before a tensor that has others.
-        stale_at: the node at whose place the operand will be read.
-        scaled: also walk through multiplication by a number (q and k, not v).
-    """
-    wanted = _ids(needed)
-    source, factor = node, 1.0
-    while source.op == "call_function" and source.args and is_tensor(source.args[0]):
-        before = source.args[0]
-        assert isinstance(before, Node)
-        own = {id(atom) for atom in flat(axes[before]) if not atom.broadcast}
-        if own != wanted or reader.stale(source, stale_at) or reader.stale(before, stale_at):
-            break
-        name = op_name(source)
-        if name in LAYOUT_ONLY and not _narrows(before, source):
-            source = before
-        elif scaled and name in ("mul", "div") and source.kwargs.get("rounding_mode") is None:
-            value = scalar_or_none(source.args[1], reader, source)
-            if value is None or value == 0:
-                break
-            factor *= 1 / value if name == "div" else value
-            source = before
-        else:
-            break
-    return Operand(source, factor)
-
-
-def _narrows(before: Node, after: Node) -> bool:
-    """A cast to a dtype that can't hold every value rounds; it is not only layout."""
-    old, new = before.meta["val"].dtype, after.meta["val"].dtype
-    return bool(torch.promote_types(old, new) != new)

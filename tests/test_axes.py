@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dilcompile.passes.axes import Atom, Axes
+from dilcompile.passes.atoms import Atom
+from dilcompile.passes.axes import Axes
 
 
 def drawn(function: Callable[..., Tensor], *shapes: str) -> str:
@@ -21,7 +22,7 @@ def drawn(function: Callable[..., Tensor], *shapes: str) -> str:
     inputs = [torch.zeros([sizes[letter] for letter in shape]) for shape in shapes]
     graph = make_fx(function, tracing_mode="fake", pre_dispatch=True)(*inputs).graph
     nodes = list(graph.nodes)
-    axes = Axes(nodes, frozenset())
+    axes = Axes(nodes, frozenset(), {"aten::scaled_dot_product_attention": "bhsd"})
     names: dict[int, str] = {}
     for node, shape in zip(graph.find_nodes(op="placeholder"), shapes, strict=True):
         for dim, letter in zip(axes[node], shape, strict=True):
@@ -63,6 +64,12 @@ GOLDEN: list[tuple[Callable[..., Tensor], tuple[str, ...], str]] = [
     (lambda x: x @ x.mT, ("abc",), "a b? b?"),
     (lambda x, y: x @ y, ("abc", "cd"), "a b d"),
     (lambda x, y: torch.nn.functional.scaled_dot_product_attention(x, y, y), ("abcd", "abed"), "a b c d"),
+    (lambda x, y: torch.cat((x, y), 1)[:, :3], ("ab", "ac"), "a b"),
+    (lambda x, y: torch.cat((x, y), 1)[:, 3:], ("ab", "ac"), "a c"),
+    (lambda x, y: torch.cat((x, y), 1)[:, :-5], ("ab", "ac"), "a b"),
+    (lambda x, y: torch.cat((x, y), 1)[:, 1:4], ("ab", "ac"), "a ?"),
+    (lambda x: torch.nn.functional.pad(x, (1, 0))[:, 1:], ("ab",), "a b"),
+    (lambda x: torch.nn.functional.pad(x, (1, 0))[:, :-1], ("ab",), "a ?"),
     (lambda x: x.sum(1, keepdim=True), ("abc",), "a 1 c"),
     (lambda x: x.unsqueeze(1).squeeze(1), ("ab",), "a b"),
     (lambda x, y: x.masked_fill(y > 0, 0), ("ab", "ab"), "a b"),

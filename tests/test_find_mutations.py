@@ -10,7 +10,7 @@ import test_masks_sound as sound
 import torch
 from spellings import Spelling, Written, agree, inputs_of
 
-from dilcompile.passes import axes, find_sites, mutations, roles, score_path
+from dilcompile.passes import axes, match, mutations, roles, score_path, score_steps
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def _values_in_their_own_order(columns: Any, dims: Any, product: Any) -> Any:
 
 
 def _tiled(tracked: Any, node: Any) -> Any:
-    before = list(tracked._layouts[node.args[0]])
+    before = list(tracked[node.args[0]])
     before[node.args[2]] = tracked.fresh(node.args[1], broadcast=True) + before[node.args[2]]
     return tuple(before)
 
@@ -66,16 +66,16 @@ MUTATIONS: list[tuple[str, Any, str, Any, Callable[[], None]]] = [
     ("writes are forgotten: views", mutations.Mutations, "writes", lambda *_: [], case("scores, through a view")),
     ("writes are forgotten: masks", mutations.Mutations, "writes", lambda *_: [], case("an additive mask, by setitem")),
     ("writes are forgotten: queries", mutations.Mutations, "writes", lambda *_: [], case("queries, through a view")),
-    ("masks are read too late", find_sites._Finder, "_readable_at", lambda *_: None, case("padding, after it was used")),
-    ("biases may be made of scores", score_path.ScoreWalk, "_independent", lambda *_: None, case("residual talking heads")),
-    ("any maximum cancels", score_path.ScoreWalk, "_is_row_maximum", lambda *_: True, case("less the column's maximum")),
-    ("the soft cap is no border", score_path.ScoreWalk, "_uncapped", lambda *_: None, case("shifted before the cap")),
-    ("casts keep everything", score_path, "uncast", lambda node: node.args[0], case("cast to integers")),
-    ("any fill hides", score_path, "_HIDES", 1e30, case("a fill made small again")),
+    ("masks are read too late", match, "_readable_at", lambda *_: None, case("padding, after it was used")),
+    ("biases may be made of scores", score_path, "independent", lambda *_: None, case("residual talking heads")),
+    ("any maximum cancels", score_steps, "is_row_number", lambda *_: True, case("less the column's maximum")),
+    ("the soft cap is no border", score_steps, "uncapped", lambda *_: None, case("shifted before the cap")),
+    ("casts keep everything", score_steps, "uncast", lambda node: node.args[0], case("cast to integers")),
+    ("any fill hides", score_steps, "_HIDES", 1e30, case("a fill made small again")),
     ("values stand in their own order", roles, "_in_order", _values_in_their_own_order, _crossed),
-    ("keys are tiled, not repeated", axes, "_RULES", {**axes._RULES, "repeat_interleave": _tiled}, spelt(share="interleave")),
+    ("keys are tiled, not repeated", axes, "RULES", {**axes.RULES, "repeat_interleave": _tiled}, spelt(share="interleave")),
     ("repeated keys never vary", axes.Axes, "_varying", lambda self, node, layout: layout, lambda: _repeated_then_changed()),
-    ("heads and rows are swapped", axes, "_RULES", {**axes._RULES, "transpose": lambda tracked, node: tracked._layouts[node.args[0]]}, spelt()),
+    ("heads and rows are swapped", axes, "RULES", {**axes.RULES, "transpose": lambda tracked, node: tracked[node.args[0]]}, spelt()),
 ]  # fmt: skip
 
 

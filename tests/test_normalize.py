@@ -11,8 +11,8 @@ from models import CausalAttention, SdpaAttention, Stack
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from dilcompile.passes.axes import op_name
 from dilcompile.passes.normalize import NormalizeError, normalize
+from dilcompile.passes.operators import op_name
 from dilcompile.passes.provenance import module_path, source_line
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sympy
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from dilcompile.passes.axes import shape_of
 from dilcompile.passes.masks.reader import MaskReader
 from dilcompile.passes.masks.symbols import B, K, Lengths
 from dilcompile.passes.masks.terms import Element, Expr, Truth, numbers_of
+from dilcompile.passes.operators import shape_of
 
 
 def emittable(truth: Truth, reader: MaskReader, lengths: Lengths) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import sympy
 from torch.fx import Node
 
-from dilcompile.passes.axes import op_name, same_size
+from dilcompile.passes.atoms import same_size
 from dilcompile.passes.masks.arithmetic import as_expr
 from dilcompile.passes.masks.bounds import Bounds
 from dilcompile.passes.masks.emittable import emittable, emittable_number
@@ -16,6 +16,7 @@ from dilcompile.passes.masks.read import ReadMask
 from dilcompile.passes.masks.reader import MaskReader
 from dilcompile.passes.masks.symbols import INDICES, B, K, Lengths, Q, symbols_of
 from dilcompile.passes.masks.terms import And, Choice, Element, Eq0, Expr, Ge0, Number, Truth, conjunction
+from dilcompile.passes.operators import op_name
 from dilcompile.site import EmptyRows, Length, MaskSpec
 
 

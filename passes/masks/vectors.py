@@ -8,11 +8,12 @@ import sympy
 import torch
 from torch.fx import Node
 
-from dilcompile.passes.axes import same_size, shape_of
+from dilcompile.passes.atoms import same_size
 from dilcompile.passes.emit import Emitter, aten
 from dilcompile.passes.masks.read import ReadMask
 from dilcompile.passes.masks.symbols import B, K
 from dilcompile.passes.masks.terms import And, Eq0, Expr, Ge0, Given, Less, Not, Or, Truth
+from dilcompile.passes.operators import shape_of
 from dilcompile.site import Length
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Node
 
-from dilcompile.passes.axes import is_tensor, shape_of
 from dilcompile.passes.masks.arithmetic import Unreadable, as_expr, as_number
 from dilcompile.passes.masks.bounds import Bounds
 from dilcompile.passes.masks.rules.rule import Rule
@@ -19,6 +18,7 @@ from dilcompile.passes.masks.terms import (
     Number,
     Truth,
 )
+from dilcompile.passes.operators import is_tensor, shape_of
 from dilcompile.site import Length
 
 if TYPE_CHECKING:

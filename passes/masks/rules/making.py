@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from dilcompile.passes.axes import is_tensor, same_size, shape_of
+from dilcompile.passes.atoms import same_size
 from dilcompile.passes.masks.arithmetic import Unreadable, as_expr, as_number, as_truth, lift
 from dilcompile.passes.masks.rules.rule import WRAPPING, Rule
 from dilcompile.passes.masks.terms import (
@@ -22,6 +22,7 @@ from dilcompile.passes.masks.terms import (
     choice,
     conjunction,
 )
+from dilcompile.passes.operators import is_tensor, shape_of
 
 if TYPE_CHECKING:
     from dilcompile.passes.masks.reader import MaskReader

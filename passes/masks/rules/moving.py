@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 from torch.fx import Node
 
-from dilcompile.passes.axes import VIEWS, is_tensor, same_size, shape_of
+from dilcompile.passes.atoms import same_size
 from dilcompile.passes.masks.arithmetic import Unreadable, as_expr
 from dilcompile.passes.masks.bounds import Bounds
 from dilcompile.passes.masks.rules.rule import Rule
@@ -20,6 +20,7 @@ from dilcompile.passes.masks.terms import (
     Number,
     Truth,
 )
+from dilcompile.passes.operators import VIEWS, is_tensor, shape_of
 from dilcompile.site import Length
 
 if TYPE_CHECKING:

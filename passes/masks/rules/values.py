@@ -10,7 +10,6 @@ import sympy
 import torch
 from torch.fx import Node
 
-from dilcompile.passes.axes import op_name
 from dilcompile.passes.masks.arithmetic import Unreadable, as_expr, as_number, as_truth, compare, lift, over_cases, width
 from dilcompile.passes.masks.rules.rule import Rule, exact_arithmetic, sides
 from dilcompile.passes.masks.terms import (
@@ -25,6 +24,7 @@ from dilcompile.passes.masks.terms import (
     if_else,
     negation,
 )
+from dilcompile.passes.operators import op_name
 
 if TYPE_CHECKING:
     from dilcompile.passes.masks.reader import MaskReader

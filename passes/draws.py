@@ -1,0 +1,123 @@
+"""Inputs for a trial: random numbers where any will do, and masks, positions and numbers as models are given them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Node
+
+from dilcompile.passes.trial import Trial
+
+Size = tuple[int, ...]
+Draw = Callable[[Size, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Values:
+    """One value a leaf, and what the inputs among them are like."""
+
+    name: str
+    held: tuple[Any, ...]
+
+
+def _padded_behind(shape: Size, generator: torch.Generator) -> Tensor:
+    kept = torch.ones(shape, dtype=torch.int64)
+    if shape:
+        kept[-1, ..., shape[-1] - shape[-1] // 3 :] = 0
+    return kept
+
+
+def _padded_in_front(shape: Size, generator: torch.Generator) -> Tensor:
+    return _padded_behind(shape, generator).flip(-1) if shape else _padded_behind(shape, generator)
+
+
+def _hidden(shape: Size, generator: torch.Generator) -> Tensor:
+    """The last row of the batch sees nothing at all."""
+    kept = torch.ones(shape, dtype=torch.int64)
+    if shape:
+        kept[-1] = 0
+    return kept
+
+
+def _positions(shape: Size, generator: torch.Generator) -> Tensor:
+    """Two documents a row, each counted from 0."""
+    length = shape[-1] if shape else 1
+    first = (2 * length + 2) // 3
+    counted = torch.cat([torch.arange(first), torch.arange(length - first)])
+    return counted.expand(shape).clone() if shape else torch.tensor(length // 2)
+
+
+def _numbers(shape: Size, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 4, shape, generator=generator)
+
+
+DRAWS: Mapping[str, Draw] = {
+    "padded behind": _padded_behind,
+    "padded in front": _padded_in_front,
+    "a row hidden": _hidden,
+    "positions": _positions,
+    "numbers": _numbers,
+}
+
+
+def draws(trial: Trial, known: Mapping[Node, Any]) -> Iterator[Values]:
+    """Values for the leaves: one draw where they are activations alone, else one for each kind of input, and the inputs as given.
+
+    Args:
+        known: values of the graph's inputs, weights and buffers among them; fake ones count as not known.
+    """
+    asked = [leaf for leaf in trial.leaves if leaf not in trial.cuts and _is_data(leaf, known)]
+    kinds = list(DRAWS) if asked else ["activations"]
+    if asked and all(_real(known.get(leaf)) for leaf in asked):
+        kinds.insert(0, "as given")
+    for seed, kind in enumerate(kinds):
+        generator = torch.Generator().manual_seed(seed)
+        yield Values(kind, tuple(_value(leaf, kind, leaf in trial.cuts, leaf in asked, known, generator) for leaf in trial.leaves))
+
+
+def _is_data(leaf: Node, known: Mapping[Node, Any]) -> bool:
+    """An input of the call: not a length, not a weight or buffer of known value."""
+    if not isinstance(leaf.meta.get("val"), Tensor):
+        return False
+    value = known.get(leaf)
+    held_by_model = "_buffers[" in _source(leaf) or "_parameters[" in _source(leaf)
+    return not (_real(value) and (held_by_model or isinstance(value, torch.nn.Parameter)))
+
+
+def _source(leaf: Node) -> str:
+    source = getattr(leaf, "_dynamo_source", None)
+    if source is None:
+        return ""
+    return str(source.name() if callable(source.name) else source.name)
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor) and value.device.type != "meta"
+
+
+def _value(leaf: Node, kind: str, cut: bool, asked: bool, known: Mapping[Node, Any], generator: torch.Generator) -> Any:
+    fake = leaf.meta.get("val")
+    if not isinstance(fake, Tensor):
+        return _number(known.get(leaf, fake))
+    shape = tuple(_number(size) for size in fake.shape)
+    if cut:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+    if not asked or kind == "as given":
+        value = known[leaf].detach().cpu()
+        return value.double() if value.is_floating_point() else value.clone()
+    made = DRAWS[kind](shape, generator)
+    if fake.dtype is torch.bool:
+        return made.ne(0)
+    return made.to(torch.float64 if fake.dtype.is_floating_point else fake.dtype)
+
+
+def _number(value: Any) -> Any:
+    """The size that a symbolic length has in this call."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value.node.hint
+    return value

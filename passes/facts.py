@@ -1,0 +1,63 @@
+"""What is known of a graph before any attention is looked for; every rule reads it, none changes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+from torch.fx import Node
+
+from dilcompile.passes.axes import Axes
+from dilcompile.passes.labels import Labels
+from dilcompile.passes.masks.arithmetic import Unreadable
+from dilcompile.passes.masks.reader import MaskReader
+from dilcompile.passes.mutations import Mutations
+from dilcompile.passes.operators import is_tensor
+from dilcompile.passes.unproven import Unproven
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A graph, seen through.
+
+    Args:
+        axes: what every dim is made of.
+        scores: for every tensor the products it is an elementwise function of.
+        reader: reads single elements of masks and constants.
+        mutations: the graph's in-place writes.
+    """
+
+    axes: Axes
+    scores: Labels
+    reader: MaskReader
+    mutations: Mutations
+
+    def scalar(self, value: Any, at: Node) -> float | None:
+        """The number that ``at`` reads, or None if it is data: a number, a node that holds one, or a tensor of one constant."""
+        if isinstance(value, (int, float)):
+            return float(value)
+        if not isinstance(value, Node):
+            return None
+        held = value.meta.get("val")
+        if not is_tensor(value):
+            return None if held is None else float(held)
+        if held is None or any(size != 1 for size in held.shape) or self.reader.stale(value, at):
+            return None
+        try:
+            number = self.reader.number(value, (sympy.Integer(0),) * held.dim())
+        except Unreadable:
+            return None
+        return float(number) if isinstance(number, sympy.Expr) and number.is_number else None
+
+    def factor(self, value: Any, at: Node) -> float:
+        """The number that scores are multiplied with.
+
+        Raises:
+            Unproven: if it is data (a learned temperature).
+        """
+        found = self.scalar(value, at)
+        if found is None:
+            reason = "the scores are scaled by a tensor (a learned or computed temperature)"
+            raise Unproven(at, reason, "scale the queries instead")
+        return found

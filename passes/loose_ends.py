@@ -1,0 +1,96 @@
+"""Every softmax gets a verdict: what stands between two products, and is reached by no proof, is said to be there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+from torch.fx import Node
+
+from dilcompile.passes.anchors import Softmax
+from dilcompile.passes.facts import Facts
+from dilcompile.passes.labels import Labels, carries_elements, carries_something, feeding, reached_from
+from dilcompile.passes.operators import full_name, op_name
+from dilcompile.passes.unproven import Unproven
+
+
+class LooseEnds:
+    """Tells attention from routers and gates, and finds what breaks the way between product and softmax."""
+
+    def __init__(self, nodes: Sequence[Node], facts: Facts) -> None:
+        self.nodes, self.facts = nodes, facts
+        self._read: set[Node] = set()
+
+    def note(self, softmax: Softmax) -> None:
+        """A rule has read this softmax: what it is made of needs no verdict of its own."""
+        self._read |= {softmax.probabilities, softmax.reader}
+
+    def joins_products(self, softmax: Softmax) -> bool:
+        """Does it stand between a product of activations and another one?
+
+        Raises:
+            Unproven: if it does, but something on the way is neither elementwise nor a view.
+        """
+        scores, weights = softmax.scores, softmax.probabilities
+        if scores in self.facts.scores and weights in self._feeding:
+            return True
+        if scores not in self._widely_reached or weights not in self._widely_feeding:
+            return False
+        if scores in self.facts.scores:
+            at, between = self._first(weights, _users, self._leaves_elements), "softmax and the values"
+        else:
+            at, between = self._first(scores, _inputs, self._is_past_scores), "product and the softmax"
+        raise Unproven(at, f"{_called(at)} stands between the {between}", "it stays as it is")
+
+    def check(self, node: Node) -> None:
+        """An exponential that no rule has read.
+
+        Raises:
+            Unproven: if it is summed and stands between two products, as a softmax would.
+        """
+        if op_name(node) != "exp" or node in self._read or node not in self.facts.scores or node not in self._feeding:
+            return
+        if any(op_name(user) == "sum" for user in node.users):
+            raise Unproven(node, "the exponentials of the scores are not divided by their own sum", "write torch.softmax")
+
+    def _first(self, start: Node, around: Callable[[Node], list[Node]], found: Callable[[Node], bool]) -> Node:
+        queue, seen = [start], {start}
+        for node in queue:
+            if found(node):
+                return node
+            fresh = [other for other in around(node) if other not in seen and other.op == "call_function"]
+            seen.update(fresh)
+            queue += fresh
+        return start
+
+    def _leaves_elements(self, node: Node) -> bool:
+        return node in self._feeding or not carries_elements(node)
+
+    def _is_past_scores(self, node: Node) -> bool:
+        return not self.facts.scores.keys().isdisjoint(node.all_input_nodes)
+
+    @cached_property
+    def _feeding(self) -> frozenset[Node]:
+        """Nodes whose elements reach a product of activations, unchanged or scaled."""
+        return feeding(self.nodes, self.facts.axes.products, carries_elements)
+
+    @cached_property
+    def _widely_feeding(self) -> frozenset[Node]:
+        return feeding(self.nodes, self.facts.axes.products, lambda node: carries_something(node, self.facts.axes.weights))
+
+    @cached_property
+    def _widely_reached(self) -> Labels:
+        products = self.facts.axes.products
+        return reached_from(self.nodes, products, lambda node: carries_something(node, self.facts.axes.weights))
+
+
+def _users(node: Node) -> list[Node]:
+    return list(node.users)
+
+
+def _inputs(node: Node) -> list[Node]:
+    return node.all_input_nodes
+
+
+def _called(node: Node) -> str:
+    return full_name(node).replace("::", ".")

@@ -1,0 +1,171 @@
+"""One proven attention: its description for the policy, and the nodes that a rewrite needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from dilcompile.passes.anchors import EmptyRule, MaskOperand, Sink
+from dilcompile.passes.atoms import Atom, Leaves
+from dilcompile.passes.facts import Facts
+from dilcompile.passes.masks.read import ReadMask
+from dilcompile.passes.masks.terms import Truth
+from dilcompile.passes.operands import Operand, strip
+from dilcompile.passes.provenance import layer_index, module_path, source_line
+from dilcompile.passes.read_operands import read_site_mask
+from dilcompile.passes.regions import Graph
+from dilcompile.passes.roles import Roles
+from dilcompile.passes.unproven import Unproven
+from dilcompile.site import AttentionSite, Kind, Length, Phase
+
+
+@dataclass(frozen=True)
+class Match:
+    """One proven attention: its description, and the nodes that a rewrite needs."""
+
+    site: AttentionSite
+    roles: Roles
+    q: Operand
+    k: Operand
+    v: Operand
+    mask: ReadMask
+    bias: tuple[MaskOperand, ...]
+    sinks: tuple[Sink, ...]
+    tables: frozenset[Node]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What is proven of an attention before its mask is read.
+
+    Args:
+        anchor: the node that it was found at.
+        spelling: how it is written, in a word.
+        seen: the pairs that the spelling itself lets through.
+        empty: what rows become that see nothing.
+    """
+
+    anchor: Node
+    spelling: str
+    roles: Roles
+    scale: float
+    softcap: float | None
+    dropout_p: float
+    masks: tuple[MaskOperand, ...]
+    sinks: tuple[Sink, ...]
+    seen: Truth
+    empty: EmptyRule
+    softmax_dtype: torch.dtype
+
+
+def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
+    """Read the masks, follow the operands back to where they can be read, and write the site down.
+
+    Raises:
+        Unproven: if an operand is written to before the attention ends.
+    """
+    roles, at = proof.roles, proof.roles.output
+    q = strip(roles.q, _needed(roles, "q"), facts, at, scaled=True)
+    k = strip(roles.k, _needed(roles, "k"), facts, at, scaled=True)
+    v = strip(roles.v, _needed(roles, "v"), facts, at, scaled=False)
+    for operand in (q, k, v):
+        if facts.mutations.stale(operand.source, at):
+            raise Unproven(operand.source, "it is written in place before the attention ends", "write it out of place")
+    batch, heads, kv_heads = _count(roles)
+    q_len, k_len = _size(roles.q_rows), _size(roles.k_columns)
+    mask, bias = read_site_mask(
+        proof.masks,
+        proof.seen,
+        roles,
+        facts.axes,
+        facts.reader,
+        (batch, heads, q_len, k_len),
+        capped=proof.softcap is not None,
+        training=graph.training,
+        rule=proof.empty,
+        sunk=bool(proof.sinks),
+    )
+    _readable_at(at, mask, (*bias, *(sink for sink in proof.sinks)), graph)
+    module, spec = module_path(proof.anchor), mask.spec
+    site = AttentionSite(
+        index=index,
+        module=module,
+        source=source_line(proof.anchor),
+        spelling=proof.spelling,
+        kind=_kind(roles, spec.causal),
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        q_len=q_len,
+        k_len=k_len,
+        head_dim=int(_size(roles.q_features)),
+        v_dim=int(_size(roles.v_features)),
+        dtype=at.meta["val"].dtype,
+        softmax_dtype=proof.softmax_dtype,
+        device=at.meta["val"].device,
+        scale=proof.scale * q.factor * k.factor,
+        mask=spec,
+        softcap=proof.softcap,
+        dropout_p=proof.dropout_p,
+        bias=" + ".join(operand.node.name for operand in bias) or None,
+        phase=_phase(graph.training, q_len),
+        layer=layer_index(module),
+        layer_type="sliding_attention" if "window" in spec.words else "full_attention",
+        sinks=" + ".join(str(sink) for sink in proof.sinks) or None,
+    )
+    tables = frozenset(facts.reader.used_tables & graph.tables.keys())
+    return Match(site, roles, q, k, v, mask, bias, proof.sinks, tables)
+
+
+def _readable_at(output: Node, mask: ReadMask, beside: tuple[MaskOperand | Sink, ...], graph: Graph) -> None:
+    """Masks are read again where the output is made: they must still hold what they held."""
+    writes = graph.mutations.writes
+    for operand in beside:
+        node = operand.node if isinstance(operand, MaskOperand) else operand.logit
+        if isinstance(node, Node) and writes(node, operand.on, output):
+            raise Unproven(node, "it is written in place before the attention ends", "write it out of place")
+    for source in mask.sources:
+        local = source.graph is graph.gm.graph
+        if local and graph.mutations.stale(source, output):
+            raise Unproven(source, "a mask is written in place before the attention ends", "write it out of place")
+
+
+def _needed(roles: Roles, operand: str) -> Leaves:
+    """The atoms along which an operand varies."""
+    shared = tuple(atom for axis in roles.shared if (atom := getattr(axis, operand)) is not None)
+    if operand == "q":
+        return shared + roles.q_rows + roles.q_features
+    if operand == "k":
+        return shared + roles.k_columns + roles.k_features
+    return shared + roles.v_columns + roles.v_features
+
+
+def _size(atoms: Leaves) -> Length:
+    size: Length = 1
+    for atom in atoms:
+        size = size * atom.size
+    return size
+
+
+def _count(roles: Roles) -> tuple[Length, int, int]:
+    batch = _size(tuple(axis.out for axis in roles.batch))
+    heads = int(_size(tuple(axis.out for axis in roles.heads)))
+    own: list[Atom] = [axis.out for axis in roles.heads if axis.k is not None or axis.v is not None]
+    return batch, heads, int(_size(tuple(own)))
+
+
+def _kind(roles: Roles, causal: bool) -> Kind:
+    if causal:
+        return "self"
+    rows, columns = roles.q_rows, roles.k_columns
+    if len(rows) == len(columns) and all(a.root is b.root for a, b in zip(rows, columns, strict=True)):
+        return "self"
+    return "cross" if rows or columns else "self"
+
+
+def _phase(training: bool, q_len: Length) -> Phase:
+    if training:
+        return "train"
+    return "decode" if isinstance(q_len, int) and q_len == 1 else "prefill"

@@ -1,0 +1,284 @@
+"""One rule an operator: what it does to scores on their way from the product to the softmax.
+
+The walk goes backwards, from the softmax inwards: a factor met later applies to what was met before it no more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from dilcompile.passes.anchors import MaskOperand, Sink
+from dilcompile.passes.atoms import Leaves, same_size
+from dilcompile.passes.facts import Facts
+from dilcompile.passes.operators import CASTS, REORDERS, is_tensor, op_name, shape_of
+from dilcompile.passes.unproven import Unproven
+
+STAYS = "it stays as it is"
+# Hidden scores keep a weight of exp(-1000) = 0 at most.
+_HIDES = -1e3
+# Beside them no score of the row is large.
+_ROW_NUMBERS = frozenset(("amax", "max", "logsumexp"))
+
+
+@dataclass
+class Stages:
+    """What was met so far, from the softmax inwards.
+
+    Args:
+        columns: the axis that the softmax runs over.
+        factor: product of all scalings (those nearer to the softmax).
+        ends: the largest number of all dtypes.
+        limit: beyond it an exponential is zero, until a maximum is taken off.
+        cap_outer: c in ``c * tanh(...)``, once the tanh was met.
+    """
+
+    columns: Leaves
+    factor: float = 1.0
+    ends: float = math.inf
+    limit: float = math.inf
+    cap_outer: float | None = None
+    masks: list[MaskOperand] = field(default_factory=list)
+    sinks: list[Sink] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+
+    @property
+    def holds(self) -> float:
+        """The largest number that reaches the softmax as a number."""
+        return min(self.ends, self.limit)
+
+
+Step = Callable[[Node, Stages, Facts], Node]
+
+
+def step(node: Node, stages: Stages, facts: Facts) -> Node:
+    """Record what ``node`` does to the scores; return the node it does it to.
+
+    Raises:
+        Unproven: if it does something that no rule covers.
+    """
+    if node.op != "call_function":
+        raise Unproven(node, "the scores come from outside this graph", "avoid the graph break between scores and softmax")
+    rule = STEPS.get(op_name(node))
+    if rule is not None:
+        return rule(node, stages, facts)
+    raise Unproven(node, f"aten.{op_name(node)} stands between the product and the softmax", STAYS)
+
+
+def first(node: Node) -> Node:
+    found = node.args[0]
+    assert isinstance(found, Node)
+    return found
+
+
+def largest(node: Node) -> float:
+    dtype = node.meta["val"].dtype
+    return float(torch.finfo(dtype).max) if dtype.is_floating_point else math.inf
+
+
+def uncast(node: Node) -> Node:
+    """What a cast or copy is made of.
+
+    Raises:
+        Unproven: if the cast cuts fractions off.
+    """
+    if not node.meta["val"].dtype.is_floating_point:
+        dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+        raise Unproven(node, f"a cast to {dtype} cuts fractions off", STAYS)
+    return first(node)
+
+
+def uncapped(node: Node, stages: Stages) -> None:
+    if stages.cap_outer is not None:
+        raise Unproven(node, "a mask or bias is added before the soft cap", "add it after the cap")
+
+
+def keeps_all(node: Node) -> bool:
+    """A slice, expansion or dropout that does nothing."""
+    if op_name(node) == "dropout":
+        return bool(not node.args[2] or node.args[1] == 0)
+    if op_name(node) == "slice" and len(node.args) > 4 and node.args[4] != 1:
+        return False
+    before, after = shape_of(first(node)), shape_of(node)
+    return len(before) == len(after) and all(map(same_size, before, after))
+
+
+def is_row_number(other: Node, path: Node, columns: Leaves, facts: Facts) -> bool:
+    """One number for all keys of a row, made of the scores themselves and of their size: it cancels in the softmax."""
+    while op_name(other) in ("detach", "alias") or (op_name(other) == "expand" and isinstance(other.args[0], Node)):
+        other = first(other)
+    if op_name(other) == "getitem" and other.args[1] != 0:
+        return False
+    reduce = other.args[0] if op_name(other) == "getitem" else other
+    if not isinstance(reduce, Node) or op_name(reduce) not in _ROW_NUMBERS or not reduce.args:
+        return False
+    of = reduce.args[0]
+    while isinstance(of, Node) and of is not path and op_name(of) == "detach":
+        of = of.args[0]
+    if of is not path or facts.mutations.stale(path, reduce):
+        return False
+    layout = facts.axes[path]
+    dims = reduce.args[1] if len(reduce.args) > 1 else []
+    reduced = {int(d) % len(layout) for d in ([dims] if isinstance(dims, int) else dims or [])}  # type: ignore[union-attr, arg-type]
+    keeps_dims = len(shape_of(other)) == len(layout)
+    return keeps_dims and len(reduced) == 1 and any(layout[dim] == columns for dim in reduced)
+
+
+def _cast(node: Node, stages: Stages, facts: Facts) -> Node:
+    stages.ends = min(stages.ends, largest(node))
+    return uncast(node)
+
+
+def _reorder(node: Node, stages: Stages, facts: Facts) -> Node:
+    return first(node)
+
+
+def _nothing(node: Node, stages: Stages, facts: Facts) -> Node:
+    if not keeps_all(node):
+        raise Unproven(node, f"aten.{op_name(node)} stands between the product and the softmax", STAYS)
+    return first(node)
+
+
+def _negation(node: Node, stages: Stages, facts: Facts) -> Node:
+    stages.factor = -stages.factor
+    return first(node)
+
+
+def _scaling(node: Node, stages: Stages, facts: Facts) -> Node:
+    path, other = _sides(node, facts)
+    divides = op_name(node) in ("div", "true_divide")
+    if divides and path is not node.args[0]:
+        raise Unproven(node, "the scores divide something", STAYS)
+    if node.kwargs.get("rounding_mode") is not None:
+        raise Unproven(node, "the scores are rounded", STAYS)
+    value = facts.factor(other, node)
+    if divides and value == 0:
+        raise Unproven(node, "the scores are divided by zero", STAYS)
+    stages.factor *= 1 / value if divides else value
+    return path
+
+
+def _addition(node: Node, stages: Stages, facts: Facts) -> Node:
+    path, other = _sides(node, facts)
+    alpha = facts.scalar(node.kwargs.get("alpha", 1), node)
+    if alpha is None or alpha == 0:
+        raise Unproven(node, "the mask is scaled by a computed number", STAYS)
+    of_path, of_other = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[op_name(node)]
+    if path is not node.args[0]:
+        of_path, of_other = of_other, of_path
+    uncapped(node, stages)
+    if is_tensor(other) and is_row_number(other, path, stages.columns, facts):
+        if stages.sinks:
+            raise Unproven(node, "a number a row is taken off the scores, but not off the sinks", "take it off both")
+        stages.limit = math.inf
+    elif is_tensor(other):
+        stages.masks.append(MaskOperand(other, node, "add", stages.factor * of_other, ends=stages.holds))
+    elif stages.sinks:
+        raise Unproven(node, "a number is added to the scores, but not to the sinks", STAYS)
+    # A constant on every score of a row cancels in the softmax.
+    stages.factor *= of_path
+    return path
+
+
+def _masked_fill(node: Node, stages: Stages, facts: Facts) -> Node:
+    _masked(node, node.args[1], "hide", node.args[2], stages, facts)
+    return first(node)
+
+
+def _masked(node: Node, mask: Any, kind: str, fill: Any, stages: Stages, facts: Facts) -> None:
+    value = facts.factor(fill, node) * stages.factor
+    if not value <= _HIDES:
+        raise Unproven(node, f"hidden scores are filled with {value:g}, which does not hide them", "fill with -inf")
+    uncapped(node, stages)
+    if not is_tensor(mask):
+        raise Unproven(node, "the mask is not a tensor", STAYS)
+    stages.masks.append(MaskOperand(mask, node, kind, 1.0, value, stages.holds))
+
+
+def _where(node: Node, stages: Stages, facts: Facts) -> Node:
+    condition, then, other = node.args[:3]
+    labels = facts.scores
+    if isinstance(condition, Node) and condition in labels:
+        raise Unproven(node, "the mask depends on the scores", STAYS)
+    if isinstance(then, Node) and then in labels and other not in labels:
+        _masked(node, condition, "keep", other, stages, facts)
+        return then
+    if isinstance(other, Node) and other in labels and then not in labels:
+        _masked(node, condition, "hide", then, stages, facts)
+        return other
+    raise Unproven(node, "where chooses between two scores", STAYS)
+
+
+def _tanh(node: Node, stages: Stages, facts: Facts) -> Node:
+    if stages.cap_outer is not None:
+        raise Unproven(node, "two soft caps", STAYS)
+    stages.cap_outer, stages.factor = stages.factor, 1.0
+    return first(node)
+
+
+def _cat(node: Node, stages: Stages, facts: Facts) -> Node:
+    parts: list[Any] = list(node.args[0])  # type: ignore[arg-type]
+    asked: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    dim = int(asked) % len(shape_of(node))
+    scores = [part for part in parts if part in facts.scores]
+    if facts.axes[node][dim] != stages.columns:
+        raise Unproven(node, "scores of several products are put side by side", STAYS)
+    if len(scores) != 1:
+        raise Unproven(node, "the keys come in several parts, each with a product of its own", STAYS)
+    uncapped(node, stages)
+    stages.sinks += [Sink(part, node, dim, stages.factor) for part in parts if part is not scores[0]]
+    stages.columns = facts.axes[scores[0]][dim]
+    path = scores[0]
+    assert isinstance(path, Node)
+    return path
+
+
+def _pad(node: Node, stages: Stages, facts: Facts) -> Node:
+    """Columns of one number."""
+    widths = node.args[1]
+    mode = node.args[2] if op_name(node) == "pad" and len(node.args) > 2 else "constant"
+    given = node.args[3 if op_name(node) == "pad" else 2 :]
+    value = facts.scalar(given[0], node) if given and given[0] is not None else 0.0
+    plain = isinstance(widths, (list, tuple)) and len(widths) == 2 and all(isinstance(w, int) and w >= 0 for w in widths)
+    if not plain or mode != "constant" or value is None or facts.axes[node][-1] != stages.columns:
+        raise Unproven(node, "the scores are padded", "mask them instead")
+    uncapped(node, stages)
+    number = int(sum(widths))  # type: ignore[arg-type]
+    if number:
+        stages.sinks.append(Sink(value * stages.factor + math.log(number), node, len(shape_of(node)) - 1))
+    stages.columns = facts.axes[first(node)][-1]
+    return first(node)
+
+
+def _mixed(node: Node, stages: Stages, facts: Facts) -> Node:
+    raise Unproven(node, "the scores are mixed by a learned product (talking heads)", "no form covers it; it stays as it is")
+
+
+def _sides(node: Node, facts: Facts) -> tuple[Node, Any]:
+    """(the operand on the score path, the other one)."""
+    a, b = node.args[:2]
+    labelled = [isinstance(x, Node) and x in facts.scores for x in (a, b)]
+    if all(labelled):
+        raise Unproven(node, "the scores meet themselves", STAYS)
+    return (a, b) if labelled[0] else (b, a)  # type: ignore[return-value]
+
+
+STEPS: dict[str, Step] = {
+    **dict.fromkeys(CASTS, _cast),
+    **dict.fromkeys(REORDERS, _reorder),
+    **dict.fromkeys(("dropout", "slice", "narrow", "expand", "expand_as"), _nothing),
+    "neg": _negation,
+    **dict.fromkeys(("mul", "div", "true_divide"), _scaling),
+    **dict.fromkeys(("add", "sub", "rsub"), _addition),
+    "masked_fill": _masked_fill,
+    "where": _where,
+    "tanh": _tanh,
+    **dict.fromkeys(("cat", "concat"), _cat),
+    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
+    **dict.fromkeys(("matmul", "bmm", "mm", "einsum", "linear", "conv2d", "baddbmm"), _mixed),
+}

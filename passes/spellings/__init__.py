@@ -1,0 +1,32 @@
+"""The ways in which attention is written: a rule file each, tried in this order where several share an operator.
+
+To add one: write ``passes/spellings/<spelling>.py`` with a ``Spelling``, name it here, and give it one positive and three
+negatives in ``tests/test_find_anchors.py``.
+"""
+
+from __future__ import annotations
+
+from dilcompile.passes.anchors import Spelling
+from dilcompile.passes.spellings.exp_less_logsumexp import EXP_LESS_LOGSUMEXP
+from dilcompile.passes.spellings.exp_of_log_softmax import EXP_OF_LOG_SOFTMAX
+from dilcompile.passes.spellings.exp_over_sum import EXP_OVER_SUM
+from dilcompile.passes.spellings.fused_sdpa import FUSED_SDPA
+from dilcompile.passes.spellings.sdpa import SDPA
+from dilcompile.passes.spellings.softmax import SOFTMAX
+
+SPELLINGS: tuple[Spelling, ...] = (
+    SDPA,
+    FUSED_SDPA,
+    SOFTMAX,
+    EXP_OF_LOG_SOFTMAX,
+    EXP_LESS_LOGSUMEXP,
+    EXP_OVER_SUM,
+)
+
+# The rules to try at an operator, in order.
+BY_ANCHOR: dict[str, tuple[Spelling, ...]] = {
+    anchor: tuple(spelling for spelling in SPELLINGS if anchor in spelling.anchors)
+    for anchor in dict.fromkeys(anchor for spelling in SPELLINGS for anchor in spelling.anchors)
+}
+# Operators that compute a whole attention, and the order of their dims.
+CALLS: dict[str, str] = {anchor: spelling.order for spelling in SPELLINGS if spelling.order for anchor in spelling.anchors}

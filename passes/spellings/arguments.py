@@ -1,0 +1,63 @@
+"""What the rules for whole attentions share: arguments by name, the one output, the usual mask and scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from dilcompile.passes.anchors import MaskOperand
+from dilcompile.passes.facts import Facts
+from dilcompile.passes.masks.symbols import K, Q
+from dilcompile.passes.masks.terms import Ge0, Truth
+from dilcompile.passes.operators import op_name, shape_of
+from dilcompile.passes.unproven import Unproven
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """All arguments of an operator's call by the names of its schema, defaults included."""
+    found = {}
+    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        default = argument.default_value if argument.has_default_value() else None
+        found[argument.name] = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, default)
+    return found
+
+
+def first_output(node: Node) -> Node | None:
+    """The node that takes the result out of a call with several; None if nobody asks for it.
+
+    Raises:
+        Unproven: if another output is used too.
+    """
+    taken = [user for user in node.users if user.users]
+    if any(op_name(user) != "getitem" or user.args[1] != 0 for user in taken):
+        raise Unproven(node, "the log-sum-exp or another by-product of the call is used too", "take the output alone")
+    return taken[0] if len(taken) == 1 else None
+
+
+def given_scale(given: dict[str, Any], node: Node, facts: Facts) -> float:
+    """The ``scale`` argument; one over the root of the features if there is none.
+
+    Raises:
+        Unproven: if it is computed in the graph.
+    """
+    if given["scale"] is None:
+        return float(int(shape_of(given["query"])[-1]) ** -0.5)
+    scale = facts.scalar(given["scale"], node)
+    if scale is None:
+        raise Unproven(node, "the scale is computed in the graph", "give it as a number")
+    return scale
+
+
+def mask_of(mask: Any, scores: Node) -> tuple[MaskOperand, ...]:
+    """A mask argument: boolean (true is seen) or added."""
+    if not isinstance(mask, Node):
+        return ()
+    boolean = mask.meta["val"].dtype is torch.bool
+    return (MaskOperand(mask, scores, "keep" if boolean else "add"),)
+
+
+def causal(flag: Any) -> Truth:
+    """``is_causal``: row q sees the keys up to q."""
+    return Ge0(Q - K) if flag else True
