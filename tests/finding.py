@@ -2,17 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from spellings import Found, agree
+from torch import Tensor, nn
+
+# name, function, its inputs, what is found (see ``said``).
+Case = tuple[str, Callable[..., Any], Callable[[], tuple[Any, ...]], str]
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def double() -> Iterator[None]:
-    """float64 by default, one thread, a fixed seed. Use with ``pytestmark = pytest.mark.usefixtures("double")``."""
+    """float64 by default, one thread, a fixed seed, for every test of a module that imports it."""
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+class Call(nn.Module):
+    """A function as a module, with buffers."""
+
+    def __init__(self, function: Callable[..., Any], **buffers: Tensor) -> None:
+        super().__init__()
+        self.function = function
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(*inputs)
+
+
+def said(found: Found) -> str:
+    """What was found, in a line: the mask of a rewritten site, why one was kept, or why none was found."""
+    lines = [f"miss: {miss.reason}" for miss in found.misses]
+    for outcome in found.outcomes:
+        for verdict in outcome.report.verdicts:
+            site = verdict.site
+            text = str(site.mask) + ("" if site.bias is None else " + bias") + f" ({site.mask.empty_rows})"
+            lines.append(text if hasattr(verdict, "form") else f"kept: {text}")
+    return "; ".join(lines) or "nothing"
+
+
+def check(case: Case, **options: Any) -> Found:
+    """The case is exact under ``exact``, forward and in every gradient, and found as its golden says."""
+    name, function, inputs, golden = case
+    found = agree(function if isinstance(function, nn.Module) else Call(function), *inputs(), **options)
+    assert said(found) == golden, name
+    return found

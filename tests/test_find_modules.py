@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from finding import double  # noqa: F401  (the fixture works by being here)
 from spellings import Found, agree
 from torch import Tensor, nn
 
 B, S, E, H = 2, 7, 12, 3
 CAUSAL = torch.ones(S, S, dtype=torch.bool).triu(1)
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class Call(nn.Module):

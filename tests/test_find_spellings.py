@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from finding import double  # noqa: F401  (the fixture works by being here)
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from spellings import (
@@ -40,15 +40,6 @@ WORDS = {
     "causal+padding": "causal & padding",
     "reach": f"window(inf, {REACH})",
 }
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def _words(spelling: Spelling) -> str:

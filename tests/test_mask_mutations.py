@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import sympy
-from test_find_mutations import _double, case, spelt  # noqa: F401  (the fixture works by being here)
+from finding import double  # noqa: F401  (the fixture works by being here)
+from test_find_mutations import case, spelt
 
 from dilcompile.passes import read_operands
 from dilcompile.passes.masks import arithmetic, factors, hiding, reader, terms

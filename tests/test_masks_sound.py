@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from spellings import Found, agree
-from torch import Tensor, nn
+from finding import Call, Case, check, double, said  # noqa: F401  (the fixture works by being here)
+from spellings import agree
+from torch import Tensor
 
 B, H, S, D = 2, 3, 7, 4
 LEAST = torch.finfo(torch.float64).min
 INF = float("inf")
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-class Call(nn.Module):
-    """A function as a module, with buffers."""
-
-    def __init__(self, function: Callable[..., Any], **buffers: Tensor) -> None:
-        super().__init__()
-        self.function = function
-        for name, value in buffers.items():
-            self.register_buffer(name, value)
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.function(*inputs)
 
 
 def qkv(rows: int = S, columns: int = S) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,28 +36,8 @@ def later(rows: int = S, columns: int = S, diagonal: int = 1) -> Tensor:
     return torch.ones(rows, columns, dtype=torch.bool).triu(diagonal)
 
 
-def said(found: Found) -> str:
-    """What was found, in a line: the mask of a rewritten site, why one was kept, or why none was found."""
-    lines = [f"miss: {miss.reason}" for miss in found.misses]
-    for outcome in found.outcomes:
-        for verdict in outcome.report.verdicts:
-            site = verdict.site
-            text = str(site.mask) + ("" if site.bias is None else " + bias") + f" ({site.mask.empty_rows})"
-            lines.append(text if hasattr(verdict, "form") else f"kept: {text}")
-    return "; ".join(lines) or "nothing"
-
-
 def attend(scores: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
-
-
-Case = tuple[str, Callable[..., Any], Callable[[], tuple[Any, ...]], str]
-
-
-def check(case: Case, **options: Any) -> None:
-    name, function, inputs, golden = case
-    found = agree(Call(function), *inputs(), **options)
-    assert said(found) == golden, name
 
 
 def _with(*more: Callable[[], Tensor]) -> Callable[[], tuple[Any, ...]]:
