@@ -15,6 +15,21 @@ EmptyRows = Literal["zero", "uniform", "shifted", "nan", "other"]
 
 
 @dataclass(frozen=True)
+class ByRow:
+    """A factor that is known by vectors over the rows and over the keys.
+
+    Args:
+        word: ``chunk`` (rows and keys of one block), ``prefix`` (keys up to a bound, or causal beyond it), ``rows`` (any
+            other run of keys a row), ``label`` (equal labels, which may come back), ``pairs`` (other comparisons of rows with
+            keys).
+        formula: over (b, q, k), for people.
+    """
+
+    word: str
+    formula: str
+
+
+@dataclass(frozen=True)
 class MaskSpec:
     """Which pairs a mask lets through, as a conjunction of factors over (batch, query, key).
 
@@ -26,7 +41,9 @@ class MaskSpec:
         right: only keys ``k <= t + right``; None for no limit. ``right=0`` is called ``causal`` instead, as users do.
         q_offset: position of query row 0 on the key axis (0: top-left aligned; ``Sk - Sq``: bottom-right).
         key_padding: a factor ``keep[b, k]`` is known as an operand.
-        documents: a factor ``document[b, t] == document[b, k]`` is known as an operand.
+        runtime_offset: a number known when the model runs is added to ``q_offset`` (a cache of fixed size).
+        documents: a factor ``document[b, t] == document[b, k]`` is known as an operand; documents do not come back.
+        by_row: factors known by vectors over rows and keys.
         unread: what could not be read, in words; the operand stays a tensor. None when everything was read.
         empty_rows: what the user's spelling gives for a row that may see no key: 0 (or no row can be without keys), the mean
             of all values (a finite fill; ``shifted``: one that was added, so the scores keep their gradient), NaN, or ``other``:
@@ -37,14 +54,16 @@ class MaskSpec:
     left: int | None = None
     right: int | None = None
     q_offset: Length = 0
+    runtime_offset: bool = False
     key_padding: bool = False
     documents: bool = False
+    by_row: tuple[ByRow, ...] = ()
     unread: str | None = None
     empty_rows: EmptyRows = "zero"
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The factors by name: any of ``causal``, ``window``, ``document``, ``padding``, ``other``."""
+        """The factors by name: any of ``causal``, ``window``, ``document``, ``padding``, those of ``ByRow``, ``other``."""
         names = []
         if self.causal:
             names.append("causal")
@@ -52,6 +71,9 @@ class MaskSpec:
             names.append("window")
         if self.documents:
             names.append("document")
+        for factor in self.by_row:
+            if factor.word not in names:
+                names.append(factor.word)
         if self.key_padding:
             names.append("padding")
         if self.unread is not None:
@@ -75,7 +97,7 @@ class MaskSpec:
     def formula(self) -> str:
         """The mask as a predicate over (b, q, k), for people."""
         offset = self.q_offset if isinstance(self.q_offset, int) else str(self.q_offset)
-        t = "q" if offset == 0 else f"q + {offset}"
+        t = "q" + ("" if offset == 0 else f" + {offset}") + (" + start" if self.runtime_offset else "")
         parts = []
         if self.causal:
             parts.append(f"k <= {t}")
@@ -85,6 +107,7 @@ class MaskSpec:
             parts.append(f"k <= {t} + {self.right}")
         if self.documents:
             parts.append(f"document[b, {t}] == document[b, k]")
+        parts.extend(factor.formula for factor in self.by_row)
         if self.key_padding:
             parts.append("keep[b, k]")
         if self.unread is not None:

@@ -60,6 +60,19 @@ class Emitter:
                 return self(operator.mul, held, int(quotient))
         raise LookupError(f"no tensor of the graph has a dim of length {length}")
 
+    def symbol(self, expr: Any) -> Node:
+        """A node that holds a symbolic length or number of the caller."""
+        known = self._known_sizes()
+        if expr in known:
+            return self(aten.sym_size.int, *known[expr])
+        for node in self.graph.nodes:
+            if node is self.before:
+                break
+            if isinstance(node.meta.get("val"), torch.SymInt) and node.meta["val"].node.expr == expr:
+                found: Node = node
+                return found
+        raise LookupError(f"nothing in the graph holds the number {expr}")
+
     def _known_sizes(self) -> dict[Any, tuple[Node, int]]:
         if self._sizes is None:
             self._sizes = {}

@@ -15,7 +15,7 @@ from dilcompile.passes.atoms import Atom, Leaves
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.masks.arithmetic import as_expr, lift
 from dilcompile.passes.masks.bounds import Bounds
-from dilcompile.passes.masks.factors import UnclearWindow, read_mask
+from dilcompile.passes.masks.factors import read_mask
 from dilcompile.passes.masks.hiding import Hiding, NotAMask, absorbs, empty_rows, keep_of
 from dilcompile.passes.masks.read import ReadMask
 from dilcompile.passes.masks.reader import MaskReader
@@ -24,7 +24,7 @@ from dilcompile.passes.masks.terms import Expr, Truth, conjunction, mapped, nega
 from dilcompile.passes.operators import shape_of
 from dilcompile.passes.roles import Roles
 from dilcompile.passes.unproven import Unproven
-from dilcompile.site import Length, MaskSpec
+from dilcompile.site import Length
 
 # A logit beside which every ordinary one has all the weight.
 _NOTHING = -1e30
@@ -80,10 +80,7 @@ def read_site_mask(
     elif empty == "shifted" and (bias or capped):
         # Their gradients in a row without keys would have to be reproduced too.
         empty = "other"
-    try:
-        read = read_mask(places.whole(keep), empty, reader, lengths)
-    except UnclearWindow as unclear:
-        return ReadMask(MaskSpec(unread=str(unclear))), tuple(bias)
+    read = read_mask(places.whole(keep), empty, reader, lengths)
     return (read if rule == "odd" or sunk else _seen_through(read, hidings)), tuple(bias)
 
 

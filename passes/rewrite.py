@@ -12,7 +12,7 @@ from dilcompile.passes.anchors import MaskOperand, Sink
 from dilcompile.passes.atoms import Atom, Layout, Leaves, flat, leaves, same_size
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.emit import Emitter, aten
-from dilcompile.passes.masks.vectors import Vectors
+from dilcompile.passes.masks.operands import mask_operands
 from dilcompile.passes.match import Match
 from dilcompile.passes.mutations import storage, written
 from dilcompile.passes.operands import Operand
@@ -37,10 +37,8 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
     q = _operand(emit, match.q, _groups(roles, "q"), axes, site.dtype)
     k = _operand(emit, match.k, _groups(roles, "k"), axes, site.dtype)
     v = _operand(emit, match.v, _groups(roles, "v"), axes, site.dtype)
-    vectors = Vectors(emit, match.mask, k, site.k_len, graph.bring_in)
     spec = site.mask
-    keep = vectors.keep(match.mask.key_padding, site.batch) if spec.key_padding else None
-    documents = None if match.mask.documents is None else vectors.documents(match.mask.documents)
+    mask = mask_operands(emit, match.mask, (site.batch, site.q_len, site.k_len), site.device, graph.bring_in)
     bias = _bias(emit, match.bias, roles, axes, site.dtype)
     seed = _seed(emit, q) if site.dropout_p > 0 else None
     call = emit(
@@ -48,8 +46,8 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
         q,
         k,
         v,
-        keep,
-        documents,
+        mask.key_padding,
+        mask.documents,
         bias,
         seed,
         str(decision.form),
@@ -61,6 +59,11 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
         site.softcap,
         site.dropout_p,
         decision.kernel,
+        mask.start,
+        mask.limits,
+        mask.row_terms,
+        mask.key_terms,
+        mask.pairs,
     )
     out = emit.item(call, 0)
     if decision.fidelity == "exact" and spec.empty_rows != "zero":

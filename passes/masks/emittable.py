@@ -1,38 +1,45 @@
-"""Which formulas can be computed as a vector along the keys."""
+"""Which formulas can be computed as a vector along the rows or along the keys."""
 
 from __future__ import annotations
 
 import sympy
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from dilcompile.passes.masks.reader import MaskReader
-from dilcompile.passes.masks.symbols import B, K, Lengths
-from dilcompile.passes.masks.terms import Element, Expr, Truth, numbers_of
-from dilcompile.passes.operators import shape_of
+from dilcompile.passes.masks.symbols import INDICES, B
+from dilcompile.passes.masks.terms import Choice, Element, Expr, Number, Truth, numbers_of
 
 
-def emittable(truth: Truth, reader: MaskReader, lengths: Lengths) -> bool:
-    """Can the factor be computed as a [B, Sk] tensor?"""
-    return all(emittable_number(expr, reader, lengths) for expr in numbers_of(truth))
+def emittable(truth: Truth, axis: sympy.Symbol) -> bool:
+    """Can the truth value be computed as a tensor [B, S], S the rows (``axis`` Q) or the keys (K)?"""
+    return all(emittable_number(expr, axis) for expr in numbers_of(truth))
 
 
-def emittable_number(expr: Expr, reader: MaskReader, lengths: Lengths) -> bool:
-    """Is it a sum of numbers, the key position and elements at (b, k), each with a number before it?"""
-    terms = [term.as_coeff_Mul() for term in sympy.Add.make_args(sympy.expand(expr))]
-    return all(
-        factor.is_finite and (rest == 1 or rest == K or (isinstance(rest, Element) and _plain_indices(rest, reader, lengths)))
-        for factor, rest in terms
-    )
+def emittable_number(value: Number, axis: sympy.Symbol) -> bool:
+    """Can the number be computed as a tensor [B, S]?"""
+    if isinstance(value, Choice):
+        return emittable(value.when, axis) and emittable_number(value.then, axis) and emittable_number(value.other, axis)
+    if isinstance(value, sympy.Symbol):
+        return value == axis or value not in INDICES  # what is no index is a length
+    if value.is_number and not value.args:
+        return bool(value.is_finite)
+    if isinstance(value, Element):
+        return all(index == B or emittable_number(index, axis) for index in value.args[1:])
+    if isinstance(value, sympy.floor):
+        numerator, divisor = quotient_of(value)
+        return bool(numerator.is_integer) and _divides(divisor) and emittable_number(numerator, axis)
+    if isinstance(value, sympy.Mod):
+        dividend, divisor = value.args
+        return bool(dividend.is_integer) and _divides(divisor) and emittable_number(dividend, axis)
+    if isinstance(value, (sympy.Add, sympy.Mul, sympy.Max, sympy.Min)):
+        return all(emittable_number(part, axis) for part in value.args)
+    return False
 
 
-def _plain_indices(element: Expr, reader: MaskReader, lengths: Lengths) -> bool:
-    """Is the element indexed by b, k and numbers, the letters at most once, in a tensor that is long enough?"""
-    live = [index for index in element.args[1:] if not index.is_Integer]
-    if any(index not in (B, K) for index in live) or len(set(live)) != len(live):
-        return False
-    shape = shape_of(reader.elements[int(element.args[0])])
-    ends = {B: lengths.batch, K: lengths.k_len}
-    return all(
-        index.is_Integer or statically_known_true(size >= ends[index])
-        for size, index in zip(shape, element.args[1:], strict=True)
-    )
+def quotient_of(value: Expr) -> tuple[Expr, Expr]:
+    """``floor(a / b)`` as (a, b)."""
+    numerator, divisor = sympy.fraction(sympy.together(value.args[0]))
+    return sympy.expand(numerator), divisor
+
+
+def _divides(divisor: Expr) -> bool:
+    """Is it a length or a positive integer?"""
+    return bool(divisor.is_integer and divisor.is_positive and (divisor.is_Integer or divisor.is_Symbol))

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from dilcompile.passes.masks.terms import Element, Expr, Truth, elements_of
+from dilcompile.passes.masks.interval import Interval
+from dilcompile.passes.masks.terms import Element, Expr, Number, Truth, elements_in, elements_of
 from dilcompile.site import MaskSpec
 
 
@@ -15,6 +16,11 @@ class ReadMask:
     """A mask as read: its description, and the formulas of the operands to emit.
 
     Args:
+        key_padding: which keys may be seen, over (b, k).
+        documents: each key's document, over (b, k).
+        start: added to ``spec.q_offset``; None for nothing.
+        limits: first key and end of keys of each row, over (b, q).
+        pairs: a formula over terms, each of them a number over (b, q) and one over (b, k).
         elements: the nodes that elements in the formulas belong to, by number.
         all_if_none: where the padding hides all keys of a batch row, it hides none.
     """
@@ -22,11 +28,20 @@ class ReadMask:
     spec: MaskSpec
     key_padding: Truth = True
     documents: Expr | None = None
+    start: Expr | None = None
+    limits: Interval | None = None
+    pairs: str | None = None
+    row_terms: tuple[Number, ...] = ()
+    key_terms: tuple[Number, ...] = ()
     elements: tuple[Node, ...] = field(default=())
     all_if_none: bool = False
 
     @property
     def sources(self) -> frozenset[Node]:
         """The nodes that the operands are made of."""
-        used = elements_of(self.key_padding) | (set() if self.documents is None else self.documents.atoms(Element))
+        limits = () if self.limits is None else (self.limits.first, self.limits.stop)
+        numbers = [*limits, self.documents, self.start, *self.row_terms, *self.key_terms]
+        used: set[Element] = elements_of(self.key_padding)
+        for number in numbers:
+            used |= set() if number is None else elements_in(number)
         return frozenset(self.elements[int(element.args[0])] for element in used)

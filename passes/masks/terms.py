@@ -206,3 +206,10 @@ def numbers_of(truth: Truth) -> tuple[Expr, ...]:
 def elements_of(truth: Truth) -> set[Expr]:
     """The elements of data that a truth value depends on."""
     return {element for expr in numbers_of(truth) for element in expr.atoms(Element)}
+
+
+def elements_in(number: Number) -> set[Expr]:
+    """The elements of data that a number depends on."""
+    if isinstance(number, Choice):
+        return elements_of(number.when) | elements_in(number.then) | elements_in(number.other)
+    return set(number.atoms(Element))

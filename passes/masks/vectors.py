@@ -1,110 +1,158 @@
-"""Emit the vectors that stand for a mask's data."""
+"""Emit the vectors that stand for a mask's data: formulas along the rows or along the keys as tensors [B or 1, S or 1]."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import sympy
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from dilcompile.passes.atoms import same_size
 from dilcompile.passes.emit import Emitter, aten
-from dilcompile.passes.masks.read import ReadMask
-from dilcompile.passes.masks.symbols import B, K
-from dilcompile.passes.masks.terms import And, Eq0, Expr, Ge0, Given, Less, Not, Or, Truth
+from dilcompile.passes.masks.emittable import quotient_of
+from dilcompile.passes.masks.symbols import B
+from dilcompile.passes.masks.terms import And, Choice, Element, Eq0, Expr, Ge0, Given, Less, Not, Number, Or, Truth
 from dilcompile.passes.operators import shape_of
 from dilcompile.site import Length
 
 
 class Vectors:
-    """Emits the [B or 1, Sk] operands of a read mask."""
+    """Emits formulas over (b, q) or (b, k).
 
-    def __init__(self, emit: Emitter, read: ReadMask, like: Node, k_len: Length, bring_in: Callable[[Node], Node]) -> None:
-        self._emit = emit
-        self._elements = read.elements
-        self._bring_in = bring_in
-        self._all_if_none = read.all_if_none
-        self._device = like.meta["val"].device
-        self._batch: Length = like.meta["val"].shape[0]
-        self._k_len = k_len
+    Args:
+        elements: the nodes that elements in the formulas belong to, by number.
+        device: where the vectors are made.
+        lengths: the range of each index symbol.
+        bring_in: gives a node of a graph around this one in this one.
+    """
 
-    def keep(self, truth: Truth, batch: Length) -> Node:
-        """A bool tensor [B, Sk]: True where the key may be seen."""
-        found = self._truth(truth)
-        if self._all_if_none:
-            found = self._emit(aten.logical_or.default, found, self._emit(aten.logical_not.default, self._any_key(found)))
-        shape = found.meta["val"].shape
-        wanted = (batch, self._k_len)
-        if all(a is b or a == b for a, b in zip(shape, wanted, strict=True)):
-            return found
-        return self._emit(aten.expand.default, found, [self._emit.size(batch), self._emit.size(self._k_len)])
+    def __init__(
+        self,
+        emit: Emitter,
+        elements: Sequence[Node],
+        device: torch.device,
+        lengths: Mapping[sympy.Symbol, Length],
+        bring_in: Callable[[Node], Node],
+    ) -> None:
+        self._emit, self._elements, self.device = emit, elements, device
+        self._lengths, self._bring_in = lengths, bring_in
 
-    def _any_key(self, keep: Node) -> Node:
-        return self._emit(aten.any.dim, keep, 1, True)
-
-    def documents(self, element: Expr) -> Node:
-        """An integer tensor [B or 1, Sk]: the number of each key's document."""
-        return self._element(element)
-
-    def _truth(self, truth: Truth) -> Node:
+    def truth(self, truth: Truth, axis: sympy.Symbol) -> Node:
+        """A bool tensor."""
         emit = self._emit
+        if isinstance(truth, bool):
+            return emit(aten.full.default, [1, 1], truth, dtype=torch.bool, device=self.device)
         if isinstance(truth, (And, Or)):
             op = aten.logical_and.default if isinstance(truth, And) else aten.logical_or.default
             first, *rest = sorted(truth.parts, key=str)
-            found = self._truth(first)
+            found = self.truth(first, axis)
             for part in rest:
-                found = emit(op, found, self._truth(part))
+                found = emit(op, found, self.truth(part, axis))
             return found
         if isinstance(truth, Not):
-            return emit(aten.logical_not.default, self._truth(truth.inner))
+            return emit(aten.logical_not.default, self.truth(truth.inner, axis))
         if isinstance(truth, Given):
-            return self._element(truth.element)
+            return self._element(truth.element, axis)
         if isinstance(truth, Ge0):
-            return emit(aten.ge.Scalar, self._number(truth.expr), 0)
+            return emit(aten.ge.Scalar, self.number(truth.expr, axis), 0)
         if isinstance(truth, Eq0):
-            return emit(aten.eq.Scalar, self._number(truth.expr), 0)
-        if isinstance(truth, Less):
-            return emit(aten.lt.Scalar, self._number(truth.left - truth.right), 0)
-        raise AssertionError(f"a constant factor was left in the mask: {truth}")
+            return emit(aten.eq.Scalar, self.number(truth.expr, axis), 0)
+        assert isinstance(truth, Less)
+        return emit(aten.lt.Scalar, self.number(truth.left - truth.right, axis), 0)
 
-    def _number(self, expr: Expr) -> Node:
-        emit, total, constant = self._emit, None, 0.0
-        for term in sympy.Add.make_args(sympy.expand(expr)):
-            factor, rest = term.as_coeff_Mul()
-            if rest == 1:
-                constant += float(factor)
-                continue
-            part = self._keys() if rest == K else self._element(rest)
-            scaled = part if factor == 1 else emit(aten.mul.Scalar, part, _plain(factor))
-            total = scaled if total is None else emit(aten.add.Tensor, total, scaled)
-        assert total is not None
-        return total if constant == 0.0 else emit(aten.add.Scalar, total, _plain(sympy.nsimplify(constant)))
+    def number(self, value: Number, axis: sympy.Symbol) -> Node:
+        """An int64 tensor, or a float one where floats are compared."""
+        emit = self._emit
+        if isinstance(value, Choice):
+            then, other = self.number(value.then, axis), self.number(value.other, axis)
+            return emit(aten.where.self, self.truth(value.when, axis), then, other)
+        if isinstance(value, Element):
+            return self._element(value, axis)
+        if isinstance(value, sympy.Add):
+            return self._sum(value, axis)
+        if isinstance(value, sympy.Mul):
+            return self._product(value, axis)
+        if isinstance(value, sympy.floor):
+            numerator, divisor = quotient_of(value)
+            return emit(aten.div.Tensor_mode, self.number(numerator, axis), self.number(divisor, axis), rounding_mode="floor")
+        if isinstance(value, sympy.Mod):
+            return emit(aten.remainder.Tensor, *(self.number(part, axis) for part in value.args))
+        if isinstance(value, (sympy.Max, sympy.Min)):
+            op = aten.maximum.default if isinstance(value, sympy.Max) else aten.minimum.default
+            first, *rest = (self.number(part, axis) for part in sorted(value.args, key=str))
+            for part in rest:
+                first = emit(op, first, part)
+            return first
+        return self._positions(axis) if value == axis else self._constant(value)
 
-    def _keys(self) -> Node:
-        keys = self._emit(aten.arange.default, self._emit.size(self._k_len), device=self._device)
-        return self._emit(aten.unsqueeze.default, keys, 0)
+    def _sum(self, value: Expr, axis: sympy.Symbol) -> Node:
+        number, terms = value.as_coeff_Add()
+        first, *rest = (self.number(part, axis) for part in sympy.Add.make_args(terms))
+        for part in rest:
+            first = self._emit(aten.add.Tensor, first, part)
+        return first if number == 0 else self._emit(aten.add.Scalar, first, _plain(number))
 
-    def _element(self, element: Expr) -> Node:
-        """The tensor as [B or 1, Sk or 1]."""
-        emit, node = self._emit, self._bring_in(self._elements[int(element.args[0])])
+    def _product(self, value: Expr, axis: sympy.Symbol) -> Node:
+        number, factors = value.as_coeff_Mul()
+        first, *rest = (self.number(part, axis) for part in sympy.Mul.make_args(factors))
+        for part in rest:
+            first = self._emit(aten.mul.Tensor, first, part)
+        return first if number == 1 else self._emit(aten.mul.Scalar, first, _plain(number))
+
+    def _constant(self, value: Expr) -> Node:
+        held = _plain(value) if value.is_number else self._emit.symbol(value)
+        dtype = torch.float64 if isinstance(held, float) else torch.int64
+        return self._emit(aten.full.default, [1, 1], held, dtype=dtype, device=self.device)
+
+    def _positions(self, axis: sympy.Symbol) -> Node:
+        found = self._emit(aten.arange.default, self._emit.size(self._lengths[axis]), device=self.device)
+        return self._emit(aten.unsqueeze.default, found, 1 if axis == B else 0)
+
+    def _element(self, element: Expr, axis: sympy.Symbol) -> Node:
+        node = self._bring_in(self._elements[int(element.args[0])])
         indices = list(element.args[1:])
         for dim in reversed(range(len(indices))):
-            length = self._batch if indices[dim] == B else self._k_len
-            if not indices[dim].is_Integer and not same_size(shape_of(node)[dim], length):
-                # A mask may be longer than the keys it was cut to.
-                node = emit(aten.slice.Tensor, node, dim, 0, emit.size(length))
             if indices[dim].is_Integer:
-                node = emit(aten.select.int, node, dim, int(indices.pop(dim)))
-        if not node.meta["val"].dtype.is_floating_point and node.meta["val"].dtype not in (torch.bool, torch.int64):
-            node = emit(aten.to.dtype, node, torch.int64)  # small integers would wrap around below
-        if indices == [K, B]:
+                node = self._emit(aten.select.int, node, dim, int(indices.pop(dim)))
+        found = self._cut(node, indices, axis) or self._picked(node, indices, axis)
+        dtype = found.meta["val"].dtype
+        if not dtype.is_floating_point and dtype not in (torch.bool, torch.int64):
+            found = self._emit(aten.to.dtype, found, torch.int64)  # small integers would wrap around
+        return found
+
+    def _cut(self, node: Node, indices: Sequence[Expr], axis: sympy.Symbol) -> Node | None:
+        """The tensor by views alone, if its dims are batch and axis as they are or cut at either end."""
+        emit, seen = self._emit, []
+        for dim, index in enumerate(indices):
+            symbol = next((s for s in (B, axis) if s in index.free_symbols), None)
+            if symbol is None or symbol in seen or not (index - symbol).is_Integer or index - symbol < 0:
+                return None
+            seen.append(symbol)
+            start, length, size = int(index - symbol), self._lengths[symbol], shape_of(node)[dim]
+            if not statically_known_true(size >= length + start):
+                return None
+            if start or not same_size(size, length):
+                node = emit(aten.slice.Tensor, node, dim, start, emit.size(length + start))
+        if seen == [axis, B]:
             node = emit(aten.transpose.int, node, 0, 1)
-        if B not in indices:
-            node = emit(aten.unsqueeze.default, node, 0)
-        if K not in indices:
-            node = emit(aten.unsqueeze.default, node, 1)
+        for place, symbol in enumerate((B, axis)):
+            if symbol not in seen:
+                node = emit(aten.unsqueeze.default, node, place)
         return node
+
+    def _picked(self, node: Node, indices: Sequence[Expr], axis: sympy.Symbol) -> Node:
+        """The tensor by indexing.
+
+        An index outside it belongs to an element that the formula does not choose there: any other may stand for it.
+        """
+        emit, places = self._emit, []
+        for size, index in zip(shape_of(node), indices, strict=True):
+            place = self._positions(B) if index == B else self.number(index, axis)
+            last = emit(aten.full.default, [1, 1], emit.size(size - 1), dtype=torch.int64, device=self.device)
+            places.append(emit(aten.minimum.default, emit(aten.clamp.default, place, 0), last))
+        return emit(aten.index.Tensor, node, places)
 
 
 def _plain(number: Expr) -> int | float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import sympy
 import torch
 from torch.fx import Node
 
@@ -12,7 +13,6 @@ from dilcompile.passes.masks.bounds import Bounds
 from dilcompile.passes.masks.rules.rule import Rule
 from dilcompile.passes.masks.terms import (
     Choice,
-    Element,
     Expr,
     Indices,
     Number,
@@ -53,13 +53,13 @@ def _gathered(reader: MaskReader, node: Node, indices: Indices) -> Number | Trut
 
 
 def place(reader: MaskReader, index: Number, size: Length) -> Expr:
-    """An index that surely counts from the front (a negative one would count from the back)."""
+    """The index counted from the front: a negative one counts from the back, and one outside has no result."""
     if isinstance(index, Choice):
         raise Unreadable("an index that is a choice")
     bounds = Bounds(reader.sizes)
-    if not index.has(Element) and not (bounds.always(index) and bounds.always(as_expr(size) - 1 - index)):
-        raise Unreadable("an index that may count from the back")
-    return index
+    if bounds.always(index) and bounds.always(as_expr(size) - 1 - index):
+        return index
+    return sympy.Mod(index, as_expr(size))
 
 
 INDEXING: dict[str, Rule] = {
