@@ -43,6 +43,7 @@ class Axes:
         self.products: dict[Node, Product] = {}
         self._layouts: dict[Node, Layout] = {}
         self._of_products: set[Node] = set()
+        self._parametric = set(weights)
         for node in nodes:
             self._visit(node)
 
@@ -53,10 +54,12 @@ class Axes:
         return node in self._layouts
 
     def _visit(self, node: Node) -> None:
+        if node.op == "call_function" and node.all_input_nodes and self._parametric.issuperset(node.all_input_nodes):
+            self._parametric.add(node)
         if not is_tensor(node):
             return
         product = parse_product(node)
-        if product is not None and product.rhs not in self.weights and product.lhs not in self.weights:
+        if product is not None and not self._is_layer(product):
             self.products[node] = product
         layout = None
         if node.op == "call_function":
@@ -74,6 +77,12 @@ class Axes:
         self._layouts[node] = self._varying(node, self._checked(node, layout))
         if node in self.products or self._carries_scores(node):
             self._of_products.add(node)
+
+    def _is_layer(self, product: Product) -> bool:
+        """A projection by weights; ``linear`` is one too where its weights are anything made of parameters alone."""
+        if product.rhs in self.weights or product.lhs in self.weights:
+            return True
+        return op_name(product.node) == "linear" and product.rhs in self._parametric
 
     def _carries_scores(self, node: Node) -> bool:
         """Is it scores, moved or changed element by element?"""
@@ -157,7 +166,6 @@ class Axes:
             layout[out] = tuple(atom for atom in chosen if atom is not None)
         mine = {id(atom) for dim, _ in product.lhs_free for atom in leaves(lhs[dim])}
         theirs = {id(atom) for dim, _ in product.rhs_free for atom in leaves(rhs[dim])}
-        weight = product.rhs in self.weights or product.lhs in self.weights
         for free, operand, others in ((product.lhs_free, lhs, theirs), (product.rhs_free, rhs, mine)):
             for dim, out in free:
                 atoms = leaves(operand[dim])
@@ -165,8 +173,8 @@ class Axes:
                     # Self-attention: one token axis on both sides becomes a row axis and a column axis.
                     atoms = tuple(Atom(atom.size, atom.role, atom.broadcast, atom) for atom in atoms)
                 layout[out] = atoms
-        if weight:
-            free = product.rhs_free if product.rhs in self.weights else product.lhs_free
+        if self._is_layer(product):
+            free = product.lhs_free if product.lhs in self.weights else product.rhs_free
             for _, out in free:
                 layout[out] = self.fresh(shape[out], "feature")
         return tuple(layout)

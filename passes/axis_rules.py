@@ -218,10 +218,6 @@ def _stack(axes: Axes, node: Node) -> Layout | None:
     return tuple(after)
 
 
-def _linear(axes: Axes, node: Node) -> Layout:
-    return (*_input(axes, node)[:-1], axes.fresh(shape_of(node)[-1], "feature"))
-
-
 def _addmm(axes: Axes, node: Node) -> Layout | None:
     x = node.args[1]
     assert isinstance(x, Node)
@@ -242,11 +238,13 @@ def _embedding(axes: Axes, node: Node) -> Layout:
     return axes[ids] + (axes.fresh(shape_of(node)[-1], "feature"),)
 
 
-def attention(axes: Axes, call: Node) -> Layout:
+def attention(axes: Axes, call: Node) -> Layout | None:
     """The output of a whole attention: batch, heads and rows of the queries, features of the values."""
     operands = [arg for arg in call.args[:3] if isinstance(arg, Node)]
     q, _, v = operands
     shape = shape_of(q)
+    if any(len(shape_of(operand)) != len(shape) for operand in operands):
+        return None
     letters = dims_of(axes.calls[full_name(call)], len(shape))
     layout = []
     for dim, letter in enumerate(letters):
@@ -299,7 +297,6 @@ RULES: dict[str, Rule] = {
     "pad": _pad,
     "constant_pad_nd": _pad,
     "stack": _stack,
-    "linear": _linear,
     "addmm": _addmm,
     "conv1d": _conv,
     "conv2d": _conv,

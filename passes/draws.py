@@ -77,7 +77,9 @@ def draws(trial: Trial, known: Mapping[Node, Any]) -> Iterator[Values]:
         kinds.insert(0, "as given")
     for seed, kind in enumerate(kinds):
         generator = torch.Generator().manual_seed(seed)
-        yield Values(kind, tuple(_value(leaf, kind, leaf in trial.cuts, leaf in asked, known, generator) for leaf in trial.leaves))
+        yield Values(
+            kind, tuple(_value(leaf, kind, leaf in trial.cuts, leaf in asked, known, generator) for leaf in trial.leaves)
+        )
 
 
 def _is_data(leaf: Node, known: Mapping[Node, Any]) -> bool:

@@ -46,11 +46,11 @@ class LooseEnds:
         """An exponential that no rule has read.
 
         Raises:
-            Unproven: if it is summed and stands between two products, as a softmax would.
+            Unproven: if it is summed or divided and stands between two products, as a softmax would.
         """
         if op_name(node) != "exp" or node in self._read or node not in self.facts.scores or node not in self._feeding:
             return
-        if any(op_name(user) == "sum" for user in node.users):
+        if any(op_name(user) == "sum" or (op_name(user) == "div" and user.args[0] is node) for user in node.users):
             raise Unproven(node, "the exponentials of the scores are not divided by their own sum", "write torch.softmax")
 
     def _first(self, start: Node, around: Callable[[Node], list[Node]], found: Callable[[Node], bool]) -> Node:

@@ -17,7 +17,7 @@ class Product:
         batch: (dim of lhs or None, dim of rhs or None, dim of out) multiplied elementwise.
         lhs_free, rhs_free: (dim, dim of out) that only one side has.
         contracted: (dim of lhs, dim of rhs) that are summed over.
-        addend: a tensor added to the product (``baddbmm``), or None.
+        addend: a tensor added to the product (``baddbmm``, ``linear``), or None.
     """
 
     node: Node
@@ -42,6 +42,8 @@ def parse_product(node: Node) -> Product | None:
     if name == "baddbmm":
         plain = _matmul(node, node.args[1], node.args[2])
         return None if plain is None else _with_addend(plain, node)
+    if name == "linear":
+        return _linear(node)
     if name == "einsum":
         return _einsum(node)
     return None
@@ -69,6 +71,24 @@ def _matmul(node: Node, lhs: Any, rhs: Any) -> Product | None:
         lhs_free=((left - 2, rank - 2),),
         rhs_free=((right - 1, rank - 1),),
         contracted=((left - 1, right - 2),),
+    )
+
+
+def _linear(node: Node) -> Product | None:
+    """``lhs x rhs^T + addend``: with computed "weights" of two dims it is a product like any other."""
+    lhs, rhs = node.args[:2]
+    left, right = _rank(lhs), _rank(rhs)
+    if left is None or right != 2 or left < 1:
+        return None
+    return Product(
+        node,
+        lhs,  # type: ignore[arg-type]
+        rhs,  # type: ignore[arg-type]
+        batch=(),
+        lhs_free=tuple((dim, dim) for dim in range(left - 1)),
+        rhs_free=((0, left - 1),),
+        contracted=((left - 1, 1),),
+        addend=node.args[2] if len(node.args) > 2 and isinstance(node.args[2], Node) else None,
     )
 
 

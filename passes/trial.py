@@ -1,8 +1,8 @@
 """One site cut out of its graph together with its replacement, so that the two can be run side by side in float64.
 
-The replacement's operands are where the graph is cut: queries, keys, values and biases that depend on activations or weights may then
-hold any numbers. What is made of positions, masks and constants alone is not cut there but computed from the graph's own inputs, because
-a mask and what was read off it must come from the same input.
+The replacement's operands are where the graph is cut: queries, keys, values and biases that depend on activations or weights may
+then hold any numbers. What is made of positions, masks and constants alone is not cut there but computed from the graph's own
+inputs, because a mask and what was read off it must come from the same input.
 """
 
 from __future__ import annotations
@@ -28,16 +28,20 @@ class Trial:
     """A site's own computation beside its replacement.
 
     Args:
-        gm: takes the values of ``leaves``, in their order, and gives (the site's own output, the replacement's). All of it computes
-            in float64 on the CPU, without dropout, by whichever kernel supports that.
+        gm: takes the values of ``leaves``, in their order, and gives (the site's own output, the replacement's). All of it
+            computes in float64 on the CPU, without dropout, by whichever kernel supports that.
         leaves: the nodes of the whole graph whose values it needs: where it was cut, and inputs of the graph.
         cuts: those of them that may hold any numbers.
+        tables: those of them that are buffers, with their values.
+        training: gradients will be asked for.
         inside: the site stands in the body of a checkpoint, whose values nobody sees from outside.
     """
 
     gm: GraphModule
     leaves: tuple[Node, ...]
     cuts: frozenset[Node]
+    tables: Mapping[Node, torch.Tensor]
+    training: bool
     inside: bool
 
 
@@ -72,7 +76,36 @@ def cut_out(graph: Graph, mark: Node, output: Node, result: Node) -> Trial:
         copies[node] = _copied(mini, node, {own: copies[cutter.outer(own)] for own in node.all_input_nodes}, root)
     mini.output((copies[cutter.outer(output)], copies[cutter.outer(result)]))
     cuts = frozenset(leaf for leaf in leaves if leaf.op != "placeholder" or cutter.active(leaf))
-    return Trial(GraphModule(root, mini), tuple(leaves), cuts, graph.call is not None)
+    tables = {leaf: table for leaf in leaves if (table := cutter.table(leaf)) is not None}
+    return Trial(GraphModule(root, mini), tuple(leaves), cuts, tables, graph.training, graph.call is not None)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A whole graph that gives the values of the leaves of trials.
+
+    Args:
+        gm: takes the graph's inputs, gives the values of ``leaves`` in their order.
+        written: positions of the inputs whose memory it writes to.
+    """
+
+    gm: GraphModule
+    leaves: tuple[Node, ...]
+    written: frozenset[int]
+
+
+def probe(gm: GraphModule, trials: Iterable[Trial]) -> Probe:
+    """The probe for trials of a graph, made before anything that they need is erased."""
+    leaves = tuple(dict.fromkeys(leaf for trial in trials for leaf in trial.leaves))
+    graph = FxGraph()
+    copies: dict[Node, Node] = {}
+    graph.graph_copy(gm.graph, copies)
+    graph.output([copies[leaf] for leaf in leaves])
+    graph.eliminate_dead_code()
+    storages = {storage(target) for node in gm.graph.nodes for target in written(node)}
+    inputs = enumerate(gm.graph.find_nodes(op="placeholder"))
+    overwritten = frozenset(i for i, node in inputs if is_tensor(node) and storage(node) in storages)
+    return Probe(GraphModule(gm, graph), leaves, overwritten)
 
 
 @dataclass
@@ -95,16 +128,14 @@ class _Cutter:
 
     def outer(self, node: Node) -> Node:
         """What a checkpoint's input stands for in the graph around it, as long as it still holds that."""
-        region: Graph | None = self.graph
-        while region is not None and node.op == "placeholder" and region.call is not None and region.parent is not None:
-            if node.graph is not region.gm.graph:
-                region = region.parent
-                continue
-            position = list(region.gm.graph.find_nodes(op="placeholder")).index(node)
-            argument = region.call.args[1 + position]
-            if not isinstance(argument, Node) or (is_tensor(argument) and region.parent.stale(argument, region.call)):
-                return node
-            node, region = argument, region.parent
+        region = self.graph
+        while node.op == "placeholder" and region.parent is not None:
+            if node.graph is region.gm.graph:
+                argument = _argument(region, node)
+                if argument is None:
+                    return node
+                node = argument
+            region = region.parent
         return node
 
     def active(self, node: Node) -> bool:
@@ -122,14 +153,18 @@ class _Cutter:
         return self._active[node]
 
     def _is_source(self, node: Node) -> bool:
-        if node.op != "placeholder" or not is_tensor(node) or not node.meta["val"].dtype.is_floating_point:
+        if node.op != "placeholder" or not is_tensor(node):
             return False
+        return bool(node.meta["val"].dtype.is_floating_point) and self.table(node) is None
+
+    def table(self, node: Node) -> torch.Tensor | None:
+        """The value of a buffer."""
         region: Graph | None = self.graph
         while region is not None:
             if node in region.tables:
-                return False
+                return region.tables[node]
             region = region.parent
-        return True
+        return None
 
     def slice_of(self, ends: Iterable[Node]) -> tuple[list[Node], list[Node]]:
         """The leaves and the nodes between them and ``ends``, both in the order in which they are computed."""
@@ -151,12 +186,7 @@ class _Cutter:
         return self._ordered(leaves), self._ordered(nodes)
 
     def _is_cut(self, node: Node) -> bool:
-        return (
-            node in self._operands
-            and is_tensor(node)
-            and bool(node.meta["val"].dtype.is_floating_point)
-            and self.active(node)
-        )
+        return node in self._operands and is_tensor(node) and bool(node.meta["val"].dtype.is_floating_point) and self.active(node)
 
     def _before_output(self, write: Node) -> bool:
         return write.graph is not self.output.graph or write < self.output
@@ -170,6 +200,17 @@ class _Cutter:
         for region in reversed(regions):
             found += sorted(node for node in nodes if node.graph is region.gm.graph)
         return found
+
+
+def _argument(body: Graph, placeholder: Node) -> Node | None:
+    """The node of the graph around ``body`` whose value this input has; None if it was written to in between."""
+    assert body.call is not None
+    assert body.parent is not None
+    position = list(body.gm.graph.find_nodes(op="placeholder")).index(placeholder)
+    argument = body.call.args[1 + position]
+    if not isinstance(argument, Node) or (is_tensor(argument) and body.parent.stale(argument, body.call)):
+        return None
+    return argument
 
 
 def _copied(mini: FxGraph, node: Node, inputs: Mapping[Node, Node], root: dict[str, Any]) -> Node:

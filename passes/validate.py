@@ -1,6 +1,7 @@
 """Prove a rewrite by trial: the site's own computation and its replacement on the same inputs, in float64.
 
-What is compared is what the finder read of the site (roles, scale, mask, bias), so a site that becomes approximate is tried as the dense form.
+What is compared is what the finder read of the site (roles, scale, mask, bias), so a site that becomes approximate is tried as
+the dense form.
 """
 
 from __future__ import annotations
@@ -47,21 +48,17 @@ class Finding:
         return f"{figures} ({self.where})" if self.where else figures
 
 
-def tried_at_random(trial: Trial, known: Mapping[Node, Any], gradients: bool) -> Finding:
+def tried_at_random(trial: Trial, known: Mapping[Node, Any]) -> Finding:
     """The trial on drawn inputs; see ``draws``."""
-    return tried(trial, draws(trial, known), gradients)
+    return tried(trial, draws(trial, known))
 
 
-def tried(trial: Trial, inputs: Iterable[Values], gradients: bool) -> Finding:
-    """The trial on these inputs.
-
-    Args:
-        gradients: compare the gradients of everything that was cut, too.
-    """
+def tried(trial: Trial, inputs: Iterable[Values]) -> Finding:
+    """The trial on these inputs: its output and, in training, the gradients of everything that was cut."""
     finding = Finding()
     for values in inputs:
         try:
-            found = _compared(trial, values, gradients)
+            found = _compared(trial, values)
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             finding = Finding(finding.runs, finding.rel_l2, finding.largest, finding.where, finding.failure or reason)
@@ -71,15 +68,15 @@ def tried(trial: Trial, inputs: Iterable[Values], gradients: bool) -> Finding:
     return finding
 
 
-def _compared(trial: Trial, values: Values, gradients: bool) -> Finding:
+def _compared(trial: Trial, values: Values) -> Finding:
     # Copies: both sides may be written in place.
     held = [value.clone() if isinstance(value, Tensor) else value for value in values.held]
-    free = [value for leaf, value in zip(trial.leaves, held, strict=True) if leaf in trial.cuts] if gradients else []
+    free = [value for leaf, value in zip(trial.leaves, held, strict=True) if leaf in trial.cuts] if trial.training else []
     given = [value.requires_grad_().clone() if any(value is own for own in free) else value for value in held]
-    with torch.set_grad_enabled(gradients):
+    with torch.set_grad_enabled(trial.training):
         own, new = trial.gm(*given)
     pairs = [("output", own.detach(), new.detach())]
-    if gradients and own.requires_grad:
+    if trial.training and own.requires_grad:
         weights = torch.randn(own.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         grads = [torch.autograd.grad(side, free, weights, retain_graph=True, allow_unused=True) for side in (own, new)]
         for index, (a, b) in enumerate(zip(*grads, strict=True)):

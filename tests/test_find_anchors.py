@@ -1,0 +1,146 @@
+"""Every spelling rule: what it must find, exactly, and what it must not; each negative is named by its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from finding import Call, Case, check, double  # noqa: F401  (the fixture works by being here)
+from torch import Tensor
+
+from dilcompile.passes.spellings import SPELLINGS
+
+B, H, S, D = 2, 3, 7, 4
+INF = float("inf")
+aten = torch.ops.aten
+
+
+def qkv() -> tuple[Tensor, ...]:
+    return torch.randn(B, H, S, D), torch.randn(B, H, S, D), torch.randn(B, H, S, D)
+
+
+def with_padding(empty: bool = False) -> Callable[[], tuple[Tensor, ...]]:
+    """Queries, keys, values, and true where a key counts; with ``empty`` the first batch row has no keys."""
+
+    def make() -> tuple[Tensor, ...]:
+        keep = torch.ones(B, S, dtype=torch.bool)
+        keep[1, -3:] = False
+        keep[0] = not empty
+        return (*qkv(), keep[:, None, None])
+
+    return make
+
+
+def later() -> Tensor:
+    return torch.ones(S, S, dtype=torch.bool).triu(1)
+
+
+def written(weights: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Causal attention with a softmax of one's own."""
+    return lambda q, k, v: weights((q @ k.mT * 0.4).masked_fill(later(), -INF)) @ v
+
+
+def padded(weights: Callable[..., Tensor], fill: float = -INF) -> Callable[..., Tensor]:
+    return lambda q, k, v, keep: weights((q @ k.mT).masked_fill(~keep, fill)) @ v
+
+
+def over_sum(e: Tensor, dim: int = -1) -> Tensor:
+    return e / e.sum(dim, keepdim=True)
+
+
+def shifted(s: Tensor, dim: int = -1) -> Tensor:
+    return (s - s.amax(dim, keepdim=True)).exp()
+
+
+def _twice(s: Tensor) -> Tensor:
+    e = s.exp()
+    return e / e.sum(-1, keepdim=True) * 2
+
+
+CASES: dict[str, list[Case]] = {
+    "sdpa": [
+        ("found", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3), qkv, "causal (zero)"),
+        ("not found: a scale of data", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=float(q.shape[-1]) ** -0.25), qkv, "none (zero)"),
+        ("not found: ranks differ", lambda q, k, v: F.scaled_dot_product_attention(q, k[0], v[0]), qkv, "miss: query, key and value have different ranks"),
+        ("not found: one head in place of a sequence", lambda q, k, v: F.scaled_dot_product_attention(q[0, 0, 0], k[0, 0], v[0, 0]) if q.dim() == 5 else q * k, qkv, "nothing"),
+    ],
+    "fused sdpa": [
+        ("found", lambda q, k, v: aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0], qkv, "causal (zero)"),
+        ("found: math", lambda q, k, v: aten._scaled_dot_product_attention_math(q, k, v, None, 0.0, True, scale=0.3)[0], qkv, "causal (zero)"),
+        ("found: a mask", lambda q, k, v, m: aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=torch.zeros(B, 1, 1, S).masked_fill(~m, -INF))[0], with_padding(), "padding (zero)"),
+        ("not found: the log-sum-exp is used", lambda q, k, v: aten._scaled_dot_product_attention_math(q, k, v), qkv, "miss: the log-sum-exp or another by-product of the call is used too"),
+        ("not found: the dropout mask is given", lambda q, k, v: aten._scaled_dot_product_attention_math(q, k, v, None, 0.5, False, torch.ones(B, H, S, S))[0], qkv, "miss: the dropout mask is given"),
+        ("not found: nothing is used", lambda q, k, v: (aten._scaled_dot_product_attention_math(q, k, v), q * v)[1], qkv, "nothing"),
+    ],
+    "softmax": [
+        ("found", written(lambda s: s.softmax(-1)), qkv, "causal (zero)"),
+        ("found: safe", padded(lambda s: aten._safe_softmax(s, -1)), with_padding(empty=True), "padding (zero)"),
+        ("found: over the rows of transposed scores", lambda q, k, v: (k @ q.mT).softmax(-2).mT @ v, qkv, "none (zero)"),
+        ("found: scores by F.linear", lambda q, k, v: F.softmax(F.linear(q[:, 0], k[0, 0]), -1) @ v[0, 0], qkv, "none (zero)"),
+        ("found: both by F.linear", lambda q, k, v: F.linear(F.softmax(F.linear(q[0, 0], k[0, 0]), -1), v[0, 0].mT), qkv, "none (zero)"),
+        ("not found: over the heads", lambda q, k, v: (q @ k.mT).softmax(1) @ v, qkv, "miss: the softmax does not run over the key axis of the product"),
+        ("not found: F.linear with a bias of data", lambda q, k, v: F.softmax(F.linear(q[0, 0], k[0, 0], v[0, 0, :, 0]), -1) @ v[0, 0], qkv, "none + bias (zero)"),
+        ("not found: a router", lambda q, k, v: q.flatten(2).softmax(-1) * v.flatten(2), qkv, "nothing"),
+        ("not found: rolled scores", lambda q, k, v: (q @ k.mT).roll(1, -1).softmax(-1) @ v, qkv, "miss: aten.roll stands between the product and the softmax"),
+        ("not found: sorted weights", lambda q, k, v: (q @ k.mT).softmax(-1).flip(-1) @ v, qkv, "miss: aten.flip stands between the softmax and the values"),
+    ],
+    "exp of log_softmax": [
+        ("found", written(lambda s: s.log_softmax(-1).exp()), qkv, "causal (zero)"),
+        ("found: the least number", padded(lambda s: F.log_softmax(s, -1).exp(), -1e30), with_padding(empty=True), "padding (uniform)"),
+        ("not found: logarithms halved", written(lambda s: (s.log_softmax(-1) / 2).exp()), qkv, "nothing"),
+        ("not found: the logarithms themselves", lambda q, k, v: (q @ k.mT).log_softmax(-1) @ v, qkv, "nothing"),
+        ("not found: over the queries", lambda q, k, v: (q @ k.mT).log_softmax(-2).exp() @ v, qkv, "miss: the value product does not sum over the key axis"),
+    ],
+    "exp less logsumexp": [
+        ("found", written(lambda s: (s - s.logsumexp(-1, keepdim=True)).exp()), qkv, "causal (zero)"),
+        ("found: as a row", written(lambda s: (s - s.logsumexp(-1)[..., None]).exp()), qkv, "causal (zero)"),
+        ("kept: rows that lose their number in rounding", padded(lambda s: (s - s.logsumexp(-1, keepdim=True)).exp(), -1e30), with_padding(empty=True), "kept: padding (other)"),
+        ("not found: less the column's", lambda q, k, v: (lambda s: s - s.logsumexp(-2, keepdim=True))(q @ k.mT).exp() @ v, qkv, "miss: the value product does not sum over the key axis"),
+        ("not found: less another's", lambda q, k, v: (lambda s: s - (2 * s).logsumexp(-1, keepdim=True))(q @ k.mT).exp() @ v, qkv, "nothing"),
+        ("not found: less half of it", lambda q, k, v: (lambda s: torch.sub(s, s.logsumexp(-1, keepdim=True), alpha=0.5))(q @ k.mT).exp() @ v, qkv, "nothing"),
+    ],
+    "exp over sum": [
+        ("found", written(lambda s: over_sum(s.exp())), qkv, "causal (zero)"),
+        ("found: the maximum taken off", written(lambda s: over_sum(shifted(s))), qkv, "causal (zero)"),
+        ("found: the maximum as a pair", written(lambda s: over_sum((s - s.max(-1, keepdim=True).values).exp())), qkv, "causal (zero)"),
+        ("found: a detached maximum", written(lambda s: over_sum((s - s.detach().amax(-1, keepdim=True)).exp())), qkv, "causal (zero)"),
+        ("found: by the reciprocal", written(lambda s: s.exp() * s.exp().sum(-1, keepdim=True).reciprocal()), qkv, "nothing"),
+        ("found: by its own reciprocal", written(lambda s: (lambda e: e * e.sum(-1, keepdim=True).reciprocal())(s.exp())), qkv, "causal (zero)"),
+        ("found: clamped without effect", written(lambda s: (lambda e: e / e.sum(-1, keepdim=True).clamp(min=1e-6))(shifted(s))), qkv, "causal (zero)"),
+        ("found: a number in the sum", padded(lambda s: (lambda e: e / (e.sum(-1, keepdim=True) + 1e-3))(s.exp())), with_padding(empty=True), "padding (zero)"),
+        ("found: softmax1", written(lambda s: (lambda e: e / (1 + e.sum(-1, keepdim=True)))(s.exp())), qkv, "causal (zero)"),
+        ("found: masked exponentials", lambda q, k, v, m: over_sum((q @ k.mT).exp() * m) @ v, with_padding(), "padding (nan)"),
+        ("found: filled exponentials", lambda q, k, v, m: over_sum(shifted(q @ k.mT).masked_fill(~m, 0.0)) @ v, with_padding(), "padding (nan)"),
+        ("found: rows that see nothing, the maximum taken off", padded(lambda s: over_sum(shifted(s)), -1e30), with_padding(empty=True), "padding (uniform)"),
+        ("not found: a number in the shifted sum", written(lambda s: (lambda e: e / (e.sum(-1, keepdim=True) + 1))(shifted(s))), qkv, "miss: a number is added to the sum after the row's maximum was taken off: it weighs differently in every row"),
+        ("not found: clamped", written(lambda s: (lambda e: e / e.sum(-1, keepdim=True).clamp(min=2.0))(s.exp())), qkv, "miss: the sum of exponentials is clamped"),
+        ("not found: clamped where the maximum may be masked", lambda q, k, v, m: (lambda e: e / e.sum(-1, keepdim=True).clamp(min=0.5))(shifted(q @ k.mT) * m) @ v, with_padding(), "miss: the sum of exponentials is clamped"),
+        ("not found: over the column's sum", lambda q, k, v: over_sum((q @ k.mT).exp(), -2) @ v, qkv, "miss: the value product does not sum over the key axis"),
+        ("not found: over another's sum", lambda q, k, v: (lambda s: s.exp() / (2 * s).exp().sum(-1, keepdim=True))(q @ k.mT) @ v, qkv, "miss: the exponentials of the scores are not divided by their own sum"),
+        ("not found: divided after the values", lambda q, k, v: (lambda e: e @ v / e.sum(-1, keepdim=True))((q @ k.mT).exp()), qkv, "miss: the exponentials of the scores are not divided by their own sum"),
+        ("not found: twice as much", lambda q, k, v: _twice(q @ k.mT) @ v, qkv, "miss: the probabilities are multiplied (a head mask or renormalisation)"),
+        ("not found: the sum of masked ones under the others", lambda q, k, v, m: (lambda e: e / (e * m).sum(-1, keepdim=True))((q @ k.mT).exp()) @ v, with_padding(), "miss: the exponentials of the scores are not divided by their own sum"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [case for cases in CASES.values() for case in cases], ids=lambda case: case[0])
+def test_spellings(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda spelling: spelling.name)
+def test_every_spelling_has_a_positive_and_three_negatives(spelling: Any) -> None:
+    names = [name for name, *_ in CASES[spelling.name]]
+    assert sum(name.startswith("found") for name in names) >= 1
+    assert sum(name.startswith(("not found", "kept")) for name in names) >= 3
+
+
+def test_rows_without_keys_under_infinity() -> None:
+    """What exp / sum gives there is NaN whatever the fill, unless the maximum was taken off."""
+    for weights, fill in ((lambda s: over_sum(s.exp()), -1e30), (lambda s: s.log_softmax(-1).exp(), -INF)):
+        with torch.no_grad():
+            check(("nan", padded(weights, fill), with_padding(empty=True), "padding (nan)"), gradients=False)
