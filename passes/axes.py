@@ -36,14 +36,19 @@ class Axes:
     Args:
         weights: what is made of parameters alone.
         calls: operators that compute a whole attention, and the order of their dims (see ``Attention``).
+
+    Attributes:
+        products: the products of two activations.
+        of_products: they, and what is made of them element by element.
+        parametric: anything made of parameters alone.
     """
 
     def __init__(self, nodes: Sequence[Node], weights: frozenset[Node], calls: Mapping[str, str] = _NO_CALLS) -> None:
         self.weights, self.calls = weights, calls
         self.products: dict[Node, Product] = {}
         self._layouts: dict[Node, Layout] = {}
-        self._of_products: set[Node] = set()
-        self._parametric = set(weights)
+        self.of_products: set[Node] = set()
+        self.parametric = set(weights)
         for node in nodes:
             self._visit(node)
 
@@ -54,8 +59,8 @@ class Axes:
         return node in self._layouts
 
     def _visit(self, node: Node) -> None:
-        if node.op == "call_function" and node.all_input_nodes and self._parametric.issuperset(node.all_input_nodes):
-            self._parametric.add(node)
+        if node.op == "call_function" and node.all_input_nodes and self.parametric.issuperset(node.all_input_nodes):
+            self.parametric.add(node)
         if not is_tensor(node):
             return
         product = parse_product(node)
@@ -76,17 +81,17 @@ class Axes:
                 layout = self._pointwise(node)
         self._layouts[node] = self._varying(node, self._checked(node, layout))
         if node in self.products or self._carries_scores(node):
-            self._of_products.add(node)
+            self.of_products.add(node)
 
     def _is_layer(self, product: Product) -> bool:
         """A projection by weights; ``linear`` is one too where its weights are anything made of parameters alone."""
         if product.rhs in self.weights or product.lhs in self.weights:
             return True
-        return op_name(product.node) == "linear" and product.rhs in self._parametric
+        return op_name(product.node) == "linear" and product.rhs in self.parametric
 
     def _carries_scores(self, node: Node) -> bool:
         """Is it scores, moved or changed element by element?"""
-        if self._of_products.isdisjoint(node.all_input_nodes):
+        if self.of_products.isdisjoint(node.all_input_nodes):
             return False
         name = op_name(node)
         return name in KEEPS_LAYOUT or name in MOVES_ONLY or is_pointwise(node)
@@ -143,7 +148,7 @@ class Axes:
         shape = shape_of(node)
         layout: list[Leaves] = [()] * len(shape)
         # Scores keep their axes, on whichever side of a mask they stand.
-        for arg in sorted(tensor_args(node), key=lambda arg: arg not in self._of_products):
+        for arg in sorted(tensor_args(node), key=lambda arg: arg not in self.of_products):
             inner = self._layouts[arg]
             for back in range(1, len(inner) + 1):
                 if not layout[-back] or all(atom.broadcast for atom in leaves(layout[-back])):
@@ -156,7 +161,7 @@ class Axes:
         lhs, rhs = self._layouts[product.lhs], self._layouts[product.rhs]
         shape = shape_of(node)
         layout: list[Leaves] = [()] * len(shape)
-        swapped = product.rhs in self._of_products and product.lhs not in self._of_products
+        swapped = product.rhs in self.of_products and product.lhs not in self.of_products
         for left, right, out in product.batch:
             pairs = align(() if left is None else lhs[left], () if right is None else rhs[right])
             if pairs is None:

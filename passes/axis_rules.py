@@ -185,7 +185,8 @@ def _cat(axes: Axes, node: Node) -> Layout | None:
     if not usable:
         return None
     dim = _dim(node, 1, len(shape))
-    after = list(axes[usable[0]])
+    # Scores keep their axes, on whichever side of other columns they stand.
+    after = list(axes[next((part for part in usable if part in axes.of_products), usable[0])])
     newest = axes[usable[-1]][dim]
     after[dim] = axes.fresh(shape[dim], role_of(newest), newest)
     if len(usable) == len(parts):

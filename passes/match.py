@@ -14,7 +14,7 @@ from dilcompile.passes.masks.read import ReadMask
 from dilcompile.passes.masks.terms import Truth
 from dilcompile.passes.operands import Operand, strip
 from dilcompile.passes.provenance import layer_index, module_path, source_line
-from dilcompile.passes.read_operands import read_site_mask
+from dilcompile.passes.read_operands import Sinks, read_site_mask
 from dilcompile.passes.regions import Graph
 from dilcompile.passes.roles import Roles
 from dilcompile.passes.unproven import Unproven
@@ -85,9 +85,9 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
         capped=proof.softcap is not None,
         training=graph.training,
         rule=proof.empty,
-        sunk=bool(proof.sinks),
+        sinks=_sinks(proof.sinks, facts),
     )
-    _readable_at(at, mask, (*bias, *(sink for sink in proof.sinks)), graph)
+    _readable_at(at, mask, (*bias, *proof.sinks), graph)
     module, spec = module_path(proof.anchor), mask.spec
     site = AttentionSite(
         index=index,
@@ -117,6 +117,14 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
     )
     tables = frozenset(facts.reader.used_tables & graph.tables.keys())
     return Match(site, roles, q, k, v, mask, bias, proof.sinks, tables)
+
+
+def _sinks(sinks: tuple[Sink, ...], facts: Facts) -> Sinks:
+    if not sinks:
+        return "none"
+    logits = [sink.logit for sink in sinks]
+    ordinary = all(logit in facts.axes.parametric if isinstance(logit, Node) else abs(logit) < 1e4 for logit in logits)
+    return "ordinary" if ordinary else "data"
 
 
 def _readable_at(output: Node, mask: ReadMask, beside: tuple[MaskOperand | Sink, ...], graph: Graph) -> None:

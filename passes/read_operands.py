@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import sympy
 import torch
@@ -26,6 +27,8 @@ from dilcompile.passes.roles import Roles
 from dilcompile.passes.unproven import Unproven
 from dilcompile.site import Length
 
+Sinks = Literal["none", "ordinary", "data"]
+
 # A logit beside which every ordinary one has all the weight.
 _NOTHING = -1e30
 
@@ -41,7 +44,7 @@ def read_site_mask(
     capped: bool = False,
     training: bool = False,
     rule: EmptyRule = "plain",
-    sunk: bool = False,
+    sinks: Sinks = "none",
 ) -> tuple[ReadMask, tuple[MaskOperand, ...]]:
     """The conjunction of all masks, and the operands that are biases.
 
@@ -51,7 +54,7 @@ def read_site_mask(
         capped: the scores go through a soft cap before they are masked.
         training: gradients are asked for.
         rule: what the spelling makes of rows that see nothing.
-        sunk: learned or constant sinks stand beside the keys.
+        sinks: what stands beside the keys: nothing, logits that are ordinary numbers, or data.
     """
     lengths = Lengths(*sizes)
     places = _places(roles, lengths)
@@ -72,16 +75,17 @@ def read_site_mask(
     empty = empty_rows(hidings, rule == "zero")
     if rule == "odd" and empty in ("uniform", "shifted"):
         empty = "other"
-    if sunk and empty != "zero":
+    if sinks != "none" and hidings:
         # Next to an ordinary sink, keys at the least number weigh nothing at all.
-        empty = "zero" if all(fill <= _NOTHING for hiding in hidings for fill in hiding.fills) else "other"
+        nothing = all(fill <= _NOTHING for hiding in hidings for fill in hiding.fills)
+        empty = "zero" if nothing and sinks == "ordinary" else "other"
     if empty == "shifted" and not training:
         empty = "uniform"
     elif empty == "shifted" and (bias or capped):
         # Their gradients in a row without keys would have to be reproduced too.
         empty = "other"
     read = read_mask(places.whole(keep), empty, reader, lengths)
-    return (read if rule == "odd" or sunk else _seen_through(read, hidings)), tuple(bias)
+    return (read if rule == "odd" or sinks != "none" else _seen_through(read, hidings)), tuple(bias)
 
 
 def _visible(operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader) -> tuple[Truth, Hiding | None]:
