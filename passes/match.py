@@ -10,6 +10,7 @@ from torch.fx import Node
 from dilcompile.passes.anchors import EmptyRule, MaskOperand, Sink
 from dilcompile.passes.atoms import Atom, Leaves
 from dilcompile.passes.facts import Facts
+from dilcompile.passes.masks.place import place_of
 from dilcompile.passes.masks.read import ReadMask
 from dilcompile.passes.masks.terms import Truth
 from dilcompile.passes.operands import Operand, strip
@@ -134,10 +135,7 @@ def _readable_at(output: Node, mask: ReadMask, beside: tuple[MaskOperand | Sink,
         node = operand.node if isinstance(operand, MaskOperand) else operand.logit
         if isinstance(node, Node) and writes(node, operand.on, output):
             raise Unproven(node, "it is written in place before the attention ends", "write it out of place")
-    for source in mask.sources:
-        local = source.graph is graph.gm.graph
-        if local and graph.mutations.stale(source, output):
-            raise Unproven(source, "a mask is written in place before the attention ends", "write it out of place")
+    place_of(mask, output, graph.mutations)
 
 
 def _needed(roles: Roles, operand: str) -> Leaves:

@@ -13,6 +13,7 @@ from dilcompile.passes.atoms import Atom, Layout, Leaves, flat, leaves, same_siz
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.emit import Emitter, aten
 from dilcompile.passes.masks.operands import mask_operands
+from dilcompile.passes.masks.place import place_of
 from dilcompile.passes.match import Match
 from dilcompile.passes.mutations import storage, written
 from dilcompile.passes.operands import Operand
@@ -38,7 +39,11 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
     k = _operand(emit, match.k, _groups(roles, "k"), axes, site.dtype)
     v = _operand(emit, match.v, _groups(roles, "v"), axes, site.dtype)
     spec = site.mask
-    mask = mask_operands(emit, match.mask, (site.batch, site.q_len, site.k_len), site.device, graph.bring_in)
+    sizes = (site.batch, site.q_len, site.k_len)
+    place = place_of(match.mask, roles.output, graph.mutations)
+    mask = mask_operands(Emitter(graph.gm, place), match.mask, sizes, site.device, graph.bring_in)
+    if place is not roles.output:
+        mask = mask.copied(Emitter(graph.gm, place))
     bias = _bias(emit, match.bias, roles, axes, site.dtype)
     seed = _seed(emit, q) if site.dropout_p > 0 else None
     call = emit(

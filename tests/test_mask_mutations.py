@@ -11,7 +11,7 @@ from finding import double  # noqa: F401  (the fixture works by being here)
 from test_find_mutations import case, spelt
 
 from dilcompile.passes import read_operands
-from dilcompile.passes.masks import arithmetic, factors, hiding, reader, terms
+from dilcompile.passes.masks import arithmetic, documents, factors, hiding, reader, terms
 from dilcompile.passes.masks.rules import indexing, values
 
 
@@ -26,7 +26,7 @@ _AND = reader.READ["bitwise_and"]
 
 # name, where, attribute, what it becomes, the test that must turn red.
 MUTATIONS: list[tuple[str, Any, str, Any, Callable[[], None]]] = [
-    ("documents may come back", factors, "_runs", lambda *_: True, case("numbers that may come back")),
+    ("documents may come back", documents, "_runs", lambda *_: True, case("numbers that may come back")),
     ("indices count from the front", indexing, "place", lambda reader, index, size: index, case("indexed from the back")),
     ("bytes do not wrap", values, "exact_arithmetic", lambda node: None, case("bytes that wrap around")),
     ("every fill absorbs", read_operands, "absorbs", lambda *_: True, case("a small number that hides a batch row")),

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import sympy
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
 from dilcompile.passes.masks.symbols import INDICES, B
 from dilcompile.passes.masks.terms import Choice, Element, Expr, Number, Truth, numbers_of
+
+# Lengths come with operators of torch's own.
+FLOORED = (sympy.floor, FloorDiv)
+REMAINDERS = (sympy.Mod, Mod, PythonMod)
+LARGEST, LEAST = (sympy.Max, Max), (sympy.Min, Min)
 
 
 def emittable(truth: Truth, axis: sympy.Symbol) -> bool:
@@ -23,19 +29,22 @@ def emittable_number(value: Number, axis: sympy.Symbol) -> bool:
         return bool(value.is_finite)
     if isinstance(value, Element):
         return all(index == B or emittable_number(index, axis) for index in value.args[1:])
-    if isinstance(value, sympy.floor):
+    if isinstance(value, FLOORED):
         numerator, divisor = quotient_of(value)
         return bool(numerator.is_integer) and _divides(divisor) and emittable_number(numerator, axis)
-    if isinstance(value, sympy.Mod):
+    if isinstance(value, REMAINDERS):
         dividend, divisor = value.args
         return bool(dividend.is_integer) and _divides(divisor) and emittable_number(dividend, axis)
-    if isinstance(value, (sympy.Add, sympy.Mul, sympy.Max, sympy.Min)):
+    if isinstance(value, (sympy.Add, sympy.Mul, *LARGEST, *LEAST)):
         return all(emittable_number(part, axis) for part in value.args)
     return False
 
 
 def quotient_of(value: Expr) -> tuple[Expr, Expr]:
     """``floor(a / b)`` as (a, b)."""
+    if isinstance(value, FloorDiv):
+        numerator, divisor = value.args
+        return numerator, divisor
     numerator, divisor = sympy.fraction(sympy.together(value.args[0]))
     return sympy.expand(numerator), divisor
 

@@ -35,6 +35,17 @@ class MaskOperands:
     key_terms: Node | None = None
     pairs: str | None = None
 
+    def copied(self, emit: Emitter) -> MaskOperands:
+        """The same in memory of their own, which later writes to the mask's tensors don't reach."""
+
+        def copy(node: Node | None) -> Node | None:
+            return None if node is None else emit(aten.clone.default, node)
+
+        return MaskOperands(
+            copy(self.key_padding), copy(self.documents), copy(self.start), copy(self.limits), copy(self.row_terms),
+            copy(self.key_terms), self.pairs,
+        )  # fmt: skip
+
 
 def mask_operands(
     emit: Emitter,

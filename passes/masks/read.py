@@ -22,6 +22,7 @@ class ReadMask:
         limits: first key and end of keys of each row, over (b, q).
         pairs: a formula over terms, each of them a number over (b, q) and one over (b, k).
         elements: the nodes that elements in the formulas belong to, by number.
+        late: nodes whose elements are what was written to them later.
         all_if_none: where the padding hides all keys of a batch row, it hides none.
     """
 
@@ -34,6 +35,7 @@ class ReadMask:
     row_terms: tuple[Number, ...] = ()
     key_terms: tuple[Number, ...] = ()
     elements: tuple[Node, ...] = field(default=())
+    late: frozenset[Node] = frozenset()
     all_if_none: bool = False
 
     @property

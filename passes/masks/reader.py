@@ -44,6 +44,7 @@ class MaskReader:
         self.sizes: dict[sympy.Symbol, Expr] = {}
         self.elements: list[Node] = []
         self.used_tables: set[Node] = set()
+        self.late: set[Node] = set()
         self._numbers: dict[Node, int] = {}
         self.stale = stale
         self._carries_gradient = carries_gradient
@@ -66,6 +67,7 @@ class MaskReader:
     def _read(self, node: Node, indices: Indices, at: Node | None) -> Number | Truth:
         if at is not None and self.stale(node, at):
             # It holds what was written to it since, not what its node computed.
+            self.late.add(node)
             return self.element(node, self._at_zero(node, indices))
         return self.value(node, indices)
 

@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from dilcompile.passes.atoms import same_size
 from dilcompile.passes.emit import Emitter, aten
-from dilcompile.passes.masks.emittable import quotient_of
+from dilcompile.passes.masks.emittable import FLOORED, LARGEST, LEAST, REMAINDERS, quotient_of
 from dilcompile.passes.masks.symbols import B
 from dilcompile.passes.masks.terms import And, Choice, Element, Eq0, Expr, Ge0, Given, Less, Not, Number, Or, Truth
 from dilcompile.passes.operators import shape_of
@@ -74,13 +74,13 @@ class Vectors:
             return self._sum(value, axis)
         if isinstance(value, sympy.Mul):
             return self._product(value, axis)
-        if isinstance(value, sympy.floor):
+        if isinstance(value, FLOORED):
             numerator, divisor = quotient_of(value)
             return emit(aten.div.Tensor_mode, self.number(numerator, axis), self.number(divisor, axis), rounding_mode="floor")
-        if isinstance(value, sympy.Mod):
+        if isinstance(value, REMAINDERS):
             return emit(aten.remainder.Tensor, *(self.number(part, axis) for part in value.args))
-        if isinstance(value, (sympy.Max, sympy.Min)):
-            op = aten.maximum.default if isinstance(value, sympy.Max) else aten.minimum.default
+        if isinstance(value, (*LARGEST, *LEAST)):
+            op = aten.maximum.default if isinstance(value, LARGEST) else aten.minimum.default
             first, *rest = (self.number(part, axis) for part in sorted(value.args, key=str))
             for part in rest:
                 first = emit(op, first, part)
