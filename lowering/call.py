@@ -59,10 +59,12 @@ class Call:
 class Kernel(Protocol):
     """Who computes a call on one device. Modules of this folder satisfy it.
 
-    ``TAKES_ROW_MASKS``: row limits and formulas over pairs are computed too.
+    ``TAKES_ROW_MASKS``: row limits and formulas over pairs are computed too. ``LEAST_ROWS``: with fewer query rows a key head
+    another kernel is faster, so this one is taken only when asked for by name.
     """
 
     TAKES_ROW_MASKS: bool
+    LEAST_ROWS: int
 
     def supports(self, call: Call, backward: bool) -> str | None:
         """Why this kernel can't compute the call (its forward, or its backward), or None."""

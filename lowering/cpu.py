@@ -23,6 +23,7 @@ from dilcompile.lowering.engines import (
 from dilcompile.lowering.strided import Block
 
 TAKES_ROW_MASKS = True
+LEAST_ROWS = 1
 
 
 class FlashEngine:

@@ -13,6 +13,7 @@ from dilcompile.lowering.dropout import keep_factor
 from dilcompile.relation import Relation
 
 TAKES_ROW_MASKS = True
+LEAST_ROWS = 1
 _SCORES_AT_ONCE = 1 << 22
 
 

@@ -10,6 +10,7 @@ from dilcompile.lowering.engines import finite_for_backward, needs_math
 from dilcompile.relation import Everything, Term
 
 TAKES_ROW_MASKS = False
+LEAST_ROWS = 1
 
 
 def supports(call: Call, backward: bool) -> str | None:

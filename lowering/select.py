@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dilcompile.errors import KernelError
-from dilcompile.lowering import cpu, flash, reference, sdpa
+from dilcompile.lowering import cpu, flash, native, reference, sdpa
 from dilcompile.lowering.call import Call, Kernel
 
 KERNELS: dict[str, Kernel] = {
+    "native": native,
     "sdpa": sdpa,
     "flash": flash,
     "cpu": cpu,
@@ -26,7 +27,9 @@ def select(call: Call, name: str | None = None, backward: bool = False) -> Kerne
         KernelError: if the kernel asked for is unknown or can't compute the call.
     """
     if name is None:
-        return next(kernel for kernel in KERNELS.values() if _refusal(kernel, call, backward) is None)
+        rows = call.problem.q_len * call.problem.group
+        fitting = (kernel for kernel in KERNELS.values() if rows >= kernel.LEAST_ROWS)
+        return next(kernel for kernel in fitting if _refusal(kernel, call, backward) is None)
     if name not in KERNELS:
         raise KernelError(f"kernel {name!r} is unknown; the kernels are {', '.join(KERNELS)}")
     reason = _refusal(KERNELS[name], call, backward)

@@ -219,10 +219,11 @@ def assert_grads(kernel: str | None, form: Form, at: Setting, q: Tensor, k: Tens
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 15, 16, 17, 29])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_ragged_lengths(form: Form, length: int) -> None:
+@pytest.mark.parametrize("kernel", ["native", "cpu"])
+def test_ragged_lengths(kernel: str, form: Form, length: int) -> None:
     q, k, v = drawn(batch=1, q_len=length, k_len=length)
     for causal in (False, True):
-        assert_grads("cpu", form, setting_of(q, k, causal=causal), q, k, v)
+        assert_grads(kernel, form, setting_of(q, k, causal=causal), q, k, v)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +243,7 @@ def test_ragged_lengths(form: Form, length: int) -> None:
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_the_sites_own_window_and_offsets(form: Form, mask: dict[str, Any]) -> None:
     q, k, v = drawn(batch=1, q_len=23, k_len=31)
-    for kernel in ("cpu", "reference"):
+    for kernel in ("native", "cpu", "reference"):
         assert_grads(kernel, form, setting_of(q, k, **mask), q, k, v)
 
 
@@ -253,7 +254,7 @@ def test_layouts(form: Form, layout: str) -> None:
     assert_grads(None, form, setting_of(q, k, causal=True), q, k, v)
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["native", "cpu", "reference"])
 def test_head_sizes_may_differ(kernel: str) -> None:
     q, k, v = drawn(v_dim=5)
     assert_grads(kernel, FORMS[3], setting_of(q, k, causal=True), q, k, v)
@@ -274,7 +275,7 @@ def test_values_of_one_give_one(form: Form) -> None:
     assert torch.allclose(out, torch.where(lse.isfinite(), scale, 0.0)[..., None].expand_as(out).double())
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["native", "cpu", "reference"])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_perturbing_a_key_changes_the_relations_rows(form: Form, kernel: str) -> None:
     q, k, v = drawn(batch=1)
@@ -338,7 +339,7 @@ def test_the_density_reported_is_the_density_executed(form: Form) -> None:
     assert relation.density() == pytest.approx(counts(form, at).sum() / (at.heads * at.q_len * at.k_len))
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["native", "cpu", "reference"])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_a_second_call_a_copy_and_a_pickle_behave_the_same(form: Form, kernel: str) -> None:
     q, k, v = drawn(batch=1)
@@ -408,7 +409,8 @@ def test_uninitialised_memory_never_shows() -> None:
     try:
         for form in FORMS:
             for operands in ({}, operands_of({"key_padding": True}), {"softcap": 2.0}):
-                assert not run(q, k, v, form, "cpu", setting_of(q, k, causal=True), **operands)[0].isnan().any()
+                for kernel in ("native", "cpu"):
+                    assert not run(q, k, v, form, kernel, setting_of(q, k, causal=True), **operands)[0].isnan().any()
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -416,9 +418,9 @@ def test_uninitialised_memory_never_shows() -> None:
 def test_choosing_a_kernel() -> None:
     q, k, v = drawn(kv_heads=4)
     at = setting_of(q, k)
-    with pytest.raises(KernelError, match="kernel 'fast' is unknown; the kernels are sdpa, flash, cpu, reference"):
+    with pytest.raises(KernelError, match="kernel 'fast' is unknown; the kernels are native, sdpa, flash, cpu, reference"):
         run(q, k, v, Dense(), "fast", at)
-    with pytest.raises(KernelError, match="kernel 'sdpa' can't compute this attention: softcap; kernel 'cpu' can"):
+    with pytest.raises(KernelError, match="kernel 'sdpa' can't compute this attention: softcap; kernel 'native' can"):
         run(q, k, v, Dense(), "sdpa", at, softcap=1.0)
     with pytest.raises(KernelError, match="kernel 'flash' can't compute this attention: the tensors are on cpu"):
         run(q, k, v, Dense(), "flash", at)

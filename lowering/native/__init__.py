@@ -1,0 +1,162 @@
+"""The native CPU kernel: the whole relation in one pass of compiled code, straight from the model's layout.
+
+Queries that see the same keys are computed together; a key that several branches hold is computed once and counted. One
+running softmax per query, no output per branch, nothing gathered but the block of keys at hand. See README.md beside it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dilcompile.lowering.call import Call, Gradients, empty_output
+from dilcompile.lowering.native.library import (
+    ELEMENTS,
+    NO_LIMIT,
+    CallStruct,
+    Library,
+    OperandStruct,
+    TermStruct,
+    library,
+)
+from dilcompile.relation import Everything, Relation, Segment, Sinks, Window
+
+TAKES_ROW_MASKS = False
+# Queries lie in the lanes of vectors: with fewer most of the work would be for nobody.
+LEAST_ROWS = 16
+
+_MOST_KEYS = 2**31 - 1
+
+
+def supports(call: Call, backward: bool) -> str | None:
+    """See ``Kernel``."""
+    if call.q.device.type != "cpu":
+        return f"the tensors are on {call.q.device}, not on a CPU"
+    if call.q.dtype not in ELEMENTS:
+        return f"dtype {call.q.dtype}"
+    if call.dropout_p > 0:
+        return "dropout by position"
+    if call.bias is not None:
+        return "a bias over all pairs"
+    if backward and call.merge_grad == "detach":
+        return "merge_grad 'detach', which needs each branch's own output"
+    if not math.isfinite(call.scale):
+        return f"scale {call.scale}"
+    if call.problem.k_len > _MOST_KEYS:
+        return f"{call.problem.k_len} keys: positions are held in 32 bits"
+    reason = _unequal_counts(call.relation)
+    if reason is not None:
+        return reason
+    built = library(call.q.dtype)
+    return built if isinstance(built, str) else None
+
+
+def _unequal_counts(relation: Relation) -> str | None:
+    """A window that other terms are added to: how often a key counts would differ between queries of a group."""
+    windows = [index for index, term in enumerate(relation.terms) if isinstance(term.generator, Window)]
+    if not windows:
+        return None
+    added = [term for index, term in enumerate(relation.terms) if index >= max(1, windows[0]) and not term.dedupe]
+    return "a window whose keys count beside those of other terms" if len(windows) > 1 or added else None
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """See ``Kernel``."""
+    out = empty_output(call.q, call.problem.v_dim)
+    lse = call.q.new_empty((call.problem.batch, call.problem.heads, call.problem.q_len), dtype=call.score_dtype)
+    bound = _bind(call, out, lse)
+    _library(call).forward(bound.struct)
+    return out, lse
+
+
+def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+    """See ``Kernel``."""
+    bound = _bind(call, _dense_rows(out), lse.contiguous())
+    grads = [empty_output(x, x.shape[-1]) for x in (call.q, call.k, call.v)]
+    kept = _dense_rows(grad_out)
+    bound.struct.grad_out = _operand(kept)
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
+        bound.struct.grad_lse = _operand(grad_lse)
+    bound.struct.grad_q, bound.struct.grad_k, bound.struct.grad_v = (_operand(grad) for grad in grads)
+    _library(call).backward(bound.struct)
+    return grads[0], grads[1], grads[2], None
+
+
+class _Bound(NamedTuple):
+    """The C structure, and what its addresses point into."""
+
+    struct: CallStruct
+    kept: tuple[object, ...]
+
+
+def _bind(call: Call, out: Tensor, lse: Tensor) -> _Bound:
+    size, terms = call.problem, _terms(call.relation)
+    q, k, v = (_dense_rows(x) for x in (call.q, call.k, call.v))
+    padding = call.key_padding
+    documents = None if call.documents is None else call.documents.to(torch.int64).contiguous()
+    struct = CallStruct(
+        size.batch, size.heads, size.kv_heads, size.q_len, size.k_len, size.head_dim, size.v_dim, size.q_offset,
+        _limit(size.left), _limit(size.right), len(terms.structs), ctypes.addressof(terms.structs),
+        *(_operand(x) for x in (q, k, v, out, lse)),
+    )  # fmt: skip
+    if padding is not None:
+        struct.key_padding, struct.padding_batch, struct.padding_key = padding.data_ptr(), padding.stride(0), padding.stride(1)
+    if documents is not None:
+        struct.documents, struct.document_rows = documents.data_ptr(), documents.shape[0]
+    struct.scale, struct.softcap = call.scale, call.softcap or 0.0
+    struct.threads = torch.get_num_threads()
+    return _Bound(struct, (q, k, v, out, lse, padding, documents, terms))
+
+
+class _Terms(NamedTuple):
+    structs: ctypes.Array[TermStruct]
+    residues: tuple[ctypes.Array[ctypes.c_int64], ...]
+
+
+@lru_cache(maxsize=256)
+def _terms(relation: Relation) -> _Terms:
+    structs, kept = (TermStruct * len(relation.terms))(), []
+    for struct, term in zip(structs, relation.terms, strict=True):
+        generator = term.generator
+        struct.dedupe = term.dedupe
+        if isinstance(generator, Everything):
+            struct.kind = 0
+        elif isinstance(generator, Segment):
+            struct.kind, struct.length, struct.rate = 1, generator.length, generator.rate
+            struct.head_start, struct.head_stop = generator.heads or (0, relation.problem.heads)
+            if generator.residues is not None:
+                residues = (ctypes.c_int64 * len(generator.residues))(*generator.residues)
+                struct.residues = ctypes.addressof(residues)
+                kept.append(residues)
+        elif isinstance(generator, Window):
+            struct.kind, struct.step = 2, generator.step
+            struct.left, struct.right = _limit(generator.left), _limit(generator.right)
+        else:
+            assert isinstance(generator, Sinks), generator
+            struct.kind, struct.count = 3, generator.count
+    return _Terms(structs, tuple(kept))
+
+
+def _limit(value: int | None) -> int:
+    return NO_LIMIT if value is None else value
+
+
+def _operand(x: Tensor) -> OperandStruct:
+    """The address and strides of a [B, H, S, D] or [B, H, S] tensor."""
+    return OperandStruct(x.data_ptr(), *x.stride()[:3])
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _library(call: Call) -> Library:
+    built = library(call.q.dtype)
+    assert not isinstance(built, str), "supports() was not asked"
+    return built

@@ -1,0 +1,227 @@
+// Backward: scores are computed again, and the joint log-sum-exp makes every gradient exact.
+#pragma once
+#include "tiles.h"
+
+namespace dil {
+
+// c[r][..] += sum over i < depth of a[r * a_row + i] * b[i * row ..], for `rows` (whole panels) rows of `row` elements.
+template <class T, int N>
+inline void add_columns(const T* a, int64_t a_row, const T* b, int64_t row, int64_t depth, T* c, int64_t rows) {
+  for (int64_t r = 0; r < rows; r += kPanel) {
+    Vec<T> sums[kPanel][N];
+    read<T>(sums, c + r * row, row);
+    multiply<T>(sums, a + r * a_row, a_row, 1, b, row, depth);
+    write<T>(sums, c + r * row, row);
+  }
+}
+
+template <class T>
+inline void add_product(const T* a, int64_t a_row, const T* b, int64_t row, int64_t depth, T* c, int64_t rows) {
+  constexpr int W = kWidth<T>;
+  int64_t at = 0;
+  for (; row - at >= 2 * W; at += 2 * W) add_columns<T, 2>(a, a_row, b + at, row, depth, c + at, rows);
+  if (row - at > 0) add_columns<T, 1>(a, a_row, b + at, row, depth, c + at, rows);
+}
+
+// Sums of key gradients: [k_len] rows of grad_k and grad_v side by side.
+template <class T> struct KeySums {
+  T *keys, *values;
+  int64_t key_row, value_row;
+};
+
+template <class X> class Backward {
+  typedef typename Score<X>::T T;
+  static constexpr int64_t kMaxLanes = 576;
+
+ public:
+  explicit Backward(const Call& call)
+      : call_(call), rows_(call), dim_(wide(call.head_dim)), v_dim_(wide(call.v_dim)) {
+    int64_t lanes = kMaxLanes + kTile<T>;
+    queries_.take(lanes * call.head_dim), query_rows_.take(lanes * dim_), sums_.take(lanes * rows_.key_row);
+    grads_.take(lanes * call.v_dim), grad_rows_.take(lanes * v_dim_), lse_.take(lanes), delta_.take(lanes);
+    low_.take(lanes), high_.take(lanes), weights_.take(kBlock * kTile<T>), slopes_.take(kBlock * kTile<T>);
+    key_sums_.take(kBlock * dim_), value_sums_.take(kBlock * v_dim_), one_.take(v_dim_);
+  }
+
+  void run(const Span& span, const KeySums<T>& into) {
+    Plan plan(call_, span);
+    for (size_t g = 0; g + 1 < plan.group_starts.size(); ++g) {
+      plan.find_keys(int64_t(g));
+      for (int64_t first = plan.group_starts[g]; first < plan.group_starts[g + 1]; first += kMaxLanes) {
+        const Lane* lanes = &plan.lanes[size_t(first)];
+        begin(span, lanes, std::min(kMaxLanes, plan.group_starts[g + 1] - first));
+        attend(span, plan.shared, lanes, into), attend(span, plan.windowed, lanes, into);
+        finish(span, lanes);
+      }
+    }
+  }
+
+ private:
+  const Call& call_;
+  Rows<X> rows_;
+  int64_t dim_, v_dim_;
+  std::vector<Tile> tiles_;
+  Buffer<T> queries_, query_rows_, sums_, grads_, grad_rows_, lse_, delta_, weights_, slopes_, key_sums_, value_sums_, one_;
+  Buffer<int32_t> low_, high_;
+
+  static int64_t wide(int64_t n) { return (n + kWidth<T> - 1) / kWidth<T> * kWidth<T>; }
+
+  void begin(const Span& span, const Lane* lanes, int64_t count) {
+    tiles_ = tiles_of<T>(count);
+    for (const Tile& tile : tiles_) {
+      int64_t width = tile.vectors * kWidth<T>;
+      read_queries<X>(call_, call_.q, span, tile, lanes, call_.head_dim, T(query_factor(call_)),
+                      queries_ + tile.first * call_.head_dim, query_rows_ + tile.first * dim_, dim_);
+      read_queries<X>(call_, call_.grad_out, span, tile, lanes, call_.v_dim, T(1), grads_ + tile.first * call_.v_dim,
+                      grad_rows_ + tile.first * v_dim_, v_dim_);
+      std::fill_n(sums_ + tile.first * rows_.key_row, width * rows_.key_row, T(0));
+      for (int64_t i = 0; i < width; ++i) {
+        const Lane& lane = lanes[tile.first + std::min(i, tile.lanes - 1)];
+        load_row(row_of<X>(call_, call_.out, span, lane), +one_, int(call_.v_dim));
+        const T* grad = grad_rows_ + (tile.first + i) * v_dim_;
+        T delta = 0;
+        for (int64_t d = 0; d < call_.v_dim; ++d) delta += one_[d] * grad[d];
+        if (call_.grad_lse.data) delta -= *row_of<T>(call_, call_.grad_lse, span, lane);
+        delta_[tile.first + i] = delta;
+        // Lanes without a query, and queries without keys: infinity makes every weight 0.
+        T lse = *row_of<T>(call_, call_.lse, span, lane);
+        bool used = i < tile.lanes && lse > -std::numeric_limits<T>::infinity();
+        lse_[tile.first + i] = used ? T(lse * kLog2E) : std::numeric_limits<T>::infinity();
+      }
+    }
+  }
+
+  void attend(const Span& span, const Keys& keys, const Lane* lanes, const KeySums<T>& into) {
+    std::fill_n(+key_sums_, kBlock * dim_, T(0)), std::fill_n(+value_sums_, kBlock * v_dim_, T(0));
+    auto use = [&](const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
+      if (tile.vectors == 3) block<3>(tile, a, b, start, times, count);
+      if (tile.vectors == 2) block<2>(tile, a, b, start, times, count);
+      if (tile.vectors == 1) block<1>(tile, a, b, start, times, count);
+    };
+    auto after = [&](const int32_t* positions, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        int64_t row = span.origin + positions[i];
+        add_row(+key_sums_ + i * dim_, into.keys + row * into.key_row, call_.head_dim, T(call_.scale));
+        add_row(+value_sums_ + i * v_dim_, into.values + row * into.value_row, call_.v_dim, T(1));
+      }
+      std::fill_n(+key_sums_, kBlock * dim_, T(0)), std::fill_n(+value_sums_, kBlock * v_dim_, T(0));
+    };
+    each_block<X>(call_, span, keys, lanes, tiles_, +low_, +high_, rows_, use, after);
+  }
+
+  static void add_row(const T* from, T* to, int64_t dim, T factor) {
+    int64_t d = 0;
+    for (; d + kWidth<T> <= dim; d += kWidth<T>) store(to + d, fma(load(from + d), fill(factor), load(to + d)));
+    for (; d < dim; ++d) to[d] += from[d] * factor;
+  }
+
+  template <int N>
+  void block(const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
+    constexpr int W = kWidth<T>;
+    T *weights = +weights_, *slopes = +slopes_;
+    const T* grads = grads_ + tile.first * call_.v_dim;
+    Vec<T> lse[N], delta[N];
+    for (int c = 0; c < N; ++c) lse[c] = load(lse_ + tile.first + c * W), delta[c] = load(delta_ + tile.first + c * W);
+    Scores<T, N> found{+rows_.keys, queries_ + tile.first * call_.head_dim, call_.head_dim, rows_.key_row,
+                       low_ + tile.first, high_ + tile.first, start, call_.softcap, call_.scale};
+    const T factor = T(exponent_factor(call_)), cap = T(1 / call_.softcap);
+    found.each(a, b, tile, [&](int64_t j, Vec<T>(&s)[kPanel][N]) __attribute__((always_inline)) {
+      for (int r = 0; r < kPanel; ++r) {
+        Vec<T> often = fill(times && j + r < count ? T(times[j + r]) : T(1));
+        for (int c = 0; c < N; ++c) {
+          store(weights + (j + r) * N * W + c * W, exp2_up_to_8(fma(s[r][c], fill(factor), -lse[c])) * often);
+          if (call_.softcap != 0) store(slopes + (j + r) * N * W + c * W, slope(s[r][c], cap));
+        }
+      }
+    });
+    for (int64_t j = a; j < b; j += kPanel) {
+      Vec<T> g[kPanel][N];
+      clear<T>(g);
+      multiply<T>(g, rows_.values + j * rows_.value_row, rows_.value_row, 1, grads, N * W, call_.v_dim);
+      for (int r = 0; r < kPanel; ++r) {
+        for (int c = 0; c < N; ++c) {
+          int64_t at = (j + r) * N * W + c * W;
+          Vec<T> found_slope = load(weights + at) * (g[r][c] - delta[c]);
+          store(slopes + at, call_.softcap != 0 ? found_slope * load(slopes + at) : found_slope);
+        }
+      }
+    }
+    add_product<T>(weights + a * N * W, N * W, grad_rows_ + tile.first * v_dim_, v_dim_, tile.lanes, value_sums_ + a * v_dim_, b - a);
+    add_product<T>(slopes + a * N * W, N * W, query_rows_ + tile.first * dim_, dim_, tile.lanes, key_sums_ + a * dim_, b - a);
+    T* sums = sums_ + tile.first * rows_.key_row;
+    for (int64_t d = 0; d < rows_.key_row; d += kPanel) {
+      Vec<T> q[kPanel][N];
+      read<T>(q, sums + d * N * W, N * W);
+      multiply<T>(q, +rows_.keys + a * rows_.key_row + d, 1, rows_.key_row, slopes + a * N * W, N * W, b - a);
+      write<T>(q, sums + d * N * W, N * W);
+    }
+  }
+
+  // The derivative of softcap * tanh(s / softcap) by s, from its value; hidden pairs (minus infinity) give 0.
+  static Vec<T> slope(Vec<T> capped, T cap) {
+    Vec<T> part = capped * fill(cap);
+    return part >= fill(T(-1)) ? fill(T(1)) - part * part : Vec<T>{};
+  }
+
+  void finish(const Span& span, const Lane* lanes) {
+    for (const Tile& tile : tiles_) {
+      int64_t width = tile.vectors * kWidth<T>;
+      const T* sums = sums_ + tile.first * rows_.key_row;
+      for (int64_t i = 0; i < tile.lanes; ++i) {
+        X* grad = row_of<X>(call_, call_.grad_q, span, lanes[tile.first + i]);
+        for (int64_t d = 0; d < call_.head_dim; ++d) put(grad + d, sums[d * width + i] * T(call_.scale));
+      }
+    }
+  }
+};
+
+// Key heads are dealt out; where they are too few for the threads each is split into parts with sums of their own, every
+// part taking each `parts`-th span.
+template <class X> void backward(const Call& call) {
+  typedef typename Score<X>::T T;
+  int64_t heads = call.batch * call.kv_heads, parts = 1;
+  if (heads < 4 * call.threads)
+    while (heads * parts % call.threads != 0) ++parts;
+  std::vector<Span> spans = spans_of(call, rows_of_span(call));
+  std::vector<std::vector<size_t>> of_head(static_cast<size_t>(heads));
+  for (size_t i = 0; i < spans.size(); ++i) of_head[size_t(spans[i].batch * call.kv_heads + spans[i].kv_head)].push_back(i);
+  // Gradients in the operands' own dtype and one share a head: the sums are the gradients.
+  bool direct = parts == 1 && std::is_same_v<X, T>;
+  int64_t row = call.head_dim + call.v_dim;
+  Buffer<T> all;
+  if (!direct) std::fill_n(all.take(heads * parts * call.k_len * row), heads * parts * call.k_len * row, T(0));
+#pragma omp parallel num_threads(int(call.threads))
+  {
+    Backward<X> worker(call);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < heads * parts; ++i) {
+      int64_t head = i / parts, b = head / call.kv_heads, h = head % call.kv_heads;
+      KeySums<T> into{all + i * call.k_len * row, all + i * call.k_len * row + call.head_dim, row, row};
+      if (direct) {
+        into = {static_cast<T*>(call.grad_k.data) + b * call.grad_k.batch + h * call.grad_k.head,
+                static_cast<T*>(call.grad_v.data) + b * call.grad_v.batch + h * call.grad_v.head, call.grad_k.row, call.grad_v.row};
+        for (int64_t k = 0; k < call.k_len; ++k) {
+          std::fill_n(into.keys + k * into.key_row, call.head_dim, T(0));
+          std::fill_n(into.values + k * into.value_row, call.v_dim, T(0));
+        }
+      }
+      const std::vector<size_t>& mine = of_head[size_t(head)];
+      for (size_t n = size_t(i % parts); n < mine.size(); n += size_t(parts)) worker.run(spans[mine[n]], into);
+    }
+    if (!direct) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < heads * call.k_len; ++i) {
+        int64_t head = i / call.k_len, k = i % call.k_len, b = head / call.kv_heads, h = head % call.kv_heads;
+        X* keys = static_cast<X*>(call.grad_k.data) + b * call.grad_k.batch + h * call.grad_k.head + k * call.grad_k.row;
+        X* values = static_cast<X*>(call.grad_v.data) + b * call.grad_v.batch + h * call.grad_v.head + k * call.grad_v.row;
+        for (int64_t d = 0; d < row; ++d) {
+          T sum = 0;
+          for (int64_t p = 0; p < parts; ++p) sum += all[((head * parts + p) * call.k_len + k) * row + d];
+          d < call.head_dim ? put(keys + d, sum) : put(values + d - call.head_dim, sum);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace dil

@@ -1,0 +1,39 @@
+// What one call is: sizes, strides, the relation's terms. Mirrored field by field by the ctypes structures in library.py.
+#pragma once
+#include <cstdint>
+
+namespace dil {
+
+constexpr int64_t kNoLimit = INT64_MIN;
+
+struct Operand {  // [batch, heads, rows, dim] with a last stride of 1, strides in elements
+  void* data;
+  int64_t batch, head, row;
+};
+
+enum Kind : int64_t { kEverything = 0, kSegment = 1, kWindow = 2, kSinks = 3 };
+
+struct Term {
+  int64_t kind, dedupe;
+  int64_t length, rate, head_start, head_stop;  // segment; query heads
+  const int64_t* residues;                      // segment: one per key head, or null: each query's own class
+  int64_t left, right, step;                    // window
+  int64_t count;                                // sinks
+};
+
+struct Call {
+  int64_t batch, heads, kv_heads, q_len, k_len, head_dim, v_dim, q_offset, left, right;
+  int64_t num_terms;
+  const Term* terms;
+  Operand q, k, v, out, lse;  // lse: contiguous [batch, heads, q_len]
+  const bool* key_padding;    // or null
+  int64_t padding_batch, padding_key;
+  const int64_t* documents;   // or null; contiguous [document_rows, k_len]
+  int64_t document_rows;
+  double scale, softcap;      // softcap 0: none
+  int64_t threads;
+  // Backward: gradients that come in, and those that go out.
+  Operand grad_out, grad_lse, grad_q, grad_k, grad_v;
+};
+
+}  // namespace dil

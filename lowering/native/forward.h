@@ -1,0 +1,121 @@
+// Forward: one running softmax over all keys of a query.
+#pragma once
+#include "tiles.h"
+
+namespace dil {
+
+template <class X> class Forward {
+  typedef typename Score<X>::T T;
+  static constexpr int64_t kMaxLanes = 1152;  // queries that share the gathered keys
+
+ public:
+  explicit Forward(const Call& call) : call_(call), rows_(call), row_(rows_.value_row), factor_(T(exponent_factor(call))) {
+    int64_t lanes = kMaxLanes + kTile<T>;
+    queries_.take(lanes * call.head_dim), sums_.take(lanes * row_), most_.take(lanes), total_.take(lanes);
+    low_.take(lanes), high_.take(lanes), scores_.take(kBlock * kTile<T>), one_.take(call.head_dim);
+  }
+
+  void run(const Span& span) {
+    Plan plan(call_, span);
+    for (size_t g = 0; g + 1 < plan.group_starts.size(); ++g) {
+      plan.find_keys(int64_t(g));
+      for (int64_t first = plan.group_starts[g]; first < plan.group_starts[g + 1]; first += kMaxLanes) {
+        const Lane* lanes = &plan.lanes[size_t(first)];
+        begin(span, lanes, std::min(kMaxLanes, plan.group_starts[g + 1] - first));
+        attend(span, plan.shared, lanes), attend(span, plan.windowed, lanes);
+        finish(span, lanes);
+      }
+    }
+  }
+
+ private:
+  const Call& call_;
+  Rows<X> rows_;
+  int64_t row_;
+  T factor_;
+  std::vector<Tile> tiles_;
+  Buffer<T> queries_, sums_, most_, total_, scores_, one_;
+  Buffer<int32_t> low_, high_;
+
+  void begin(const Span& span, const Lane* lanes, int64_t count) {
+    tiles_ = tiles_of<T>(count);
+    for (const Tile& tile : tiles_) {
+      read_queries<X>(call_, call_.q, span, tile, lanes, call_.head_dim, T(query_factor(call_)),
+                      queries_ + tile.first * call_.head_dim, +one_, 0);
+      int64_t width = tile.vectors * kWidth<T>;
+      std::fill_n(most_ + tile.first, width, -std::numeric_limits<T>::infinity());
+      std::fill_n(total_ + tile.first, width, T(0));
+      std::fill_n(sums_ + tile.first * row_, width * row_, T(0));
+    }
+  }
+
+  void attend(const Span& span, const Keys& keys, const Lane* lanes) {
+    auto use = [&](const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
+      if (tile.vectors == 3) block<3>(tile, a, b, start, times, count);
+      if (tile.vectors == 2) block<2>(tile, a, b, start, times, count);
+      if (tile.vectors == 1) block<1>(tile, a, b, start, times, count);
+    };
+    each_block<X>(call_, span, keys, lanes, tiles_, +low_, +high_, rows_, use, [](const int32_t*, int64_t) {});
+  }
+
+  template <int N>
+  void block(const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
+    constexpr int W = kWidth<T>;
+    T* scores = +scores_;
+    T* most = most_ + tile.first;
+    T* total = total_ + tile.first;
+    Vec<T> before[N], now[N], shift[N], sum[N], keep[N];
+    for (int c = 0; c < N; ++c) before[c] = now[c] = load(most + c * W);
+    Scores<T, N> found{+rows_.keys, queries_ + tile.first * call_.head_dim, call_.head_dim, rows_.key_row,
+                       low_ + tile.first, high_ + tile.first, start, call_.softcap, call_.scale};
+    found.each(a, b, tile, [&](int64_t j, Vec<T>(&s)[kPanel][N]) __attribute__((always_inline)) {
+      for (int r = 0; r < kPanel; ++r)
+        for (int c = 0; c < N; ++c) now[c] = larger(now[c], s[r][c]);
+      write<T>(s, scores + j * N * W, N * W);
+    });
+    const Vec<T> nothing = fill(-std::numeric_limits<T>::infinity());
+    for (int c = 0; c < N; ++c) {
+      shift[c] = now[c] == nothing ? Vec<T>{} : now[c] * fill(factor_);
+      keep[c] = exp2_up_to_8(before[c] * fill(factor_) - shift[c]);
+      sum[c] = Vec<T>{};
+      store(most + c * W, now[c]);
+    }
+    for (int64_t j = a; j < b; ++j) {
+      T* row = scores + j * N * W;
+      Vec<T> often = fill(times && j < count ? T(times[j]) : T(1));
+      for (int c = 0; c < N; ++c) {
+        Vec<T> p = exp2_up_to_8(fma(load(row + c * W), fill(factor_), -shift[c]));
+        if (times) p *= often;
+        sum[c] += p;
+        store(row + c * W, p);
+      }
+    }
+    for (int c = 0; c < N; ++c) store(total + c * W, fma(load(total + c * W), keep[c], sum[c]));
+    T* sums = sums_ + tile.first * row_;
+    for (int64_t d = 0; d < row_; d += kPanel) {
+      Vec<T> o[kPanel][N];
+      read<T>(o, sums + d * N * W, N * W);
+      for (int r = 0; r < kPanel; ++r)
+        for (int c = 0; c < N; ++c) o[r][c] *= keep[c];
+      multiply<T>(o, rows_.values + a * row_ + d, 1, row_, scores + a * N * W, N * W, b - a);
+      write<T>(o, sums + d * N * W, N * W);
+    }
+  }
+
+  void finish(const Span& span, const Lane* lanes) {
+    for (const Tile& tile : tiles_) {
+      int64_t width = tile.vectors * kWidth<T>;
+      const T* sums = sums_ + tile.first * row_;
+      for (int64_t i = 0; i < tile.lanes; ++i) {
+        const Lane& lane = lanes[tile.first + i];
+        T total = total_[tile.first + i], most = most_[tile.first + i];
+        T inverse = total > 0 ? 1 / total : 0;
+        X* out = row_of<X>(call_, call_.out, span, lane);
+        for (int64_t d = 0; d < call_.v_dim; ++d) put(out + d, sums[d * width + i] * inverse);
+        *row_of<T>(call_, call_.lse, span, lane) = total > 0 ? T(most * factor_ * T(kLn2) + std::log(total)) : -std::numeric_limits<T>::infinity();
+      }
+    }
+  }
+};
+
+}  // namespace dil

@@ -1,0 +1,49 @@
+// Entry points. Work is dealt out by spans; every span is computed by one thread, so results don't depend on their number.
+#include <exception>
+
+#include "amx.h"
+#include "backward.h"
+#include "forward.h"
+
+namespace dil {
+
+template <class Worker> void forward_by(const Call& call) {
+  std::vector<Span> spans = spans_of(call, rows_of_span(call));
+  int64_t count = int64_t(spans.size());
+#pragma omp parallel num_threads(int(call.threads))
+  {
+    Worker worker(call);
+    // Later spans have more keys under a causal mask: they go first.
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = count - 1; i >= 0; --i) worker.run(spans[size_t(i)]);
+  }
+}
+
+template <class X> void forward(const Call& call) {
+#ifdef DILCOMPILE_TILES
+  if (std::is_same_v<X, BFloat16> && query_factor(call) == 1 && has_tiles()) return forward_by<TileForward>(call);
+#endif
+  forward_by<Forward<X>>(call);
+}
+
+}  // namespace dil
+
+// DILCOMPILE_ELEMENT is the operands' dtype: float, double, dil::BFloat16 or dil::Half; one library each.
+// 0: done; 2: no memory.
+template <class Run> int guarded(Run run) {
+  try {
+    run();
+  } catch (const std::bad_alloc&) {
+    return 2;
+  }
+  return 0;
+}
+
+extern "C" {
+int dilcompile_forward(const dil::Call* call) {
+  return guarded([&] { dil::forward<DILCOMPILE_ELEMENT>(*call); });
+}
+int dilcompile_backward(const dil::Call* call) {
+  return guarded([&] { dil::backward<DILCOMPILE_ELEMENT>(*call); });
+}
+}

@@ -1,0 +1,271 @@
+// The relation cut into groups of queries that see the same keys. Note [groups]:
+//
+// Inside a span of positions that crosses no segment border, queries of one residue class in every branch have the same keys
+// up to the causal or window limit. A group is such queries; its keys are a sorted list of positions with the number of
+// branches that hold each, so a key that three branches share is computed once. The limits of one query are then a range of
+// that list. Keys that only a window gives form a second list, whose ranges are narrower.
+//
+//     segments 8 and 16, rates 1 and 2, queries 0 to 7 of residue 1:   keys  0 1 2 3 4 5 6 7 9 11 13 15
+//                                                                      times 1 2 1 2 1 2 1 2 1 1  1  1
+#pragma once
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "call.h"
+
+namespace dil {
+
+// A range of positions of one key head in one batch row, counted from the start of its document.
+struct Span {
+  int64_t batch, kv_head;
+  int64_t origin, k_len;  // first position of the document, its length
+  int64_t begin, end;     // query positions
+};
+
+struct Keys {
+  std::vector<int32_t> position;  // ascending
+  std::vector<float> times;
+  bool repeated = false;  // any of `times` is not 1
+  int64_t left = kNoLimit, right = kNoLimit;
+
+  int64_t size() const { return int64_t(position.size()); }
+  void clear() { position.clear(), times.clear(), repeated = false; }
+};
+
+// One query: a position and a query head inside the group of heads that share a key head.
+struct Lane {
+  int32_t position, head;
+};
+
+inline int64_t floor_mod(int64_t a, int64_t b) {
+  int64_t r = a % b;
+  return r < 0 ? r + b : r;
+}
+inline int64_t floor_to(int64_t a, int64_t b) { return a - floor_mod(a, b); }
+inline int64_t tighter(int64_t a, int64_t b) { return a == kNoLimit ? b : b == kNoLimit ? a : std::min(a, b); }
+
+class Plan {
+ public:
+  std::vector<Lane> lanes;            // group after group, ascending positions inside a group
+  std::vector<int64_t> group_starts;  // and the end
+  Keys shared, windowed;              // of the group last asked for
+
+  Plan(const Call& call, const Span& span) : call_(call), span_(span), per_key_head_(call.heads / call.kv_heads) {
+    count_lanes();
+    sort_lanes();
+  }
+
+  void find_keys(int64_t group) {
+    const Lane* first = &lanes[size_t(group_starts[size_t(group)])];
+    const Lane* last = &lanes[size_t(group_starts[size_t(group) + 1]) - 1];
+    shared.clear(), windowed.clear();
+    shared.left = call_.left, shared.right = call_.right;
+    low_ = call_.left == kNoLimit ? 0 : std::max<int64_t>(0, first->position - call_.left);
+    high_ = call_.right == kNoLimit ? span_.k_len : std::min<int64_t>(span_.k_len, last->position + call_.right + 1);
+    const Term* window = nullptr;
+    for (int64_t i = 0; i < call_.num_terms; ++i) {
+      const Term& term = call_.terms[i];
+      if (term.kind == kEverything) {
+        unite(0, span_.k_len, 1, term.dedupe);
+      } else if (term.kind == kSinks) {
+        unite(0, std::min(term.count, span_.k_len), 1, term.dedupe);
+      } else if (term.kind == kWindow) {
+        window = &term;
+      } else if (has_head(term, *first)) {
+        int64_t start = floor_to(first->position, term.length), own = (first->position - start) % term.rate;
+        int64_t residue = term.residues ? term.residues[span_.kv_head] : own;
+        if (own == residue) unite(start + residue, std::min(start + term.length, span_.k_len), term.rate, term.dedupe);
+      }
+    }
+    if (window) find_window(*window, *first, *last);
+    drop_padding(shared), drop_padding(windowed);
+  }
+
+ private:
+  const Call& call_;
+  const Span& span_;
+  int64_t per_key_head_, low_ = 0, high_ = 0;
+  std::vector<int64_t> codes_;
+  std::vector<int32_t> merged_position_;
+  std::vector<float> merged_times_;
+
+  bool has_head(const Term& term, const Lane& lane) const {
+    int64_t head = span_.kv_head * per_key_head_ + lane.head;
+    return head >= term.head_start && head < term.head_stop;
+  }
+
+  // A number for each lane, equal for lanes with the same keys.
+  void count_lanes() {
+    int64_t count = (span_.end - span_.begin) * per_key_head_;
+    lanes.resize(size_t(count)), codes_.assign(size_t(count), 0);
+    for (int64_t i = 0; i < count; ++i) lanes[size_t(i)] = {int32_t(span_.begin + i / per_key_head_), int32_t(i % per_key_head_)};
+    int64_t bound = 1;
+    for (int64_t i = 0; i < call_.num_terms; ++i) {
+      const Term& term = call_.terms[i];
+      int64_t kinds = kinds_of(term);
+      if (kinds == 1) continue;
+      if (bound > INT64_MAX / 2 / kinds) bound = renumber();
+      bound *= kinds;
+      code(term, kinds);
+    }
+  }
+
+  int64_t kinds_of(const Term& term) const {
+    if (term.kind == kWindow) return term.step;
+    if (term.kind != kSegment) return 1;
+    bool every_head = term.head_start <= span_.kv_head * per_key_head_ && term.head_stop >= (span_.kv_head + 1) * per_key_head_;
+    if (term.rate == 1 && every_head) return 1;
+    return term.residues ? 2 : term.rate + 1;
+  }
+
+  void code(const Term& term, int64_t kinds) {
+    int64_t heads = per_key_head_;
+    if (term.kind == kWindow) {
+      for (size_t i = 0; i < lanes.size(); ++i) codes_[i] = codes_[i] * kinds + floor_mod(lanes[i].position, kinds);
+      return;
+    }
+    // Inside a span the segment is one, so the residue only counts up.
+    int64_t rate = term.rate, at = floor_mod(span_.begin, term.length) % rate;
+    int64_t residue = term.residues ? term.residues[span_.kv_head] : -1;
+    for (size_t i = 0; i < lanes.size(); i += size_t(heads)) {
+      for (size_t g = i; g < i + size_t(heads); ++g) {
+        int64_t found = !has_head(term, lanes[g]) ? 0 : residue < 0 ? at + 1 : at == residue;
+        codes_[g] = codes_[g] * kinds + found;
+      }
+      if (++at == rate) at = 0;
+    }
+  }
+
+  int64_t renumber() {
+    std::vector<int64_t> sorted(codes_);
+    std::sort(sorted.begin(), sorted.end());
+    sorted.erase(std::unique(sorted.begin(), sorted.end()), sorted.end());
+    for (int64_t& c : codes_) c = std::lower_bound(sorted.begin(), sorted.end(), c) - sorted.begin();
+    return int64_t(sorted.size());
+  }
+
+  void sort_lanes() {
+    int64_t numbers = renumber();
+    group_starts.assign(size_t(numbers) + 1, 0);
+    for (int64_t c : codes_) ++group_starts[size_t(c) + 1];
+    std::partial_sum(group_starts.begin(), group_starts.end(), group_starts.begin());
+    std::vector<int64_t> next(group_starts.begin(), group_starts.end() - 1);
+    std::vector<Lane> sorted(lanes.size());
+    for (size_t i = 0; i < lanes.size(); ++i) sorted[size_t(next[size_t(codes_[i])]++)] = lanes[i];
+    lanes.swap(sorted);
+  }
+
+  // Add the keys start, start + step, ... below stop; with `once` only those that are not there yet.
+  void unite(int64_t start, int64_t stop, int64_t step, bool once) {
+    if (start < low_) start += (low_ - start + step - 1) / step * step;
+    stop = std::min(stop, high_);
+    if (start >= stop) return;
+    size_t count = size_t((stop - start + step - 1) / step), i = 0, end = shared.position.size();
+    if (end == 0) {
+      shared.position.resize(count), shared.times.assign(count, 1.0f);
+      for (size_t n = 0; n < count; ++n) shared.position[n] = int32_t(start + int64_t(n) * step);
+      return;
+    }
+    merged_position_.resize(end + count), merged_times_.resize(end + count);
+    size_t n = 0;
+    for (int64_t p = start; p < stop; p += step) {
+      while (i < end && shared.position[i] < p) merged_position_[n] = shared.position[i], merged_times_[n++] = shared.times[i++];
+      bool there = i < end && shared.position[i] == p;
+      merged_position_[n] = int32_t(p);
+      merged_times_[n++] = !there ? 1.0f : once ? shared.times[i] : shared.times[i] + 1.0f;
+      if (there && !once) shared.repeated = true;
+      i += there;
+    }
+    while (i < end) merged_position_[n] = shared.position[i], merged_times_[n++] = shared.times[i++];
+    merged_position_.resize(n), merged_times_.resize(n);
+    shared.position.swap(merged_position_), shared.times.swap(merged_times_);
+  }
+
+  void find_window(const Term& term, const Lane& first, const Lane& last) {
+    windowed.left = tighter(call_.left, term.left), windowed.right = tighter(call_.right, term.right);
+    int64_t start = low_, stop = high_;
+    if (term.left != kNoLimit) start = std::max(start, int64_t(first.position) - term.left);
+    if (term.right != kNoLimit) stop = std::min(stop, int64_t(last.position) + term.right + 1);
+    start += floor_mod(first.position - start, term.step);
+    auto next = std::lower_bound(shared.position.begin(), shared.position.end(), int32_t(std::max<int64_t>(0, start)));
+    for (int64_t p = start; p < stop; p += term.step) {
+      while (next != shared.position.end() && *next < p) ++next;
+      if (next != shared.position.end() && *next == p) continue;
+      windowed.position.push_back(int32_t(p)), windowed.times.push_back(1.0f);
+    }
+  }
+
+  void drop_padding(Keys& keys) {
+    if (!call_.key_padding) return;
+    const bool* keep = call_.key_padding + span_.batch * call_.padding_batch + span_.origin * call_.padding_key;
+    size_t n = 0;
+    for (size_t i = 0; i < keys.position.size(); ++i) {
+      if (!keep[keys.position[i] * call_.padding_key]) continue;
+      keys.position[n] = keys.position[i], keys.times[n++] = keys.times[i];
+    }
+    keys.position.resize(n), keys.times.resize(n);
+  }
+};
+
+// How many positions of a sorted list are below each lane's limits: the half-open range of the keys that it sees.
+inline void find_ranges(const Keys& keys, const Lane* lanes, int64_t count, int32_t* low, int32_t* high) {
+  int64_t size = keys.size(), a = 0, b = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t t = lanes[i].position;
+    if (keys.left != kNoLimit)
+      while (a < size && keys.position[size_t(a)] < t - keys.left) ++a;
+    if (keys.right == kNoLimit) {
+      b = size;
+    } else {
+      while (b < size && keys.position[size_t(b)] <= t + keys.right) ++b;
+    }
+    low[i] = int32_t(std::min(a, b)), high[i] = int32_t(b);
+  }
+}
+
+// Positions in a span: enough that many queries share the gathered keys, few enough that every thread has work.
+inline int64_t rows_of_span(const Call& call) {
+  int64_t widest = 1, heads = call.heads / call.kv_heads;
+  for (int64_t i = 0; i < call.num_terms; ++i)
+    if (call.terms[i].kind == kSegment) widest = std::max(widest, call.terms[i].rate);
+  int64_t rows = std::max<int64_t>(768 / heads, 64 * widest / heads), spans = call.batch * call.kv_heads;
+  int64_t fair = call.q_len * spans / (4 * call.threads) + 1;
+  return std::max<int64_t>(48, std::max<int64_t>(1, std::min(std::max<int64_t>(rows, 2048), fair)));
+}
+
+// The spans of one document's queries, from `first` to before `last`.
+inline void add_spans(const Call& call, int64_t batch, int64_t origin, int64_t k_len, int64_t first, int64_t last, int64_t rows,
+                      std::vector<Span>& found) {
+  for (int64_t t = first, end; t < last; t = end) {
+    end = std::min(t + rows, last);
+    for (int64_t i = 0; i < call.num_terms; ++i) {
+      const Term& term = call.terms[i];
+      if (term.kind == kSegment) end = std::min(end, floor_to(t, term.length) + term.length);
+    }
+    for (int64_t h = 0; h < call.kv_heads; ++h) found.push_back({batch, h, origin, k_len, t, end});
+  }
+}
+
+// Spans of all documents, key heads and batch rows, cut at segment borders and into at most `rows` positions.
+inline std::vector<Span> spans_of(const Call& call, int64_t rows) {
+  std::vector<Span> found;
+  for (int64_t b = 0; b < call.batch; ++b) {
+    const int64_t* ids = call.documents ? call.documents + (call.document_rows == 1 ? 0 : b) * call.k_len : nullptr;
+    if (!ids) {
+      // Queries may stand before or behind the keys.
+      add_spans(call, b, 0, call.k_len, call.q_offset, call.q_offset + call.q_len, rows, found);
+      continue;
+    }
+    add_spans(call, b, 0, 0, call.q_offset, std::min<int64_t>(call.q_offset + call.q_len, 0), rows, found);
+    for (int64_t start = 0, stop; start < call.k_len; start = stop) {
+      for (stop = start + 1; stop < call.k_len && ids[stop] == ids[start];) ++stop;
+      int64_t first = std::max(start, call.q_offset), last = std::min(stop, call.q_offset + call.q_len);
+      add_spans(call, b, start, stop - start, first - start, last - start, rows, found);
+    }
+    add_spans(call, b, 0, 0, std::max(call.k_len, call.q_offset), call.q_offset + call.q_len, rows, found);
+  }
+  return found;
+}
+
+}  // namespace dil

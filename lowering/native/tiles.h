@@ -1,0 +1,199 @@
+// Tiles of queries, blocks of gathered keys, and the scores between them.
+#pragma once
+#include <cstdlib>
+#include <new>
+
+#include "plan.h"
+#include "products.h"
+
+namespace dil {
+
+constexpr int64_t kBlock = 128;  // keys computed at once
+constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+
+// Uninitialised memory, aligned to a cache line.
+template <class T> class Buffer {
+ public:
+  ~Buffer() { std::free(data_); }
+  T* take(int64_t count) {
+    if (data_ == nullptr) data_ = static_cast<T*>(std::aligned_alloc(64, size_t(count * int64_t(sizeof(T)) + 63) / 64 * 64));
+    if (data_ == nullptr) throw std::bad_alloc();
+    return data_;
+  }
+  T* operator+() const { return data_; }
+  T* operator+(int64_t at) const { return data_ + at; }
+  T& operator[](int64_t at) const { return data_[at]; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+// Up to kTile queries, one in each lane.
+struct Tile {
+  int vectors;
+  int64_t first, lanes;  // in the group
+  int32_t low_min, low_max, high_min, high_max;
+};
+
+template <class T> std::vector<Tile> tiles_of(int64_t lanes) {
+  std::vector<Tile> found;
+  int64_t width = kWidth<T>, vectors = (lanes + width - 1) / width;
+  for (int64_t first = 0; vectors > 0;) {
+    // Four vectors are 2 + 2: a tile of one would wait for its own sums.
+    int64_t now = vectors == 4 || vectors == 2 ? 2 : std::min<int64_t>(vectors, kMaxVectors);
+    found.push_back({int(now), first, std::min(lanes - first, now * width), 0, 0, 0, 0});
+    first += now * width, vectors -= now;
+  }
+  return found;
+}
+
+template <class X> const X* key_rows(const Operand& x, const Span& span) {
+  return static_cast<const X*>(x.data) + span.batch * x.batch + span.kv_head * x.head + span.origin * x.row;
+}
+
+template <class X> void prefetch(const Operand& from, const Span& span, const int32_t* positions, int64_t count, int64_t dim) {
+  const X* base = key_rows<X>(from, span);
+  for (int64_t i = 0; i < count; ++i) {
+    const char* row = reinterpret_cast<const char*>(base + int64_t(positions[i]) * from.row);
+    for (int64_t at = 0; at < dim * int64_t(sizeof(X)); at += 64) __builtin_prefetch(row + at, 0, 2);
+  }
+}
+
+// The tile's limits on a list of keys: whole vectors of lanes, so that unused ones see nothing.
+template <class T> void limit(Tile& tile, const Keys& keys, const Lane* lanes, int32_t* low, int32_t* high) {
+  find_ranges(keys, lanes + tile.first, tile.lanes, low, high);
+  tile.low_min = tile.low_max = low[0], tile.high_min = tile.high_max = high[0];
+  for (int64_t i = 1; i < tile.lanes; ++i) {
+    tile.low_min = std::min(tile.low_min, low[i]), tile.low_max = std::max(tile.low_max, low[i]);
+    tile.high_min = std::min(tile.high_min, high[i]), tile.high_max = std::max(tile.high_max, high[i]);
+  }
+  for (int64_t i = tile.lanes; i < tile.vectors * kWidth<T>; ++i) low[i] = high[i] = 0;
+}
+
+// Scores are kept as the plain products; this times a score is the exponent of 2. A factor that is not positive would turn
+// the maximum round, so it goes into the queries instead (`query_factor`).
+inline double exponent_factor(const Call& call) { return call.softcap != 0 ? kLog2E : call.scale > 0 ? call.scale * kLog2E : kLog2E; }
+inline double query_factor(const Call& call) { return call.softcap != 0 || call.scale > 0 ? 1 : call.scale; }
+
+// Scores of the keys `a` to `b` (multiples of kPanel) of a block that starts at key `start` of the list.
+template <class T, int N> struct Scores {
+  const T *keys, *queries;
+  int64_t dim, row;  // row: of `keys`
+  const int32_t *low, *high;
+  int64_t start;
+  double softcap, scale;
+
+  template <class Use>
+  inline __attribute__((always_inline)) void each(int64_t a, int64_t b, const Tile& tile, Use use) const {
+    for (int64_t j = a; j < b; j += kPanel) {
+      Vec<T> s[kPanel][N];
+      clear<T>(s);
+      multiply<T>(s, keys + j * row, row, 1, queries, N * kWidth<T>, dim);
+      if (softcap != 0) cap(s);
+      if (start + j < tile.low_max || start + j + kPanel > tile.high_min) hide(s, start + j);
+      use(j, s);
+    }
+  }
+
+  void cap(Vec<T> (&s)[kPanel][N]) const {
+    for (int r = 0; r < kPanel; ++r)
+      for (int n = 0; n < N; ++n)
+        for (int i = 0; i < kWidth<T>; ++i) s[r][n][i] = T(softcap) * tanh_of(s[r][n][i] * T(scale / softcap));
+  }
+
+  void hide(Vec<T> (&s)[kPanel][N], int64_t key) const {
+    for (int n = 0; n < N; ++n) {
+      IntVec<T> from = load_ints<T>(low + n * kWidth<T>), to = load_ints<T>(high + n * kWidth<T>);
+      for (int r = 0; r < kPanel; ++r) {
+        IntVec<T> at = IntVec<T>{} + Int<T>(key + r), seen = (from <= at) & (to > at);
+        s[r][n] = seen ? s[r][n] : fill(-std::numeric_limits<T>::infinity());
+      }
+    }
+  }
+};
+
+// Where a lane's row of a [batch, heads, rows, dim] tensor begins.
+template <class Y> Y* row_of(const Call& call, const Operand& x, const Span& span, const Lane& lane) {
+  int64_t head = span.kv_head * (call.heads / call.kv_heads) + lane.head;
+  int64_t row = span.origin + lane.position - call.q_offset;
+  return static_cast<Y*>(x.data) + span.batch * x.batch + head * x.head + row * x.row;
+}
+
+// The rows of a tile's lanes times a factor, transposed: [dim][lanes]. Unused lanes repeat the last. `rows`, if given, gets
+// them as they are: [lanes][row].
+template <class X, class T>
+void read_queries(const Call& call, const Operand& x, const Span& span, const Tile& tile, const Lane* lanes, int64_t dim, T factor,
+                  T* columns, T* rows, int64_t row) {
+  int64_t width = tile.vectors * kWidth<T>;
+  for (int64_t i = 0; i < width; ++i) {
+    T* one = rows + (row ? i * row : 0);
+    load_row(row_of<X>(call, x, span, lanes[tile.first + std::min(i, tile.lanes - 1)]), one, int(dim));
+    for (int64_t d = 0; d < dim; ++d) columns[d * width + i] = one[d] * factor;
+    for (int64_t d = dim; d < row; ++d) one[d] = 0;
+  }
+}
+
+// Keys and values of a block side by side, converted to the score dtype, zeros up to a whole panel.
+template <class X> class Rows {
+  typedef typename Score<X>::T T;
+
+ public:
+  static constexpr int64_t kStep = kPanel;
+  const int64_t key_row, value_row;
+  Buffer<T> keys, values;
+
+  explicit Rows(const Call& call) : key_row(padded(call.head_dim)), value_row(padded(call.v_dim)), call_(call) {
+    keys.take(kBlock * key_row), values.take(kBlock * value_row);
+  }
+
+  void gather(const Span& span, const int32_t* positions, int64_t count) {
+    gather(key_rows<X>(call_.k, span), call_.k.row, positions, count, call_.head_dim, key_row, +keys);
+    gather(key_rows<X>(call_.v, span), call_.v.row, positions, count, call_.v_dim, value_row, +values);
+  }
+
+ private:
+  const Call& call_;
+
+  static void gather(const X* from, int64_t stride, const int32_t* positions, int64_t count, int64_t dim, int64_t row, T* to) {
+    for (int64_t i = 0; i < count; ++i) {
+      load_row(from + int64_t(positions[i]) * stride, to + i * row, int(dim));
+      for (int64_t d = dim; d < row; ++d) to[i * row + d] = 0;
+    }
+    std::fill_n(to + count * row, (padded(count) - count) * row, T(0));
+  }
+};
+
+// Walks a list of keys block by block for the tiles that share it. `Held` is the block's memory, `Rows` or another.
+// use(tile, a, b, start, times, count): keys a to b (whole steps) of the block of `count` keys that starts at `start`.
+// after(positions, count): all tiles have used the block.
+template <class X, class Held, class Use, class After>
+void each_block(const Call& call, const Span& span, const Keys& list, const Lane* lanes, std::vector<Tile>& tiles, int32_t* low,
+                int32_t* high, Held& held, Use use, After after) {
+  if (list.size() == 0) return;
+  int32_t begin = INT32_MAX, end = 0;
+  for (Tile& tile : tiles) {
+    limit<typename Score<X>::T>(tile, list, lanes, low + tile.first, high + tile.first);
+    begin = std::min(begin, tile.low_min), end = std::max(end, tile.high_max);
+  }
+  int64_t lanes_in_all = tiles.back().first + tiles.back().lanes;
+  for (int64_t start = begin; start < end; start += kBlock) {
+    int64_t count = std::min(kBlock, list.size() - start);
+    const int32_t* positions = &list.position[size_t(start)];
+    held.gather(span, positions, count);
+    const float* times = list.repeated ? &list.times[size_t(start)] : nullptr;
+    int64_t next = std::clamp<int64_t>(end - start - kBlock, 0, kBlock), fetched = 0;
+    for (const Tile& tile : tiles) {
+      // Fetching the next block goes along with the work on this one.
+      int64_t until = next * (tile.first + tile.lanes) / lanes_in_all;
+      prefetch<X>(call.k, span, positions + kBlock + fetched, until - fetched, call.head_dim);
+      prefetch<X>(call.v, span, positions + kBlock + fetched, until - fetched, call.v_dim);
+      fetched = until;
+      int64_t a = std::max<int64_t>(0, tile.low_min - start) / Held::kStep * Held::kStep;
+      int64_t b = (std::min<int64_t>(count, tile.high_max - start) + Held::kStep - 1) / Held::kStep * Held::kStep;
+      if (a < b) use(tile, a, b, start, times, count);
+    }
+    after(positions, count);
+  }
+}
+
+}  // namespace dil
