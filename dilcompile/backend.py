@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.fx import GraphModule
 import dilcompile.lowering.ops as _registered  # noqa: F401
 from dilcompile.decision import Decision
 from dilcompile.errors import DilcompileError
+from dilcompile.first_call import compared
 from dilcompile.pipeline import rewrite_dynamo
 from dilcompile.policy import Policy
 from dilcompile.publish import publish
@@ -53,8 +55,11 @@ def dilated(
     if outcome.gm is None:
         return _counted(compile_inner(gm, example_inputs), outcome.report)
     compiled = compile_inner(outcome.gm, example_inputs)
+    original = cache(lambda: compile_inner(gm, example_inputs))
+    if outcome.trials:
+        compiled = compared(compiled, outcome, original, lambda report: publish(report, policy, asked.get("report")))
     if outcome.tables:
-        compiled = _watched(compiled, outcome.tables, lambda: compile_inner(gm, example_inputs))
+        compiled = _watched(compiled, outcome.tables, original)
     return _counted(compiled, outcome.report)
 
 
@@ -108,15 +113,12 @@ def _watched(compiled: Compiled, tables: Mapping[int, torch.Tensor], original: C
     A buffer is the same while it is the same object with the same version counter.
     """
     versions = {position: (table, table._version) for position, table in tables.items()}
-    fallback: list[Compiled] = []
 
     def run(*args: Any) -> Any:
         for position, (table, version) in versions.items():
             held = args[position]
             if held is not table or held._version != version:
-                if not fallback:
-                    fallback.append(original())
-                return fallback[0](*args)
+                return original()(*args)
         return compiled(*args)
 
     return run

@@ -9,6 +9,26 @@ from dilcompile.forms import Form
 from dilcompile.site import AttentionSite
 
 Fidelity = Literal["exact", "approximate"]
+Consequence = Literal["warn", "keep", "error"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """How a rewrite is compared with the site's own computation, in float64.
+
+    Args:
+        when: ``compile`` (on random inputs, before the rewrite is accepted), ``first_call`` or ``always`` (on the inputs of the
+            first or of every call); ``off``: not at all.
+        rel_l2: the largest norm of the difference over that of the site's own result.
+        on_difference: what a larger one leads to: the site is left as it is, and ``warn``, ``keep`` quiet or ``error``.
+    """
+
+    when: Literal["off", "compile", "first_call", "always"] = "off"
+    rel_l2: float = 1e-9
+    on_difference: Consequence = "warn"
+
+
+NO_CHECK = Check()
 
 
 @dataclass(frozen=True)
@@ -22,6 +42,7 @@ class Decision:
         fidelity: ``exact`` when the rewritten site computes what the user's model computes.
         kernel: the kernel asked for by name, or None to choose the fastest that supports the site.
         fallback: what to do when the rewrite fails: ``warn`` and keep the original, ``keep`` it and only list it, or ``error``.
+        check: whether and how the rewrite is compared with the site's own computation.
         notes: what the user should know (policy keys that have no effect here, rows that see only themselves ...).
     """
 
@@ -30,7 +51,8 @@ class Decision:
     form: Form
     fidelity: Fidelity
     kernel: str | None = None
-    fallback: Literal["warn", "keep", "error"] = "warn"
+    fallback: Consequence = "warn"
+    check: Check = NO_CHECK
     notes: tuple[str, ...] = field(default=())
 
 

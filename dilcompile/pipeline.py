@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,14 +10,15 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from dilcompile.decision import Decision, Rejection
-from dilcompile.errors import DilcompileWarning, RewriteError
-from dilcompile.passes.find_sites import Findings, find_sites
+from dilcompile.decision import Decision
+from dilcompile.errors import RewriteError
+from dilcompile.passes.find_sites import find_sites
 from dilcompile.passes.normalize import NormalizeError, normalize
 from dilcompile.passes.regions import Graph, regions
-from dilcompile.passes.rewrite import erase_dead, rewrite_site, unused
+from dilcompile.passes.trial import Probe, Trial
 from dilcompile.policy import Policy, resolve
 from dilcompile.report import GraphReport, Verdict
+from dilcompile.rewriting import rewrite_sites
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,15 @@ class Outcome:
         gm: the rewritten graph; None if nothing was rewritten, so that the caller keeps its own.
         report: what was found and decided.
         tables: inputs whose values the masks were read from, by position: they must not change.
+        trials: sites to compare with the model's own computation when the graph runs, with their decisions.
+        probe: gives what the trials need; None without trials.
     """
 
     gm: GraphModule | None
     report: GraphReport
     tables: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    trials: tuple[tuple[Decision, Trial], ...] = ()
+    probe: Probe | None = None
 
 
 class _Clock:
@@ -46,6 +49,12 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[step] = self.seconds.get(step, 0.0) + now - self._since
         self._since = now
+
+    def move(self, step: str, part: str, seconds: float) -> None:
+        """Count a part of a step by itself."""
+        if seconds:
+            self.seconds[step] -= seconds
+            self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
 
 def rewrite_dynamo(gm: GraphModule, example_inputs: Sequence[Any], policy: Policy, name: str, *, enforce: bool = True) -> Outcome:
@@ -72,13 +81,24 @@ def rewrite_dynamo(gm: GraphModule, example_inputs: Sequence[Any], policy: Polic
     inputs = list(normal.graph.find_nodes(op="placeholder"))
     values = dict(zip(inputs, example_inputs, strict=True))
     graph = Graph(normal, _parameters(values), _buffers(values), _training(example_inputs))
-    outcome = rewrite_normal(graph, policy, name, clock, enforce=enforce)
+    outcome = rewrite_normal(graph, policy, name, clock, known=values, enforce=enforce)
     positions = {node: i for i, node in enumerate(inputs)}
     return replace(outcome, tables={positions[node]: graph.tables[node] for node in outcome.tables if node in positions})  # type: ignore[index]
 
 
-def rewrite_normal(graph: Graph, policy: Policy, name: str, clock: _Clock | None = None, *, enforce: bool = True) -> Outcome:
+def rewrite_normal(
+    graph: Graph,
+    policy: Policy,
+    name: str,
+    clock: _Clock | None = None,
+    *,
+    known: Mapping[Node, Any] | None = None,
+    enforce: bool = True,
+) -> Outcome:
     """Rewrite a graph in pre-dispatch ATen, in place.
+
+    Args:
+        known: values of its inputs, if it will be run on such; else ``numerics.check`` draws all of them at once.
 
     Returns:
         An outcome whose ``tables`` are keyed by node.
@@ -91,53 +111,12 @@ def rewrite_normal(graph: Graph, policy: Policy, name: str, clock: _Clock | None
     verdicts = _numbered(resolve(policy, sites, enforce=enforce))
     clock.lap("resolve")
     misses = tuple(miss for findings in found for miss in findings.misses)
-    settled, tables = _rewrite_all(parts, found, verdicts, enforce)
+    done = rewrite_sites(parts, found, verdicts, known or {}, enforce=enforce, runs_later=known is not None)
     clock.lap("rewrite")
-    report = GraphReport(name, tuple(settled), misses, (), clock.seconds)
-    rewritten = any(isinstance(verdict, Decision) for verdict in settled)
-    return Outcome(graph.gm if rewritten else None, report, tables)  # type: ignore[arg-type]
-
-
-def _rewrite_all(
-    parts: Sequence[Graph], found: Sequence[Findings], verdicts: Sequence[Verdict], enforce: bool
-) -> tuple[list[Verdict], dict[Node, torch.Tensor]]:
-    fuel = int(os.environ.get("DILCOMPILE_FUEL", "-1"))
-    settled: list[Verdict] = []
-    tables: dict[Node, torch.Tensor] = {}
-    queue = iter(verdicts)
-    idle = frozenset().union(*(unused(part.gm) for part in parts))
-    for part, findings in zip(parts, found, strict=True):
-        for match in findings.matches:
-            verdict = next(queue)
-            if isinstance(verdict, Decision) and fuel == 0:
-                verdict = Rejection(verdict.site, verdict.rule, "DILCOMPILE_FUEL ran out", "raise it or unset it")
-            if isinstance(verdict, Decision):
-                verdict = _rewrite_one(part, findings, match, verdict, enforce)
-            if isinstance(verdict, Decision):
-                fuel -= 1
-                tables.update({node: part.tables[node] for node in match.tables})
-            settled.append(verdict)
-    for part in reversed(parts):  # bodies before the graphs around them
-        erase_dead(part.gm, idle)
-        part.drop_unused_inputs()
-        part.gm.graph.lint()
-        part.gm.recompile()
-    return settled, tables
-
-
-def _rewrite_one(part: Graph, findings: Findings, match: Any, decision: Decision, enforce: bool) -> Verdict:
-    """The decision if the rewrite went through; else the graph as it was, and the reason."""
-    try:
-        rewrite_site(part, match, decision, findings.axes)
-        return decision
-    except Exception as error:
-        reason = f"the rewrite failed: {type(error).__name__}: {error}"
-        message = f"{match.site.module or '<top>'} ({match.site.source}): {reason}"
-        if enforce and decision.fallback == "error":
-            raise RewriteError(message) from error
-        if enforce and decision.fallback == "warn":
-            warnings.warn(f"{message}; the original attention is kept", DilcompileWarning, stacklevel=2)
-        return Rejection(decision.site, decision.rule, reason, "please report it; the original attention is kept")
+    clock.move("rewrite", "check", done.check_seconds)
+    report = GraphReport(name, tuple(done.verdicts), misses, (), clock.seconds)
+    rewritten = any(isinstance(verdict, Decision) for verdict in done.verdicts)
+    return Outcome(graph.gm if rewritten else None, report, done.tables, tuple(done.trials), done.probe)  # type: ignore[arg-type]
 
 
 def _numbered(verdicts: Sequence[Verdict]) -> list[Verdict]:

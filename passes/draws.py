@@ -69,53 +69,45 @@ def draws(trial: Trial, known: Mapping[Node, Any]) -> Iterator[Values]:
     """Values for the leaves: one draw where they are activations alone, else one for each kind of input, and the inputs as given.
 
     Args:
-        known: values of the graph's inputs, weights and buffers among them; fake ones count as not known.
+        known: values of the graph's inputs; fake ones count as not known.
     """
-    asked = [leaf for leaf in trial.leaves if leaf not in trial.cuts and _is_data(leaf, known)]
+    given = trial.cuts | trial.tables.keys()
+    asked = [leaf for leaf in trial.leaves if leaf not in given and isinstance(leaf.meta.get("val"), Tensor)]
     kinds = list(DRAWS) if asked else ["activations"]
     if asked and all(_real(known.get(leaf)) for leaf in asked):
         kinds.insert(0, "as given")
     for seed, kind in enumerate(kinds):
         generator = torch.Generator().manual_seed(seed)
-        yield Values(
-            kind, tuple(_value(leaf, kind, leaf in trial.cuts, leaf in asked, known, generator) for leaf in trial.leaves)
-        )
-
-
-def _is_data(leaf: Node, known: Mapping[Node, Any]) -> bool:
-    """An input of the call: not a length, not a weight or buffer of known value."""
-    if not isinstance(leaf.meta.get("val"), Tensor):
-        return False
-    value = known.get(leaf)
-    held_by_model = "_buffers[" in _source(leaf) or "_parameters[" in _source(leaf)
-    return not (_real(value) and (held_by_model or isinstance(value, torch.nn.Parameter)))
-
-
-def _source(leaf: Node) -> str:
-    source = getattr(leaf, "_dynamo_source", None)
-    if source is None:
-        return ""
-    return str(source.name() if callable(source.name) else source.name)
+        yield Values(kind, tuple(_value(leaf, kind, trial, known, generator) for leaf in trial.leaves))
 
 
 def _real(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, FakeTensor) and value.device.type != "meta"
 
 
-def _value(leaf: Node, kind: str, cut: bool, asked: bool, known: Mapping[Node, Any], generator: torch.Generator) -> Any:
+def _value(leaf: Node, kind: str, trial: Trial, known: Mapping[Node, Any], generator: torch.Generator) -> Any:
     fake = leaf.meta.get("val")
     if not isinstance(fake, Tensor):
         return _number(known.get(leaf, fake))
     shape = tuple(_number(size) for size in fake.shape)
-    if cut:
+    if leaf in trial.cuts:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
-    if not asked or kind == "as given":
-        value = known[leaf].detach().cpu()
-        return value.double() if value.is_floating_point() else value.clone()
+    if leaf in trial.tables or kind == "as given":
+        held = trial.tables.get(leaf, known.get(leaf))
+        assert held is not None
+        return in_float64(held)
     made = DRAWS[kind](shape, generator)
     if fake.dtype is torch.bool:
         return made.ne(0)
     return made.to(torch.float64 if fake.dtype.is_floating_point else fake.dtype)
+
+
+def in_float64(value: Any) -> Any:
+    """A tensor as a trial takes it: on the CPU, floating ones in float64."""
+    if not isinstance(value, Tensor):
+        return value
+    held = value.detach().cpu()
+    return held.double() if held.is_floating_point() else held
 
 
 def _number(value: Any) -> Any:

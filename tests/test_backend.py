@@ -253,7 +253,7 @@ def test_a_failed_rewrite(fallback: str, monkeypatch: pytest.MonkeyPatch) -> Non
     def fail(*args: Any) -> None:
         raise LookupError("planted")
 
-    monkeypatch.setattr("dilcompile.pipeline.rewrite_site", fail)
+    monkeypatch.setattr("dilcompile.rewriting.rewrite_site", fail)
     model, x = Stack().double(), x64(2, 16, 32)
     fast = compiled(model, _rule(unsupported=fallback))
     message = r"layers\.\d \(models\.py:\d+\): the rewrite failed: LookupError: planted"

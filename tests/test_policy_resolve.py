@@ -10,7 +10,7 @@ import pytest
 import torch
 from policy_sites import site
 
-from dilcompile.decision import Decision, Rejection
+from dilcompile.decision import Check, Decision, Rejection
 from dilcompile.errors import DilcompileWarning, RewriteError
 from dilcompile.forms import Dense, Dilated, SlidingWindow
 from dilcompile.policy import Policy, resolve, unused_rules
@@ -162,7 +162,6 @@ def test_what_has_no_effect_is_said() -> None:
             "apply": {"form": "dense"},
             "shard": {"mesh": "cp", "method": "halo"},
             "memory": {"budget": "6GiB"},
-            "numerics": {"check": "first_call"},
             "fallback": {"shape": "error"},
         },
         mesh={"cp": {"size": 8}},
@@ -171,14 +170,21 @@ def test_what_has_no_effect_is_said() -> None:
     assert decide(made, site()).notes == (
         "shard: halo over mesh axis 'cp' has no effect in this version: every rank computes what it is given",
         "memory: has no effect in this version: the inner compiler plans the buffers",
-        "numerics.check: first_call has no effect in this version: no run is compared",
+        "numerics.tolerance: has no effect while numerics.check is off",
+        "fallback.quality: has no effect while numerics.check is off",
         "fallback.shape: error has no effect in this version",
-        "fallback.quality: warn has no effect in this version",
     )
     tolerance = {"numerics": {"tolerance": {"rel_l2": 1e-3}}}
     assert decide(policy({"apply": {"form": "dense"}}, defaults=tolerance), site()).notes == (
-        "numerics.tolerance: has no effect in this version: no run is compared",
+        "numerics.tolerance: has no effect while numerics.check is off",
     )
+
+
+def test_the_check_of_a_decision() -> None:
+    numerics = {"check": "compile", "tolerance": {"rel_l2": 1e-6}}
+    made = decide(policy({"apply": {"form": "dense"}, "numerics": numerics, "fallback": {"quality": "error"}}), site())
+    assert (made.check, made.notes) == (Check("compile", 1e-6, "error"), ())
+    assert decide(policy({"apply": {"form": "dense"}}), site()).check == Check("off", 1e-9, "warn")
 
 
 def test_a_symbolic_length_is_guarded_only_where_a_rule_asks() -> None:

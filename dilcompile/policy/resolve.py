@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dilcompile.decision import Decision, Rejection
+from dilcompile.decision import Check, Decision, Rejection
 from dilcompile.errors import DilcompileWarning, RewriteError
 from dilcompile.policy.patterns import nearest
 from dilcompile.policy.predicates import PREDICATES
@@ -74,8 +74,14 @@ def _decide(policy: Policy, site: AttentionSite) -> Verdict:
         fidelity=form.fidelity(site),
         kernel=rule.apply.kernel,
         fallback=policy.fallback_of(rule).unsupported,
+        check=_check(policy, rule),
         notes=(*form.notes(site), *without_effect(policy, rule)),
     )
+
+
+def _check(policy: Policy, rule: Rule) -> Check:
+    numerics = policy.numerics_of(rule)
+    return Check(numerics.check, numerics.tolerance.rel_l2, policy.fallback_of(rule).quality)
 
 
 def without_effect(policy: Policy, rule: Rule) -> tuple[str, ...]:
@@ -89,15 +95,12 @@ def without_effect(policy: Policy, rule: Rule) -> tuple[str, ...]:
     if rule.memory is not None:
         notes.append("memory: has no effect in this version: the inner compiler plans the buffers")
     numerics, fallback = policy.numerics_of(rule), policy.fallback_of(rule)
-    if numerics.check != "off":
-        notes.append(f"numerics.check: {numerics.check} has no effect in this version: no run is compared")
-    elif "tolerance" in numerics.model_fields_set:
-        notes.append("numerics.tolerance: has no effect in this version: no run is compared")
-    notes += [
-        f"fallback.{key}: {getattr(fallback, key)} has no effect in this version"
-        for key in ("shape", "quality")
-        if key in fallback.model_fields_set
-    ]
+    if numerics.check == "off" and "tolerance" in numerics.model_fields_set:
+        notes.append("numerics.tolerance: has no effect while numerics.check is off")
+    if numerics.check == "off" and "quality" in fallback.model_fields_set:
+        notes.append("fallback.quality: has no effect while numerics.check is off")
+    if "shape" in fallback.model_fields_set:
+        notes.append(f"fallback.shape: {fallback.shape} has no effect in this version")
     return tuple(notes)
 
 

@@ -92,9 +92,12 @@ class Memory(Section):
 
 
 class Tolerance(Section):
-    """How far a checked site may be from the reference."""
+    """How far a checked site may be from the model's own computation."""
 
-    rel_l2: Annotated[Positive, Field(description="Norm of the difference over that of the reference.")] = 1e-3
+    rel_l2: Annotated[
+        Positive,
+        Field(description="Norm of the difference over that of the model's own result. Both are computed in float64."),
+    ] = 1e-9
 
 
 class Numerics(Section):
@@ -106,10 +109,13 @@ class Numerics(Section):
         Field(description="Default of the option `merge_grad` of forms that have it."),
     ] = "exact"
     check: Annotated[
-        Literal["off", "first_call", "always"],
-        Field(description="Compare with the reference at run time. No effect in this version."),
+        Literal["off", "compile", "first_call", "always"],
+        Field(
+            description="Compare each rewritten site with the model's own computation, in float64: on random inputs before the "
+            "rewrite is accepted (`compile`), or on the inputs of the first or of every call (`first_call`, `always`)."
+        ),
     ] = "off"
-    tolerance: Annotated[Tolerance, Field(description="Bound of `check`. No effect in this version.")] = Tolerance()
+    tolerance: Annotated[Tolerance, Field(description="Bound of `check`.")] = Tolerance()
 
 
 class Fallback(Section):
@@ -126,7 +132,10 @@ class Fallback(Section):
     ] = "keep"
     quality: Annotated[
         Consequence,
-        Field(description="`numerics.check` found more than the tolerance. No effect in this version."),
+        Field(
+            description="`numerics.check` found more than the tolerance: keep the model's own computation and warn, keep it "
+            "and list it, or stop."
+        ),
     ] = "warn"
 
 

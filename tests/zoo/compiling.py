@@ -13,9 +13,11 @@ from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 from dilcompile.decision import Decision, Rejection
+from dilcompile.passes.normalize import NormalizeError, normalize
 from dilcompile.pipeline import rewrite_dynamo
 from dilcompile.policy import Policy
 from dilcompile.report import GraphReport
+from zoo.truth import Truth, Watch
 
 Compiled = Callable[..., Any]
 Backend = Callable[[GraphModule, Sequence[Any]], Compiled]
@@ -40,6 +42,11 @@ class Tally:
     @property
     def rewritten(self) -> int:
         return sum(runs[0] * isinstance(verdict, Decision) for report, runs in self.graphs for verdict in report.verdicts)
+
+    @property
+    def listed(self) -> int:
+        """Every site that the report speaks of."""
+        return self.rewritten + self.refused.total() + self.missed.total()
 
     @property
     def refused(self) -> Counter[str]:
@@ -113,6 +120,24 @@ def _widen(value: Any) -> Any:
 
 def as_it_is(gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
     return gm.forward
+
+
+def watching(truth: Truth, weights: Sequence[torch.Tensor]) -> Backend:
+    """The graphs without their dead code, with the attention in each counted while it runs."""
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        try:
+            forward = normalize(gm, example_inputs).forward
+        except NormalizeError:
+            forward = gm.forward
+
+        def call(*args: Any) -> Any:
+            with Watch(truth, weights):
+                return forward(*args)
+
+        return call
+
+    return backend
 
 
 def fusions(model: nn.Module, call: Callable[[Compiled], Any]) -> int:

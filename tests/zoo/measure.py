@@ -13,7 +13,7 @@ from torch import nn
 
 from zoo import truth
 from zoo.causes import BOUND, Trial, cause_of
-from zoo.compiling import Tally, as_it_is, fusions, rewriting
+from zoo.compiling import Tally, as_it_is, fusions, rewriting, watching
 from zoo.model import Model, quiet
 from zoo.regimes import Regime
 from zoo.runs import apart, run
@@ -26,7 +26,8 @@ class Row:
     """One line of the table.
 
     Args:
-        true: sites that ran eagerly; found, rewritten: sites of the compiled call; refused, missed: how many for each reason.
+        true: sites that ran eagerly; reached: those of them that stand whole in a graph (not split by a graph break) and are
+            used (not dropped as dead code); found, rewritten: sites of the compiled call; refused, missed: how many for each reason.
         fused: what Inductor's own fuse_attention takes; None where it was not counted.
         forward, gradient: the largest difference to the model itself.
         cause: what makes a difference above the bound go away, as measured; empty if there is none.
@@ -39,6 +40,7 @@ class Row:
     implementation: str
     regime: str
     true: int = 0
+    reached: int = 0
     found: int = 0
     rewritten: int = 0
     refused: dict[str, int] = field(default_factory=dict)
@@ -99,6 +101,7 @@ def _measured(model: Model, implementation: str, regime: Regime, inductor: bool)
         implementation=implementation,
         regime=regime.name,
         true=true,
+        reached=true if tally.listed == true else _reached(trial),
         found=tally.rewritten + refused.total(),
         rewritten=tally.rewritten,
         refused=dict(refused),
@@ -164,6 +167,13 @@ def _at_another_length(model: Model, regime: Regime, net: nn.Module, compiled: C
     except (RuntimeError, ValueError, IndexError):
         return 0.0
     return apart(run(net, compiled, inputs, gradients=False), eager)[0]
+
+
+def _reached(trial: Trial) -> int:
+    """Sites in the graphs of one call, counted as they run."""
+    held = truth.Truth()
+    trial.run_by(watching(held, [*trial.net.parameters(), *trial.net.buffers()]))
+    return held.sites
 
 
 def _fused(model: Model, implementation: str, regime: Regime) -> int:

@@ -1,7 +1,8 @@
 """How many attentions a model really runs, counted by watching it run eagerly. No graph and no finder is involved.
 
 A written-out attention is a softmax whose input comes from a product of two activations and whose output goes into another
-product. A ready-made one (SDPA, the fused layers of torch.nn, FlexAttention) is one call.
+product; so is an SDPA call that torch itself writes out. A fused one (SDPA's kernels, the layers of torch.nn, FlexAttention) is
+one operator.
 """
 
 from __future__ import annotations
@@ -11,15 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 PRODUCTS = frozenset({"mm", "bmm", "addmm", "baddbmm", "addbmm"})
 SOFTMAXES = frozenset({"_softmax", "_safe_softmax", "softmax", "_log_softmax", "exp"})
-FUSED_LAYERS = frozenset({"_native_multi_head_attention", "_transformer_encoder_layer_fwd"})
+FUSED = ("_native_multi_head_attention", "_transformer_encoder_layer_fwd", "flex_attention", "_scaled_dot_product_")
 # What scores and probabilities pass through on the way, in place or not.
 CARRIERS = frozenset(
     """
@@ -39,7 +38,7 @@ class Truth:
     """Counts of one run.
 
     Args:
-        calls: ready-made attentions.
+        calls: fused attentions.
         softmaxes: written-out softmaxes over products, each with the number of products that read it.
     """
 
@@ -54,32 +53,12 @@ class Truth:
 def count(model: nn.Module, inputs: dict[str, Any]) -> int:
     """Attention sites of one call."""
     truth = Truth()
-    weights = (*model.parameters(), *model.buffers())
-    watch = _Watch(truth, weights)
-    with torch.no_grad(), watch, _Calls(truth, watch):
+    with torch.no_grad(), Watch(truth, (*model.parameters(), *model.buffers())):
         model(**inputs)
     return truth.sites
 
 
-class _Calls(TorchFunctionMode):
-    """Counts SDPA calls, and keeps the watch from counting what they are made of."""
-
-    def __init__(self, truth: Truth, watch: _Watch) -> None:
-        super().__init__()
-        self.truth, self.watch = truth, watch
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        self.truth.calls += 1
-        self.watch.inside += 1
-        try:
-            return func(*args, **(kwargs or {}))
-        finally:
-            self.watch.inside -= 1
-
-
-class _Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):
     """Follows each tensor: the products it is a score of, the softmaxes it is a probability of."""
 
     supports_higher_order_operators = True
@@ -87,7 +66,6 @@ class _Watch(TorchDispatchMode):
     def __init__(self, truth: Truth, weights: Iterable[Tensor]) -> None:
         super().__init__()
         self.truth = truth
-        self.inside = 0
         self._held: list[Tensor] = list(weights)  # an id stays its tensor's while the tensor lives
         self._weights = {id(weight) for weight in self._held}
         self._scores: dict[int, frozenset[int]] = {}
@@ -100,10 +78,8 @@ class _Watch(TorchDispatchMode):
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         self._held += made
-        if plain in FUSED_LAYERS or plain == "flex_attention":
-            self.truth.calls += 1
-        if not self.inside:
-            self._follow(plain, given, made, in_place=plain != name)
+        self.truth.calls += plain.startswith(FUSED)
+        self._follow(plain, given, made, in_place=plain != name)
         return out
 
     def _follow(self, name: str, given: list[Tensor], made: list[Tensor], in_place: bool) -> None:

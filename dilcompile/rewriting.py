@@ -1,0 +1,188 @@
+"""Rewrite the decided sites of a graph one by one; where the policy asks for it, each is tried before it is accepted."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from dilcompile.decision import Decision, Rejection
+from dilcompile.errors import DilcompileError, DilcompileWarning, RewriteError
+from dilcompile.forms import Dense
+from dilcompile.passes.find_sites import Findings
+from dilcompile.passes.match import Match
+from dilcompile.passes.regions import Graph
+from dilcompile.passes.rewrite import erase_dead, rewrite_site, unused
+from dilcompile.passes.trial import Probe, Trial, cut_out, probe, take_back
+from dilcompile.passes.validate import MOST_PAIRS, Finding, tried_at_random
+from dilcompile.report import Verdict
+
+FUEL = "DILCOMPILE_FUEL"
+NOTE = "numerics.check:"
+MISREAD = "please report it: the finder read this site wrongly"
+
+
+@dataclass
+class Rewritten:
+    """What became of the sites.
+
+    Args:
+        runs_later: trials may be left to the graph's first call.
+        verdicts: one a site, in their order.
+        tables: inputs whose values masks were read from.
+        trials: of the sites that are to be compared when the graph runs, with their decisions.
+        probe: gives what these trials need; None without trials.
+        check_seconds: what the comparisons took.
+    """
+
+    runs_later: bool
+    verdicts: list[Verdict] = field(default_factory=list)
+    tables: dict[Node, torch.Tensor] = field(default_factory=dict)
+    trials: list[tuple[Decision, Trial]] = field(default_factory=list)
+    probe: Probe | None = None
+    check_seconds: float = 0.0
+
+
+class Refused(Exception):
+    """A rewrite that was tried and differs; the reason and the cure."""
+
+    def __init__(self, reason: str, cure: str) -> None:
+        super().__init__(reason)
+        self.reason, self.cure = reason, cure
+
+
+def rewrite_sites(
+    parts: Sequence[Graph],
+    found: Sequence[Findings],
+    verdicts: Sequence[Verdict],
+    known: Mapping[Node, Any],
+    *,
+    enforce: bool,
+    runs_later: bool,
+) -> Rewritten:
+    """Rewrite every decided site in place, then erase what became dead.
+
+    Args:
+        parts: the graph and the checkpoint bodies in it; found: the sites of each; verdicts: one a site.
+        known: values of the graph's inputs, as far as there are any.
+        enforce: act on the policy's fallbacks.
+        runs_later: whoever asked runs the graph and holds the trials that are left to its first call.
+
+    Raises:
+        RewriteError: where the policy says that a failure is an error.
+        DilcompileError: if ``DILCOMPILE_FUEL`` is no whole number.
+    """
+    fuel = _fuel()
+    done = Rewritten(runs_later)
+    queue = iter(verdicts)
+    idle = frozenset().union(*(unused(part.gm) for part in parts))
+    for part, findings in zip(parts, found, strict=True):
+        for match in findings.matches:
+            verdict = next(queue)
+            if isinstance(verdict, Decision) and fuel == 0:
+                verdict = Rejection(verdict.site, verdict.rule, f"{FUEL} ran out", "raise it or unset it")
+            if isinstance(verdict, Decision):
+                verdict = _rewrite_one(part, findings, match, verdict, known, enforce, done)
+            if isinstance(verdict, Decision):
+                fuel -= 1
+                done.tables.update({node: part.tables[node] for node in match.tables})
+            done.verdicts.append(verdict)
+    if done.trials:
+        done.probe = probe(parts[0].gm, [trial for _, trial in done.trials])
+    for part in reversed(parts):  # bodies before the graphs around them
+        erase_dead(part.gm, idle)
+        part.drop_unused_inputs()
+        part.gm.graph.lint()
+        part.gm.recompile()
+    return done
+
+
+def _fuel() -> int:
+    """How many sites may be rewritten; negative: all."""
+    text = os.environ.get(FUEL, "-1")
+    try:
+        return int(text)
+    except ValueError:
+        raise DilcompileError(f"{FUEL} takes a whole number of rewrites, got {text!r}") from None
+
+
+def _rewrite_one(
+    part: Graph, findings: Findings, match: Match, decision: Decision, known: Mapping[Node, Any], enforce: bool, done: Rewritten
+) -> Verdict:
+    """The decision if the rewrite went through; else the graph as it was, and the reason."""
+    try:
+        if decision.check.when == "off":
+            rewrite_site(part, match, decision, findings.axes)
+            return decision
+        return _tried(part, findings, match, decision, known, done)
+    except Refused as refused:
+        reason, cure, consequence = refused.reason, refused.cure, decision.check.on_difference
+    except Exception as error:
+        reason, cure = f"the rewrite failed: {type(error).__name__}: {error}", "please report it; the original attention is kept"
+        consequence = decision.fallback
+    message = f"{match.site.module or '<top>'} ({match.site.source}): {reason}"
+    if enforce and consequence == "error":
+        raise RewriteError(message)
+    if enforce and consequence == "warn":
+        warnings.warn(f"{message}; the original attention is kept", DilcompileWarning, stacklevel=2)
+    return Rejection(decision.site, decision.rule, reason, cure)
+
+
+def _tried(
+    part: Graph, findings: Findings, match: Match, decision: Decision, known: Mapping[Node, Any], done: Rewritten
+) -> Decision:
+    """The decision, rewritten and noted what its trial gave.
+
+    Raises:
+        Refused: if the replacement computes something else.
+    """
+    problem = _not_tried(decision)
+    if problem:
+        rewrite_site(part, match, decision, findings.axes)
+        return replace(decision, notes=(*decision.notes, f"{NOTE} not compared: {problem}"))
+    start = time.perf_counter()
+    # An approximate form differs by intent: what is proven is the reading of the site, which its dense form shows.
+    stand_in = replace(decision, form=Dense(), fidelity="exact", kernel=None)
+    output = match.roles.output
+    mark = output.prev
+    result = rewrite_site(part, match, stand_in, findings.axes)
+    trial = cut_out(part, mark, output, result)
+    now = decision.check.when == "compile" or trial.inside or not done.runs_later
+    finding = tried_at_random(trial, known) if now else Finding()
+    take_back(mark, output, result)
+    done.check_seconds += time.perf_counter() - start
+    if now and finding.runs and finding.rel_l2 > decision.check.rel_l2:
+        raise Refused(difference(decision, finding), MISREAD)
+    rewrite_site(part, match, decision, findings.axes)
+    if not now:
+        done.trials.append((decision, trial))
+    return replace(decision, notes=(*decision.notes, f"{NOTE} {_said(decision, finding, now)}"))
+
+
+def _said(decision: Decision, finding: Finding, now: bool) -> str:
+    if not now:
+        return "to be compared on every call" if decision.check.when == "always" else "to be compared on the first call"
+    return f"compared on {finding.runs} random inputs: {finding}" if finding.runs else f"not compared: it {finding}"
+
+
+def difference(decision: Decision, finding: Finding) -> str:
+    """The reason for which a site is left as it is."""
+    return f"{NOTE} its replacement differs from the model: {finding}; tolerance rel_l2 {decision.check.rel_l2:.1e}"
+
+
+def _not_tried(decision: Decision) -> str:
+    """Why a site can't be tried; empty if it can."""
+    site = decision.site
+    sizes = [length if isinstance(length, int) else length.node.hint for length in (site.batch, site.q_len, site.k_len)]
+    if not all(isinstance(size, int) for size in sizes):
+        return "its lengths are only known when it runs"
+    pairs = sizes[0] * sizes[1] * sizes[2] * site.heads
+    if pairs > MOST_PAIRS:
+        return f"it has {pairs} scores, more than {MOST_PAIRS}; compile it with shorter inputs once"
+    return Dense().reject(site) or ""
