@@ -15,6 +15,7 @@ from dilcompile.passes.facts import Facts
 from dilcompile.passes.gather_facts import gather_facts
 from dilcompile.passes.loose_ends import LooseEnds
 from dilcompile.passes.match import Match, Proof, describe
+from dilcompile.passes.normalize import vmap_depth
 from dilcompile.passes.operators import full_name, op_name
 from dilcompile.passes.provenance import module_path, source_line
 from dilcompile.passes.regions import Graph
@@ -41,9 +42,13 @@ def find_sites(graph: Graph) -> Findings:
     ends = LooseEnds(list(graph.gm.graph.nodes), facts)
     matches: list[Match] = []
     misses: list[Miss] = []
+    depth = 0
     for node in graph.gm.graph.nodes:
+        depth += vmap_depth(node)
         try:
             match = _at(node, len(matches), graph, facts, ends)
+            if match is not None and depth:
+                raise Unproven(node, "it runs inside vmap", "call the model on the whole batch instead")
         except Unproven as end:
             misses.append(Miss(module_path(node), source_line(node), end.node.name, end.reason, end.cure))
         except Exception as error:
@@ -90,6 +95,7 @@ def _of_call(node: Node, spelling: Spelling, call: Attention, facts: Facts) -> P
         seen=call.seen,
         empty=call.empty,
         softmax_dtype=torch.float32,
+        starts=call.documents,
     )
 
 

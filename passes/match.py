@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
@@ -34,6 +34,7 @@ class Match:
     mask: ReadMask
     bias: tuple[MaskOperand, ...]
     sinks: tuple[Sink, ...]
+    starts: Node | None
     tables: frozenset[Node]
 
 
@@ -46,6 +47,7 @@ class Proof:
         spelling: how it is written, in a word.
         seen: the pairs that the spelling itself lets through.
         empty: what rows become that see nothing.
+        starts: where the sequences start that rows and columns are packed from.
     """
 
     anchor: Node
@@ -59,6 +61,7 @@ class Proof:
     seen: Truth
     empty: EmptyRule
     softmax_dtype: torch.dtype
+    starts: Node | None = None
 
 
 def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
@@ -89,6 +92,10 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
         sinks=_sinks(proof.sinks, facts),
     )
     _readable_at(at, mask, (*bias, *proof.sinks), graph)
+    if proof.starts is not None:
+        if facts.mutations.stale(proof.starts, at):
+            raise Unproven(proof.starts, "it is written in place before the attention ends", "write it out of place")
+        mask = replace(mask, spec=replace(mask.spec, documents=True))
     module, spec = module_path(proof.anchor), mask.spec
     site = AttentionSite(
         index=index,
@@ -117,7 +124,7 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
         sinks=" + ".join(str(sink) for sink in proof.sinks) or None,
     )
     tables = frozenset(facts.reader.used_tables & graph.tables.keys())
-    return Match(site, roles, q, k, v, mask, bias, proof.sinks, tables)
+    return Match(site, roles, q, k, v, mask, bias, proof.sinks, proof.starts, tables)
 
 
 def _sinks(sinks: tuple[Sink, ...], facts: Facts) -> Sinks:

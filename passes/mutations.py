@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.fx import Node
 
 from dilcompile.passes.operators import is_tensor
@@ -55,4 +56,6 @@ def written(node: Node) -> list[Node]:
 def storage(node: Node) -> int:
     value = node.meta["val"]
     assert isinstance(value, torch.Tensor)
+    while is_functorch_wrapped_tensor(value):  # inside a vmap
+        value = get_unwrapped(value)
     return int(value.untyped_storage()._cdata)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._functorch import predispatch
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
@@ -40,7 +41,7 @@ def normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     fake_mode = _fake_mode(example_inputs)
     fakes = [_fakify(value, fake_mode) for value in example_inputs]
     try:
-        with fake_mode, torch.fx.traceback.preserve_node_meta(), _vanilla_checkpoints(gm) as clean:
+        with fake_mode, torch.fx.traceback.preserve_node_meta(), _kept_vmaps(gm), _vanilla_checkpoints(gm) as clean:
             traced: GraphModule = make_fx(_Retrace(gm).run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(
                 *fakes
             )
@@ -49,9 +50,22 @@ def normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
         raise NormalizeError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     traced.meta = dict(gm.meta)
     _keep_inputs(gm, traced)
-    traced.graph.eliminate_dead_code()
+    _check_constants(traced)
+    traced.graph.eliminate_dead_code(lambda node: node.is_impure() or bounds_vmap(node))
     traced.recompile()
     return traced
+
+
+def vmap_depth(node: Node) -> int:
+    """1 where a ``vmap`` begins, -1 where it ends, else 0."""
+    if node.target is predispatch._vmap_increment_nesting:
+        return 1
+    return -1 if node.target is predispatch._vmap_decrement_nesting else 0
+
+
+def bounds_vmap(node: Node) -> bool:
+    """Does it begin or end a ``vmap``? Its place in the graph is its effect, though nobody uses its result."""
+    return vmap_depth(node) != 0
 
 
 def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
@@ -114,6 +128,31 @@ def _plain_context() -> Any:
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
     return create_selective_checkpoint_contexts(wrap._always_prefer_recompute)  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _kept_vmaps(gm: GraphModule) -> Iterator[None]:
+    """Let the calls that make up a ``vmap`` be recorded, as they are for an export, not run."""
+    if not any(bounds_vmap(node) for node in gm.graph.nodes):
+        yield
+        return
+    before = torch.compiler._is_exporting_flag
+    torch.compiler._is_exporting_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_exporting_flag = before
+
+
+def _check_constants(traced: GraphModule) -> None:
+    """A value that the retrace could not follow is left in the graph as a constant without data.
+
+    Raises:
+        NormalizeError: if there is one.
+    """
+    for node in traced.graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(traced, str(node.target), None), FakeTensor):
+            raise NormalizeError("a value was lost in a function transform (vmap, grad ...)")
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from dilcompile.passes.masks.operands import mask_operands
 from dilcompile.passes.masks.place import place_of
 from dilcompile.passes.match import Match
 from dilcompile.passes.mutations import storage, written
+from dilcompile.passes.normalize import bounds_vmap
 from dilcompile.passes.operands import Operand
 from dilcompile.passes.operators import is_tensor, shape_of
 from dilcompile.passes.regions import Graph
@@ -44,6 +45,7 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
     mask = mask_operands(Emitter(graph.gm, place), match.mask, sizes, site.device, graph.bring_in)
     if place is not roles.output:
         mask = mask.copied(Emitter(graph.gm, place))
+    documents = mask.documents if match.starts is None else _documents(emit, match.starts, site.k_len)
     bias = _bias(emit, match.bias, roles, axes, site.dtype)
     seed = _seed(emit, q) if site.dropout_p > 0 else None
     call = emit(
@@ -52,7 +54,7 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
         k,
         v,
         mask.key_padding,
-        mask.documents,
+        documents,
         bias,
         seed,
         str(decision.form),
@@ -240,6 +242,13 @@ def _sink_logit(emit: Emitter, sink: Sink, roles: Roles, axes: Axes, dtype: torc
     return emit(aten.squeeze.dim, _in_score_order(emit, node, tuple(dims), roles), -1)
 
 
+def _documents(emit: Emitter, starts: Node, k_len: Length) -> Node:
+    """Each token's document [1, S], from the starts and the end of all documents: how many begin at or before it."""
+    places = emit(aten.arange.default, emit.size(k_len), dtype=starts.meta["val"].dtype, device=starts.meta["val"].device)
+    later = emit(aten.slice.Tensor, starts, 0, 1)
+    return emit(aten.unsqueeze.default, emit(aten.bucketize.Tensor, places, later, right=True), 0)
+
+
 def _seed(emit: Emitter, q: Node) -> Node:
     device = q.meta["val"].device
     return emit(aten.randint.low, 0, 2**62, [1], dtype=torch.int64, device=device)
@@ -309,7 +318,7 @@ def erase_dead(gm: GraphModule, idle: frozenset[Node]) -> int:
                 readers[storage(arg)] = readers.get(storage(arg), 0) + 1
     outside = {storage(node) for node in gm.graph.nodes if node.op in ("placeholder", "get_attr") and is_tensor(node)}
     for node in reversed(list(gm.graph.nodes)):
-        if node.users or node.op in ("placeholder", "output"):
+        if node.users or node.op in ("placeholder", "output") or bounds_vmap(node):
             continue
         if node.target is aten._assert_tensor_metadata.default:
             # torch.export's checks of dtypes that it knows by itself; they must not keep a dead mask alive.

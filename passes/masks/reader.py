@@ -30,6 +30,9 @@ class MaskReader:
         stale: tells whether a tensor was written in place between its making and its use by another node.
         outside: inputs of a checkpoint's body, and the nodes of the graph around it that they stand for.
         carries_gradient: tells whether a tensor's gradient is asked for.
+
+    Attributes:
+        given: inputs of a mask function, and the index expressions that they are.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class MaskReader:
     ) -> None:
         self.tables = dict(tables)
         self.outside = dict(outside or {})
+        self.given: dict[Node, Expr] = {}
         self.sizes: dict[sympy.Symbol, Expr] = {}
         self.elements: list[Node] = []
         self.used_tables: set[Node] = set()
@@ -87,6 +91,8 @@ class MaskReader:
         if not is_tensor(node):
             raise Unreadable(f"{node.name} is not a tensor")
         indices = self._at_zero(node, indices)
+        if node in self.given:
+            return self.given[node]
         if node in self.tables:
             return self._table(node, indices)
         if node in self.outside:

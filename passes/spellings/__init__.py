@@ -10,13 +10,19 @@ from dilcompile.passes.anchors import Spelling
 from dilcompile.passes.spellings.exp_less_logsumexp import EXP_LESS_LOGSUMEXP
 from dilcompile.passes.spellings.exp_of_log_softmax import EXP_OF_LOG_SOFTMAX
 from dilcompile.passes.spellings.exp_over_sum import EXP_OVER_SUM
+from dilcompile.passes.spellings.flash import FLASH
+from dilcompile.passes.spellings.flex import FLEX
 from dilcompile.passes.spellings.fused_sdpa import FUSED_SDPA
 from dilcompile.passes.spellings.sdpa import SDPA
 from dilcompile.passes.spellings.softmax import SOFTMAX
+from dilcompile.passes.spellings.varlen import VARLEN
 
 SPELLINGS: tuple[Spelling, ...] = (
     SDPA,
     FUSED_SDPA,
+    FLEX,
+    FLASH,
+    VARLEN,
     SOFTMAX,
     EXP_OF_LOG_SOFTMAX,
     EXP_LESS_LOGSUMEXP,
