@@ -39,8 +39,8 @@ template <class X> class Backward {
     int64_t lanes = kMaxLanes + kTile<T>;
     queries_.take(lanes * call.head_dim), query_rows_.take(lanes * dim_), sums_.take(lanes * rows_.key_row);
     grads_.take(lanes * call.v_dim), grad_rows_.take(lanes * v_dim_), lse_.take(lanes), delta_.take(lanes);
-    low_.take(lanes), high_.take(lanes), weights_.take(kBlock * kTile<T>), slopes_.take(kBlock * kTile<T>);
-    key_sums_.take(kBlock * dim_), value_sums_.take(kBlock * v_dim_), one_.take(v_dim_);
+    low_.take(lanes), high_.take(lanes), weights_.take(Rows<X>::kBlock * kTile<T>), slopes_.take(Rows<X>::kBlock * kTile<T>);
+    key_sums_.take(Rows<X>::kBlock * dim_), value_sums_.take(Rows<X>::kBlock * v_dim_), one_.take(v_dim_);
   }
 
   void run(const Span& span, const KeySums<T>& into) {
@@ -92,7 +92,7 @@ template <class X> class Backward {
   }
 
   void attend(const Span& span, const Keys& keys, const Lane* lanes, const KeySums<T>& into) {
-    std::fill_n(+key_sums_, kBlock * dim_, T(0)), std::fill_n(+value_sums_, kBlock * v_dim_, T(0));
+    std::fill_n(+key_sums_, Rows<X>::kBlock * dim_, T(0)), std::fill_n(+value_sums_, Rows<X>::kBlock * v_dim_, T(0));
     auto use = [&](const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
       if (tile.vectors == 3) block<3>(tile, a, b, start, times, count);
       if (tile.vectors == 2) block<2>(tile, a, b, start, times, count);
@@ -104,7 +104,7 @@ template <class X> class Backward {
         add_row(+key_sums_ + i * dim_, into.keys + row * into.key_row, call_.head_dim, T(call_.scale));
         add_row(+value_sums_ + i * v_dim_, into.values + row * into.value_row, call_.v_dim, T(1));
       }
-      std::fill_n(+key_sums_, kBlock * dim_, T(0)), std::fill_n(+value_sums_, kBlock * v_dim_, T(0));
+      std::fill_n(+key_sums_, Rows<X>::kBlock * dim_, T(0)), std::fill_n(+value_sums_, Rows<X>::kBlock * v_dim_, T(0));
     };
     each_block<X>(call_, span, keys, lanes, tiles_, +low_, +high_, rows_, use, after);
   }

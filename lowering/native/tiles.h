@@ -8,7 +8,6 @@
 
 namespace dil {
 
-constexpr int64_t kBlock = 128;  // keys computed at once
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
 // Uninitialised memory, aligned to a cache line.
@@ -138,7 +137,7 @@ template <class X> class Rows {
   typedef typename Score<X>::T T;
 
  public:
-  static constexpr int64_t kStep = kPanel;
+  static constexpr int64_t kBlock = 128, kStep = kPanel;
   const int64_t key_row, value_row;
   Buffer<T> keys, values;
 
@@ -176,17 +175,17 @@ void each_block(const Call& call, const Span& span, const Keys& list, const Lane
     begin = std::min(begin, tile.low_min), end = std::max(end, tile.high_max);
   }
   int64_t lanes_in_all = tiles.back().first + tiles.back().lanes;
-  for (int64_t start = begin; start < end; start += kBlock) {
-    int64_t count = std::min(kBlock, list.size() - start);
+  for (int64_t start = begin; start < end; start += Held::kBlock) {
+    int64_t count = std::min(Held::kBlock, list.size() - start);
     const int32_t* positions = &list.position[size_t(start)];
     held.gather(span, positions, count);
     const float* times = list.repeated ? &list.times[size_t(start)] : nullptr;
-    int64_t next = std::clamp<int64_t>(end - start - kBlock, 0, kBlock), fetched = 0;
+    int64_t next = std::clamp<int64_t>(end - start - Held::kBlock, 0, Held::kBlock), fetched = 0;
     for (const Tile& tile : tiles) {
       // Fetching the next block goes along with the work on this one.
       int64_t until = next * (tile.first + tile.lanes) / lanes_in_all;
-      prefetch<X>(call.k, span, positions + kBlock + fetched, until - fetched, call.head_dim);
-      prefetch<X>(call.v, span, positions + kBlock + fetched, until - fetched, call.v_dim);
+      prefetch<X>(call.k, span, positions + Held::kBlock + fetched, until - fetched, call.head_dim);
+      prefetch<X>(call.v, span, positions + Held::kBlock + fetched, until - fetched, call.v_dim);
       fetched = until;
       int64_t a = std::max<int64_t>(0, tile.low_min - start) / Held::kStep * Held::kStep;
       int64_t b = (std::min<int64_t>(count, tile.high_max - start) + Held::kStep - 1) / Held::kStep * Held::kStep;
