@@ -49,6 +49,12 @@ def padded(weights: Callable[..., Tensor], fill: float = -INF) -> Callable[..., 
     return lambda q, k, v, keep: weights((q @ k.mT).masked_fill(~keep, fill)) @ v
 
 
+def _scaled_in_place(q: Tensor) -> Tensor:
+    q = q * 1
+    q.view(B * H, S, D).mul_(0.3)
+    return q
+
+
 def over_sum(e: Tensor, dim: int = -1) -> Tensor:
     return e / e.sum(dim, keepdim=True)
 
@@ -65,10 +71,10 @@ def _twice(s: Tensor) -> Tensor:
 CASES: dict[str, list[Case]] = {
     "sdpa": [
         ("found", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3), qkv, "causal (zero)"),
-        ("not found: a scale of data", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=float(q.shape[-1]) ** -0.25), qkv, "none (zero)"),
         ("not found: ranks differ", lambda q, k, v: F.scaled_dot_product_attention(q, k[0], v[0]), qkv, "miss: query, key and value have different ranks"),
-        ("not found: the weights of batch row and head differ", lambda q, k, v: F.scaled_dot_product_attention(q[:, 0], k, v), qkv, "miss: query, key and value have different ranks"),
-        ("not found: one head in place of a sequence", lambda q, k, v: F.scaled_dot_product_attention(q[0, 0, 0], k[0, 0], v[0, 0]) if q.dim() == 5 else q * k, qkv, "nothing"),
+        ("not found: scaled through a view", lambda q, k, v: F.scaled_dot_product_attention(_scaled_in_place(q), k, v), qkv, "miss: it is written in place before the attention ends"),
+        ("kept: a mask that no rule reads", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=later().flip(-1).index_fill(1, torch.tensor([0]), True)), qkv, "kept: other(index_fill(q, k)) (zero)"),
+        ("not found: a product of activations in its place", lambda q, k, v: q @ k.mT @ v, qkv, "nothing"),
     ],
     "fused sdpa": [
         ("found", lambda q, k, v: aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0], qkv, "causal (zero)"),

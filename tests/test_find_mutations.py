@@ -6,12 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import test_find_anchors as anchors
+import test_find_flash as flashes
+import test_find_flex as flexes
+import test_find_sinks as sinks
 import test_masks_sound as sound
 import torch
 from finding import Call, check, double  # noqa: F401  (the fixture works by being here)
 from spellings import Spelling, Written, agree, inputs_of
 
-from dilcompile.passes import axes, match, mutations, roles, score_path, score_steps
+from dilcompile.passes import axes, match, mutations, rewrite, roles, score_path, score_steps, value_path
+from dilcompile.passes.spellings import exp_over_sum, flash, flex
 
 
 def case(name: str, **options: Any) -> Callable[[], None]:
@@ -30,6 +35,22 @@ def spelt(**how: Any) -> Callable[[], None]:
         assert (found.misses, found.refusals) == ([], [])
 
     return run
+
+
+def sunk(name: str) -> Callable[[], None]:
+    """A case of the table of columns beside the keys."""
+    (found,) = [entry for entry in sinks.CASES if entry[0] == name]
+    return lambda: sinks.test_columns_beside_the_keys(found)
+
+
+def anchored(name: str) -> Callable[[], None]:
+    """A case of a spelling rule."""
+    (found,) = [entry for cases in anchors.CASES.values() for entry in cases if entry[0] == name]
+    return lambda: anchors.test_spellings(found)
+
+
+def _one_document(emit: Any, starts: Any, k_len: Any) -> Any:
+    return emit(torch.ops.aten.zeros.default, [1, k_len], dtype=torch.int64)
 
 
 def _values_in_their_own_order(columns: Any, dims: Any, product: Any) -> Any:
@@ -58,12 +79,21 @@ MUTATIONS: list[tuple[str, Any, str, Any, Callable[[], None]]] = [
     ("writes are forgotten: views", mutations.Mutations, "writes", lambda *_: [], case("scores, through a view")),
     ("writes are forgotten: masks", mutations.Mutations, "writes", lambda *_: [], case("an additive mask, by setitem")),
     ("writes are forgotten: queries", mutations.Mutations, "writes", lambda *_: [], case("queries, through a view")),
-    ("masks are read too late", match, "_readable_at", lambda *_: None, case("padding, after it was used")),
+    ("masks are read too late", rewrite, "place_of", lambda mask, output, mutations: output, case("padding, after it was used")),
     ("biases may be made of scores", score_path, "independent", lambda *_: None, case("residual talking heads")),
     ("any maximum cancels", score_steps, "is_row_number", lambda *_: True, case("less the column's maximum")),
     ("the soft cap is no border", score_steps, "uncapped", lambda *_: None, case("shifted before the cap")),
     ("casts keep everything", score_steps, "uncast", lambda node: node.args[0], case("cast to integers")),
     ("any fill hides", score_steps, "_HIDES", 1e30, case("a fill made small again")),
+    ("sinks take nothing", rewrite, "_past_sinks", lambda emit, out, *_: out, lambda: sinks.test_learned_sinks(None, False, 1)),
+    ("sinks are data", match, "_sinks", lambda *_: "none", sinks.test_a_sink_of_data_beside_rows_without_keys_is_kept),
+    ("any slice drops the sinks", value_path, "keeps_all", lambda node: True, sunk("the wrong column dropped")),
+    ("any sum will do", exp_over_sum, "reduced_dim", lambda *_: 3, anchored("not found: over another's sum")),
+    ("a clamp never acts", exp_over_sum, "_check", lambda *_: None, anchored("not found: clamped")),
+    ("a finite number keeps its weight", exp_over_sum, "_NOTHING", 1e300, lambda: anchors.test_rows_without_keys_under_infinity()),
+    ("soft caps let masks through", flex, "_modified", lambda body: (1.0, None, True), lambda: flexes.test_score_mods(flexes.SCORE_MODS[0])),
+    ("packed sequences see each other", rewrite, "_documents", _one_document, lambda: flashes.test_varlen(flashes.PACKED[0])),
+    ("flash is aligned top left", flash, "Q", flash.Q + 3, lambda: flashes.test_flash(flashes.DENSE[3])),
     ("values stand in their own order", roles, "_in_order", _values_in_their_own_order, _crossed),
     ("keys are tiled, not repeated", axes, "RULES", {**axes.RULES, "repeat_interleave": _tiled}, spelt(share="interleave")),
     ("repeated keys never vary", axes.Axes, "_varying", lambda self, node, layout: layout, lambda: _repeated_then_changed()),

@@ -117,7 +117,7 @@ WRITTEN: list[Case] = [
     ("an additive mask, seen through an older view", mask_view_made_before, qkv, "none + bias (zero)"),
     ("a mask of SDPA, by setitem", sdpa_mask_setitem, qkv, "kept: other(ones(q, k)) (zero)"),
     ("a mask of SDPA, through a view", sdpa_mask_view_filled, qkv, "kept: other(tril(q, k)) (zero)"),
-    ("padding, after it was used", padding_written_later, _with(padding), "miss: a mask is written in place before the attention ends"),
+    ("padding, after it was used", padding_written_later, _with(padding), "padding (uniform)"),
     ("queries, through a view", query_scaled_through_view, qkv, "miss: it is written in place before the attention ends"),
     ("scores, under their own name", scores_in_place, qkv, "causal (zero)"),
 ]  # fmt: skip
