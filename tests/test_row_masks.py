@@ -82,7 +82,7 @@ def _run(
 
 
 def _agree(kernel: str, form: Form, more: dict[str, Any], visible: Tensor, **asked: Any) -> None:
-    """Output, LSE and every gradient, the LSE's included."""
+    """Output, LSE and every gradient, the LSE's included; a kernel that takes limits only says so of formulas."""
     given = [x.requires_grad_() for x in drawn(BATCH, 4, 2, ROWS, KEYS, dtype=torch.float64)]
     q, k, v = given
     setting = setting_of(q, k, causal=asked.get("causal", False), left=asked.get("left"), q_offset=asked.get("q_offset", 0))
@@ -91,6 +91,12 @@ def _agree(kernel: str, form: Form, more: dict[str, Any], visible: Tensor, **ask
     count = torch.stack([torch.from_numpy(counts(form, setting, row)) for row in numbers]) * visible[:, None]
     if asked.get("key_padding") is not None:
         count = count * asked["key_padding"][:, None, None]
+    if kernel == "native" and ("pairs" in more or asked.get("bias") is not None):
+        with pytest.raises(
+            KernelError, match=r"kernel 'native' can't compute this attention: a (formula over|bias over all) pairs"
+        ):
+            _run(q, k, v, form, kernel, more, **asked)
+        return
     wanted, wanted_lse = softmax(q, k, v, count, SCALE, asked.get("softcap"), asked.get("bias"))
     wanted = wanted * output_scale(form)
     got, got_lse = _run(q, k, v, form, kernel, more, **asked)
@@ -129,9 +135,10 @@ def test_masks_by_row(case: str, form: Form, kernel: str) -> None:
     ids=lambda asked: ",".join(asked),
 )
 def test_masks_by_row_beside_others(asked: dict[str, Any], kernel: str) -> None:
-    more, visible = CASES[f"both of {BATCH}"]
-    for form in FORMS[:2]:
-        _agree(kernel, form, more, visible, **asked)
+    for name in (f"both of {BATCH}", "limits of 1"):
+        more, visible = CASES[name]
+        for form in FORMS[:2]:
+            _agree(kernel, form, more, visible, **asked)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -157,7 +164,7 @@ def test_opcheck(case: str) -> None:
 
 def test_a_kernel_that_takes_no_masks_by_row_says_so() -> None:
     q, k, v = drawn(BATCH, 4, 4, ROWS, KEYS)
-    with pytest.raises(KernelError, match="kernel 'sdpa' can't compute this attention: a mask by row; kernel 'cpu' can"):
+    with pytest.raises(KernelError, match="kernel 'sdpa' can't compute this attention: a mask by row; kernel 'native' can"):
         _run(q, k, v, Dense(), "sdpa", {"row_limits": _limits()})
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dilcompile.lowering.call import Call, Gradients, empty_output
-from dilcompile.lowering.native.library import (
+from dilcompile.lowering.native.build import (
     ELEMENTS,
     NO_LIMIT,
     CallStruct,
@@ -26,7 +26,7 @@ from dilcompile.lowering.native.library import (
 )
 from dilcompile.relation import Everything, Relation, Segment, Sinks, Window
 
-TAKES_ROW_MASKS = False
+TAKES_ROW_MASKS = True
 # Queries lie in the lanes of vectors: with fewer most of the work would be for nobody.
 LEAST_ROWS = 16
 
@@ -43,6 +43,8 @@ def supports(call: Call, backward: bool) -> str | None:
         return "dropout by position"
     if call.bias is not None:
         return "a bias over all pairs"
+    if call.pairs is not None:
+        return "a formula over pairs"
     if backward and call.merge_grad == "detach":
         return "merge_grad 'detach', which needs each branch's own output"
     if not math.isfinite(call.scale):
@@ -109,9 +111,12 @@ def _bind(call: Call, out: Tensor, lse: Tensor) -> _Bound:
         struct.key_padding, struct.padding_batch, struct.padding_key = padding.data_ptr(), padding.stride(0), padding.stride(1)
     if documents is not None:
         struct.documents, struct.document_rows = documents.data_ptr(), documents.shape[0]
+    limits = None if call.row_limits is None else call.row_limits.to(torch.int64).contiguous()
+    if limits is not None:
+        struct.row_limits, struct.limit_rows = limits.data_ptr(), limits.shape[1]
     struct.scale, struct.softcap = call.scale, call.softcap or 0.0
     struct.threads = torch.get_num_threads()
-    return _Bound(struct, (q, k, v, out, lse, padding, documents, terms))
+    return _Bound(struct, (q, k, v, out, lse, padding, documents, limits, terms))
 
 
 class _Terms(NamedTuple):

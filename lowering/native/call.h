@@ -1,4 +1,4 @@
-// What one call is: sizes, strides, the relation's terms. Mirrored field by field by the ctypes structures in library.py.
+// What one call is: sizes, strides, the relation's terms. Mirrored field by field by the ctypes structures in build.py.
 #pragma once
 #include <cstdint>
 
@@ -30,6 +30,8 @@ struct Call {
   int64_t padding_batch, padding_key;
   const int64_t* documents;   // or null; contiguous [document_rows, k_len]
   int64_t document_rows;
+  const int64_t* row_limits;  // or null; contiguous [2, limit_rows, q_len]: first key and end of each query row
+  int64_t limit_rows;
   double scale, softcap;      // softcap 0: none
   int64_t threads;
   // Backward: gradients that come in, and those that go out.

@@ -208,8 +208,9 @@ class Plan {
   }
 };
 
-// How many positions of a sorted list are below each lane's limits: the half-open range of the keys that it sees.
-inline void find_ranges(const Keys& keys, const Lane* lanes, int64_t count, int32_t* low, int32_t* high) {
+// The half-open range of a sorted list of keys that each lane sees.
+inline void find_ranges(const Call& call, const Span& span, const Keys& keys, const Lane* lanes, int64_t count, int32_t* low,
+                        int32_t* high) {
   int64_t size = keys.size(), a = 0, b = 0;
   for (int64_t i = 0; i < count; ++i) {
     int64_t t = lanes[i].position;
@@ -221,6 +222,18 @@ inline void find_ranges(const Keys& keys, const Lane* lanes, int64_t count, int3
       while (b < size && keys.position[size_t(b)] <= t + keys.right) ++b;
     }
     low[i] = int32_t(std::min(a, b)), high[i] = int32_t(b);
+  }
+  if (call.row_limits == nullptr) return;
+  const int64_t* starts = call.row_limits + (call.limit_rows == 1 ? 0 : span.batch) * call.q_len;
+  const int64_t* ends = starts + call.limit_rows * call.q_len;
+  auto below = [&](int64_t position) {
+    position = std::clamp<int64_t>(position - span.origin, 0, INT32_MAX);
+    return int32_t(std::lower_bound(keys.position.begin(), keys.position.end(), int32_t(position)) - keys.position.begin());
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t row = span.origin + lanes[i].position - call.q_offset;
+    high[i] = std::min(high[i], below(ends[row]));
+    low[i] = std::min(high[i], std::max(low[i], below(starts[row])));
   }
 }
 

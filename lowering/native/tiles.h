@@ -59,8 +59,9 @@ template <class X> void prefetch(const Operand& from, const Span& span, const in
 }
 
 // The tile's limits on a list of keys: whole vectors of lanes, so that unused ones see nothing.
-template <class T> void limit(Tile& tile, const Keys& keys, const Lane* lanes, int32_t* low, int32_t* high) {
-  find_ranges(keys, lanes + tile.first, tile.lanes, low, high);
+template <class T>
+void limit(const Call& call, const Span& span, Tile& tile, const Keys& keys, const Lane* lanes, int32_t* low, int32_t* high) {
+  find_ranges(call, span, keys, lanes + tile.first, tile.lanes, low, high);
   tile.low_min = tile.low_max = low[0], tile.high_min = tile.high_max = high[0];
   for (int64_t i = 1; i < tile.lanes; ++i) {
     tile.low_min = std::min(tile.low_min, low[i]), tile.low_max = std::max(tile.low_max, low[i]);
@@ -171,7 +172,7 @@ void each_block(const Call& call, const Span& span, const Keys& list, const Lane
   if (list.size() == 0) return;
   int32_t begin = INT32_MAX, end = 0;
   for (Tile& tile : tiles) {
-    limit<typename Score<X>::T>(tile, list, lanes, low + tile.first, high + tile.first);
+    limit<typename Score<X>::T>(call, span, tile, list, lanes, low + tile.first, high + tile.first);
     begin = std::min(begin, tile.low_min), end = std::max(end, tile.high_max);
   }
   int64_t lanes_in_all = tiles.back().first + tiles.back().lanes;

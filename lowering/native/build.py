@@ -56,6 +56,8 @@ class CallStruct(Structure):
         *_fields(c_int64, "padding_batch padding_key"),
         ("documents", c_void_p),
         ("document_rows", c_int64),
+        ("row_limits", c_void_p),
+        ("limit_rows", c_int64),
         *_fields(c_double, "scale softcap"),
         ("threads", c_int64),
         *_fields(OperandStruct, "grad_out grad_lse grad_q grad_k grad_v"),
