@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from dilcompile.passes import custom_gradients
 from dilcompile.passes.fused_layers import EXPANSIONS
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -87,6 +88,8 @@ class _Retrace(Interpreter):
         if target is torch.amp.autocast_mode._exit_autocast:
             args[0].__exit__(None, None, None)
             return None
+        if target is custom_gradients.CUSTOM:
+            return custom_gradients.keep(args, kwargs)
         return super().call_function(EXPANSIONS.get(target, target), args, kwargs)
 
 
