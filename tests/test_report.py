@@ -135,10 +135,11 @@ def test_symbolic_lengths_are_counted_at_their_hint_without_a_guard() -> None:
 
 
 def test_the_kernel_named_is_the_one_that_selection_picks() -> None:
-    assert kernel_of(decided(Dense(), mask=MaskSpec())).forward == "sdpa"
-    assert kernel_of(decided(WINDOW)).forward == "cpu"
+    assert kernel_of(decided(Dense(), mask=MaskSpec(), q_len=4)).forward == "sdpa"
+    assert kernel_of(decided(WINDOW, dropout_p=0.5)).forward == "cpu"
+    assert kernel_of(decided(WINDOW)).forward == "native"
     both = kernel_of(decided(WINDOW, phase="train"))
-    assert (both.forward, both.backward) == ("cpu", "cpu")
+    assert (both.forward, both.backward) == ("native", "native")
 
 
 def test_a_kernel_asked_for_that_can_not_do_it_is_said_with_its_reason() -> None:
@@ -158,7 +159,7 @@ def test_meta_sites_have_no_kernel() -> None:
 def test_golden_row() -> None:
     assert str(row_of(decided())) == (
         "model.layers.0.self_attn, model.py:1 | self sdpa, B 1  H 8  S 4096  D 64, float32 | causal, k <= q | "
-        "sliding_window(window=256, sinks=4), rule near | approximate, by cpu | 12.3 % of mask, 6.1 % of all | "
+        "sliding_window(window=256, sinks=4), rule near | approximate, by native | 12.3 % of mask, 6.1 % of all | "
         "17.2 G, -> 2.11 G | 32.0 MiB"
     )
 
@@ -330,7 +331,7 @@ def test_json_says_of_each_verdict_what_a_program_asks() -> None:
     assert (rewritten["form"], rewritten["fidelity"], rewritten["kernel"]) == (
         "sliding_window(window=256, sinks=4)",
         "approximate",
-        "cpu",
+        "native",
     )
     assert (stays["reason"], stays["cure"], stays["form"]) == ("its mask could not be read (x < 3)", "give it another form", None)
     assert described["totals"]["refused"] == 1
