@@ -1,4 +1,4 @@
-// Forward in bfloat16 with AMX tile products. Note [tile products]:
+// Products of bfloat16 matrices in AMX tile registers. Note [tile products]:
 //
 // A tile register holds 16 rows of 64 bytes; c += a * b takes 32 bfloat16 of a row of a and pairs of rows of b that lie side by
 // side. Scores stay transposed, [keys][queries]: a = keys as they lie, b = queries in pairs of dims. Weights are narrowed in
@@ -72,6 +72,9 @@ struct TileProduct {
     _tile_stored(2, c + 256, 64); _tile_stored(3, c + c_column + 256, 64);
     return true;
   }
+  inline __attribute__((always_inline)) void run() {
+    while (!step()) {}
+  }
 };
 
 // Products that wait to be done a step at a time between vector work: the tile unit and the vector units then run at once.
@@ -136,57 +139,64 @@ inline void transpose(__m512i (&r)[16]) {
   }
 }
 
-// Keys, columns of [kBlock][dim], and values transposed, columns of [dim][kBlock]; zeros up to whole tiles.
+constexpr int64_t kTileBlock = 128;  // keys computed at once
+
+inline __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1; }
+inline __mmask16 first_of_16(int64_t count) { return count >= 16 ? __mmask16(0xFFFF) : __mmask16((1 << count) - 1); }
+inline int64_t up_to_32(int64_t n) { return (n + 31) / 32 * 32; }
+
+// Rows of keys or values as columns of [kTileBlock][32], zeros up to whole tiles.
+inline void pack_rows(const Operand& x, const Span& span, const int32_t* positions, int64_t count, int64_t dim, uint16_t* to) {
+  const BFloat16* from = key_rows<BFloat16>(x, span);
+  for (int64_t i = 0; i < up_to_32(count); ++i)
+    for (int64_t d = 0; d < dim; d += 32) {
+      __mmask32 there = i < count ? first_of_32(dim - d) : 0;
+      const BFloat16* row = from + int64_t(positions[i < count ? i : 0]) * x.row + d;
+      _mm512_storeu_si512(to + d * kTileBlock + i * 32, _mm512_maskz_loadu_epi16(there, row));
+    }
+}
+
+// 32 rows of 32 into 32 columns: pairs of rows become elements of 32 bits, which are transposed.
+inline void turn(const uint16_t* from, uint16_t* to) {
+  __m512i low[16], high[16];
+  for (int i = 0; i < 16; ++i) {
+    __m512i one = _mm512_loadu_si512(from + 2 * i * 32), other = _mm512_loadu_si512(from + (2 * i + 1) * 32);
+    low[i] = _mm512_unpacklo_epi16(one, other), high[i] = _mm512_unpackhi_epi16(one, other);
+  }
+  transpose(low), transpose(high);
+  // Interleaving works inside 128 bits, so four of eight rows come from `low` and four from `high`.
+  for (int i = 0; i < 16; ++i) {
+    int64_t row = i / 4 * 8 + i % 4;
+    _mm512_storeu_si512(to + row * 32, low[i]), _mm512_storeu_si512(to + (row + 4) * 32, high[i]);
+  }
+}
+
+// Packed rows transposed: columns of [dim][32 keys].
+inline void turn_rows(const uint16_t* packed, int64_t count, int64_t dim, uint16_t* to) {
+  for (int64_t first = 0; first < count; first += 32)
+    for (int64_t d = 0; d < dim; d += 32) turn(packed + d * kTileBlock + first * 32, to + first * up_to_32(dim) + d * 32);
+}
+
+// The keys as they lie, the values transposed.
 class TileRows {
  public:
-  static constexpr int64_t kBlock = 128, kStep = 32;
+  static constexpr int64_t kBlock = kTileBlock, kStep = 32;
   const int64_t key_row, value_rows;
   Buffer<uint16_t> keys, values;
 
-  explicit TileRows(const Call& call) : key_row((call.head_dim + 31) / 32 * 32), value_rows((call.v_dim + 31) / 32 * 32), call_(call) {
-    keys.take(kBlock * key_row), values.take(kBlock * value_rows), side_by_side_.take(32 * value_rows);
+  explicit TileRows(const Call& call) : key_row(up_to_32(call.head_dim)), value_rows(up_to_32(call.v_dim)), call_(call) {
+    keys.take(kBlock * key_row), values.take(kBlock * value_rows), packed_.take(kBlock * value_rows);
   }
 
   void gather(const Span& span, const int32_t* positions, int64_t count) {
-    const BFloat16* from = key_rows<BFloat16>(call_.k, span);
-    int64_t whole = (count + 31) / 32 * 32;
-    for (int64_t i = 0; i < whole; ++i)
-      copy(i < count ? from + int64_t(positions[i]) * call_.k.row : nullptr, keys + i * 32, kBlock * 32, call_.head_dim, key_row);
-    from = key_rows<BFloat16>(call_.v, span);
-    for (int64_t first = 0; first < whole; first += 32) {
-      for (int64_t i = first; i < first + 32; ++i)
-        copy(i < count ? from + int64_t(positions[i]) * call_.v.row : nullptr, side_by_side_ + (i - first) * 32, 32 * 32, call_.v_dim, value_rows);
-      for (int64_t d = 0; d < value_rows; d += 32) turn(side_by_side_ + d * 32, values + (first * value_rows + d * 32));
-    }
+    pack_rows(call_.k, span, positions, count, call_.head_dim, +keys);
+    pack_rows(call_.v, span, positions, count, call_.v_dim, +packed_);
+    turn_rows(+packed_, count, call_.v_dim, +values);
   }
 
  private:
   const Call& call_;
-  Buffer<uint16_t> side_by_side_;
-
-  // A row into columns of 32, zeros behind it; no row: all zeros.
-  static void copy(const BFloat16* from, uint16_t* to, int64_t column, int64_t dim, int64_t row) {
-    for (int64_t d = 0; d < row; d += 32) {
-      int64_t left = from ? std::clamp<int64_t>(dim - d, 0, 32) : 0;
-      __mmask32 there = left == 32 ? ~__mmask32(0) : (__mmask32(1) << left) - 1;
-      _mm512_storeu_si512(to + d / 32 * column, _mm512_maskz_loadu_epi16(there, from + d));
-    }
-  }
-
-  // 32 rows of 32 dims into 32 columns: pairs of rows become elements of 32 bits, which are transposed.
-  static void turn(const uint16_t* from, uint16_t* to) {
-    __m512i low[16], high[16];
-    for (int i = 0; i < 16; ++i) {
-      __m512i one = _mm512_loadu_si512(from + 2 * i * 32), other = _mm512_loadu_si512(from + (2 * i + 1) * 32);
-      low[i] = _mm512_unpacklo_epi16(one, other), high[i] = _mm512_unpackhi_epi16(one, other);
-    }
-    transpose(low), transpose(high);
-    // Interleaving works inside 128 bits, so four dims of eight come from `low` and four from `high`.
-    for (int i = 0; i < 16; ++i) {
-      int64_t dim = i / 4 * 8 + i % 4;
-      _mm512_storeu_si512(to + dim * 32, low[i]), _mm512_storeu_si512(to + (dim + 4) * 32, high[i]);
-    }
-  }
+  Buffer<uint16_t> packed_;
 };
 
 // Two rows of weights as pairs of bfloat16, rounded to nearest.
@@ -197,225 +207,78 @@ inline __m512i narrow_pair(__m512 even, __m512 odd) {
   return _mm512_mask_blend_epi16(0xAAAAAAAA, a, b);
 }
 
-class TileForward {
-  static constexpr int64_t kMaxLanes = 1152, kUnit = 32, kMaxUnits = 2, kPanelKeys = 32;
+// 2^x for x <= 127 to 1e-7 of itself, 0 for minus infinity: the fraction by a polynomial, the whole part as the exponent.
+inline Vec<float> exp2_fast(Vec<float> x) {
+  Vec<float> rest = (Vec<float>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  Vec<float> p = fill(1.8775765784084797e-3f);
+  p = fma(p, rest, fill(8.989340625703335e-3f));
+  p = fma(p, rest, fill(5.582631751894951e-2f));
+  p = fma(p, rest, fill(2.4015361070632935e-1f));
+  p = fma(p, rest, fill(6.931530833244324e-1f));
+  p = fma(p, rest, fill(9.999999403953552e-1f));
+  return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)x);
+}
 
- public:
-  explicit TileForward(const Call& call)
-      : call_(call), rows_(call), factor_(float(exponent_factor(call))), pairs_(rows_.key_row / 2) {
-    int64_t lanes = kMaxLanes + kUnit * kMaxUnits;
-    queries_.take(lanes * pairs_), sums_.take(lanes * rows_.value_rows), most_.take(lanes), total_.take(lanes);
-    low_.take(lanes), high_.take(lanes), both_scores_.take(2 * kPanelKeys * kUnit * kMaxUnits), both_weights_.take(TileRows::kBlock * kUnit * kMaxUnits);
-    maxima_.take(kUnit * kMaxUnits);
+constexpr int64_t kPanelKeys = 32;
+
+// Tiles of up to `widest` lanes, in whole tile registers of 32.
+inline std::vector<Tile> wide_tiles_of(int64_t lanes, int64_t widest) {
+  std::vector<Tile> found;
+  for (int64_t first = 0; first < lanes; first += widest) {
+    int64_t now = std::min(lanes - first, widest);
+    found.push_back({int(up_to_32(now) / 16), first, now, 0, 0, 0, 0});
   }
+  return found;
+}
 
-  void run(const Span& span) {
-    Plan plan(call_, span);
-    for (size_t g = 0; g + 1 < plan.group_starts.size(); ++g) {
-      plan.find_keys(int64_t(g));
-      for (int64_t first = plan.group_starts[g]; first < plan.group_starts[g + 1]; first += kMaxLanes) {
-        const Lane* lanes = &plan.lanes[size_t(first)];
-        begin(span, lanes, std::min(kMaxLanes, plan.group_starts[g + 1] - first));
-        attend(span, plan.shared, lanes), attend(span, plan.windowed, lanes);
-        finish(span, lanes);
+// The rows of a tile's lanes in pairs of dims: columns of [dim / 2][lanes]. Unused lanes repeat the last.
+inline void read_pairs(const Call& call, const Operand& x, const Span& span, const Tile& tile, const Lane* lanes, int64_t dim,
+                       uint32_t* to) {
+  __m512i rows[16];
+  int64_t column = (dim + 31) / 32 * 16 * 16;
+  for (int64_t first = 0; first < tile.vectors * 16; first += 16, to += column) {
+    for (int64_t d = 0; d < dim; d += 32) {
+      for (int64_t i = 0; i < 16; ++i) {
+        const Lane& lane = lanes[tile.first + std::min(first + i, tile.lanes - 1)];
+        rows[i] = _mm512_maskz_loadu_epi16(first_of_32(dim - d), row_of<BFloat16>(call, x, span, lane) + d);
+      }
+      transpose(rows);
+      for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(to + (d / 2 + i) * 16, rows[i]);
+    }
+  }
+}
+
+// Columns of [row][lanes] times a factor for each lane, into the rows of a tensor.
+inline void write_rows(const Call& call, const Operand& x, const Span& span, const Tile& tile, const Lane* lanes, int64_t dim,
+                       const float* columns, int64_t row, const float* factors) {
+  __m512i part[16];
+  for (int64_t first = 0; first < tile.lanes; first += 16, columns += row * 16) {
+    for (int64_t d = 0; d < dim; d += 16) {
+      for (int64_t i = 0; i < 16; ++i) part[i] = _mm512_loadu_si512(columns + (d + i) * 16);
+      transpose(part);
+      for (int64_t i = 0; i < std::min<int64_t>(16, tile.lanes - first); ++i) {
+        __m512 values = _mm512_mul_ps(_mm512_castsi512_ps(part[i]), _mm512_set1_ps(factors[first + i]));
+        BFloat16* to = row_of<BFloat16>(call, x, span, lanes[tile.first + first + i]) + d;
+        _mm256_mask_storeu_epi16(to, first_of_16(dim - d), (__m256i)_mm512_cvtneps_pbh(values));
       }
     }
   }
+}
 
- private:
-  const Call& call_;
-  TileRows rows_;
-  float factor_;
-  int64_t pairs_;
-  TileRegisters registers_;
-  std::vector<Tile> tiles_;
-  TileQueue queue_;
-  Buffer<uint32_t> queries_, both_weights_;
-  Buffer<float> sums_, most_, total_, both_scores_, maxima_;
-  uint32_t* weights_ = nullptr;
-  float* scores_ = nullptr;
-  Buffer<int32_t> low_, high_;
+// A panel of scores, columns of [kPanelKeys][lanes]: capped, and minus infinity where a lane does not see key `key` + row.
+inline void cap_scores(const Call& call, float* scores, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) scores[i] = float(call.softcap) * std::tanh(scores[i] * float(call.scale / call.softcap));
+}
 
-  void begin(const Span& span, const Lane* lanes, int64_t count) {
-    tiles_.clear();
-    for (int64_t first = 0; first < count; first += kUnit * kMaxUnits) {
-      int64_t now = std::min(count - first, kUnit * kMaxUnits), units = (now + kUnit - 1) / kUnit;
-      tiles_.push_back({int(units * 2), first, now, 0, 0, 0, 0});
-      read(span, tiles_.back(), lanes, units * kUnit);
-      std::fill_n(most_ + first, units * kUnit, -std::numeric_limits<float>::infinity());
-      std::fill_n(total_ + first, units * kUnit, 0.0f);
-      std::fill_n(sums_ + first * rows_.value_rows, units * kUnit * rows_.value_rows, 0.0f);
+template <int N> void hide_scores(float* scores, const int32_t* low, const int32_t* high, int64_t key) {
+  for (int c = 0; c < N; ++c) {
+    IntVec<float> from = load_ints<float>(low + c * 16), to = load_ints<float>(high + c * 16);
+    for (int64_t j = 0; j < kPanelKeys; ++j, scores += 16) {
+      IntVec<float> at = IntVec<float>{} + int32_t(key + j), seen = (from <= at) & (to > at);
+      store(scores, seen ? load(scores) : fill(-std::numeric_limits<float>::infinity()));
     }
   }
-
-  // Queries in pairs of dims: columns of [dim / 2][lanes].
-  void read(const Span& span, const Tile& tile, const Lane* lanes, int64_t width) {
-    __m512i rows[16];
-    for (int64_t first = 0; first < width; first += 16) {
-      for (int64_t d = 0; d < call_.head_dim; d += 32) {
-        __mmask32 there = call_.head_dim - d >= 32 ? ~__mmask32(0) : (__mmask32(1) << (call_.head_dim - d)) - 1;
-        for (int64_t i = 0; i < 16; ++i) {
-          const Lane& lane = lanes[tile.first + std::min(first + i, tile.lanes - 1)];
-          rows[i] = _mm512_maskz_loadu_epi16(there, row_of<BFloat16>(call_, call_.q, span, lane) + d);
-        }
-        transpose(rows);
-        uint32_t* to = queries_ + (tile.first + first) * pairs_ + d / 2 * 16;
-        for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * 16, rows[i]);
-      }
-    }
-  }
-
-  void attend(const Span& span, const Keys& keys, const Lane* lanes) {
-    auto use = [&](const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
-      if (tile.vectors == 4) block<4>(tile, a, b, start, times, count);
-      if (tile.vectors == 2) block<2>(tile, a, b, start, times, count);
-    };
-    each_block<BFloat16>(call_, span, keys, lanes, tiles_, +low_, +high_, rows_, use, [&](const int32_t*, int64_t) { queue_.drain(); });
-  }
-
-  // While the weights of a panel are computed, the tile unit works on the scores of the next and on earlier weights times values.
-  template <int N> void block(const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
-    weights_ = weights_ == +both_weights_ ? both_weights_ + TileRows::kBlock / 2 * kUnit * kMaxUnits : +both_weights_;
-    int64_t summed = a;
-    push_scores<N>(tile, a);
-    for (int64_t j = a; j < b; j += kPanelKeys) {
-      queue_.drain_urgent();
-      scores_ = panel(j);
-      if (call_.softcap != 0) cap(kPanelKeys * N * 16);
-      if (start + j < tile.low_max || start + j + kPanelKeys > tile.high_min) hide<N>(tile, start + j);
-      if (exceeds<N>(tile)) {
-        push_sums<N>(tile, summed, j), queue_.drain(), shift<N>(tile);
-        summed = j;
-      }
-      if (j + kPanelKeys < b) push_scores<N>(tile, j + kPanelKeys);
-      weigh<N>(tile, times ? times + j : nullptr, count - j, weights_ + j / 2 * 16);
-    }
-    push_sums<N>(tile, summed, b);
-  }
-
-  float* panel(int64_t j) const { return both_scores_ + j / kPanelKeys % 2 * kPanelKeys * kUnit * kMaxUnits; }
-
-  template <int N> void push_scores(const Tile& tile, int64_t j) {
-    const uint32_t* queries = queries_ + tile.first * pairs_;
-    for (int64_t c = 0; c < N; c += 2)
-      queue_.push_urgent({rows_.keys + j * 32, TileRows::kBlock * 32, queries + c * pairs_ * 16, pairs_ * 16, rows_.key_row,
-                          panel(j) + c * kPanelKeys * 16, kPanelKeys * 16, false});
-  }
-
-  // The weights of keys a to b times the values.
-  template <int N> void push_sums(const Tile& tile, int64_t a, int64_t b) {
-    constexpr int64_t weights_column = TileRows::kBlock / 2 * 16;
-    int64_t rows = rows_.value_rows;
-    float* sums = sums_ + tile.first * rows;
-    if (a == b) return;
-    for (int64_t d = 0; d < rows; d += 32)
-      for (int64_t c = 0; c < N; c += 2)
-        queue_.push({rows_.values + a * rows + d * 32, rows * 32, weights_ + c * weights_column + a / 2 * 16, weights_column, b - a,
-                     sums + (c * rows + d) * 16, rows * 16, true});
-  }
-
-  void cap(int64_t count) {
-    for (int64_t i = 0; i < count; ++i) scores_[i] = float(call_.softcap) * std::tanh(scores_[i] * float(call_.scale / call_.softcap));
-  }
-
-  template <int N> void hide(const Tile& tile, int64_t key) {
-    for (int c = 0; c < N; ++c) {
-      IntVec<float> from = load_ints<float>(low_ + tile.first + c * 16), to = load_ints<float>(high_ + tile.first + c * 16);
-      for (int64_t j = 0; j < kPanelKeys; ++j) {
-        float* row = scores_ + (c * kPanelKeys + j) * 16;
-        IntVec<float> at = IntVec<float>{} + int32_t(key + j), seen = (from <= at) & (to > at);
-        store(row, seen ? load(row) : fill(-std::numeric_limits<float>::infinity()));
-      }
-    }
-  }
-
-  // The shift of the exponents lags behind the maximum until that is 2^8 times larger, so that sums are rarely rescaled: a
-  // shift is a common factor of sums and total. Here: the new maxima, and whether any is that much larger.
-  template <int N> bool exceeds(const Tile& tile) {
-    __mmask16 left = 0;
-    for (int c = 0; c < N; ++c) {
-      const float* scores = scores_ + c * kPanelKeys * 16;
-      Vec<float> now = load(scores);
-      for (int64_t j = 1; j < kPanelKeys; ++j) now = larger(now, load(scores + j * 16));
-      now *= fill(factor_);
-      store(maxima_ + c * 16, now);
-      left |= _mm512_cmp_ps_mask((__m512)now, (__m512)(load(most_ + tile.first + c * 16) + fill(8.0f)), _CMP_GT_OQ);
-    }
-    return left != 0;
-  }
-
-  template <int N> void shift(const Tile& tile) {
-    float *most = most_ + tile.first, *total = total_ + tile.first, *sums = sums_ + tile.first * rows_.value_rows;
-    for (int c = 0; c < N; ++c) {
-      Vec<float> before = load(most + c * 16), after = larger(before, load(maxima_ + c * 16));
-      Vec<float> none = fill(-std::numeric_limits<float>::infinity()), keep = exp2_up_to_8(after == none ? Vec<float>{} : before - after);
-      store(most + c * 16, after), store(total + c * 16, load(total + c * 16) * keep);
-      float* column = sums + c * rows_.value_rows * 16;
-      for (int64_t d = 0; d < rows_.value_rows; ++d) store(column + d * 16, load(column + d * 16) * keep);
-    }
-  }
-
-  template <int N> void weigh(const Tile& tile, const float* times, int64_t count, uint32_t* weights) {
-    typedef Vec<float> V;
-    const V none = fill(-std::numeric_limits<float>::infinity()), factor = fill(factor_);
-    V shift[N], sum[N];
-    for (int c = 0; c < N; ++c) {
-      V most = load(most_ + tile.first + c * 16);
-      shift[c] = most == none ? V{} : -most, sum[c] = load(total_ + tile.first + c * 16);
-    }
-    for (int64_t j = 0; j < kPanelKeys; j += 2) {
-      V often = fill(times && j < count ? times[j] : 1.0f), next = fill(times && j + 1 < count ? times[j + 1] : 1.0f);
-      for (int c = 0; c < N; ++c) {
-        V even = exp2_fast(fma(load(scores_ + (c * kPanelKeys + j) * 16), factor, shift[c]));
-        V odd = exp2_fast(fma(load(scores_ + (c * kPanelKeys + j + 1) * 16), factor, shift[c]));
-        if (times) even *= often, odd *= next;
-        sum[c] += even + odd;
-        _mm512_storeu_si512(weights + (c * TileRows::kBlock / 2 + j / 2) * 16, narrow_pair((__m512)even, (__m512)odd));
-      }
-      queue_.step();
-    }
-    for (int c = 0; c < N; ++c) store(total_ + tile.first + c * 16, sum[c]);
-  }
-
-  // 2^x for x <= 127 to 1e-7 of itself: the fraction by a polynomial, the whole part as the exponent.
-  static Vec<float> exp2_fast(Vec<float> x) {
-    Vec<float> rest = (Vec<float>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    Vec<float> p = fill(1.8775765784084797e-3f);
-    p = fma(p, rest, fill(8.989340625703335e-3f));
-    p = fma(p, rest, fill(5.582631751894951e-2f));
-    p = fma(p, rest, fill(2.4015361070632935e-1f));
-    p = fma(p, rest, fill(6.931530833244324e-1f));
-    p = fma(p, rest, fill(9.999999403953552e-1f));
-    return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)x);
-  }
-
-  void finish(const Span& span, const Lane* lanes) {
-    __m512i columns[16];
-    for (const Tile& tile : tiles_) {
-      for (int64_t first = 0; first < tile.lanes; first += 16) {
-        int64_t lanes_here = std::min<int64_t>(16, tile.lanes - first);
-        float inverse[16];
-        for (int64_t i = 0; i < lanes_here; ++i) {
-          float total = total_[tile.first + first + i], shift = most_[tile.first + first + i];
-          inverse[i] = total > 0 ? 1 / total : 0;
-          *row_of<float>(call_, call_.lse, span, lanes[tile.first + first + i]) =
-              total > 0 ? shift * float(kLn2) + std::log(total) : -std::numeric_limits<float>::infinity();
-        }
-        for (int64_t d = 0; d < call_.v_dim; d += 16) {
-          const float* from = sums_ + (tile.first + first) * rows_.value_rows + d * 16;
-          for (int64_t i = 0; i < 16; ++i) columns[i] = _mm512_loadu_si512(from + i * 16);
-          transpose(columns);
-          __mmask16 there = call_.v_dim - d >= 16 ? __mmask16(0xFFFF) : __mmask16((1 << (call_.v_dim - d)) - 1);
-          for (int64_t i = 0; i < lanes_here; ++i) {
-            __m512 row = _mm512_mul_ps(_mm512_castsi512_ps(columns[i]), _mm512_set1_ps(inverse[i]));
-            BFloat16* out = row_of<BFloat16>(call_, call_.out, span, lanes[tile.first + first + i]) + d;
-            _mm256_mask_storeu_epi16(out, there, (__m256i)_mm512_cvtneps_pbh(row));
-          }
-        }
-      }
-    }
-  }
-};
+}
 
 }  // namespace dil
 #endif

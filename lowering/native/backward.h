@@ -23,6 +23,12 @@ inline void add_product(const T* a, int64_t a_row, const T* b, int64_t row, int6
   if (row - at > 0) add_columns<T, 1>(a, a_row, b + at, row, depth, c + at, rows);
 }
 
+// The derivative of softcap * tanh(s / softcap) by s, from its value and 1 / softcap; hidden pairs (minus infinity) give 0.
+template <class V> inline V cap_slope(V capped, V inverse) {
+  V part = capped * inverse;
+  return part >= -1 ? 1 - part * part : V{};
+}
+
 // Sums of key gradients: [k_len] rows of grad_k and grad_v side by side.
 template <class T> struct KeySums {
   T *keys, *values;
@@ -130,7 +136,7 @@ template <class X> class Backward {
         Vec<T> often = fill(times && j + r < count ? T(times[j + r]) : T(1));
         for (int c = 0; c < N; ++c) {
           store(weights + (j + r) * N * W + c * W, exp2_up_to_8(fma(s[r][c], fill(factor), -lse[c])) * often);
-          if (call_.softcap != 0) store(slopes + (j + r) * N * W + c * W, slope(s[r][c], cap));
+          if (call_.softcap != 0) store(slopes + (j + r) * N * W + c * W, cap_slope(s[r][c], fill(cap)));
         }
       }
     });
@@ -157,12 +163,6 @@ template <class X> class Backward {
     }
   }
 
-  // The derivative of softcap * tanh(s / softcap) by s, from its value; hidden pairs (minus infinity) give 0.
-  static Vec<T> slope(Vec<T> capped, T cap) {
-    Vec<T> part = capped * fill(cap);
-    return part >= fill(T(-1)) ? fill(T(1)) - part * part : Vec<T>{};
-  }
-
   void finish(const Span& span, const Lane* lanes) {
     for (const Tile& tile : tiles_) {
       int64_t width = tile.vectors * kWidth<T>;
@@ -177,7 +177,7 @@ template <class X> class Backward {
 
 // Key heads are dealt out; where they are too few for the threads each is split into parts with sums of their own, every
 // part taking each `parts`-th span.
-template <class X> void backward(const Call& call) {
+template <class X, class Worker> void backward_by(const Call& call) {
   typedef typename Score<X>::T T;
   int64_t heads = call.batch * call.kv_heads, parts = 1;
   if (heads < 4 * call.threads)
@@ -192,7 +192,7 @@ template <class X> void backward(const Call& call) {
   if (!direct) std::fill_n(all.take(heads * parts * call.k_len * row), heads * parts * call.k_len * row, T(0));
 #pragma omp parallel num_threads(int(call.threads))
   {
-    Backward<X> worker(call);
+    Worker worker(call);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < heads * parts; ++i) {
       int64_t head = i / parts, b = head / call.kv_heads, h = head % call.kv_heads;

@@ -1,8 +1,8 @@
 // Entry points. Work is dealt out by spans; every span is computed by one thread, so results don't depend on their number.
 #include <exception>
 
-#include "amx.h"
-#include "backward.h"
+#include "amx_backward.h"
+#include "amx_forward.h"
 #include "forward.h"
 
 namespace dil {
@@ -24,6 +24,14 @@ template <class X> void forward(const Call& call) {
   if (std::is_same_v<X, BFloat16> && query_factor(call) == 1 && has_tiles()) return forward_by<TileForward>(call);
 #endif
   forward_by<Forward<X>>(call);
+}
+
+template <class X> void backward(const Call& call) {
+#ifdef DILCOMPILE_TILES
+  if constexpr (std::is_same_v<X, BFloat16>)
+    if (query_factor(call) == 1 && has_tiles()) return backward_by<X, TileBackward>(call);
+#endif
+  backward_by<X, Backward<X>>(call);
 }
 
 }  // namespace dil

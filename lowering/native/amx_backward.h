@@ -1,0 +1,203 @@
+// Backward in bfloat16 with tile products: weights and their gradients are narrowed, sums stay in float.
+#pragma once
+#include "amx.h"
+#include "backward.h"
+#ifdef DILCOMPILE_TILES
+
+namespace dil {
+
+// Keys and values as they lie, and the keys transposed.
+class TileBackwardRows {
+ public:
+  static constexpr int64_t kBlock = kTileBlock, kStep = 32;
+  Buffer<uint16_t> keys, values, turned;
+
+  explicit TileBackwardRows(const Call& call) : call_(call) {
+    keys.take(kBlock * up_to_32(call.head_dim)), turned.take(kBlock * up_to_32(call.head_dim));
+    values.take(kBlock * up_to_32(call.v_dim));
+  }
+
+  void gather(const Span& span, const int32_t* positions, int64_t count) {
+    pack_rows(call_.k, span, positions, count, call_.head_dim, +keys);
+    pack_rows(call_.v, span, positions, count, call_.v_dim, +values);
+    turn_rows(+keys, count, call_.head_dim, +turned);
+  }
+
+ private:
+  const Call& call_;
+};
+
+class TileBackward {
+  static constexpr int64_t kMaxLanes = 512, kWideTile = 128;
+
+ public:
+  explicit TileBackward(const Call& call)
+      : call_(call), rows_(call), factor_(float(exponent_factor(call))), dim_(up_to_32(call.head_dim)), v_dim_(up_to_32(call.v_dim)) {
+    queries_.take(kMaxLanes * dim_ / 2), query_pairs_.take(kMaxLanes * dim_ / 2), sums_.take(kMaxLanes * dim_);
+    grads_.take(kMaxLanes * v_dim_ / 2), grad_pairs_.take(kMaxLanes * v_dim_ / 2);
+    lse_.take(kMaxLanes), delta_.take(kMaxLanes), scales_.take(kWideTile), low_.take(kMaxLanes), high_.take(kMaxLanes);
+    scores_.take(kPanelKeys * kWideTile), slopes_.take(kPanelKeys * kWideTile);
+    weights_.take(kTileBlock * kWideTile), slope_rows_.take(kTileBlock * kWideTile), slope_pairs_.take(kTileBlock / 2 * kWideTile);
+    key_sums_.take(kTileBlock * dim_), value_sums_.take(kTileBlock * v_dim_);
+    std::fill_n(+scales_, kWideTile, float(call.scale));
+  }
+
+  void run(const Span& span, const KeySums<float>& into) {
+    Plan plan(call_, span);
+    for (size_t g = 0; g + 1 < plan.group_starts.size(); ++g) {
+      plan.find_keys(int64_t(g));
+      for (int64_t first = plan.group_starts[g]; first < plan.group_starts[g + 1]; first += kMaxLanes) {
+        const Lane* lanes = &plan.lanes[size_t(first)];
+        begin(span, lanes, std::min(kMaxLanes, plan.group_starts[g + 1] - first));
+        attend(span, plan.shared, lanes, into), attend(span, plan.windowed, lanes, into);
+        for (const Tile& tile : tiles_)
+          write_rows(call_, call_.grad_q, span, tile, lanes, call_.head_dim, sums_ + tile.first * dim_, dim_, +scales_);
+      }
+    }
+  }
+
+ private:
+  const Call& call_;
+  TileBackwardRows rows_;
+  float factor_;
+  int64_t dim_, v_dim_;
+  TileRegisters registers_;
+  std::vector<Tile> tiles_;
+  Buffer<uint32_t> queries_, query_pairs_, grads_, grad_pairs_, slope_pairs_;
+  Buffer<uint16_t> weights_, slope_rows_;
+  Buffer<float> sums_, lse_, delta_, scales_, scores_, slopes_, key_sums_, value_sums_;
+  Buffer<int32_t> low_, high_;
+
+  void begin(const Span& span, const Lane* lanes, int64_t count) {
+    tiles_ = wide_tiles_of(count, kWideTile);
+    for (const Tile& tile : tiles_) {
+      int64_t first = tile.first, width = tile.vectors * 16;
+      read_pairs(call_, call_.q, span, tile, lanes, call_.head_dim, queries_ + first * dim_ / 2);
+      read_pairs(call_, call_.grad_out, span, tile, lanes, call_.v_dim, grads_ + first * v_dim_ / 2);
+      read_lane_pairs(call_.q, span, tile, lanes, call_.head_dim, dim_, query_pairs_ + first * dim_ / 2);
+      read_lane_pairs(call_.grad_out, span, tile, lanes, call_.v_dim, v_dim_, grad_pairs_ + first * v_dim_ / 2);
+      std::fill_n(sums_ + first * dim_, width * dim_, 0.0f);
+      for (int64_t i = 0; i < width; ++i) {
+        const Lane& lane = lanes[first + std::min(i, tile.lanes - 1)];
+        float delta = dot(row_of<BFloat16>(call_, call_.out, span, lane), row_of<BFloat16>(call_, call_.grad_out, span, lane));
+        if (call_.grad_lse.data) delta -= *row_of<float>(call_, call_.grad_lse, span, lane);
+        delta_[first + i] = delta;
+        // Lanes without a query, and queries without keys: infinity makes every weight 0.
+        float lse = *row_of<float>(call_, call_.lse, span, lane);
+        bool used = i < tile.lanes && lse > -std::numeric_limits<float>::infinity();
+        lse_[first + i] = used ? float(lse * kLog2E) : std::numeric_limits<float>::infinity();
+      }
+    }
+  }
+
+  float dot(const BFloat16* a, const BFloat16* b) const {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t d = 0; d < call_.v_dim; d += 32) {
+      __mmask32 there = first_of_32(call_.v_dim - d);
+      sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_maskz_loadu_epi16(there, a + d), (__m512bh)_mm512_maskz_loadu_epi16(there, b + d));
+    }
+    return _mm512_reduce_add_ps(sum);
+  }
+
+  // The rows of a tile's lanes in pairs of lanes: columns of [lanes / 2][16 dims].
+  void read_lane_pairs(const Operand& x, const Span& span, const Tile& tile, const Lane* lanes, int64_t dim, int64_t row, uint32_t* to) {
+    int64_t pairs = tile.vectors * 8;
+    for (int64_t i = 0; i < pairs; ++i) {
+      const BFloat16* one = row_of<BFloat16>(call_, x, span, lanes[tile.first + std::min(2 * i, tile.lanes - 1)]);
+      const BFloat16* other = row_of<BFloat16>(call_, x, span, lanes[tile.first + std::min(2 * i + 1, tile.lanes - 1)]);
+      for (int64_t d = 0; d < row; d += 16) {
+        __mmask16 there = d < dim ? first_of_16(dim - d) : 0;
+        __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, one + d));
+        __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, other + d)), 16);
+        _mm512_storeu_si512(to + (d / 16 * pairs + i) * 16, _mm512_or_si512(low, high));
+      }
+    }
+  }
+
+  void attend(const Span& span, const Keys& keys, const Lane* lanes, const KeySums<float>& into) {
+    std::fill_n(+key_sums_, kTileBlock * dim_, 0.0f), std::fill_n(+value_sums_, kTileBlock * v_dim_, 0.0f);
+    auto use = [&](const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
+      if (tile.vectors == 8) block<8>(tile, a, b, start, times, count);
+      if (tile.vectors == 6) block<6>(tile, a, b, start, times, count);
+      if (tile.vectors == 4) block<4>(tile, a, b, start, times, count);
+      if (tile.vectors == 2) block<2>(tile, a, b, start, times, count);
+    };
+    auto after = [&](const int32_t* positions, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        int64_t row = span.origin + positions[i];
+        add_row(key_sums_ + i * 16, into.keys + row * into.key_row, call_.head_dim, float(call_.scale));
+        add_row(value_sums_ + i * 16, into.values + row * into.value_row, call_.v_dim, 1.0f);
+      }
+      std::fill_n(+key_sums_, kTileBlock * dim_, 0.0f), std::fill_n(+value_sums_, kTileBlock * v_dim_, 0.0f);
+    };
+    each_block<BFloat16>(call_, span, keys, lanes, tiles_, +low_, +high_, rows_, use, after);
+  }
+
+  // A row of columns of [kTileBlock][16].
+  static void add_row(const float* from, float* to, int64_t dim, float factor) {
+    for (int64_t d = 0; d < dim; d += 16) {
+      __mmask16 there = first_of_16(dim - d);
+      __m512 sum = _mm512_maskz_loadu_ps(there, to + d);
+      _mm512_mask_storeu_ps(to + d, there, _mm512_fmadd_ps(_mm512_loadu_ps(from + d * kTileBlock), _mm512_set1_ps(factor), sum));
+    }
+  }
+
+  template <int N> void block(const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
+    constexpr int64_t panel = kPanelKeys * 16, lanes = N * 16, rows = kTileBlock * 32, pairs = kTileBlock / 2 * 16;
+    const uint32_t *queries = queries_ + tile.first * dim_ / 2, *grads = grads_ + tile.first * v_dim_ / 2;
+    const uint32_t *query_pairs = query_pairs_ + tile.first * dim_ / 2, *grad_pairs = grad_pairs_ + tile.first * v_dim_ / 2;
+    for (int64_t j = a; j < b; j += kPanelKeys) {
+      for (int64_t c = 0; c < N; c += 2) {
+        TileProduct{rows_.keys + j * 32, rows, queries + c * dim_ * 8, dim_ * 8, dim_, scores_ + c * panel, panel, false}.run();
+        TileProduct{rows_.values + j * 32, rows, grads + c * v_dim_ * 8, v_dim_ * 8, v_dim_, slopes_ + c * panel, panel, false}.run();
+      }
+      if (call_.softcap != 0) cap_scores(call_, +scores_, kPanelKeys * lanes);
+      if (start + j < tile.low_max || start + j + kPanelKeys > tile.high_min)
+        hide_scores<N>(+scores_, low_ + tile.first, high_ + tile.first, start + j);
+      weigh<N>(tile, j, times ? times + j : nullptr, count - j);
+      for (int64_t d = 0; d < v_dim_; d += 32)
+        TileProduct{weights_ + j * 32, rows, grad_pairs + d / 16 * lanes * 8, lanes * 8, lanes, value_sums_ + (d * kTileBlock + j * 16),
+                    kTileBlock * 16, true}.run();
+      for (int64_t d = 0; d < dim_; d += 32)
+        TileProduct{slope_rows_ + j * 32, rows, query_pairs + d / 16 * lanes * 8, lanes * 8, lanes, key_sums_ + (d * kTileBlock + j * 16),
+                    kTileBlock * 16, true}.run();
+    }
+    float* sums = sums_ + tile.first * dim_;
+    for (int64_t d = 0; d < dim_; d += 32)
+      for (int64_t c = 0; c < N; c += 2)
+        TileProduct{rows_.turned + a * dim_ + d * 32, dim_ * 32, slope_pairs_ + c * pairs + a / 2 * 16, pairs, b - a,
+                    sums + (c * dim_ + d) * 16, dim_ * 16, true}.run();
+  }
+
+  // Weights, and the gradients of the scores, of a panel: narrowed as rows of lanes, the latter as pairs of keys too.
+  template <int N> void weigh(const Tile& tile, int64_t j, const float* times, int64_t count) {
+    typedef Vec<float> V;
+    const V factor = fill(factor_);
+    for (int c = 0; c < N; c += 2) {
+      V lse[2], delta[2];
+      for (int n = 0; n < 2; ++n) lse[n] = load(lse_ + tile.first + (c + n) * 16), delta[n] = load(delta_ + tile.first + (c + n) * 16);
+      for (int64_t i = 0; i < kPanelKeys; i += 2) {
+        V weight[2][2], slope[2][2];
+        for (int r = 0; r < 2; ++r)
+          for (int n = 0; n < 2; ++n) {
+            int64_t at = ((c + n) * kPanelKeys + i + r) * 16;
+            V score = load(scores_ + at);
+            weight[r][n] = exp2_fast(fma(score, factor, -lse[n]));
+            if (times) weight[r][n] *= fill(i + r < count ? times[i + r] : 1.0f);
+            slope[r][n] = weight[r][n] * (load(slopes_ + at) - delta[n]);
+            if (call_.softcap != 0) slope[r][n] *= cap_slope(score, fill(float(1 / call_.softcap)));
+          }
+        for (int r = 0; r < 2; ++r) {
+          int64_t row = c / 2 * kTileBlock * 32 + (j + i + r) * 32;
+          _mm512_storeu_si512(weights_ + row, (__m512i)_mm512_cvtne2ps_pbh((__m512)weight[r][1], (__m512)weight[r][0]));
+          _mm512_storeu_si512(slope_rows_ + row, (__m512i)_mm512_cvtne2ps_pbh((__m512)slope[r][1], (__m512)slope[r][0]));
+        }
+        for (int n = 0; n < 2; ++n)
+          _mm512_storeu_si512(slope_pairs_ + ((c + n) * kTileBlock / 2 + (j + i) / 2) * 16, narrow_pair((__m512)slope[0][n], (__m512)slope[1][n]));
+      }
+    }
+  }
+};
+
+}  // namespace dil
+#endif

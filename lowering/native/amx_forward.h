@@ -1,0 +1,169 @@
+// Forward in bfloat16 with tile products.
+#pragma once
+#include "amx.h"
+#ifdef DILCOMPILE_TILES
+
+namespace dil {
+
+class TileForward {
+  static constexpr int64_t kMaxLanes = 1152, kWideTile = 64;
+
+ public:
+  explicit TileForward(const Call& call)
+      : call_(call), rows_(call), factor_(float(exponent_factor(call))), pairs_(rows_.key_row / 2) {
+    int64_t lanes = kMaxLanes + kWideTile;
+    queries_.take(lanes * pairs_), sums_.take(lanes * rows_.value_rows), most_.take(lanes), total_.take(lanes);
+    low_.take(lanes), high_.take(lanes), both_scores_.take(2 * kPanelKeys * kWideTile), both_weights_.take(TileRows::kBlock * kWideTile);
+    maxima_.take(kWideTile);
+  }
+
+  void run(const Span& span) {
+    Plan plan(call_, span);
+    for (size_t g = 0; g + 1 < plan.group_starts.size(); ++g) {
+      plan.find_keys(int64_t(g));
+      for (int64_t first = plan.group_starts[g]; first < plan.group_starts[g + 1]; first += kMaxLanes) {
+        const Lane* lanes = &plan.lanes[size_t(first)];
+        begin(span, lanes, std::min(kMaxLanes, plan.group_starts[g + 1] - first));
+        attend(span, plan.shared, lanes), attend(span, plan.windowed, lanes);
+        finish(span, lanes);
+      }
+    }
+  }
+
+ private:
+  const Call& call_;
+  TileRows rows_;
+  float factor_;
+  int64_t pairs_;
+  TileRegisters registers_;
+  std::vector<Tile> tiles_;
+  TileQueue queue_;
+  Buffer<uint32_t> queries_, both_weights_;
+  Buffer<float> sums_, most_, total_, both_scores_, maxima_;
+  uint32_t* weights_ = nullptr;
+  float* scores_ = nullptr;
+  Buffer<int32_t> low_, high_;
+
+  void begin(const Span& span, const Lane* lanes, int64_t count) {
+    tiles_ = wide_tiles_of(count, kWideTile);
+    for (const Tile& tile : tiles_) {
+      int64_t first = tile.first, width = tile.vectors * 16;
+      read_pairs(call_, call_.q, span, tile, lanes, call_.head_dim, queries_ + first * pairs_);
+      std::fill_n(most_ + first, width, -std::numeric_limits<float>::infinity());
+      std::fill_n(total_ + first, width, 0.0f);
+      std::fill_n(sums_ + first * rows_.value_rows, width * rows_.value_rows, 0.0f);
+    }
+  }
+
+  void attend(const Span& span, const Keys& keys, const Lane* lanes) {
+    auto use = [&](const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
+      if (tile.vectors == 4) block<4>(tile, a, b, start, times, count);
+      if (tile.vectors == 2) block<2>(tile, a, b, start, times, count);
+    };
+    each_block<BFloat16>(call_, span, keys, lanes, tiles_, +low_, +high_, rows_, use, [&](const int32_t*, int64_t) { queue_.drain(); });
+  }
+
+  // While the weights of a panel are computed, the tile unit works on the scores of the next and on earlier weights times values.
+  template <int N> void block(const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
+    weights_ = weights_ == +both_weights_ ? both_weights_ + TileRows::kBlock / 2 * kWideTile : +both_weights_;
+    int64_t summed = a;
+    push_scores<N>(tile, a);
+    for (int64_t j = a; j < b; j += kPanelKeys) {
+      queue_.drain_urgent();
+      scores_ = panel(j);
+      if (call_.softcap != 0) cap_scores(call_, scores_, kPanelKeys * N * 16);
+      if (start + j < tile.low_max || start + j + kPanelKeys > tile.high_min) hide_scores<N>(scores_, low_ + tile.first, high_ + tile.first, start + j);
+      if (exceeds<N>(tile)) {
+        push_sums<N>(tile, summed, j), queue_.drain(), shift<N>(tile);
+        summed = j;
+      }
+      if (j + kPanelKeys < b) push_scores<N>(tile, j + kPanelKeys);
+      weigh<N>(tile, times ? times + j : nullptr, count - j, weights_ + j / 2 * 16);
+    }
+    push_sums<N>(tile, summed, b);
+  }
+
+  float* panel(int64_t j) const { return both_scores_ + j / kPanelKeys % 2 * kPanelKeys * kWideTile; }
+
+  template <int N> void push_scores(const Tile& tile, int64_t j) {
+    const uint32_t* queries = queries_ + tile.first * pairs_;
+    for (int64_t c = 0; c < N; c += 2)
+      queue_.push_urgent({rows_.keys + j * 32, TileRows::kBlock * 32, queries + c * pairs_ * 16, pairs_ * 16, rows_.key_row,
+                          panel(j) + c * kPanelKeys * 16, kPanelKeys * 16, false});
+  }
+
+  // The weights of keys a to b times the values.
+  template <int N> void push_sums(const Tile& tile, int64_t a, int64_t b) {
+    constexpr int64_t weights_column = TileRows::kBlock / 2 * 16;
+    int64_t rows = rows_.value_rows;
+    float* sums = sums_ + tile.first * rows;
+    if (a == b) return;
+    for (int64_t d = 0; d < rows; d += 32)
+      for (int64_t c = 0; c < N; c += 2)
+        queue_.push({rows_.values + a * rows + d * 32, rows * 32, weights_ + c * weights_column + a / 2 * 16, weights_column, b - a,
+                     sums + (c * rows + d) * 16, rows * 16, true});
+  }
+
+  // The shift of the exponents lags behind the maximum until that is 2^8 times larger, so that sums are rarely rescaled: a
+  // shift is a common factor of sums and total. Here: the new maxima, and whether any is that much larger.
+  template <int N> bool exceeds(const Tile& tile) {
+    __mmask16 left = 0;
+    for (int c = 0; c < N; ++c) {
+      const float* scores = scores_ + c * kPanelKeys * 16;
+      Vec<float> now = load(scores);
+      for (int64_t j = 1; j < kPanelKeys; ++j) now = larger(now, load(scores + j * 16));
+      now *= fill(factor_);
+      store(maxima_ + c * 16, now);
+      left |= _mm512_cmp_ps_mask((__m512)now, (__m512)(load(most_ + tile.first + c * 16) + fill(8.0f)), _CMP_GT_OQ);
+    }
+    return left != 0;
+  }
+
+  template <int N> void shift(const Tile& tile) {
+    float *most = most_ + tile.first, *total = total_ + tile.first, *sums = sums_ + tile.first * rows_.value_rows;
+    for (int c = 0; c < N; ++c) {
+      Vec<float> before = load(most + c * 16), after = larger(before, load(maxima_ + c * 16));
+      Vec<float> none = fill(-std::numeric_limits<float>::infinity()), keep = exp2_up_to_8(after == none ? Vec<float>{} : before - after);
+      store(most + c * 16, after), store(total + c * 16, load(total + c * 16) * keep);
+      float* column = sums + c * rows_.value_rows * 16;
+      for (int64_t d = 0; d < rows_.value_rows; ++d) store(column + d * 16, load(column + d * 16) * keep);
+    }
+  }
+
+  template <int N> void weigh(const Tile& tile, const float* times, int64_t count, uint32_t* weights) {
+    typedef Vec<float> V;
+    const V none = fill(-std::numeric_limits<float>::infinity()), factor = fill(factor_);
+    V shift[N], sum[N];
+    for (int c = 0; c < N; ++c) {
+      V most = load(most_ + tile.first + c * 16);
+      shift[c] = most == none ? V{} : -most, sum[c] = load(total_ + tile.first + c * 16);
+    }
+    for (int64_t j = 0; j < kPanelKeys; j += 2) {
+      V often = fill(times && j < count ? times[j] : 1.0f), next = fill(times && j + 1 < count ? times[j + 1] : 1.0f);
+      for (int c = 0; c < N; ++c) {
+        V even = exp2_fast(fma(load(scores_ + (c * kPanelKeys + j) * 16), factor, shift[c]));
+        V odd = exp2_fast(fma(load(scores_ + (c * kPanelKeys + j + 1) * 16), factor, shift[c]));
+        if (times) even *= often, odd *= next;
+        sum[c] += even + odd;
+        _mm512_storeu_si512(weights + (c * TileRows::kBlock / 2 + j / 2) * 16, narrow_pair((__m512)even, (__m512)odd));
+      }
+      queue_.step();
+    }
+    for (int c = 0; c < N; ++c) store(total_ + tile.first + c * 16, sum[c]);
+  }
+
+  void finish(const Span& span, const Lane* lanes) {
+    for (const Tile& tile : tiles_) {
+      for (int64_t i = 0; i < tile.lanes; ++i) {
+        float &total = total_[tile.first + i], shift = most_[tile.first + i];
+        *row_of<float>(call_, call_.lse, span, lanes[tile.first + i]) =
+            total > 0 ? shift * float(kLn2) + std::log(total) : -std::numeric_limits<float>::infinity();
+        total = total > 0 ? 1 / total : 0;
+      }
+      write_rows(call_, call_.out, span, tile, lanes, call_.v_dim, sums_ + tile.first * rows_.value_rows, rows_.value_rows, total_ + tile.first);
+    }
+  }
+};
+
+}  // namespace dil
+#endif
