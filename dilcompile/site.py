@@ -11,7 +11,7 @@ import torch
 Length = int | torch.SymInt
 Kind = Literal["self", "cross"]
 Phase = Literal["train", "prefill", "decode"]
-EmptyRows = Literal["zero", "uniform", "shifted", "nan", "other"]
+EmptyRows = Literal["zero", "uniform", "shifted", "others", "nan", "other"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ class MaskSpec:
         by_row: factors known by vectors over rows and keys.
         unread: what could not be read, in words; the operand stays a tensor. None when everything was read.
         empty_rows: what the user's spelling gives for a row that may see no key: 0 (or no row can be without keys), the mean
-            of all values (a finite fill; ``shifted``: one that was added, so the scores keep their gradient), NaN, or ``other``:
-            something that depends on the scores (several fills, or one so small that they show).
+            of all values (a finite fill; ``shifted``: one that was added, so the scores keep their gradient), ``others``: the
+            result over other keys (several fills, or one so small that the scores show), NaN, or ``other``: something that
+            no second mask describes.
     """
 
     causal: bool = False

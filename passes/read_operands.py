@@ -10,20 +10,23 @@ from typing import Literal
 
 import sympy
 import torch
+from torch.fx import Node
 
 from dilcompile.passes.anchors import EmptyRule, MaskOperand
 from dilcompile.passes.atoms import Atom, Leaves
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.masks.arithmetic import as_expr, lift
 from dilcompile.passes.masks.bounds import Bounds
+from dilcompile.passes.masks.emptiness import Emptiness, Hiding, emptiness_of
 from dilcompile.passes.masks.factors import read_mask
-from dilcompile.passes.masks.hiding import Hiding, NotAMask, absorbs, empty_rows, keep_of
-from dilcompile.passes.masks.read import ReadMask
+from dilcompile.passes.masks.hiding import NotAMask, keep_of
+from dilcompile.passes.masks.read import Others, ReadMask
 from dilcompile.passes.masks.reader import MaskReader
 from dilcompile.passes.masks.symbols import DIGITS, B, H, K, Lengths, Q
 from dilcompile.passes.masks.terms import Expr, Truth, conjunction, mapped, negation
 from dilcompile.passes.operators import shape_of
 from dilcompile.passes.roles import Roles
+from dilcompile.passes.summands import Summand, summands
 from dilcompile.passes.unproven import Unproven
 from dilcompile.site import Length
 
@@ -62,63 +65,70 @@ def read_site_mask(
     keep = seen
     hidings: list[Hiding] = []
     bias: list[MaskOperand] = []
-    for operand in operands:
+    for summand in summands(operands, reader):
+        operand = summand.operand
         try:
-            visible, hiding = _visible(operand, _indices(operand, roles, axes, places.of), reader)
+            visible, hiding = _visible(summand, _indices(operand, roles, axes, places.of), reader)
         except NotAMask:
             bias.append(operand)
             continue
         keep = conjunction(keep, visible)
         if hiding is not None:
             # The operands are met from the softmax inwards: what is a bias by now is added after this one.
-            hidings.append(replace(hiding, biased=bool(bias)))
-    empty = empty_rows(hidings, rule == "zero")
-    if rule == "odd" and empty in ("uniform", "shifted"):
-        empty = "other"
+            hidings.append(replace(hiding, outer=len(bias)))
+    if hidings and seen is not True:
+        hidings.append(Hiding(seen, frozenset((-math.inf,)), True, torch.float32))
+    empty = emptiness_of(hidings, len(bias), zero=rule == "zero", training=training, capped=capped)
+    if rule == "odd" and empty.rows in ("uniform", "shifted", "others"):
+        empty = Emptiness("other")
     if sinks != "none" and hidings:
         # Next to an ordinary sink, keys at the least number weigh nothing at all.
         nothing = all(fill <= _NOTHING for hiding in hidings for fill in hiding.fills)
-        empty = "zero" if nothing and sinks == "ordinary" else "other"
-    if empty == "shifted" and not training:
-        empty = "uniform"
-    elif empty == "shifted" and (bias or capped):
-        # Their gradients in a row without keys would have to be reproduced too.
-        empty = "other"
-    read = read_mask(places.whole(keep), empty, reader, lengths)
-    return (read if rule == "odd" or sinks != "none" else _seen_through(read, hidings)), tuple(bias)
+        empty = Emptiness("zero" if nothing and sinks == "ordinary" else "other")
+    read = read_mask(places.whole(keep), empty.rows, reader, lengths)
+    return _with_others(read, empty, rule == "zero", reader, lengths, places), tuple(bias)
 
 
-def _visible(operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader) -> tuple[Truth, Hiding | None]:
+def _with_others(read: ReadMask, empty: Emptiness, zero: bool, reader: MaskReader, lengths: Lengths, places: Places) -> ReadMask:
+    """The mask with what rows without keys see instead."""
+    if read.spec.empty_rows != "others":
+        return read
+    stages = empty.instead
+    if len(stages) == 1 and stages[0].visible is True and not stages[0].flat and read.spec.words == ("padding",):
+        # A row without keys sees all of them: the softmax ignores one number added to all.
+        return replace(read, spec=replace(read.spec, empty_rows="zero"), all_if_none=True)
+    others = []
+    for stage in stages:
+        mask = read_mask(places.whole(stage.visible), "zero" if zero else "nan", reader, lengths)
+        if mask.spec.unread is not None:
+            return replace(read, spec=replace(read.spec, empty_rows="other"))
+        others.append(Others(mask, stage.flat, stage.gradient))
+    return replace(read, others=tuple(others), elements=tuple(reader.elements))
+
+
+def _visible(summand: Summand, indices: tuple[Expr, ...], reader: MaskReader) -> tuple[Truth, Hiding | None]:
     """Where an operand lets through, and how it hides the rest (None if it hides nothing)."""
-    settle = Bounds(reader.sizes).settle
+    operand, settle = summand.operand, Bounds(reader.sizes).settle
     if operand.kind != "add":
         chosen = reader.truth(operand.node, indices, operand.on)
         visible = settle(chosen if operand.kind == "keep" else negation(chosen))
-        return visible, None if visible is True else Hiding(_arriving({operand.fill}, operand), replaces=True)
+        fill = frozenset((operand.fill,))
+        hiding = Hiding(visible, fill, not summand.adds, _dtype(operand.on), operand.ends, cuts=summand.cuts)
+        return visible, None if visible is True else hiding
     value = reader.number(operand.node, indices, operand.on)
     if operand.factor != 1.0:
         value = lift(operator.mul, value, as_expr(operand.factor))
-    resolution = torch.finfo(operand.on.meta["val"].dtype).eps
-    visible, fills = keep_of(value, resolution, reader)
+    dtype = _dtype(operand.on)
+    visible, fills = keep_of(value, torch.finfo(dtype).eps, reader)
     visible = settle(visible)
     if visible is True:
         return True, None
-    return visible, Hiding(_arriving(fills, operand), replaces=False, absorbs=all(absorbs(fill, resolution) for fill in fills))
+    return visible, Hiding(visible, frozenset(fills), False, dtype, operand.ends)
 
 
-def _arriving(fills: set[float], operand: MaskOperand) -> frozenset[float]:
-    """The fills as they reach the softmax: infinite where a cast on the way can't hold them."""
-    return frozenset(fill if abs(fill) <= operand.ends else -math.inf for fill in fills)
-
-
-def _seen_through(read: ReadMask, hidings: Sequence[Hiding]) -> ReadMask:
-    """Key padding by one small number added: a row without keys sees all of them, for the softmax ignores the number."""
-    if read.spec.empty_rows != "other" or read.spec.words != ("padding",) or len(hidings) != 1:
-        return read
-    (hiding,) = hidings
-    if hiding.replaces or len(hiding.fills) != 1 or float("-inf") in hiding.fills:
-        return read
-    return replace(read, spec=replace(read.spec, empty_rows="zero"), all_if_none=True)
+def _dtype(node: Node) -> torch.dtype:
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch.fx import GraphModule, Node
@@ -12,6 +13,7 @@ from dilcompile.passes.anchors import MaskOperand, Sink
 from dilcompile.passes.atoms import Atom, Layout, Leaves, flat, leaves, same_size
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.emit import Emitter, aten
+from dilcompile.passes.empty_rows import Inputs, attend, rows_without_keys
 from dilcompile.passes.masks.operands import mask_operands
 from dilcompile.passes.masks.place import place_of
 from dilcompile.passes.match import Match
@@ -21,7 +23,7 @@ from dilcompile.passes.operands import Operand
 from dilcompile.passes.operators import is_tensor, shape_of
 from dilcompile.passes.regions import Graph
 from dilcompile.passes.roles import Roles
-from dilcompile.site import AttentionSite, Length
+from dilcompile.site import Length
 
 
 def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> Node:
@@ -43,38 +45,21 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
     sizes = (site.batch, site.q_len, site.k_len)
     place = place_of(match.mask, roles.output, graph.mutations)
     mask = mask_operands(Emitter(graph.gm, place), match.mask, sizes, site.device, graph.bring_in)
+    others = [
+        mask_operands(Emitter(graph.gm, place), other.mask, sizes, site.device, graph.bring_in) for other in match.mask.others
+    ]
     if place is not roles.output:
         mask = mask.copied(Emitter(graph.gm, place))
-    documents = mask.documents if match.starts is None else _documents(emit, match.starts, site.k_len)
+        others = [other.copied(Emitter(graph.gm, place)) for other in others]
+    if match.starts is not None:
+        mask = replace(mask, documents=_documents(emit, match.starts, site.k_len))
     bias = _bias(emit, match.bias, roles, axes, site.dtype)
     seed = _seed(emit, q) if site.dropout_p > 0 else None
-    call = emit(
-        torch.ops.dilcompile.attention.default,
-        q,
-        k,
-        v,
-        mask.key_padding,
-        documents,
-        bias,
-        seed,
-        str(decision.form),
-        spec.causal,
-        spec.left,
-        spec.right,
-        emit.offset(spec.q_offset, q, k),
-        site.scale,
-        site.softcap,
-        site.dropout_p,
-        decision.kernel,
-        mask.start,
-        mask.limits,
-        mask.row_terms,
-        mask.key_terms,
-        mask.pairs,
-    )
+    inputs = Inputs(q, k, v, bias, seed)
+    call = attend(emit, inputs, mask, spec, site, str(decision.form), decision.kernel)
     out = emit.item(call, 0)
     if decision.fidelity == "exact" and spec.empty_rows != "zero":
-        out = _empty_rows(emit, out, emit.item(call, 1), q, k, v, site)
+        out = rows_without_keys(emit, out, emit.item(call, 1), inputs, match, others)
     if match.sinks:
         out = _past_sinks(emit, out, emit.item(call, 1), match.sinks, roles, axes)
     result = _output(emit, out, roles, axes)
@@ -252,30 +237,6 @@ def _documents(emit: Emitter, starts: Node, k_len: Length) -> Node:
 def _seed(emit: Emitter, q: Node) -> Node:
     device = q.meta["val"].device
     return emit(aten.randint.low, 0, 2**62, [1], dtype=torch.int64, device=device)
-
-
-def _empty_rows(emit: Emitter, out: Node, lse: Node, q: Node, k: Node, v: Node, site: AttentionSite) -> Node:
-    """What the model's own spelling gives for a row that sees nothing: NaN, or every key alike, so the mean of all values."""
-    empty = emit(aten.unsqueeze.default, emit(aten.eq.Scalar, lse, float("-inf")), -1)
-    if site.mask.empty_rows == "nan":
-        return emit(aten.masked_fill.Scalar, out, empty, float("nan"))
-    mean = emit(aten.mean.dim, v, [2], True)
-    if site.group > 1:
-        mean = emit(aten.repeat_interleave.self_int, mean, site.group, 1)
-    if site.mask.empty_rows == "shifted":
-        mean = emit(aten.add.Tensor, mean, _uniform_slope(emit, q, k, v, site))
-    return emit(aten.where.self, empty, mean, out)
-
-
-def _uniform_slope(emit: Emitter, q: Node, k: Node, v: Node, site: AttentionSite) -> Node:
-    """Zero, with the gradient in q and k of a uniform softmax: ``scale * sum_k (q . (k - mean k)) v_k / Sk``."""
-    centred = emit(aten.sub.Tensor, k, emit(aten.mean.dim, k, [2], True))
-    mixed = emit(aten.matmul.default, emit(aten.transpose.int, centred, 2, 3), emit(aten.detach.default, v))
-    slope = emit(aten.div.Tensor, mixed, emit.size(site.k_len))
-    if site.group > 1:
-        slope = emit(aten.repeat_interleave.self_int, slope, site.group, 1)
-    value = emit(aten.mul.Scalar, emit(aten.matmul.default, q, slope), site.scale)
-    return emit(aten.sub.Tensor, value, emit(aten.detach.default, value))
 
 
 def _output(emit: Emitter, out: Node, roles: Roles, axes: Axes) -> Node:

@@ -299,14 +299,14 @@ ADDED: list[Case] = [
     ("learned fractions and the least number", add(lambda m: (1 - m[:, None, None]) * LEAST), _with(lambda: padding(torch.float64) / 2 + 0.5), "none + bias (zero)"),
     ("bytes", add(lambda m: (1 - m[:, None, None]) * -1e4), _with(lambda: padding(torch.uint8)), "none + bias (zero)"),
     ("bytes that wrap around", add(lambda m: (m[:, None, None] - 1) * 1e4), _with(lambda: padding(torch.uint8)), "none + bias (zero)"),
-    ("positions beside data", add(lambda m: m[:, None, None] * -10000.0 + torch.arange(S) * 2000.0), _with(lambda: padding(torch.int64)), "none + bias (zero)"),
+    ("positions beside data", add(lambda m: m[:, None, None] * -10000.0 + torch.arange(S) * 2000.0), _with(lambda: padding(torch.int64)), "padding + bias (zero)"),
     ("a constant", add(lambda: torch.where(later(), -1e30, 1.0)), qkv, "none + bias (zero)"),
     ("causal and padding in one", lambda q, k, v, m: attend(torch.where(~later() & m[:, None, None], q @ k.mT, LEAST), v), _with(lambda: padding(left=True)), "causal & padding (uniform)"),
     ("causal and padding by one addition", add(lambda m: torch.where(~later() & m[:, None, None], 0.0, LEAST)), _with(lambda: padding(left=True)), "causal & padding (shifted)"),
-    ("causal and padding by a small number", add(lambda m: (1 - (~later() & m[:, None, None]).to(torch.float64)) * -1e4), _with(lambda: padding(left=True)), "kept: causal & padding (other)"),
-    ("causal and padding by two fills", lambda q, k, v, m: attend((q @ k.mT).masked_fill(later(), -INF).masked_fill(~m[:, None, None], LEAST), v), _with(lambda: padding(left=True)), "kept: causal & padding (other)"),
+    ("causal and padding by a small number", add(lambda m: (1 - (~later() & m[:, None, None]).to(torch.float64)) * -1e4), _with(lambda: padding(left=True)), "causal & padding (others)"),
+    ("causal and padding by two fills", lambda q, k, v, m: attend((q @ k.mT).masked_fill(later(), -INF).masked_fill(~m[:, None, None], LEAST), v), _with(lambda: padding(left=True)), "causal & padding (others)"),
     ("causal and padding by the same fill", lambda q, k, v, m: attend((q @ k.mT).masked_fill(later(), -1e30).masked_fill(~m[:, None, None], -1e30), v), _with(lambda: padding(left=True)), "causal & padding (uniform)"),
-    ("a bias after the fill", lambda q, k, v, m, a: attend((q @ k.mT).masked_fill(~m[:, None, None], -1e30) + a, v), lambda: (*qkv(), padding(empty=True), torch.randn(S, S)), "kept: padding + bias (other)"),
+    ("a bias after the fill", lambda q, k, v, m, a: attend((q @ k.mT).masked_fill(~m[:, None, None], -1e30) + a, v), lambda: (*qkv(), padding(empty=True), torch.randn(S, S)), "padding + bias (others)"),
     ("a bias before the fill", lambda q, k, v, m, a: attend((q @ k.mT + a).masked_fill(~m[:, None, None], -1e30), v), lambda: (*qkv(), padding(empty=True), torch.randn(S, S)), "padding + bias (uniform)"),
 ]  # fmt: skip
 

@@ -61,6 +61,9 @@ def nonzero(value: Number) -> Truth:
         return if_else(value.when, nonzero(value.then), nonzero(value.other))
     if value.is_number:
         return not value.is_zero
+    factors = sympy.Mul.make_args(value.as_coeff_Mul()[1])
+    if len(factors) > 1 and all(factor.is_integer for factor in factors):
+        return conjunction(*(negation(Eq0(factor)) for factor in factors))
     return negation(Eq0(value))
 
 
@@ -94,7 +97,7 @@ def compare(op: str, a: Number, b: Number) -> Truth:
     if op == "ne":
         return negation(compare("eq", a, b))
     if op == "eq":
-        return Eq0(sympy.expand(a - b))
+        return negation(nonzero(sympy.expand(a - b)))
     low, high = (a, b) if op in ("le", "lt") else (b, a)
     gap = sympy.expand(high - low)
     if gap.is_integer:

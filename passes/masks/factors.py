@@ -77,7 +77,7 @@ def read_mask(keep: Truth, empty: EmptyRows, reader: MaskReader, lengths: Length
         tuple(separated.rows),
         tuple(separated.keys),
         tuple(reader.elements),
-        frozenset(reader.late),
+        late=frozenset(reader.late),
     )
 
 

@@ -1,53 +1,16 @@
-"""How an operand hides scores: where it lets through, what it does to the rest, what rows become that see nothing."""
+"""How an additive operand hides scores: where it lets through, and what it adds to the rest."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import sympy
 
 from dilcompile.passes.masks.reader import MaskReader
 from dilcompile.passes.masks.terms import Choice, Element, Eq0, Expr, Less, Number, Truth, if_else
-from dilcompile.site import EmptyRows
 
 # An additive mask hides with at least this much: the smallest fill in use (BERT's -1e4) hides within exp(-1e4) = 0.
 HIDES = -1e3
 # Scores beyond this are not expected; a number that swallows them all swallows this.
 _LARGEST_SCORE = 16.0
-
-
-@dataclass(frozen=True)
-class Hiding:
-    """How one operand hides scores.
-
-    Args:
-        fills: what the hidden scores become, or what is added to them.
-        replaces: the scores are overwritten, not added to.
-        absorbs: adding the fill leaves nothing of the score.
-        biased: something is added after it.
-    """
-
-    fills: frozenset[float]
-    replaces: bool
-    absorbs: bool = True
-    biased: bool = False
-
-
-def empty_rows(hidings: Sequence[Hiding], calls_sdpa: bool) -> EmptyRows:
-    """What rows become that see no key."""
-    fills: frozenset[float] = frozenset().union(*(hiding.fills for hiding in hidings))
-    if not fills:
-        return "zero"
-    if fills == {-math.inf}:
-        return "zero" if calls_sdpa else "nan"
-    if len(fills) > 1:
-        return "other"
-    if all(hiding.replaces and not hiding.biased for hiding in hidings):
-        return "uniform"
-    (first, *rest) = hidings
-    return "other" if rest or first.replaces or not first.absorbs else "shifted"
 
 
 def absorbs(fill: float, resolution: float) -> bool:

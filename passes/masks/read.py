@@ -6,9 +6,25 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
+from dilcompile.passes.masks.emptiness import Gradient
 from dilcompile.passes.masks.interval import Interval
 from dilcompile.passes.masks.terms import Element, Expr, Number, Truth, elements_in, elements_of
 from dilcompile.site import MaskSpec
+
+
+@dataclass(frozen=True)
+class Others:
+    """What rows without keys see instead.
+
+    Args:
+        mask: the keys.
+        flat: they all weigh alike.
+        gradient: what still has a gradient then.
+    """
+
+    mask: ReadMask
+    flat: bool
+    gradient: Gradient
 
 
 @dataclass(frozen=True)
@@ -22,6 +38,7 @@ class ReadMask:
         limits: first key and end of keys of each row, over (b, q).
         pairs: a formula over terms, each of them a number over (b, q) and one over (b, k).
         elements: the nodes that elements in the formulas belong to, by number.
+        others: what rows without keys see instead, in turn, where ``spec.empty_rows`` is ``others``.
         late: nodes whose elements are what was written to them later.
         all_if_none: where the padding hides all keys of a batch row, it hides none.
     """
@@ -35,6 +52,7 @@ class ReadMask:
     row_terms: tuple[Number, ...] = ()
     key_terms: tuple[Number, ...] = ()
     elements: tuple[Node, ...] = field(default=())
+    others: tuple[Others, ...] = ()
     late: frozenset[Node] = frozenset()
     all_if_none: bool = False
 
@@ -46,4 +64,5 @@ class ReadMask:
         used: set[Element] = elements_of(self.key_padding)
         for number in numbers:
             used |= set() if number is None else elements_in(number)
-        return frozenset(self.elements[int(element.args[0])] for element in used)
+        own = frozenset(self.elements[int(element.args[0])] for element in used)
+        return own.union(*(other.mask.sources for other in self.others))

@@ -68,6 +68,23 @@ class MaskReader:
         """Element ``node[indices]`` as a number (true is 1), as the node ``at`` reads it."""
         return as_number(self._read(node, tuple(indices), at))
 
+    def constant(self, value: Any, at: Node) -> float | None:
+        """The number that ``at`` reads, or None if it is data: a number, a node that holds one, or a tensor of one constant."""
+        if isinstance(value, (int, float)):
+            return float(value)
+        if not isinstance(value, Node):
+            return None
+        held = value.meta.get("val")
+        if not is_tensor(value):
+            return None if held is None else float(held)
+        if held is None or any(size != 1 for size in held.shape) or self.stale(value, at):
+            return None
+        try:
+            number = self.number(value, (sympy.Integer(0),) * held.dim())
+        except Unreadable:
+            return None
+        return float(number) if isinstance(number, sympy.Expr) and number.is_number else None
+
     def _read(self, node: Node, indices: Indices, at: Node | None) -> Number | Truth:
         if at is not None and self.stale(node, at):
             # It holds what was written to it since, not what its node computed.

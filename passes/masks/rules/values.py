@@ -14,6 +14,7 @@ from dilcompile.passes.masks.arithmetic import Unreadable, as_expr, as_number, a
 from dilcompile.passes.masks.rules.rule import Rule, exact_arithmetic, sides
 from dilcompile.passes.masks.terms import (
     Choice,
+    Element,
     Expr,
     Indices,
     Number,
@@ -45,12 +46,18 @@ def _arithmetic(op: Callable[[Expr, Expr], Any]) -> Rule:
         right = as_number(b)
         if alpha != 1:
             right = lift(operator.mul, right, as_expr(alpha))
+        if op is operator.mul and node.meta["val"].dtype is torch.int32 and _is_data(a) and _is_data(right):
+            raise Unreadable("a product that may wrap around to zero")
         result = lift(op, as_number(a), right)
         if width(result) > _WIDEST_CHOICE:
             raise Unreadable("a choice with too many cases")
         return result
 
     return rule
+
+
+def _is_data(value: Number | Truth) -> bool:
+    return isinstance(value, sympy.Basic) and bool(value.has(Element))
 
 
 def _rsub(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:

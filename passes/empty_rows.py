@@ -1,0 +1,129 @@
+"""Emit the attention call, and what rows become that see no key: what the model's own spelling makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Node
+
+from dilcompile.passes.emit import Emitter, aten
+from dilcompile.passes.masks.operands import MaskOperands
+from dilcompile.passes.masks.read import Others
+from dilcompile.passes.match import Match
+from dilcompile.site import AttentionSite, MaskSpec
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Operands of ``dilcompile::attention`` but for the mask: q, k, v [B, H or Hkv, S, D], bias, dropout seed."""
+
+    q: Node
+    k: Node
+    v: Node
+    bias: Node | None
+    seed: Node | None
+
+
+def attend(
+    emit: Emitter,
+    inputs: Inputs,
+    mask: MaskOperands,
+    spec: MaskSpec,
+    site: AttentionSite,
+    form: str,
+    kernel: str | None,
+    flat: bool = False,
+) -> Node:
+    """One call of the operator: (out, lse)."""
+    return emit(
+        torch.ops.dilcompile.attention.default,
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        mask.key_padding,
+        mask.documents,
+        inputs.bias,
+        inputs.seed,
+        form,
+        spec.causal,
+        spec.left,
+        spec.right,
+        emit.offset(spec.q_offset, inputs.q, inputs.k),
+        site.scale,
+        site.softcap,
+        site.dropout_p,
+        kernel,
+        mask.start,
+        mask.limits,
+        mask.row_terms,
+        mask.key_terms,
+        mask.pairs,
+        *((flat,) if flat else ()),
+    )
+
+
+def rows_without_keys(emit: Emitter, out: Node, lse: Node, inputs: Inputs, match: Match, others: Sequence[MaskOperands]) -> Node:
+    """The output with the rows that saw nothing as the model has them.
+
+    Args:
+        others: the keys that such rows see instead, in turn; none where they become NaN or the mean of all values.
+    """
+    site = match.site
+    empty = emit(aten.eq.Scalar, lse, float("-inf"))
+    for mask, instead in zip(others, match.mask.others, strict=True):
+        out, empty = _by_others(emit, out, empty, inputs, site, mask, instead)
+    if others:
+        if match.mask.others[-1].mask.spec.empty_rows != "nan":
+            return out
+        return emit(aten.masked_fill.Scalar, out, emit(aten.unsqueeze.default, empty, -1), float("nan"))
+    empty = emit(aten.unsqueeze.default, empty, -1)
+    if site.mask.empty_rows == "nan":
+        return emit(aten.masked_fill.Scalar, out, empty, float("nan"))
+    mean = emit(aten.mean.dim, inputs.v, [2], True)
+    if site.group > 1:
+        mean = emit(aten.repeat_interleave.self_int, mean, site.group, 1)
+    if site.mask.empty_rows == "shifted":
+        mean = emit(aten.add.Tensor, mean, _uniform_slope(emit, inputs.q, inputs.k, inputs.v, site))
+    return emit(aten.where.self, empty, mean, out)
+
+
+def _by_others(
+    emit: Emitter, out: Node, empty: Node, inputs: Inputs, site: AttentionSite, mask: MaskOperands, instead: Others
+) -> tuple[Node, Node]:
+    """A second call in which all other rows see nothing, so that it costs nothing where no row is empty: (out, empty)."""
+    rows, ends = emit(aten.any.dim, empty, 1), []
+    for number, limit in enumerate((0, emit.size(site.k_len))):
+        if mask.limits is None:
+            end = emit(aten.full.default, [1, 1], limit, dtype=torch.int64, device=site.device)
+        else:
+            end = emit(aten.select.int, mask.limits, 0, number)
+        ends.append(emit(aten.mul.Tensor, end, rows))
+    limited = replace(mask, limits=emit(aten.stack.default, ends))
+    call = attend(emit, _kept(emit, inputs, instead), limited, instead.mask.spec, site, "dense()", None, instead.flat)
+    found, lse = emit.item(call, 0), emit.item(call, 1)
+    still = emit(aten.logical_and.default, empty, emit(aten.eq.Scalar, lse, float("-inf")))
+    return emit(aten.where.self, emit(aten.unsqueeze.default, empty, -1), found, out), still
+
+
+def _kept(emit: Emitter, inputs: Inputs, instead: Others) -> Inputs:
+    """The operands of the second call: those whose gradient the fills cut off are constants."""
+    q, k, bias = inputs.q, inputs.k, inputs.bias
+    if instead.gradient not in ("all", "scores"):
+        q, k = emit(aten.detach.default, q), emit(aten.detach.default, k)
+    if instead.flat and bias is not None:
+        # It is swallowed like the scores; what is left of it is its gradient.
+        bias = None if instead.gradient in ("none", "scores") else emit(aten.sub.Tensor, bias, emit(aten.detach.default, bias))
+    return replace(inputs, q=q, k=k, bias=bias)
+
+
+def _uniform_slope(emit: Emitter, q: Node, k: Node, v: Node, site: AttentionSite) -> Node:
+    """Zero, with the gradient in q and k of a uniform softmax: ``scale * sum_k (q . (k - mean k)) v_k / Sk``."""
+    centred = emit(aten.sub.Tensor, k, emit(aten.mean.dim, k, [2], True))
+    mixed = emit(aten.matmul.default, emit(aten.transpose.int, centred, 2, 3), emit(aten.detach.default, v))
+    slope = emit(aten.div.Tensor, mixed, emit.size(site.k_len))
+    if site.group > 1:
+        slope = emit(aten.repeat_interleave.self_int, slope, site.group, 1)
+    value = emit(aten.mul.Scalar, emit(aten.matmul.default, q, slope), site.scale)
+    return emit(aten.sub.Tensor, value, emit(aten.detach.default, value))
