@@ -66,6 +66,8 @@ def needs_math(call: Call) -> str | None:
         return "softcap"
     if call.dropout_p > 0:
         return "dropout by position"
+    if call.flat:
+        return "flat scores"
     if call.bias is not None:
         return "a bias over all pairs"
     if call.problem.head_dim != call.problem.v_dim:
@@ -200,6 +202,8 @@ def _scores(part: Part, block: Block) -> Iterator[_Scores]:
         if call.softcap is not None:
             capped = torch.tanh(logits / call.softcap)
             logits, slope = capped * call.softcap, 1 - capped * capped
+        if call.flat:
+            logits = torch.zeros_like(logits)
         if bias is not None:
             logits = logits + bias[first, second, rows, keys].to(dtype)
         keep = None if where is None else _keep(part, where.cut(cut))

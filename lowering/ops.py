@@ -25,7 +25,7 @@ _OPERANDS = (
     "Tensor q, Tensor k, Tensor v, Tensor? key_padding, Tensor? documents, Tensor? bias, Tensor? dropout_seed, str form, "
     "bool is_causal, int? window_left, int? window_right, SymInt q_offset, float scale, float? softcap, float dropout_p, "
     "str? kernel, Tensor? q_start=None, Tensor? row_limits=None, Tensor? row_terms=None, Tensor? key_terms=None, "
-    "str? pairs=None"
+    "str? pairs=None, bool flat=False"
 )
 
 
@@ -52,6 +52,7 @@ def attention(
     row_terms: Tensor | None = None,
     key_terms: Tensor | None = None,
     pairs: str | None = None,
+    flat: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the relation that ``form`` means here.
 
@@ -64,6 +65,7 @@ def attention(
         kernel: name of a kernel, or None for the fastest.
         q_start: int64 with one element, added to ``q_offset``: a position that is known when the model runs.
         row_limits: see ``Call``.
+        flat: see ``Call``.
         row_terms, key_terms, pairs: the formula over pairs and its terms, see ``Pairs``.
 
     Returns:
@@ -77,7 +79,7 @@ def attention(
 
     call = _call(
         q, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
-        scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs,
+        scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs, flat,
     )  # fmt: skip
     out, lse = select(call, kernel).forward(call)
     factor = output_scale(form_of(form), k.shape[2])
@@ -119,13 +121,14 @@ def attention_backward(
     row_terms: Tensor | None = None,
     key_terms: Tensor | None = None,
     pairs: str | None = None,
+    flat: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v [as their operand, laid out [B, S, H, D]] and of the bias (an empty tensor without one)."""
     from dilcompile.lowering.select import select
 
     call = _call(
         q, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
-        scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs,
+        scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs, flat,
     )  # fmt: skip
     factor = output_scale(form_of(form), k.shape[2])
     if factor != 1.0:
@@ -157,6 +160,7 @@ def _call(
     row_terms: Tensor | None,
     key_terms: Tensor | None,
     pairs: str | None,
+    flat: bool,
 ) -> Call:
     first = q_offset if q_start is None else q_offset + int(q_start)
     problem = problem_of(q, k, v, is_causal, window_left, window_right, first)
@@ -167,7 +171,7 @@ def _call(
         formula = Pairs(pairs, row_terms, key_terms)
     return Call(
         q, k, v, key_padding, documents, bias, dropout_seed, relation_of(form_of(form), problem),
-        scale, softcap, dropout_p, merge_grad(form_of(form)), row_limits, formula,
+        scale, softcap, dropout_p, merge_grad(form_of(form)), row_limits, formula, flat,
     )  # fmt: skip
 
 
@@ -204,23 +208,23 @@ def _(
     return empty_output(q, q.shape[3]), empty_output(k, k.shape[3]), empty_output(v, v.shape[3]), grad_bias
 
 
-# Where the operands that are tensors end among the arguments, and where those with a default begin.
-_TENSORS, _MORE = 7, 16
+# Where the operands that are tensors end among the arguments, where those with a default begin, and the last that are none.
+_TENSORS, _MORE, _LAST = 7, 16, 20
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:_TENSORS], *inputs[_MORE:-1], *output)
-    ctx.options, ctx.pairs = inputs[_TENSORS:_MORE], inputs[-1]
+    ctx.save_for_backward(*inputs[:_TENSORS], *inputs[_MORE:_LAST], *output)
+    ctx.options, ctx.last = inputs[_TENSORS:_MORE], inputs[_LAST:]
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     *operands, out, lse = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     operands, more = operands[:_TENSORS], operands[_TENSORS:]
-    grads = torch.ops.dilcompile.attention_backward(grad_out, grad_lse, out, lse, *operands, *ctx.options, *more, ctx.pairs)
+    grads = torch.ops.dilcompile.attention_backward(grad_out, grad_lse, out, lse, *operands, *ctx.options, *more, *ctx.last)
     grad_bias = grads[3] if ctx.needs_input_grad[5] else None
-    return (*grads[:3], None, None, grad_bias, None, *([None] * (len(ctx.options) + len(more) + 1)))
+    return (*grads[:3], None, None, grad_bias, None, *([None] * (len(ctx.options) + len(more) + len(ctx.last))))
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)

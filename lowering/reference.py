@@ -88,6 +88,8 @@ def _chunk(call: Call, b: int, rows: slice, k: Tensor, v: Tensor) -> _Chunk:
     if call.softcap is not None:
         capped = torch.tanh(scores / call.softcap)
         scores, slope = capped * call.softcap, 1 - capped * capped
+    if call.flat:
+        scores = torch.zeros_like(scores)
     if call.bias is not None:
         scores = scores + _bias_rows(call.bias, b, rows)
     keep = None

@@ -18,7 +18,7 @@ class RowMasks:
 
     Args:
         limits: first key and end of keys [B, Sq] and the keys' own positions [1, Sk]; empty without limits.
-        reach: the least first key and the largest end over the batch rows, each [Sq] on the CPU.
+        reach: the least first key and the largest end over the batch rows, each [Sq]; known on the CPU only.
         pairs: the formula; rows, keys: its terms, [B, Sq] and [B, Sk] each.
     """
 
@@ -33,6 +33,11 @@ class RowMasks:
     def operands(self) -> tuple[Operand, ...]:
         """All operands, for the choice of views."""
         return (*self.limits, *self.rows, *self.keys)
+
+    @property
+    def sees_nothing(self) -> bool:
+        """Surely no row has a key."""
+        return self.reach is not None and bool((self.reach[0] >= self.reach[1]).all())
 
     def visible(self, block: Block, cut: Cut) -> Tensor:
         """Bool, broadcastable to the cut of the block: the pairs that all masks let through."""
@@ -80,7 +85,8 @@ def row_masks(call: Call, batch: slice, query_rows: slice, keys: slice) -> RowMa
         # A row that sees nothing reaches nowhere.
         none = low >= end
         low, end = low.masked_fill(none, call.problem.k_len), end.masked_fill(none, 0)
-        reach = (low.amin(0).cpu(), end.amax(0).cpu())
+        # Elsewhere it would have to be waited for.
+        reach = (low.amin(0), end.amax(0)) if low.device.type == "cpu" else None
     rows: tuple[Operand, ...] = ()
     columns: tuple[Operand, ...] = ()
     if call.pairs is not None:

@@ -40,6 +40,6 @@ def select(call: Call, name: str | None = None, backward: bool = False) -> Kerne
 
 
 def _refusal(kernel: Kernel, call: Call, backward: bool) -> str | None:
-    if not kernel.TAKES_ROW_MASKS and (call.row_limits is not None or call.pairs is not None):
+    if not kernel.TAKES_ROW_MASKS and (call.row_limits is not None or call.pairs is not None or call.flat):
         return "a mask by row"
     return kernel.supports(call, backward)

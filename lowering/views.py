@@ -201,6 +201,10 @@ def _blocks(part: Part, piece: Piece, extra: list[Operand]) -> Iterator[Block]:
 
 def _forward_region(call: Call, engine: Engine, region: _Region, planned: Plan, out: Tensor, lse: Tensor) -> None:
     part, group = _part(call, region), call.problem.group
+    if part.row_masks is not None and part.row_masks.sees_nothing:
+        out.zero_()
+        lse.fill_(-torch.inf)
+        return
     own_dtype = out.dtype == call.score_dtype
     total = out if own_dtype else empty_output(out, out.shape[-1], call.score_dtype)
     lse.fill_(-torch.inf)
@@ -229,6 +233,8 @@ def _backward_region(
     grad_bias: Tensor | None,
 ) -> None:
     part, group = _part(call, region), call.problem.group
+    if part.row_masks is not None and part.row_masks.sees_nothing:
+        return
     grad_lse = None if joint.grad_lse is None else row_operand(joint.grad_lse, group)
     upstream = Upstream(
         row_operand(joint.out, group),

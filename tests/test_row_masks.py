@@ -210,3 +210,34 @@ def test_a_mutation_is_noticed(mutation: Callable[[pytest.MonkeyPatch], None], m
     mutation(monkeypatch)
     with pytest.raises(AssertionError):
         _agree("cpu", Dense(), more, visible)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_flat_scores_weigh_all_keys_alike_and_keep_their_gradient(softcap: float | None, kernel: str) -> None:
+    more, visible = CASES["limits of 2"]
+    q, k, v = given = [x.requires_grad_() for x in drawn(BATCH, 4, 2, ROWS, KEYS, dtype=torch.float64)]
+    bias = torch.randn(4, 1, KEYS, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    scores = q @ k.repeat_interleave(2, 1).mT * SCALE
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    logits = (scores - scores.detach() + bias).masked_fill(~visible[:, None], -torch.inf)
+    empty = ~visible.any(-1)[:, None, :, None]
+    wanted = logits.softmax(-1).masked_fill(empty, 0) @ v.repeat_interleave(2, 1)
+    got, _ = _run(q, k, v, Dense(), kernel, {**more, "flat": True}, softcap=softcap, bias=bias)
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+    grads = [
+        torch.autograd.grad((out * torch.linspace(0.5, 1.5, 8, dtype=out.dtype)).sum(), [*given, bias]) for out in (got, wanted)
+    ]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, torch.nan_to_num(theirs), rtol=1e-9, atol=1e-9)
+
+
+def test_limits_that_no_row_meets_cost_nothing() -> None:
+    q, k, v = drawn(1, 2, 2, 4096, 4096, dtype=torch.float32)
+    q.requires_grad_()
+    out, lse = _run(q, k, v, Dense(), None, {"row_limits": torch.zeros(2, 1, 4096, dtype=torch.int64), "flat": True})
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+    with torch.profiler.profile() as profile:
+        out.sum().backward()
+    assert not [event for event in profile.events() if "matmul" in event.name or "bmm" in event.name]
