@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from dilcompile.passes.atoms import Atom, Layout, Leaves, Role, align, flat, leaves, role_of, same_size, spans
 from dilcompile.passes.axis_rules import RULES, attention
+from dilcompile.passes.labels import carries_elements
 from dilcompile.passes.operators import (
     KEEPS_LAYOUT,
     MOVES_ONLY,
@@ -91,10 +92,7 @@ class Axes:
 
     def _carries_scores(self, node: Node) -> bool:
         """Is it scores, moved or changed element by element?"""
-        if self.of_products.isdisjoint(node.all_input_nodes):
-            return False
-        name = op_name(node)
-        return name in KEEPS_LAYOUT or name in MOVES_ONLY or is_pointwise(node)
+        return not self.of_products.isdisjoint(node.all_input_nodes) and carries_elements(node)
 
     def _varying(self, node: Node, layout: Layout) -> Layout:
         """Broadcast atoms stay so only where the result surely does not vary along them either."""

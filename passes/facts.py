@@ -50,6 +50,15 @@ class Facts:
             return None
         return float(number) if isinstance(number, sympy.Expr) and number.is_number else None
 
+    def constant(self, tensor: Node) -> float | None:
+        """The number that a tensor holds everywhere, or None."""
+        anywhere = tuple(sympy.Dummy(integer=True, nonnegative=True) for _ in range(tensor.meta["val"].dim()))
+        try:
+            number = self.reader.number(tensor, anywhere)
+        except Unreadable:
+            return None
+        return float(number) if isinstance(number, sympy.Expr) and number.is_number else None
+
     def factor(self, value: Any, at: Node) -> float:
         """The number that scores are multiplied with.
 

@@ -130,9 +130,15 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
 def _sinks(sinks: tuple[Sink, ...], facts: Facts) -> Sinks:
     if not sinks:
         return "none"
-    logits = [sink.logit for sink in sinks]
-    ordinary = all(logit in facts.axes.parametric if isinstance(logit, Node) else abs(logit) < 1e4 for logit in logits)
-    return "ordinary" if ordinary else "data"
+    return "ordinary" if all(_is_ordinary(sink.logit, facts) for sink in sinks) else "data"
+
+
+def _is_ordinary(logit: float | Node, facts: Facts) -> bool:
+    """A learned logit, or a constant that no fill of a mask comes near."""
+    if isinstance(logit, Node) and logit in facts.axes.parametric:
+        return True
+    held = facts.constant(logit) if isinstance(logit, Node) else logit
+    return held is not None and abs(held) < 1e4
 
 
 def _readable_at(output: Node, mask: ReadMask, beside: tuple[MaskOperand | Sink, ...], graph: Graph) -> None:

@@ -162,14 +162,53 @@ class Spelling:
     sizes: tuple[int, int, int, int] = (2, 4, 7, 6)
 
 
-LAYOUTS = ("bhsd", "b*h", "h*b", "einsum", "einsum_kq", "einsum_last", "baddbmm", "sdpa", "five")
+LAYOUTS = ("bhsd", "b*h", "h*b", "einsum", "einsum_kq", "einsum_last", "baddbmm", "sdpa", "kernel", "five")
 SCALES = ("mul", "div", "query", "key", "both", "tensor", "buffer", "inplace", "none")
 MASKS = ("none", "causal", "window", "band", "padding", "causal+padding", "reach")
 MAKERS = ("arange", "tril", "triu", "buffer", "reverse")
 HIDES = ("fill_inf", "fill_min", "fill_", "where", "where_hide", "add", "add_", "one_minus", "add_where")
-SOFTMAXES = ("plain", "cast", "method", "less_max")
+SOFTMAXES = (
+    "plain",
+    "cast",
+    "method",
+    "less_max",
+    "safe",
+    "log_exp",
+    "logsumexp",
+    "exp_sum",
+    "exp_sum_less_max",
+    "softmax1",
+    "padded",
+)
 SHARES = ("none", "expand", "interleave", "tile", "one")
 SCALE, REACH = 0.3, 3
+
+
+def _over_sum(exponentials: Tensor, dim: int) -> Tensor:
+    return exponentials / exponentials.sum(dim, keepdim=True)
+
+
+def _softmax1(scores: Tensor, dim: int) -> Tensor:
+    exponentials = scores.exp()
+    return exponentials / (1 + exponentials.sum(dim, keepdim=True))
+
+
+def _padded(scores: Tensor, dim: int) -> Tensor:
+    """A column of zeros in front, dropped after."""
+    shape = list(scores.shape)
+    shape[dim] = 1
+    return torch.cat((scores.new_zeros(shape), scores), dim).softmax(dim).narrow(dim, 1, scores.shape[dim])
+
+
+OWN_SOFTMAXES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "safe": lambda scores, dim: torch.ops.aten._safe_softmax(scores, dim),
+    "log_exp": lambda scores, dim: F.log_softmax(scores, dim).exp(),
+    "logsumexp": lambda scores, dim: (scores - torch.logsumexp(scores, dim, keepdim=True)).exp(),
+    "exp_sum": lambda scores, dim: _over_sum(scores.exp(), dim),
+    "exp_sum_less_max": lambda scores, dim: _over_sum((scores - scores.max(dim, keepdim=True).values).exp(), dim),
+    "softmax1": _softmax1,
+    "padded": _padded,
+}
 
 
 class Written(nn.Module):
@@ -247,6 +286,8 @@ class Written(nn.Module):
             weights = scores.softmax(dim)
         elif how == "cast":
             weights = F.softmax(scores, dim=dim, dtype=torch.float64).to(scores.dtype)
+        elif how in OWN_SOFTMAXES:
+            weights = OWN_SOFTMAXES[how](scores, dim)
         else:
             weights = torch.softmax(scores, dim=dim)
         return F.dropout(weights, 0.1, training=self.training) if self.spelling.dropout else weights
@@ -330,6 +371,12 @@ class Written(nn.Module):
         q, k, v = (x.reshape(batch, 2, heads // 2, length, features) for x in (q, k, v))
         mask = None if mask is None else mask[:, :, None]
         return (self._weights(q @ k.mT, mask) @ v).reshape(batch, heads, length, features)
+
+    def _kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """SDPA's kernel on CPU, by its own name."""
+        added = None if mask is None else self._hidden(torch.zeros(mask.shape, dtype=q.dtype), mask)
+        scale = SCALE if self.spelling.scale not in ("query", "key", "both", "none") else 1.0
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=added, scale=scale)[0]
 
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         scale = SCALE if self.spelling.scale not in ("query", "key", "both", "none") else 1.0
