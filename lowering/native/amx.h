@@ -33,92 +33,35 @@ class TileRegisters {
   ~TileRegisters() { _tile_release(); }
 };
 
-// Matrices lie in columns of 64 bytes, so that a tile is 1024 bytes in a row: other strides make loads and stores of different
-// buffers meet in the same cache sets. c [32][32] = or += a [32][depth] * b [depth / 2][32 pairs], in steps of 32 of the depth;
-// `_column` is how many elements further the next column begins.
-struct TileProduct {
-  const uint16_t* a;
-  int64_t a_column;
-  const uint32_t* b;
-  int64_t b_column, depth;
-  float* c;
-  int64_t c_column;
-  bool add;
-  int64_t done = 0;
+// A matrix in columns of 64 bytes, so that a tile is 1024 bytes in a row: with other strides loads and stores of different
+// buffers meet in the same cache sets. `column` is how many elements further the next column begins.
+template <class E> struct Columns {
+  E* data;
+  int64_t column;
+};
 
-  // One step; true when it was the last. Registers 0 to 3 hold c between steps, so one product runs at a time.
-  inline __attribute__((always_inline)) bool step() {
-    // The compiler doesn't know that loads into tile registers read memory.
-    asm volatile("" ::: "memory");
-    if (done == 0) {
-      if (add) {
-        _tile_loadd(0, c, 64); _tile_loadd(1, c + c_column, 64);
-        _tile_loadd(2, c + 256, 64); _tile_loadd(3, c + c_column + 256, 64);
-      } else {
-        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-      }
-    }
-    const uint16_t* left = a + done / 32 * a_column;
-    const uint32_t* right = b + done / 2 * 16;
-    _tile_loadd(4, left, 64); _tile_loadd(6, right, 64);
+// c [32][32] = or += a [32][depth] * b [depth / 2][32 pairs], depth a multiple of 32.
+template <bool kAdd>
+inline void tile_product(Columns<const uint16_t> a, Columns<const uint32_t> b, int64_t depth, Columns<float> c) {
+  // The compiler doesn't know that loads into tile registers read memory.
+  asm volatile("" ::: "memory");
+  if constexpr (kAdd) {
+    _tile_loadd(0, c.data, 64); _tile_loadd(1, c.data + c.column, 64);
+    _tile_loadd(2, c.data + 256, 64); _tile_loadd(3, c.data + c.column + 256, 64);
+  } else {
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+  }
+  for (int64_t d = 0; d < depth; d += 32, a.data += a.column, b.data += 256) {
+    _tile_loadd(4, a.data, 64); _tile_loadd(6, b.data, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, right + b_column, 64);
+    _tile_loadd(7, b.data + b.column, 64);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, left + 512, 64);
+    _tile_loadd(5, a.data + 512, 64);
     _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
-    done += 32;
-    if (done < depth) return false;
-    _tile_stored(0, c, 64); _tile_stored(1, c + c_column, 64);
-    _tile_stored(2, c + 256, 64); _tile_stored(3, c + c_column + 256, 64);
-    return true;
   }
-  inline __attribute__((always_inline)) void run() {
-    while (!step()) {}
-  }
-};
-
-// Products that wait to be done a step at a time between vector work: the tile unit and the vector units then run at once.
-class TileQueue {
- public:
-  void push_urgent(const TileProduct& product) { urgent_.push(product); }
-  void push(const TileProduct& product) {
-    if (later_.full()) drain();
-    later_.push(product);
-  }
-  inline __attribute__((always_inline)) void step() {
-    if (now_ == nullptr) {
-      if (urgent_.empty() && later_.empty()) return;
-      now_ = urgent_.empty() ? &later_ : &urgent_;
-    }
-    if (now_->step()) now_ = nullptr;
-  }
-  void drain_urgent() {
-    while (!urgent_.empty()) step();
-  }
-  void drain() {
-    while (!urgent_.empty() || !later_.empty()) step();
-  }
-
- private:
-  class Line {
-   public:
-    bool empty() const { return first_ == last_; }
-    bool full() const { return last_ == kMost; }
-    void push(const TileProduct& product) { products_[last_++] = product; }
-    inline __attribute__((always_inline)) bool step() {
-      if (!products_[first_].step()) return false;
-      if (++first_ == last_) first_ = last_ = 0;
-      return true;
-    }
-
-   private:
-    static constexpr int64_t kMost = 64;
-    TileProduct products_[kMost];
-    int64_t first_ = 0, last_ = 0;
-  };
-  Line urgent_, later_;
-  Line* now_ = nullptr;
-};
+  _tile_stored(0, c.data, 64); _tile_stored(1, c.data + c.column, 64);
+  _tile_stored(2, c.data + 256, 64); _tile_stored(3, c.data + c.column + 256, 64);
+}
 
 // 16 rows of 16 elements of 32 bits, transposed.
 inline void transpose(__m512i (&r)[16]) {

@@ -148,25 +148,22 @@ class TileBackward {
     const uint32_t *query_pairs = query_pairs_ + tile.first * dim_ / 2, *grad_pairs = grad_pairs_ + tile.first * v_dim_ / 2;
     for (int64_t j = a; j < b; j += kPanelKeys) {
       for (int64_t c = 0; c < N; c += 2) {
-        TileProduct{rows_.keys + j * 32, rows, queries + c * dim_ * 8, dim_ * 8, dim_, scores_ + c * panel, panel, false}.run();
-        TileProduct{rows_.values + j * 32, rows, grads + c * v_dim_ * 8, v_dim_ * 8, v_dim_, slopes_ + c * panel, panel, false}.run();
+        tile_product<false>({rows_.keys + j * 32, rows}, {queries + c * dim_ * 8, dim_ * 8}, dim_, {scores_ + c * panel, panel});
+        tile_product<false>({rows_.values + j * 32, rows}, {grads + c * v_dim_ * 8, v_dim_ * 8}, v_dim_, {slopes_ + c * panel, panel});
       }
       if (call_.softcap != 0) cap_scores(call_, +scores_, kPanelKeys * lanes);
       if (start + j < tile.low_max || start + j + kPanelKeys > tile.high_min)
         hide_scores<N>(+scores_, low_ + tile.first, high_ + tile.first, start + j);
       weigh<N>(tile, j, times ? times + j : nullptr, count - j);
       for (int64_t d = 0; d < v_dim_; d += 32)
-        TileProduct{weights_ + j * 32, rows, grad_pairs + d / 16 * lanes * 8, lanes * 8, lanes, value_sums_ + (d * kTileBlock + j * 16),
-                    kTileBlock * 16, true}.run();
+        tile_product<true>({weights_ + j * 32, rows}, {grad_pairs + d / 16 * lanes * 8, lanes * 8}, lanes, {value_sums_ + (d * kTileBlock + j * 16), kTileBlock * 16});
       for (int64_t d = 0; d < dim_; d += 32)
-        TileProduct{slope_rows_ + j * 32, rows, query_pairs + d / 16 * lanes * 8, lanes * 8, lanes, key_sums_ + (d * kTileBlock + j * 16),
-                    kTileBlock * 16, true}.run();
+        tile_product<true>({slope_rows_ + j * 32, rows}, {query_pairs + d / 16 * lanes * 8, lanes * 8}, lanes, {key_sums_ + (d * kTileBlock + j * 16), kTileBlock * 16});
     }
     float* sums = sums_ + tile.first * dim_;
     for (int64_t d = 0; d < dim_; d += 32)
       for (int64_t c = 0; c < N; c += 2)
-        TileProduct{rows_.turned + a * dim_ + d * 32, dim_ * 32, slope_pairs_ + c * pairs + a / 2 * 16, pairs, b - a,
-                    sums + (c * dim_ + d) * 16, dim_ * 16, true}.run();
+        tile_product<true>({rows_.turned + a * dim_ + d * 32, dim_ * 32}, {slope_pairs_ + c * pairs + a / 2 * 16, pairs}, b - a, {sums + (c * dim_ + d) * 16, dim_ * 16});
   }
 
   // Weights, and the gradients of the scores, of a panel: narrowed as rows of lanes, the latter as pairs of keys too.

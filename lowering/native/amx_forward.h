@@ -6,14 +6,14 @@
 namespace dil {
 
 class TileForward {
-  static constexpr int64_t kMaxLanes = 1152, kWideTile = 64;
+  static constexpr int64_t kMaxLanes = 1152, kWideTile = 32;
 
  public:
   explicit TileForward(const Call& call)
       : call_(call), rows_(call), factor_(float(exponent_factor(call))), pairs_(rows_.key_row / 2) {
     int64_t lanes = kMaxLanes + kWideTile;
     queries_.take(lanes * pairs_), sums_.take(lanes * rows_.value_rows), most_.take(lanes), total_.take(lanes);
-    low_.take(lanes), high_.take(lanes), both_scores_.take(2 * kPanelKeys * kWideTile), both_weights_.take(TileRows::kBlock * kWideTile);
+    low_.take(lanes), high_.take(lanes), scores_.take(kPanelKeys * kWideTile), weights_.take(kTileBlock / 2 * kWideTile);
     maxima_.take(kWideTile);
   }
 
@@ -37,11 +37,8 @@ class TileForward {
   int64_t pairs_;
   TileRegisters registers_;
   std::vector<Tile> tiles_;
-  TileQueue queue_;
-  Buffer<uint32_t> queries_, both_weights_;
-  Buffer<float> sums_, most_, total_, both_scores_, maxima_;
-  uint32_t* weights_ = nullptr;
-  float* scores_ = nullptr;
+  Buffer<uint32_t> queries_, weights_;
+  Buffer<float> sums_, most_, total_, scores_, maxima_;
   Buffer<int32_t> low_, high_;
 
   void begin(const Span& span, const Lane* lanes, int64_t count) {
@@ -57,51 +54,42 @@ class TileForward {
 
   void attend(const Span& span, const Keys& keys, const Lane* lanes) {
     auto use = [&](const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
+      if (tile.vectors == 8) block<8>(tile, a, b, start, times, count);
+      if (tile.vectors == 6) block<6>(tile, a, b, start, times, count);
       if (tile.vectors == 4) block<4>(tile, a, b, start, times, count);
       if (tile.vectors == 2) block<2>(tile, a, b, start, times, count);
     };
-    each_block<BFloat16>(call_, span, keys, lanes, tiles_, +low_, +high_, rows_, use, [&](const int32_t*, int64_t) { queue_.drain(); });
+    each_block<BFloat16>(call_, span, keys, lanes, tiles_, +low_, +high_, rows_, use, [](const int32_t*, int64_t) {});
   }
 
-  // While the weights of a panel are computed, the tile unit works on the scores of the next and on earlier weights times values.
   template <int N> void block(const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
-    weights_ = weights_ == +both_weights_ ? both_weights_ + TileRows::kBlock / 2 * kWideTile : +both_weights_;
+    constexpr int64_t panel = kPanelKeys * 16;
+    const uint32_t* queries = queries_ + tile.first * pairs_;
     int64_t summed = a;
-    push_scores<N>(tile, a);
     for (int64_t j = a; j < b; j += kPanelKeys) {
-      queue_.drain_urgent();
-      scores_ = panel(j);
-      if (call_.softcap != 0) cap_scores(call_, scores_, kPanelKeys * N * 16);
-      if (start + j < tile.low_max || start + j + kPanelKeys > tile.high_min) hide_scores<N>(scores_, low_ + tile.first, high_ + tile.first, start + j);
+      for (int64_t c = 0; c < N; c += 2)
+        tile_product<false>({rows_.keys + j * 32, kTileBlock * 32}, {queries + c * pairs_ * 16, pairs_ * 16}, rows_.key_row, {scores_ + c * panel, panel});
+      if (call_.softcap != 0) cap_scores(call_, +scores_, kPanelKeys * N * 16);
+      if (start + j < tile.low_max || start + j + kPanelKeys > tile.high_min)
+        hide_scores<N>(+scores_, low_ + tile.first, high_ + tile.first, start + j);
       if (exceeds<N>(tile)) {
-        push_sums<N>(tile, summed, j), queue_.drain(), shift<N>(tile);
+        add_up<N>(tile, summed, j), shift<N>(tile);
         summed = j;
       }
-      if (j + kPanelKeys < b) push_scores<N>(tile, j + kPanelKeys);
       weigh<N>(tile, times ? times + j : nullptr, count - j, weights_ + j / 2 * 16);
     }
-    push_sums<N>(tile, summed, b);
-  }
-
-  float* panel(int64_t j) const { return both_scores_ + j / kPanelKeys % 2 * kPanelKeys * kWideTile; }
-
-  template <int N> void push_scores(const Tile& tile, int64_t j) {
-    const uint32_t* queries = queries_ + tile.first * pairs_;
-    for (int64_t c = 0; c < N; c += 2)
-      queue_.push_urgent({rows_.keys + j * 32, TileRows::kBlock * 32, queries + c * pairs_ * 16, pairs_ * 16, rows_.key_row,
-                          panel(j) + c * kPanelKeys * 16, kPanelKeys * 16, false});
+    add_up<N>(tile, summed, b);
   }
 
   // The weights of keys a to b times the values.
-  template <int N> void push_sums(const Tile& tile, int64_t a, int64_t b) {
-    constexpr int64_t weights_column = TileRows::kBlock / 2 * 16;
+  template <int N> void add_up(const Tile& tile, int64_t a, int64_t b) {
+    constexpr int64_t column = kTileBlock / 2 * 16;
     int64_t rows = rows_.value_rows;
     float* sums = sums_ + tile.first * rows;
     if (a == b) return;
     for (int64_t d = 0; d < rows; d += 32)
       for (int64_t c = 0; c < N; c += 2)
-        queue_.push({rows_.values + a * rows + d * 32, rows * 32, weights_ + c * weights_column + a / 2 * 16, weights_column, b - a,
-                     sums + (c * rows + d) * 16, rows * 16, true});
+        tile_product<true>({rows_.values + a * rows + d * 32, rows * 32}, {weights_ + c * column + a / 2 * 16, column}, b - a, {sums + (c * rows + d) * 16, rows * 16});
   }
 
   // The shift of the exponents lags behind the maximum until that is 2^8 times larger, so that sums are rarely rescaled: a
@@ -133,23 +121,17 @@ class TileForward {
   template <int N> void weigh(const Tile& tile, const float* times, int64_t count, uint32_t* weights) {
     typedef Vec<float> V;
     const V none = fill(-std::numeric_limits<float>::infinity()), factor = fill(factor_);
-    V shift[N], sum[N];
     for (int c = 0; c < N; ++c) {
-      V most = load(most_ + tile.first + c * 16);
-      shift[c] = most == none ? V{} : -most, sum[c] = load(total_ + tile.first + c * 16);
-    }
-    for (int64_t j = 0; j < kPanelKeys; j += 2) {
-      V often = fill(times && j < count ? times[j] : 1.0f), next = fill(times && j + 1 < count ? times[j + 1] : 1.0f);
-      for (int c = 0; c < N; ++c) {
-        V even = exp2_fast(fma(load(scores_ + (c * kPanelKeys + j) * 16), factor, shift[c]));
-        V odd = exp2_fast(fma(load(scores_ + (c * kPanelKeys + j + 1) * 16), factor, shift[c]));
-        if (times) even *= often, odd *= next;
-        sum[c] += even + odd;
-        _mm512_storeu_si512(weights + (c * TileRows::kBlock / 2 + j / 2) * 16, narrow_pair((__m512)even, (__m512)odd));
+      V most = load(most_ + tile.first + c * 16), shift = most == none ? V{} : -most, sum = load(total_ + tile.first + c * 16);
+      const float* scores = scores_ + c * kPanelKeys * 16;
+      for (int64_t j = 0; j < kPanelKeys; j += 2) {
+        V even = exp2_fast(fma(load(scores + j * 16), factor, shift)), odd = exp2_fast(fma(load(scores + j * 16 + 16), factor, shift));
+        if (times) even *= fill(j < count ? times[j] : 1.0f), odd *= fill(j + 1 < count ? times[j + 1] : 1.0f);
+        sum += even + odd;
+        _mm512_storeu_si512(weights + (c * kTileBlock / 2 + j / 2) * 16, narrow_pair((__m512)even, (__m512)odd));
       }
-      queue_.step();
+      store(total_ + tile.first + c * 16, sum);
     }
-    for (int c = 0; c < N; ++c) store(total_ + tile.first + c * 16, sum[c]);
   }
 
   void finish(const Span& span, const Lane* lanes) {
