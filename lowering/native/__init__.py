@@ -45,6 +45,8 @@ def supports(call: Call, backward: bool) -> str | None:
         return "a bias over all pairs"
     if call.pairs is not None:
         return "a formula over pairs"
+    if call.flat:
+        return "flat scores"
     if backward and call.merge_grad == "detach":
         return "merge_grad 'detach', which needs each branch's own output"
     if not math.isfinite(call.scale):

@@ -35,7 +35,8 @@ class TileRegisters {
 
 // A matrix in columns of 64 bytes, so that a tile is 1024 bytes in a row: with other strides loads and stores of different
 // buffers meet in the same cache sets. `column` is how many elements further the next column begins.
-template <class E> struct Columns {
+template <class E>
+struct Columns {
   E* data;
   int64_t column;
 };
@@ -46,27 +47,37 @@ inline void tile_product(Columns<const uint16_t> a, Columns<const uint32_t> b, i
   // The compiler doesn't know that loads into tile registers read memory.
   asm volatile("" ::: "memory");
   if constexpr (kAdd) {
-    _tile_loadd(0, c.data, 64); _tile_loadd(1, c.data + c.column, 64);
-    _tile_loadd(2, c.data + 256, 64); _tile_loadd(3, c.data + c.column + 256, 64);
+    _tile_loadd(0, c.data, 64);
+    _tile_loadd(1, c.data + c.column, 64);
+    _tile_loadd(2, c.data + 256, 64);
+    _tile_loadd(3, c.data + c.column + 256, 64);
   } else {
-    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
   }
   for (int64_t d = 0; d < depth; d += 32, a.data += a.column, b.data += 256) {
-    _tile_loadd(4, a.data, 64); _tile_loadd(6, b.data, 64);
+    _tile_loadd(4, a.data, 64);
+    _tile_loadd(6, b.data, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, b.data + b.column, 64);
     _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(5, a.data + 512, 64);
-    _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, c.data, 64); _tile_stored(1, c.data + c.column, 64);
-  _tile_stored(2, c.data + 256, 64); _tile_stored(3, c.data + c.column + 256, 64);
+  _tile_stored(0, c.data, 64);
+  _tile_stored(1, c.data + c.column, 64);
+  _tile_stored(2, c.data + 256, 64);
+  _tile_stored(3, c.data + c.column + 256, 64);
 }
 
 // 16 rows of 16 elements of 32 bits, transposed.
 inline void transpose(__m512i (&r)[16]) {
   __m512i s[16];
-  for (int i = 0; i < 8; ++i) s[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]), s[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  for (int i = 0; i < 8; ++i)
+    s[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]), s[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
   for (int i = 0; i < 4; ++i)
     for (int j = 0; j < 2; ++j) {
       r[4 * i + 2 * j] = _mm512_unpacklo_epi64(s[4 * i + j], s[4 * i + 2 + j]);
@@ -213,7 +224,8 @@ inline void cap_scores(const Call& call, float* scores, int64_t count) {
   for (int64_t i = 0; i < count; ++i) scores[i] = float(call.softcap) * std::tanh(scores[i] * float(call.scale / call.softcap));
 }
 
-template <int N> void hide_scores(float* scores, const int32_t* low, const int32_t* high, int64_t key) {
+template <int N>
+void hide_scores(float* scores, const int32_t* low, const int32_t* high, int64_t key) {
   for (int c = 0; c < N; ++c) {
     IntVec<float> from = load_ints<float>(low + c * 16), to = load_ints<float>(high + c * 16);
     for (int64_t j = 0; j < kPanelKeys; ++j, scores += 16) {

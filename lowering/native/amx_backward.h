@@ -32,12 +32,17 @@ class TileBackward {
 
  public:
   explicit TileBackward(const Call& call)
-      : call_(call), rows_(call), factor_(float(exponent_factor(call))), dim_(up_to_32(call.head_dim)), v_dim_(up_to_32(call.v_dim)) {
+      : call_(call),
+        rows_(call),
+        factor_(float(exponent_factor(call))),
+        dim_(up_to_32(call.head_dim)),
+        v_dim_(up_to_32(call.v_dim)) {
     queries_.take(kMaxLanes * dim_ / 2), query_pairs_.take(kMaxLanes * dim_ / 2), sums_.take(kMaxLanes * dim_);
     grads_.take(kMaxLanes * v_dim_ / 2), grad_pairs_.take(kMaxLanes * v_dim_ / 2);
     lse_.take(kMaxLanes), delta_.take(kMaxLanes), scales_.take(kWideTile), low_.take(kMaxLanes), high_.take(kMaxLanes);
     scores_.take(kPanelKeys * kWideTile), slopes_.take(kPanelKeys * kWideTile);
-    weights_.take(kTileBlock * kWideTile), slope_rows_.take(kTileBlock * kWideTile), slope_pairs_.take(kTileBlock / 2 * kWideTile);
+    weights_.take(kTileBlock * kWideTile), slope_rows_.take(kTileBlock * kWideTile),
+        slope_pairs_.take(kTileBlock / 2 * kWideTile);
     key_sums_.take(kTileBlock * dim_), value_sums_.take(kTileBlock * v_dim_);
     std::fill_n(+scales_, kWideTile, float(call.scale));
   }
@@ -94,13 +99,15 @@ class TileBackward {
     __m512 sum = _mm512_setzero_ps();
     for (int64_t d = 0; d < call_.v_dim; d += 32) {
       __mmask32 there = first_of_32(call_.v_dim - d);
-      sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_maskz_loadu_epi16(there, a + d), (__m512bh)_mm512_maskz_loadu_epi16(there, b + d));
+      sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_maskz_loadu_epi16(there, a + d),
+                             (__m512bh)_mm512_maskz_loadu_epi16(there, b + d));
     }
     return _mm512_reduce_add_ps(sum);
   }
 
   // The rows of a tile's lanes in pairs of lanes: columns of [lanes / 2][16 dims].
-  void read_lane_pairs(const Operand& x, const Span& span, const Tile& tile, const Lane* lanes, int64_t dim, int64_t row, uint32_t* to) {
+  void read_lane_pairs(const Operand& x, const Span& span, const Tile& tile, const Lane* lanes, int64_t dim, int64_t row,
+                       uint32_t* to) {
     int64_t pairs = tile.vectors * 8;
     for (int64_t i = 0; i < pairs; ++i) {
       const BFloat16* one = row_of<BFloat16>(call_, x, span, lanes[tile.first + std::min(2 * i, tile.lanes - 1)]);
@@ -142,37 +149,44 @@ class TileBackward {
     }
   }
 
-  template <int N> void block(const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
+  template <int N>
+  void block(const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
     constexpr int64_t panel = kPanelKeys * 16, lanes = N * 16, rows = kTileBlock * 32, pairs = kTileBlock / 2 * 16;
     const uint32_t *queries = queries_ + tile.first * dim_ / 2, *grads = grads_ + tile.first * v_dim_ / 2;
     const uint32_t *query_pairs = query_pairs_ + tile.first * dim_ / 2, *grad_pairs = grad_pairs_ + tile.first * v_dim_ / 2;
     for (int64_t j = a; j < b; j += kPanelKeys) {
       for (int64_t c = 0; c < N; c += 2) {
         tile_product<false>({rows_.keys + j * 32, rows}, {queries + c * dim_ * 8, dim_ * 8}, dim_, {scores_ + c * panel, panel});
-        tile_product<false>({rows_.values + j * 32, rows}, {grads + c * v_dim_ * 8, v_dim_ * 8}, v_dim_, {slopes_ + c * panel, panel});
+        tile_product<false>({rows_.values + j * 32, rows}, {grads + c * v_dim_ * 8, v_dim_ * 8}, v_dim_,
+                            {slopes_ + c * panel, panel});
       }
       if (call_.softcap != 0) cap_scores(call_, +scores_, kPanelKeys * lanes);
       if (start + j < tile.low_max || start + j + kPanelKeys > tile.high_min)
         hide_scores<N>(+scores_, low_ + tile.first, high_ + tile.first, start + j);
       weigh<N>(tile, j, times ? times + j : nullptr, count - j);
       for (int64_t d = 0; d < v_dim_; d += 32)
-        tile_product<true>({weights_ + j * 32, rows}, {grad_pairs + d / 16 * lanes * 8, lanes * 8}, lanes, {value_sums_ + (d * kTileBlock + j * 16), kTileBlock * 16});
+        tile_product<true>({weights_ + j * 32, rows}, {grad_pairs + d / 16 * lanes * 8, lanes * 8}, lanes,
+                           {value_sums_ + (d * kTileBlock + j * 16), kTileBlock * 16});
       for (int64_t d = 0; d < dim_; d += 32)
-        tile_product<true>({slope_rows_ + j * 32, rows}, {query_pairs + d / 16 * lanes * 8, lanes * 8}, lanes, {key_sums_ + (d * kTileBlock + j * 16), kTileBlock * 16});
+        tile_product<true>({slope_rows_ + j * 32, rows}, {query_pairs + d / 16 * lanes * 8, lanes * 8}, lanes,
+                           {key_sums_ + (d * kTileBlock + j * 16), kTileBlock * 16});
     }
     float* sums = sums_ + tile.first * dim_;
     for (int64_t d = 0; d < dim_; d += 32)
       for (int64_t c = 0; c < N; c += 2)
-        tile_product<true>({rows_.turned + a * dim_ + d * 32, dim_ * 32}, {slope_pairs_ + c * pairs + a / 2 * 16, pairs}, b - a, {sums + (c * dim_ + d) * 16, dim_ * 16});
+        tile_product<true>({rows_.turned + a * dim_ + d * 32, dim_ * 32}, {slope_pairs_ + c * pairs + a / 2 * 16, pairs}, b - a,
+                           {sums + (c * dim_ + d) * 16, dim_ * 16});
   }
 
   // Weights, and the gradients of the scores, of a panel: narrowed as rows of lanes, the latter as pairs of keys too.
-  template <int N> void weigh(const Tile& tile, int64_t j, const float* times, int64_t count) {
+  template <int N>
+  void weigh(const Tile& tile, int64_t j, const float* times, int64_t count) {
     typedef Vec<float> V;
     const V factor = fill(factor_);
     for (int c = 0; c < N; c += 2) {
       V lse[2], delta[2];
-      for (int n = 0; n < 2; ++n) lse[n] = load(lse_ + tile.first + (c + n) * 16), delta[n] = load(delta_ + tile.first + (c + n) * 16);
+      for (int n = 0; n < 2; ++n)
+        lse[n] = load(lse_ + tile.first + (c + n) * 16), delta[n] = load(delta_ + tile.first + (c + n) * 16);
       for (int64_t i = 0; i < kPanelKeys; i += 2) {
         V weight[2][2], slope[2][2];
         for (int r = 0; r < 2; ++r)
@@ -190,7 +204,8 @@ class TileBackward {
           _mm512_storeu_si512(slope_rows_ + row, (__m512i)_mm512_cvtne2ps_pbh((__m512)slope[r][1], (__m512)slope[r][0]));
         }
         for (int n = 0; n < 2; ++n)
-          _mm512_storeu_si512(slope_pairs_ + ((c + n) * kTileBlock / 2 + (j + i) / 2) * 16, narrow_pair((__m512)slope[0][n], (__m512)slope[1][n]));
+          _mm512_storeu_si512(slope_pairs_ + ((c + n) * kTileBlock / 2 + (j + i) / 2) * 16,
+                              narrow_pair((__m512)slope[0][n], (__m512)slope[1][n]));
       }
     }
   }

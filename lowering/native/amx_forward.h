@@ -62,13 +62,15 @@ class TileForward {
     each_block<BFloat16>(call_, span, keys, lanes, tiles_, +low_, +high_, rows_, use, [](const int32_t*, int64_t) {});
   }
 
-  template <int N> void block(const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
+  template <int N>
+  void block(const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
     constexpr int64_t panel = kPanelKeys * 16;
     const uint32_t* queries = queries_ + tile.first * pairs_;
     int64_t summed = a;
     for (int64_t j = a; j < b; j += kPanelKeys) {
       for (int64_t c = 0; c < N; c += 2)
-        tile_product<false>({rows_.keys + j * 32, kTileBlock * 32}, {queries + c * pairs_ * 16, pairs_ * 16}, rows_.key_row, {scores_ + c * panel, panel});
+        tile_product<false>({rows_.keys + j * 32, kTileBlock * 32}, {queries + c * pairs_ * 16, pairs_ * 16}, rows_.key_row,
+                            {scores_ + c * panel, panel});
       if (call_.softcap != 0) cap_scores(call_, +scores_, kPanelKeys * N * 16);
       if (start + j < tile.low_max || start + j + kPanelKeys > tile.high_min)
         hide_scores<N>(+scores_, low_ + tile.first, high_ + tile.first, start + j);
@@ -82,19 +84,22 @@ class TileForward {
   }
 
   // The weights of keys a to b times the values.
-  template <int N> void add_up(const Tile& tile, int64_t a, int64_t b) {
+  template <int N>
+  void add_up(const Tile& tile, int64_t a, int64_t b) {
     constexpr int64_t column = kTileBlock / 2 * 16;
     int64_t rows = rows_.value_rows;
     float* sums = sums_ + tile.first * rows;
     if (a == b) return;
     for (int64_t d = 0; d < rows; d += 32)
       for (int64_t c = 0; c < N; c += 2)
-        tile_product<true>({rows_.values + a * rows + d * 32, rows * 32}, {weights_ + c * column + a / 2 * 16, column}, b - a, {sums + (c * rows + d) * 16, rows * 16});
+        tile_product<true>({rows_.values + a * rows + d * 32, rows * 32}, {weights_ + c * column + a / 2 * 16, column}, b - a,
+                           {sums + (c * rows + d) * 16, rows * 16});
   }
 
   // The shift of the exponents lags behind the maximum until that is 2^8 times larger, so that sums are rarely rescaled: a
   // shift is a common factor of sums and total. Here: the new maxima, and whether any is that much larger.
-  template <int N> bool exceeds(const Tile& tile) {
+  template <int N>
+  bool exceeds(const Tile& tile) {
     __mmask16 left = 0;
     for (int c = 0; c < N; ++c) {
       const float* scores = scores_ + c * kPanelKeys * 16;
@@ -107,25 +112,29 @@ class TileForward {
     return left != 0;
   }
 
-  template <int N> void shift(const Tile& tile) {
+  template <int N>
+  void shift(const Tile& tile) {
     float *most = most_ + tile.first, *total = total_ + tile.first, *sums = sums_ + tile.first * rows_.value_rows;
     for (int c = 0; c < N; ++c) {
       Vec<float> before = load(most + c * 16), after = larger(before, load(maxima_ + c * 16));
-      Vec<float> none = fill(-std::numeric_limits<float>::infinity()), keep = exp2_up_to_8(after == none ? Vec<float>{} : before - after);
+      Vec<float> none = fill(-std::numeric_limits<float>::infinity()),
+                 keep = exp2_up_to_8(after == none ? Vec<float>{} : before - after);
       store(most + c * 16, after), store(total + c * 16, load(total + c * 16) * keep);
       float* column = sums + c * rows_.value_rows * 16;
       for (int64_t d = 0; d < rows_.value_rows; ++d) store(column + d * 16, load(column + d * 16) * keep);
     }
   }
 
-  template <int N> void weigh(const Tile& tile, const float* times, int64_t count, uint32_t* weights) {
+  template <int N>
+  void weigh(const Tile& tile, const float* times, int64_t count, uint32_t* weights) {
     typedef Vec<float> V;
     const V none = fill(-std::numeric_limits<float>::infinity()), factor = fill(factor_);
     for (int c = 0; c < N; ++c) {
       V most = load(most_ + tile.first + c * 16), shift = most == none ? V{} : -most, sum = load(total_ + tile.first + c * 16);
       const float* scores = scores_ + c * kPanelKeys * 16;
       for (int64_t j = 0; j < kPanelKeys; j += 2) {
-        V even = exp2_fast(fma(load(scores + j * 16), factor, shift)), odd = exp2_fast(fma(load(scores + j * 16 + 16), factor, shift));
+        V even = exp2_fast(fma(load(scores + j * 16), factor, shift)),
+          odd = exp2_fast(fma(load(scores + j * 16 + 16), factor, shift));
         if (times) even *= fill(j < count ? times[j] : 1.0f), odd *= fill(j + 1 < count ? times[j + 1] : 1.0f);
         sum += even + odd;
         _mm512_storeu_si512(weights + (c * kTileBlock / 2 + j / 2) * 16, narrow_pair((__m512)even, (__m512)odd));
@@ -142,7 +151,8 @@ class TileForward {
             total > 0 ? shift * float(kLn2) + std::log(total) : -std::numeric_limits<float>::infinity();
         total = total > 0 ? 1 / total : 0;
       }
-      write_rows(call_, call_.out, span, tile, lanes, call_.v_dim, sums_ + tile.first * rows_.value_rows, rows_.value_rows, total_ + tile.first);
+      write_rows(call_, call_.out, span, tile, lanes, call_.v_dim, sums_ + tile.first * rows_.value_rows, rows_.value_rows,
+                 total_ + tile.first);
     }
   }
 };

@@ -24,24 +24,26 @@ inline void add_product(const T* a, int64_t a_row, const T* b, int64_t row, int6
 }
 
 // The derivative of softcap * tanh(s / softcap) by s, from its value and 1 / softcap; hidden pairs (minus infinity) give 0.
-template <class V> inline V cap_slope(V capped, V inverse) {
+template <class V>
+inline V cap_slope(V capped, V inverse) {
   V part = capped * inverse;
   return part >= -1 ? 1 - part * part : V{};
 }
 
 // Sums of key gradients: [k_len] rows of grad_k and grad_v side by side.
-template <class T> struct KeySums {
+template <class T>
+struct KeySums {
   T *keys, *values;
   int64_t key_row, value_row;
 };
 
-template <class X> class Backward {
+template <class X>
+class Backward {
   typedef typename Score<X>::T T;
   static constexpr int64_t kMaxLanes = 576;
 
  public:
-  explicit Backward(const Call& call)
-      : call_(call), rows_(call), dim_(wide(call.head_dim)), v_dim_(wide(call.v_dim)) {
+  explicit Backward(const Call& call) : call_(call), rows_(call), dim_(wide(call.head_dim)), v_dim_(wide(call.v_dim)) {
     int64_t lanes = kMaxLanes + kTile<T>;
     queries_.take(lanes * call.head_dim), query_rows_.take(lanes * dim_), sums_.take(lanes * rows_.key_row);
     grads_.take(lanes * call.v_dim), grad_rows_.take(lanes * v_dim_), lse_.take(lanes), delta_.take(lanes);
@@ -128,8 +130,15 @@ template <class X> class Backward {
     const T* grads = grads_ + tile.first * call_.v_dim;
     Vec<T> lse[N], delta[N];
     for (int c = 0; c < N; ++c) lse[c] = load(lse_ + tile.first + c * W), delta[c] = load(delta_ + tile.first + c * W);
-    Scores<T, N> found{+rows_.keys, queries_ + tile.first * call_.head_dim, call_.head_dim, rows_.key_row,
-                       low_ + tile.first, high_ + tile.first, start, call_.softcap, call_.scale};
+    Scores<T, N> found{+rows_.keys,
+                       queries_ + tile.first * call_.head_dim,
+                       call_.head_dim,
+                       rows_.key_row,
+                       low_ + tile.first,
+                       high_ + tile.first,
+                       start,
+                       call_.softcap,
+                       call_.scale};
     const T factor = T(exponent_factor(call_)), cap = T(1 / call_.softcap);
     found.each(a, b, tile, [&](int64_t j, Vec<T>(&s)[kPanel][N]) __attribute__((always_inline)) {
       for (int r = 0; r < kPanel; ++r) {
@@ -152,7 +161,8 @@ template <class X> class Backward {
         }
       }
     }
-    add_product<T>(weights + a * N * W, N * W, grad_rows_ + tile.first * v_dim_, v_dim_, tile.lanes, value_sums_ + a * v_dim_, b - a);
+    add_product<T>(weights + a * N * W, N * W, grad_rows_ + tile.first * v_dim_, v_dim_, tile.lanes, value_sums_ + a * v_dim_,
+                   b - a);
     add_product<T>(slopes + a * N * W, N * W, query_rows_ + tile.first * dim_, dim_, tile.lanes, key_sums_ + a * dim_, b - a);
     T* sums = sums_ + tile.first * rows_.key_row;
     for (int64_t d = 0; d < rows_.key_row; d += kPanel) {
@@ -177,7 +187,8 @@ template <class X> class Backward {
 
 // Key heads are dealt out; where they are too few for the threads each is split into parts with sums of their own, every
 // part taking each `parts`-th span.
-template <class X, class Worker> void backward_by(const Call& call) {
+template <class X, class Worker>
+void backward_by(const Call& call) {
   typedef typename Score<X>::T T;
   int64_t heads = call.batch * call.kv_heads, parts = 1;
   if (heads < 4 * call.threads)
@@ -199,7 +210,8 @@ template <class X, class Worker> void backward_by(const Call& call) {
       KeySums<T> into{all + i * call.k_len * row, all + i * call.k_len * row + call.head_dim, row, row};
       if (direct) {
         into = {static_cast<T*>(call.grad_k.data) + b * call.grad_k.batch + h * call.grad_k.head,
-                static_cast<T*>(call.grad_v.data) + b * call.grad_v.batch + h * call.grad_v.head, call.grad_k.row, call.grad_v.row};
+                static_cast<T*>(call.grad_v.data) + b * call.grad_v.batch + h * call.grad_v.head, call.grad_k.row,
+                call.grad_v.row};
         for (int64_t k = 0; k < call.k_len; ++k) {
           std::fill_n(into.keys + k * into.key_row, call.head_dim, T(0));
           std::fill_n(into.values + k * into.value_row, call.v_dim, T(0));

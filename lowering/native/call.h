@@ -28,11 +28,11 @@ struct Call {
   Operand q, k, v, out, lse;  // lse: contiguous [batch, heads, q_len]
   const bool* key_padding;    // or null
   int64_t padding_batch, padding_key;
-  const int64_t* documents;   // or null; contiguous [document_rows, k_len]
+  const int64_t* documents;  // or null; contiguous [document_rows, k_len]
   int64_t document_rows;
   const int64_t* row_limits;  // or null; contiguous [2, limit_rows, q_len]: first key and end of each query row
   int64_t limit_rows;
-  double scale, softcap;      // softcap 0: none
+  double scale, softcap;  // softcap 0: none
   int64_t threads;
   // Backward: gradients that come in, and those that go out.
   Operand grad_out, grad_lse, grad_q, grad_k, grad_v;

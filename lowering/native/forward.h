@@ -4,7 +4,8 @@
 
 namespace dil {
 
-template <class X> class Forward {
+template <class X>
+class Forward {
   typedef typename Score<X>::T T;
   static constexpr int64_t kMaxLanes = 1152;  // queries that share the gathered keys
 
@@ -66,8 +67,15 @@ template <class X> class Forward {
     T* total = total_ + tile.first;
     Vec<T> before[N], now[N], shift[N], sum[N], keep[N];
     for (int c = 0; c < N; ++c) before[c] = now[c] = load(most + c * W);
-    Scores<T, N> found{+rows_.keys, queries_ + tile.first * call_.head_dim, call_.head_dim, rows_.key_row,
-                       low_ + tile.first, high_ + tile.first, start, call_.softcap, call_.scale};
+    Scores<T, N> found{+rows_.keys,
+                       queries_ + tile.first * call_.head_dim,
+                       call_.head_dim,
+                       rows_.key_row,
+                       low_ + tile.first,
+                       high_ + tile.first,
+                       start,
+                       call_.softcap,
+                       call_.scale};
     found.each(a, b, tile, [&](int64_t j, Vec<T>(&s)[kPanel][N]) __attribute__((always_inline)) {
       for (int r = 0; r < kPanel; ++r)
         for (int c = 0; c < N; ++c) now[c] = larger(now[c], s[r][c]);
@@ -112,7 +120,8 @@ template <class X> class Forward {
         T inverse = total > 0 ? 1 / total : 0;
         X* out = row_of<X>(call_, call_.out, span, lane);
         for (int64_t d = 0; d < call_.v_dim; ++d) put(out + d, sums[d * width + i] * inverse);
-        *row_of<T>(call_, call_.lse, span, lane) = total > 0 ? T(most * factor_ * T(kLn2) + std::log(total)) : -std::numeric_limits<T>::infinity();
+        *row_of<T>(call_, call_.lse, span, lane) =
+            total > 0 ? T(most * factor_ * T(kLn2) + std::log(total)) : -std::numeric_limits<T>::infinity();
       }
     }
   }

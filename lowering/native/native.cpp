@@ -7,7 +7,8 @@
 
 namespace dil {
 
-template <class Worker> void forward_by(const Call& call) {
+template <class Worker>
+void forward_by(const Call& call) {
   std::vector<Span> spans = spans_of(call, rows_of_span(call));
   int64_t count = int64_t(spans.size());
 #pragma omp parallel num_threads(int(call.threads))
@@ -19,14 +20,16 @@ template <class Worker> void forward_by(const Call& call) {
   }
 }
 
-template <class X> void forward(const Call& call) {
+template <class X>
+void forward(const Call& call) {
 #ifdef DILCOMPILE_TILES
   if (std::is_same_v<X, BFloat16> && query_factor(call) == 1 && has_tiles()) return forward_by<TileForward>(call);
 #endif
   forward_by<Forward<X>>(call);
 }
 
-template <class X> void backward(const Call& call) {
+template <class X>
+void backward(const Call& call) {
 #ifdef DILCOMPILE_TILES
   if constexpr (std::is_same_v<X, BFloat16>)
     if (query_factor(call) == 1 && has_tiles()) return backward_by<X, TileBackward>(call);
@@ -38,7 +41,8 @@ template <class X> void backward(const Call& call) {
 
 // DILCOMPILE_ELEMENT is the operands' dtype: float, double, dil::BFloat16 or dil::Half; one library each.
 // 0: done; 2: no memory.
-template <class Run> int guarded(Run run) {
+template <class Run>
+int guarded(Run run) {
   try {
     run();
   } catch (const std::bad_alloc&) {

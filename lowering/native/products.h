@@ -14,12 +14,13 @@ constexpr int kPanel = 8;  // rows that a product computes at once: 8 x 3 sums, 
 constexpr int kPanel = 4;  // 4 x 3 sums in 16 registers
 #endif
 constexpr int kMaxVectors = 3;  // vectors of queries in a tile
-template <class T> constexpr int kTile = kMaxVectors * kWidth<T>;
+template <class T>
+constexpr int kTile = kMaxVectors * kWidth<T>;
 
 // sums[r][c] += sum over i < depth of a[r * row + i * step] * b[i * b_step + c]; c counts vectors.
 template <class T, int R, int N>
-inline __attribute__((always_inline)) void multiply(
-    Vec<T> (&sums)[R][N], const T* a, int64_t row, int64_t step, const T* b, int64_t b_step, int64_t depth) {
+inline __attribute__((always_inline)) void multiply(Vec<T> (&sums)[R][N], const T* a, int64_t row, int64_t step, const T* b,
+                                                    int64_t b_step, int64_t depth) {
   for (int64_t i = 0; i < depth; ++i) {
     Vec<T> right[N];
     for (int c = 0; c < N; ++c) right[c] = load(b + c * kWidth<T>);
@@ -31,15 +32,18 @@ inline __attribute__((always_inline)) void multiply(
   }
 }
 
-template <class T, int R, int N> inline __attribute__((always_inline)) void clear(Vec<T> (&sums)[R][N]) {
+template <class T, int R, int N>
+inline __attribute__((always_inline)) void clear(Vec<T> (&sums)[R][N]) {
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < N; ++c) sums[r][c] = Vec<T>{};
 }
-template <class T, int R, int N> inline __attribute__((always_inline)) void read(Vec<T> (&sums)[R][N], const T* from, int64_t row) {
+template <class T, int R, int N>
+inline __attribute__((always_inline)) void read(Vec<T> (&sums)[R][N], const T* from, int64_t row) {
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < N; ++c) sums[r][c] = load(from + r * row + c * kWidth<T>);
 }
-template <class T, int R, int N> inline __attribute__((always_inline)) void write(Vec<T> (&sums)[R][N], T* to, int64_t row) {
+template <class T, int R, int N>
+inline __attribute__((always_inline)) void write(Vec<T> (&sums)[R][N], T* to, int64_t row) {
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < N; ++c) store(to + r * row + c * kWidth<T>, sums[r][c]);
 }

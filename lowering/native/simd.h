@@ -19,52 +19,81 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-template <class T> struct Lanes;
-template <> struct Lanes<float> {
+template <class T>
+struct Lanes;
+template <>
+struct Lanes<float> {
   typedef float Vec __attribute__((vector_size(kVectorBytes)));
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
 };
-template <> struct Lanes<double> {
+template <>
+struct Lanes<double> {
   typedef double Vec __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
 };
-template <class T> using Vec = typename Lanes<T>::Vec;
-template <class T> using IntVec = typename Lanes<T>::Int;
-template <class T> using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-template <class T> constexpr int kWidth = kVectorBytes / int(sizeof(T));
+template <class T>
+using Vec = typename Lanes<T>::Vec;
+template <class T>
+using IntVec = typename Lanes<T>::Int;
+template <class T>
+using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+template <class T>
+constexpr int kWidth = kVectorBytes / int(sizeof(T));
 
-template <class T> inline Vec<T> load(const T* x) {
+template <class T>
+inline Vec<T> load(const T* x) {
   Vec<T> v;
   std::memcpy(&v, x, kVectorBytes);
   return v;
 }
-template <class T> inline IntVec<T> load_ints(const int32_t* x) {
+template <class T>
+inline IntVec<T> load_ints(const int32_t* x) {
   typedef int32_t Half __attribute__((vector_size(kWidth<T> * 4)));
   Half v;
   std::memcpy(&v, x, sizeof(v));
   return __builtin_convertvector(v, IntVec<T>);
 }
-template <class T> inline void store(T* x, Vec<T> v) { std::memcpy(x, &v, kVectorBytes); }
+template <class T>
+inline void store(T* x, Vec<T> v) {
+  std::memcpy(x, &v, kVectorBytes);
+}
 
 // The build forbids contraction (a * b + c stays two roundings), so fused operations are named.
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 inline Vec<float> fill(float x) { return (Vec<float>)_mm512_set1_ps(x); }
 inline Vec<double> fill(double x) { return (Vec<double>)_mm512_set1_pd(x); }
-inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
 inline Vec<float> larger(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b); }
 inline Vec<double> larger(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm512_max_pd((__m512d)a, (__m512d)b); }
 #elif defined(__AVX2__) && defined(__FMA__)
 inline Vec<float> fill(float x) { return (Vec<float>)_mm256_set1_ps(x); }
 inline Vec<double> fill(double x) { return (Vec<double>)_mm256_set1_pd(x); }
-inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
 inline Vec<float> larger(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b); }
 inline Vec<double> larger(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b); }
 #else
-template <class T> inline Vec<T> fill(T x) { return Vec<T>{} + x; }
-template <class V> inline V fma(V a, V b, V c) { return a * b + c; }
-template <class V> inline V larger(V a, V b) { return a > b ? a : b; }
+template <class T>
+inline Vec<T> fill(T x) {
+  return Vec<T>{} + x;
+}
+template <class V>
+inline V fma(V a, V b, V c) {
+  return a * b + c;
+}
+template <class V>
+inline V larger(V a, V b) {
+  return a > b ? a : b;
+}
 #endif
 
 // 2^x for x <= 8 to 1e-7 of itself, 0 for x <= -127 (minus infinity among them).
@@ -86,11 +115,18 @@ inline Vec<double> exp2_up_to_8(Vec<double> x) {
   return y;
 }
 
-template <class T> inline T tanh_of(T x) { return std::tanh(x); }
+template <class T>
+inline T tanh_of(T x) {
+  return std::tanh(x);
+}
 
 // Rows in other dtypes, converted on load and store.
-struct BFloat16 { uint16_t bits; };
-struct Half { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
 
 inline float widen(BFloat16 x) {
   uint32_t bits = uint32_t(x.bits) << 16;
@@ -135,7 +171,8 @@ inline Half narrow_half(float x) {
   return {uint16_t(sign | ((size - 0x38000000) >> 13))};
 }
 
-template <class T> inline void copy_row(const T* from, T* to, int n) {
+template <class T>
+inline void copy_row(const T* from, T* to, int n) {
   int i = 0;
   for (; i + kWidth<T> <= n; i += kWidth<T>) store(to + i, load(from + i));
   for (; i < n; ++i) to[i] = from[i];
@@ -169,7 +206,13 @@ inline void put(BFloat16* to, float x) { *to = narrow_bfloat16(x); }
 inline void put(Half* to, float x) { *to = narrow_half(x); }
 
 // The dtype of scores and sums for operands of dtype X.
-template <class X> struct Score { typedef float T; };
-template <> struct Score<double> { typedef double T; };
+template <class X>
+struct Score {
+  typedef float T;
+};
+template <>
+struct Score<double> {
+  typedef double T;
+};
 
 }  // namespace dil

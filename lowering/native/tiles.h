@@ -11,7 +11,8 @@ namespace dil {
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
 // Uninitialised memory, aligned to a cache line.
-template <class T> class Buffer {
+template <class T>
+class Buffer {
  public:
   ~Buffer() { std::free(data_); }
   T* take(int64_t count) {
@@ -34,7 +35,8 @@ struct Tile {
   int32_t low_min, low_max, high_min, high_max;
 };
 
-template <class T> std::vector<Tile> tiles_of(int64_t lanes) {
+template <class T>
+std::vector<Tile> tiles_of(int64_t lanes) {
   std::vector<Tile> found;
   int64_t width = kWidth<T>, vectors = (lanes + width - 1) / width;
   for (int64_t first = 0; vectors > 0;) {
@@ -46,11 +48,13 @@ template <class T> std::vector<Tile> tiles_of(int64_t lanes) {
   return found;
 }
 
-template <class X> const X* key_rows(const Operand& x, const Span& span) {
+template <class X>
+const X* key_rows(const Operand& x, const Span& span) {
   return static_cast<const X*>(x.data) + span.batch * x.batch + span.kv_head * x.head + span.origin * x.row;
 }
 
-template <class X> void prefetch(const Operand& from, const Span& span, const int32_t* positions, int64_t count, int64_t dim) {
+template <class X>
+void prefetch(const Operand& from, const Span& span, const int32_t* positions, int64_t count, int64_t dim) {
   const X* base = key_rows<X>(from, span);
   for (int64_t i = 0; i < count; ++i) {
     const char* row = reinterpret_cast<const char*>(base + int64_t(positions[i]) * from.row);
@@ -72,11 +76,14 @@ void limit(const Call& call, const Span& span, Tile& tile, const Keys& keys, con
 
 // Scores are kept as the plain products; this times a score is the exponent of 2. A factor that is not positive would turn
 // the maximum round, so it goes into the queries instead (`query_factor`).
-inline double exponent_factor(const Call& call) { return call.softcap != 0 ? kLog2E : call.scale > 0 ? call.scale * kLog2E : kLog2E; }
+inline double exponent_factor(const Call& call) {
+  return call.softcap != 0 ? kLog2E : call.scale > 0 ? call.scale * kLog2E : kLog2E;
+}
 inline double query_factor(const Call& call) { return call.softcap != 0 || call.scale > 0 ? 1 : call.scale; }
 
 // Scores of the keys `a` to `b` (multiples of kPanel) of a block that starts at key `start` of the list.
-template <class T, int N> struct Scores {
+template <class T, int N>
+struct Scores {
   const T *keys, *queries;
   int64_t dim, row;  // row: of `keys`
   const int32_t *low, *high;
@@ -113,7 +120,8 @@ template <class T, int N> struct Scores {
 };
 
 // Where a lane's row of a [batch, heads, rows, dim] tensor begins.
-template <class Y> Y* row_of(const Call& call, const Operand& x, const Span& span, const Lane& lane) {
+template <class Y>
+Y* row_of(const Call& call, const Operand& x, const Span& span, const Lane& lane) {
   int64_t head = span.kv_head * (call.heads / call.kv_heads) + lane.head;
   int64_t row = span.origin + lane.position - call.q_offset;
   return static_cast<Y*>(x.data) + span.batch * x.batch + head * x.head + row * x.row;
@@ -122,8 +130,8 @@ template <class Y> Y* row_of(const Call& call, const Operand& x, const Span& spa
 // The rows of a tile's lanes times a factor, transposed: [dim][lanes]. Unused lanes repeat the last. `rows`, if given, gets
 // them as they are: [lanes][row].
 template <class X, class T>
-void read_queries(const Call& call, const Operand& x, const Span& span, const Tile& tile, const Lane* lanes, int64_t dim, T factor,
-                  T* columns, T* rows, int64_t row) {
+void read_queries(const Call& call, const Operand& x, const Span& span, const Tile& tile, const Lane* lanes, int64_t dim,
+                  T factor, T* columns, T* rows, int64_t row) {
   int64_t width = tile.vectors * kWidth<T>;
   for (int64_t i = 0; i < width; ++i) {
     T* one = rows + (row ? i * row : 0);
@@ -134,7 +142,8 @@ void read_queries(const Call& call, const Operand& x, const Span& span, const Ti
 }
 
 // Keys and values of a block side by side, converted to the score dtype, zeros up to a whole panel.
-template <class X> class Rows {
+template <class X>
+class Rows {
   typedef typename Score<X>::T T;
 
  public:
