@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Node
 
-from dilcompile.passes.atoms import Layout, Leaves, flat, leaves, regroup, role_of, same_size
+from dilcompile.passes.atoms import Layout, Leaves, flat, leaves, regroup, role_of, same_size, spans
 from dilcompile.passes.dim_order import dims_of
 from dilcompile.passes.operators import VIEWS, full_name, op_name, shape_of
 from dilcompile.site import Length
@@ -229,7 +229,11 @@ def _conv(axes: Axes, node: Node) -> Layout | None:
     before, shape = _input(axes, node), shape_of(node)
     if len(before) != len(shape) or len(shape) < 3:
         return None
-    spatial = tuple(axes.fresh(size, "token") for size in shape[2:])
+    weight = node.args[1]
+    assert isinstance(weight, Node)
+    # A kernel of size 1 mixes channels alone.
+    alone = all(same_size(size, 1) for size in shape_of(weight)[2:]) and all(map(spans, before[2:], shape[2:]))
+    spatial = before[2:] if alone else tuple(axes.fresh(size, "token") for size in shape[2:])
     return (before[0], axes.fresh(shape[1], "feature"), *spatial)
 
 

@@ -14,6 +14,8 @@ SOFTMAXES = frozenset(("softmax", "_softmax", "_safe_softmax", "log_softmax", "_
 # Beside what is pointwise, moves elements or keeps the layout.
 _PARTS = frozenset("unbind getitem chunk split split_with_sizes cat pad constant_pad_nd".split())
 _ELEMENTWISE = KEEPS_LAYOUT | MOVES_ONLY | _PARTS
+# Products with weights.
+LAYERS = frozenset("linear addmm conv1d conv2d conv3d convolution matmul mm bmm einsum".split())
 # A layer of its own: what comes out is no longer scores.
 _PROJECTS = frozenset("linear addmm conv1d conv2d conv3d convolution embedding topk argmax argsort sort layer_norm".split())
 _PRODUCTS = frozenset("matmul mm bmm baddbmm einsum".split())

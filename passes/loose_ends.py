@@ -8,8 +8,9 @@ from functools import cached_property
 from torch.fx import Node
 
 from dilcompile.passes.anchors import Softmax
+from dilcompile.passes.atoms import flat
 from dilcompile.passes.facts import Facts
-from dilcompile.passes.labels import Labels, carries_elements, carries_something, feeding, reached_from
+from dilcompile.passes.labels import LAYERS, Labels, carries_elements, carries_something, feeding, reached_from
 from dilcompile.passes.operators import full_name, op_name
 from dilcompile.passes.unproven import Unproven
 
@@ -32,15 +33,36 @@ class LooseEnds:
             Unproven: if it does, but something on the way is neither elementwise nor a view.
         """
         scores, weights = softmax.scores, softmax.probabilities
-        if scores in self.facts.scores and weights in self._feeding:
+        narrow_before, narrow_after = scores in self.facts.scores, weights in self._feeding
+        if narrow_before and narrow_after:
             return True
-        if scores not in self._widely_reached or weights not in self._widely_feeding:
+        before = narrow_before or scores in self._widely_reached or self._keeps_axis(softmax, scores, _inputs)
+        after = narrow_after or weights in self._widely_feeding or self._keeps_axis(softmax, weights, _users)
+        if not before or not after:
             return False
-        if scores in self.facts.scores:
+        if narrow_before:
             at, between = self._first(weights, _users, self._leaves_elements), "softmax and the values"
         else:
             at, between = self._first(scores, _inputs, self._is_past_scores), "product and the softmax"
+        if op_name(at) in LAYERS:
+            raise Unproven(at, "heads are mixed by a learned product (talking heads)", "no form covers it; it stays as it is")
         raise Unproven(at, f"{_called(at)} stands between the {between}", "it stays as it is")
+
+    def _keeps_axis(self, softmax: Softmax, start: Node, around: Callable[[Node], list[Node]]) -> bool:
+        """Is there a product that has the softmax's axis, on a way from ``start`` on which every tensor has it?"""
+        axes = self.facts.axes
+        columns = {id(atom) for atom in axes[softmax.reader][softmax.dim]}
+        queue, seen = [start], {start}
+        for node in queue:
+            for other in around(node):
+                if not columns or other in seen or other not in axes:
+                    continue
+                seen.add(other)
+                if other in axes.products and (around is _users or columns <= {id(atom) for atom in flat(axes[other])}):
+                    return True
+                if columns <= {id(atom) for atom in flat(axes[other])}:
+                    queue.append(other)
+        return False
 
     def check(self, node: Node) -> None:
         """An exponential that no rule has read.

@@ -11,7 +11,8 @@ import test_find_flex
 import torch
 import torch.nn.functional as F
 from finding import Call, Case, check, double  # noqa: F401  (the fixture works by being here)
-from torch import Tensor
+from spellings import agree
+from torch import Tensor, nn
 
 from dilcompile.passes.spellings import SPELLINGS
 
@@ -156,6 +157,50 @@ def test_every_spelling_has_a_positive_and_three_negatives(spelling: Any) -> Non
     negatives = [golden for golden in goldens if golden.startswith(("miss", "kept", "nothing"))]
     assert len(negatives) >= 3
     assert len(goldens) > len(negatives)
+
+
+class Mixing(nn.Module):
+    """Heads are mixed by weights, before or after the softmax, by a layer or a convolution."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.linear, self.conv = where, nn.Linear(H, H), nn.Conv2d(H, H, 1)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT
+        if self.where == "linear before":
+            scores = self.linear(scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if self.where in ("conv before", "conv beside"):
+            scores = self.conv(scores) + (scores if self.where == "conv beside" else 0.0)
+        weights = scores.softmax(-1)
+        if self.where == "linear after":
+            weights = self.linear(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return (self.conv(weights) if self.where == "conv after" else weights) @ v
+
+
+@pytest.mark.parametrize("where", ["linear before", "linear after", "conv before", "conv after", "conv beside"])
+def test_talking_heads_are_listed(where: str) -> None:
+    found = agree(Mixing(where), *qkv())
+    assert found.sites == []
+    (miss,) = found.misses
+    assert "talking heads" in miss.reason or "computed from the scores themselves" in miss.reason
+
+
+class Gated(nn.Module):
+    """Attention, a projection, and a softmax over experts that weighs what they say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.gate, self.experts = nn.Linear(D, D), nn.Linear(D, 5), nn.Linear(D, 5 * D)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        x = self.out((q @ k.mT).softmax(-1) @ v)
+        return torch.einsum("bhse,bhsed->bhsd", self.gate(x).softmax(-1), self.experts(x).unflatten(-1, (5, D)))
+
+
+def test_a_router_after_attention_is_not_listed() -> None:
+    found = agree(Gated(), *qkv())
+    assert (len(found.sites), found.misses) == (1, [])
 
 
 def test_rows_without_keys_under_infinity() -> None:
