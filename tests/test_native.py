@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
+import platform
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,6 +151,30 @@ def test_threads_change_nothing() -> None:
         # Key gradients are summed in as many parts as there are threads for a head: equal up to rounding.
         for part, whole, true in zip(grads[1:], found[0][1][1:], exact[1:], strict=True):
             assert (part - true).abs().max() <= 2 * (whole - true).abs().max()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="levels of x86-64")
+@pytest.mark.parametrize("level", ["x86-64", "x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrower_vectors(dtype: torch.dtype, level: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """16 bytes, AVX2 and AVX-512 without tile registers; what this machine can't run is only compiled."""
+    (tmp_path / "kernel.cpp").write_text(build.source(dtype))
+    made = tmp_path / "kernel.so"
+    flags = ["-std=c++17", "-O1", f"-march={level}", "-ffp-contract=off", "-fno-signed-zeros", "-fopenmp", "-shared", "-fPIC"]
+    subprocess.run(["g++", *flags, str(tmp_path / "kernel.cpp"), "-o", str(made)], check=True)
+    if level == "x86-64-v4" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return
+    built = build.Library(ctypes.CDLL(str(made)))
+    monkeypatch.setattr(native, "library", lambda dtype: built)
+    q, k, v = drawn(length=300, dtype=dtype)
+    exact = run(q.double(), k.double(), v.double(), LONG, "reference")
+    views = run(q, k, v, LONG, "cpu")
+    for found, theirs, true in zip(run(q, k, v, LONG), views, exact, strict=True):
+        assert (found - true).norm() <= 2 * (theirs - true).norm() + torch.finfo(dtype).eps * true.norm()
+    true_grads = gradients(q.double(), k.double(), v.double(), LONG, "reference")
+    pairs = zip(gradients(q, k, v, LONG, "native"), gradients(q, k, v, LONG, "cpu"), true_grads, strict=True)
+    for found, theirs, true in pairs:
+        assert (found - true).norm() <= 2 * (theirs - true).norm() + torch.finfo(dtype).eps * true.norm()
 
 
 GUARDED = """

@@ -4,12 +4,11 @@
 // side. Scores stay transposed, [keys][queries]: a = keys as they lie, b = queries in pairs of dims. Weights are narrowed in
 // pairs of keys, which is the layout that b needs in [dims][queries] += values transposed * weights.
 #pragma once
+#include "tiles.h"
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define DILCOMPILE_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#include "tiles.h"
 
 namespace dil {
 
