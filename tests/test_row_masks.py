@@ -212,7 +212,7 @@ def test_a_mutation_is_noticed(mutation: Callable[[pytest.MonkeyPatch], None], m
         _agree("cpu", Dense(), more, visible)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_flat_scores_weigh_all_keys_alike_and_keep_their_gradient(softcap: float | None, kernel: str) -> None:
     more, visible = CASES["limits of 2"]
