@@ -48,6 +48,7 @@ class TileBackward {
   }
 
   void run(const Span& span, const KeySums<float>& into) {
+    TileRegisters registers;
     Plan plan(call_, span);
     for (size_t g = 0; g + 1 < plan.group_starts.size(); ++g) {
       plan.find_keys(int64_t(g));
@@ -66,7 +67,6 @@ class TileBackward {
   TileBackwardRows rows_;
   float factor_;
   int64_t dim_, v_dim_;
-  TileRegisters registers_;
   std::vector<Tile> tiles_;
   Buffer<uint32_t> queries_, query_pairs_, grads_, grad_pairs_, slope_pairs_;
   Buffer<uint16_t> weights_, slope_rows_;

@@ -18,6 +18,7 @@ class TileForward {
   }
 
   void run(const Span& span) {
+    TileRegisters registers;
     Plan plan(call_, span);
     for (size_t g = 0; g + 1 < plan.group_starts.size(); ++g) {
       plan.find_keys(int64_t(g));
@@ -35,7 +36,6 @@ class TileForward {
   TileRows rows_;
   float factor_;
   int64_t pairs_;
-  TileRegisters registers_;
   std::vector<Tile> tiles_;
   Buffer<uint32_t> queries_, weights_;
   Buffer<float> sums_, most_, total_, scores_, maxima_;

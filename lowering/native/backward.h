@@ -1,5 +1,6 @@
 // Backward: scores are computed again, and the joint log-sum-exp makes every gradient exact.
 #pragma once
+#include "parallel.h"
 #include "tiles.h"
 
 namespace dil {
@@ -185,7 +186,42 @@ class Backward {
   }
 };
 
-// Key heads are dealt out; where they are too few for the threads each is split into parts with sums of their own, every
+// Zeroed sums for one key head, or a part of it: [k_len] rows of head_dim + v_dim.
+template <class T>
+struct HeadSums {
+  Buffer<T> rows;
+  KeySums<T> into;
+
+  explicit HeadSums(const Call& call) {
+    int64_t row = call.head_dim + call.v_dim;
+    rows.take(call.k_len * row);
+    std::fill_n(+rows, call.k_len * row, T(0));
+    into = {+rows, rows + call.head_dim, row, row};
+  }
+};
+
+// The rows of one key head in the gradients.
+template <class X>
+KeySums<X> grads_of_head(const Call& call, int64_t head) {
+  int64_t b = head / call.kv_heads, h = head % call.kv_heads;
+  return {static_cast<X*>(call.grad_k.data) + b * call.grad_k.batch + h * call.grad_k.head,
+          static_cast<X*>(call.grad_v.data) + b * call.grad_v.batch + h * call.grad_v.head, call.grad_k.row, call.grad_v.row};
+}
+
+// The parts' sums of one head, added up in their order.
+template <class X, class T>
+void write_key_grads(const Call& call, int64_t head, const std::unique_ptr<HeadSums<T>>* parts, int64_t count) {
+  KeySums<X> to = grads_of_head<X>(call, head);
+  int64_t row = call.head_dim + call.v_dim;
+  for (int64_t k = 0; k < call.k_len; ++k)
+    for (int64_t d = 0; d < row; ++d) {
+      T sum = 0;
+      for (int64_t p = 0; p < count; ++p) sum += parts[p]->rows[k * row + d];
+      put(d < call.head_dim ? to.keys + k * to.key_row + d : to.values + k * to.value_row + d - call.head_dim, sum);
+    }
+}
+
+// A key head is one worker's; where heads are too few for the threads each is split into parts with sums of their own, every
 // part taking each `parts`-th span.
 template <class X, class Worker>
 void backward_by(const Call& call) {
@@ -193,47 +229,35 @@ void backward_by(const Call& call) {
   int64_t heads = call.batch * call.kv_heads, parts = 1;
   if (heads < 4 * call.threads)
     while (heads * parts % call.threads != 0) ++parts;
-  std::vector<Span> spans = spans_of(call, rows_of_span(call));
-  std::vector<std::vector<size_t>> of_head(static_cast<size_t>(heads));
-  for (size_t i = 0; i < spans.size(); ++i) of_head[size_t(spans[i].batch * call.kv_heads + spans[i].kv_head)].push_back(i);
-  // Gradients in the operands' own dtype and one share a head: the sums are the gradients.
-  bool direct = parts == 1 && std::is_same_v<X, T>;
-  int64_t row = call.head_dim + call.v_dim;
-  Buffer<T> all;
-  if (!direct) std::fill_n(all.take(heads * parts * call.k_len * row), heads * parts * call.k_len * row, T(0));
-#pragma omp parallel num_threads(int(call.threads))
-  {
-    Worker worker(call);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < heads * parts; ++i) {
-      int64_t head = i / parts, b = head / call.kv_heads, h = head % call.kv_heads;
-      KeySums<T> into{all + i * call.k_len * row, all + i * call.k_len * row + call.head_dim, row, row};
-      if (direct) {
-        into = {static_cast<T*>(call.grad_k.data) + b * call.grad_k.batch + h * call.grad_k.head,
-                static_cast<T*>(call.grad_v.data) + b * call.grad_v.batch + h * call.grad_v.head, call.grad_k.row,
-                call.grad_v.row};
-        for (int64_t k = 0; k < call.k_len; ++k) {
-          std::fill_n(into.keys + k * into.key_row, call.head_dim, T(0));
-          std::fill_n(into.values + k * into.value_row, call.v_dim, T(0));
-        }
+  std::vector<std::vector<Span>> of_head(static_cast<size_t>(heads));
+  for (const Span& span : spans_of(call, rows_of_span(call)))
+    of_head[size_t(span.batch * call.kv_heads + span.kv_head)].push_back(span);
+  std::vector<std::unique_ptr<HeadSums<T>>> sums(static_cast<size_t>(heads * parts));
+  deal_out<Worker>(call, heads * parts, [&](Worker& worker, int64_t i) {
+    int64_t head = i / parts;
+    std::unique_ptr<HeadSums<T>>& own = sums[size_t(i)];
+    KeySums<T> into;
+    // Gradients in the operands' own dtype and one part a head: the sums are the gradients.
+    if (std::is_same_v<X, T> && parts == 1) {
+      KeySums<X> rows = grads_of_head<X>(call, head);
+      into = {reinterpret_cast<T*>(rows.keys), reinterpret_cast<T*>(rows.values), rows.key_row, rows.value_row};
+      for (int64_t k = 0; k < call.k_len; ++k) {
+        std::fill_n(into.keys + k * into.key_row, call.head_dim, T(0));
+        std::fill_n(into.values + k * into.value_row, call.v_dim, T(0));
       }
-      const std::vector<size_t>& mine = of_head[size_t(head)];
-      for (size_t n = size_t(i % parts); n < mine.size(); n += size_t(parts)) worker.run(spans[mine[n]], into);
+    } else {
+      own = std::make_unique<HeadSums<T>>(call);
+      into = own->into;
     }
-    if (!direct) {
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < heads * call.k_len; ++i) {
-        int64_t head = i / call.k_len, k = i % call.k_len, b = head / call.kv_heads, h = head % call.kv_heads;
-        X* keys = static_cast<X*>(call.grad_k.data) + b * call.grad_k.batch + h * call.grad_k.head + k * call.grad_k.row;
-        X* values = static_cast<X*>(call.grad_v.data) + b * call.grad_v.batch + h * call.grad_v.head + k * call.grad_v.row;
-        for (int64_t d = 0; d < row; ++d) {
-          T sum = 0;
-          for (int64_t p = 0; p < parts; ++p) sum += all[((head * parts + p) * call.k_len + k) * row + d];
-          d < call.head_dim ? put(keys + d, sum) : put(values + d - call.head_dim, sum);
-        }
-      }
+    const std::vector<Span>& spans = of_head[size_t(head)];
+    for (size_t n = size_t(i % parts); n < spans.size(); n += size_t(parts)) worker.run(spans[n], into);
+    if (own && parts == 1) {
+      write_key_grads<X, T>(call, head, &own, 1);
+      own.reset();
     }
-  }
+  });
+  if (parts == 1) return;
+  for (int64_t head = 0; head < heads; ++head) write_key_grads<X, T>(call, head, &sums[size_t(head * parts)], parts);
 }
 
 }  // namespace dil

@@ -1,5 +1,5 @@
 // Entry points. Work is dealt out by spans; every span is computed by one thread, so results don't depend on their number.
-#include <exception>
+#include <algorithm>
 
 #include "amx_backward.h"
 #include "amx_forward.h"
@@ -10,14 +10,9 @@ namespace dil {
 template <class Worker>
 void forward_by(const Call& call) {
   std::vector<Span> spans = spans_of(call, rows_of_span(call));
-  int64_t count = int64_t(spans.size());
-#pragma omp parallel num_threads(int(call.threads))
-  {
-    Worker worker(call);
-    // Later spans have more keys under a causal mask: they go first.
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = count - 1; i >= 0; --i) worker.run(spans[size_t(i)]);
-  }
+  // Later spans have more keys under a causal mask: they go first.
+  std::reverse(spans.begin(), spans.end());
+  deal_out<Worker>(call, int64_t(spans.size()), [&](Worker& worker, int64_t i) { worker.run(spans[size_t(i)]); });
 }
 
 template <class X>
