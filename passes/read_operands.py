@@ -139,22 +139,25 @@ class Places:
         of: the symbol of every atom.
         sizes: the range of every symbol.
         last: of each axis of several atoms the innermost symbol, as what is left of the axis's own index: ``q1 = q - 7 * q0``.
+        others: its other symbols, as parts of the axis's own index: ``q0 = floor(q / 7)``.
     """
 
     of: Mapping[int, Expr]
     sizes: Mapping[sympy.Symbol, Expr]
     last: Mapping[sympy.Symbol, Expr]
+    others: Mapping[sympy.Symbol, Expr]
 
     def whole(self, truth: Truth) -> Truth:
-        """The same truth over the axes' own indices, wherever their parts come together."""
+        """The same truth over the axes' own indices."""
         if not self.last:
             return truth
-        return mapped(truth, lambda expr: sympy.expand(expr.subs(self.last)))
+        # Where the parts of an index come together they leave no trace; what stands alone is a part of it.
+        return mapped(truth, lambda expr: sympy.expand(expr.subs(self.last)).subs(self.others))
 
 
 def _places(roles: Roles, lengths: Lengths) -> Places:
     of: dict[int, Expr] = {}
-    sizes, last = dict(lengths.bounds), {}
+    sizes, last, others = dict(lengths.bounds), {}, {}
     for atoms, symbol in (
         (tuple(axis.out for axis in roles.batch), B),
         (tuple(axis.out for axis in roles.heads), H),
@@ -171,7 +174,13 @@ def _places(roles: Roles, lengths: Lengths) -> Places:
             of[id(atom)], sizes[digit] = digit, as_expr(atom.size)
             outer = outer * as_expr(atom.size) + digit
         last[digit] = symbol - (outer - digit)
-    return Places(of, sizes, last)
+        inner = as_expr(atoms[-1].size)
+        for atom, digit in reversed(list(zip(atoms[:-1], DIGITS[symbol], strict=False))):
+            others[digit] = sympy.floor(symbol / inner)
+            if atom is not atoms[0]:
+                others[digit] = sympy.Mod(others[digit], as_expr(atom.size))
+            inner = inner * as_expr(atom.size)
+    return Places(of, sizes, last, others)
 
 
 def _indices(operand: MaskOperand, roles: Roles, axes: Axes, symbols: Mapping[int, Expr]) -> tuple[Expr, ...]:

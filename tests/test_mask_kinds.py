@@ -117,6 +117,7 @@ KINDS: list[Case] = [
     ("a table at positions of the caller", seen(lambda q, k, p: torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()[p]), long(lambda: torch.arange(LENGTH) - 3), "rows (uniform)"),
     ("an offset known when running", seen(lambda q, k, n: (k <= q + n) & (k > q + n - 4)), long(lambda: torch.tensor(2)), "causal & window(3, 0) (uniform)"),
     ("two offsets known when running", seen(lambda q, k, n, m: (k <= q + n) & (k <= q + m)), long(lambda: torch.tensor(2), lambda: torch.tensor(1)), "rows (uniform)"),
+    ("a mask turned by einsum", seen(lambda q, k, m: torch.einsum("ijbn->bnij", m.mT[None, :, :, None].expand(LENGTH, -1, -1, 1))), long(keep), "padding (uniform)"),
     ("each second key", seen(lambda q, k, n: (k <= q) & (_keys_of(n) % 2 == 0)), long(numbers), "causal & padding (uniform)"),
     ("not the own key", seen(lambda q, k: k != q), long(), "pairs (uniform)"),
 ]  # fmt: skip
@@ -147,6 +148,38 @@ def _sdpa_of(case: Case) -> Callable[..., Tensor]:
     rule = case[1].__closure__[1].cell_contents if case[1].__closure__ else None
     assert callable(rule)
     return _sdpa(rule)
+
+
+def _pictures(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Tokens are the places of a picture, whose mask is made coarser."""
+    small = F.interpolate(mask[:, None].double(), size=(3, 4))[:, 0] != 0
+    return attend((q @ k.mT).masked_fill(~small.flatten(1)[:, None, None], LEAST), v)
+
+
+def _picture() -> Tensor:
+    mask = torch.ones(B, 6, 8)
+    mask[1, :, 5:] = 0
+    mask[0, 4:] = 0
+    return mask
+
+
+def test_a_mask_of_a_picture() -> None:
+    inputs = (*(torch.randn(B, H, 12, 4) for _ in range(3)), _picture())
+    found = agree(Call(_pictures), *inputs)
+    assert said(found) == "padding (uniform)"
+
+
+def test_rows_of_a_picture_see_their_own() -> None:
+    """Query and key axes of two parts each: places of one row of the picture."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.mT).view(B, H, 3, 4, 3, 4)
+        rows = torch.arange(3)
+        scores = scores.masked_fill((rows[:, None] != rows)[:, None, :, None], LEAST)
+        return attend(scores.view(B, H, 12, 12), v)
+
+    found = agree(Call(call), *(torch.randn(B, H, 12, 4) for _ in range(3)))
+    assert said(found) == "chunk (zero)"
 
 
 FILLS: list[Case] = [

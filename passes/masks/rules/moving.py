@@ -173,6 +173,19 @@ def _cat(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
     return value
 
 
+def _renamed(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
+    """An einsum of one operand without sums: ``ijbn->bnij``."""
+    equation, operands = node.args[:2]
+    given, _, made = str(equation).replace(" ", "").partition("->")
+    if not isinstance(operands, (list, tuple)) or len(operands) != 1 or sorted(given) != sorted(made) or not made.isalpha():
+        raise Unreadable("a product")
+    if len(set(made)) != len(made):
+        raise Unreadable("a diagonal")
+    (source,) = operands
+    assert isinstance(source, Node)
+    return reader.value(source, tuple(indices[made.index(letter)] for letter in given))
+
+
 MOVING: dict[str, Rule] = {
     **dict.fromkeys(VIEWS, _view),
     "squeeze": _view,
@@ -186,4 +199,5 @@ MOVING: dict[str, Rule] = {
     "select": _selected,
     "slice": _sliced,
     "cat": _cat,
+    "einsum": _renamed,
 }
