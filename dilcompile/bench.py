@@ -3,12 +3,14 @@
     OMP_NUM_THREADS=2 python benchmarks/attention.py --lengths 4096 16384 --dtypes float32 bfloat16 --backward
 
 ``ideal`` is the time that the relation's FLOPs take at the rate of dense SDPA measured in the same turns. Dense attention
-over more than ``DENSE_WHOLE`` keys is measured on two heads and scaled to all.
+over more than ``DENSE_WHOLE`` keys is measured on two heads and scaled to all. ``gather`` is the way of the LongNet authors'
+torchscale: each branch's rows gathered, one dense attention, its output scattered back, a softmax over the branches' LSE.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import statistics
@@ -82,8 +84,13 @@ def _case(
         made: tuple[Tensor, Tensor] = ops.attention(q, k, v, *options)
         return made
 
+    def gather_forward() -> Tensor:
+        return _by_gathering(q, k, v, form, causal)
+
     (out, lse), (dense_out, dense_lse) = forward(), dense_forward()
-    seconds, dense_seconds = _in_turns(forward, dense_forward, repeats)
+    divides = all(length % segment == 0 for segment, _ in form.branches(length))
+    gathering: list[Callable[[], object]] = [gather_forward] if divides else []
+    seconds, dense_seconds, *gather_seconds = _in_turns([forward, dense_forward, *gathering], repeats)
     ideal = dense_seconds * relation.pairs() / (dense_heads * dense_pairs)
     row: dict[str, Any] = {
         "length": length, "dtype": str(dtype).removeprefix("torch."), "causal": causal, "heads": heads,
@@ -91,10 +98,13 @@ def _case(
         "dense_forward_s": dense_seconds * heads / dense_heads, "dense_heads_measured": dense_heads,
         "forward_over_ideal": seconds / ideal, "dense_over_forward": dense_seconds * heads / dense_heads / seconds,
     }  # fmt: skip
+    row |= {"gather_over_forward": found / seconds for found in gather_seconds}
+    row |= {"gather_over_ideal": found / ideal for found in gather_seconds}
     row |= _accuracy(relation, q, k, v, out, dense_out, causal)
-    row |= _memory(forward, out, lse)
+    row |= _memory(forward)
     if backward:
         row |= _backward(relation, (q, k, v), few, options, (out, lse), (dense_out, dense_lse), dense_pairs, repeats)
+        row["both_over_ideal"] = (seconds + row["backward_s"]) / (ideal + row["backward_ideal_s"])
     return row
 
 
@@ -123,20 +133,38 @@ def _backward(
         return grads
 
     backward(), dense_backward()
-    seconds, dense_seconds = _in_turns(backward, dense_backward, max(3, repeats // 2))
+    seconds, dense_seconds = _in_turns((backward, dense_backward), max(3, repeats // 2))
     ideal = dense_seconds * relation.pairs() / (few[0].shape[1] * dense_pairs)
-    return {"backward_s": seconds, "backward_over_ideal": seconds / ideal}
+    return {"backward_s": seconds, "backward_ideal_s": ideal, "backward_over_ideal": seconds / ideal}
 
 
-def _in_turns(one: Callable[[], object], other: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median seconds of both, measured alternately so that a disturbance meets both."""
-    times: tuple[list[float], list[float]] = ([], [])
+def _by_gathering(q: Tensor, k: Tensor, v: Tensor, form: Dilated, causal: bool) -> Tensor:
+    """Dilated attention as torchscale computes it, for lengths that every segment divides; offsets by head."""
+    batch, heads, length, dim = q.shape
+    outs, lses = [], []
+    for segment, rate in form.branches(length):
+        rows = torch.arange(0, segment, rate)
+        offsets = (torch.arange(heads) % rate)[:, None, None]
+        places = torch.arange(0, length, segment)[:, None] + rows + offsets
+        index = places.flatten(1)[None, :, :, None].expand(batch, heads, -1, dim)
+        picked = (x.gather(2, index).view(batch, heads * (length // segment), len(rows), dim) for x in (q, k, v))
+        found, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*picked, 0.0, causal)
+        outs.append(torch.zeros_like(q).scatter_(2, index, found.reshape(batch, heads, -1, dim)))
+        full = q.new_full((batch, heads, length), -torch.inf, dtype=lse.dtype)
+        lses.append(full.scatter_(2, index[..., 0], lse.reshape(batch, heads, -1)))
+    weights = torch.stack(lses).softmax(0)[..., None].to(q.dtype)
+    return (torch.stack(outs) * weights).sum(0)
+
+
+def _in_turns(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Median seconds of each, measured in turns so that a disturbance meets all."""
+    times: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats):
-        for function, taken in zip((one, other), times, strict=True):
+        for function, taken in zip(functions, times, strict=True):
             start = time.perf_counter()
             function()
             taken.append(time.perf_counter() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
+    return [statistics.median(taken) for taken in times]
 
 
 def _accuracy(
@@ -162,20 +190,22 @@ def _accuracy(
     return {"error": relative["dilated"], "dense_error": relative["dense"], "correct": relative["dilated"] <= bound}
 
 
-def _memory(forward: Callable[[], tuple[Tensor, Tensor]], out: Tensor, lse: Tensor) -> dict[str, Any]:
-    """Peak bytes that the forward allocates beyond its outputs, over the bytes of one [B, H, S, D] tensor."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = forward()
-    assert profile.profiler is not None
-    assert profile.profiler.kineto_results is not None
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    del kept
-    outputs = out.nbytes + lse.nbytes
-    return {"extra_peak_bytes": peak - outputs, "extra_over_one_tensor": (peak - outputs) / out.nbytes}
+def _memory(forward: Callable[[], tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """Peak resident bytes of the process during the forward, beyond those before it and the outputs; Linux only."""
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return {}
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _resident("VmRSS")
+    reset.write_text("5")
+    kept = forward()
+    extra = _resident("VmHWM") - before - sum(x.nbytes for x in kept)
+    return {"extra_peak_bytes": extra, "extra_over_one_tensor": extra / kept[0].nbytes}
+
+
+def _resident(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
 
 
 def machine() -> dict[str, Any]:

@@ -80,6 +80,18 @@ def test_low_precision_over_many_blocks_is_as_good_as_the_flash_op(
     assert (lse - exact_lse).abs().max() <= 2 * (views_lse - exact_lse).abs().max() + lse_rounding
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_over_many_keys_keep_their_precision(dtype: torch.dtype) -> None:
+    """Against dense attention by the flash op, which adds up shorter sums."""
+    generator = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(1, 4, s, 64, generator=generator).to(dtype) for s in (96, 20000, 20000))
+    exact = run(q.double(), k.double(), v.double(), Dense(), "reference", False)
+    found, views = (run(q, k, v, Dense(), kernel, False) for kernel in ("native", "cpu"))
+    for mine, theirs, true in zip(found, views, exact, strict=True):
+        assert (mine - true).norm() <= 2 * (theirs - true).norm()
+        assert (mine - true).abs().max() <= 2 * (theirs - true).abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", [LONG, SlidingWindow(70, sinks=3), Dense()], ids=str)
 @pytest.mark.parametrize(("dims", "heads", "softcap"), [((64, 64), 1, None), ((33, 7), 3, 2.0), ((96, 128), 2, None)])

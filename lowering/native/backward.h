@@ -10,9 +10,9 @@ template <class T, int N>
 inline void add_columns(const T* a, int64_t a_row, const T* b, int64_t row, int64_t depth, T* c, int64_t rows) {
   for (int64_t r = 0; r < rows; r += kPanel) {
     Vec<T> sums[kPanel][N];
-    read<T>(sums, c + r * row, row);
+    clear<T>(sums);
     multiply<T>(sums, a + r * a_row, a_row, 1, b, row, depth);
-    write<T>(sums, c + r * row, row);
+    add<T>(sums, c + r * row, row);
   }
 }
 
@@ -168,9 +168,9 @@ class Backward {
     T* sums = sums_ + tile.first * rows_.key_row;
     for (int64_t d = 0; d < rows_.key_row; d += kPanel) {
       Vec<T> q[kPanel][N];
-      read<T>(q, sums + d * N * W, N * W);
+      clear<T>(q);
       multiply<T>(q, +rows_.keys + a * rows_.key_row + d, 1, rows_.key_row, slopes + a * N * W, N * W, b - a);
-      write<T>(q, sums + d * N * W, N * W);
+      add<T>(q, sums + d * N * W, N * W);
     }
   }
 

@@ -102,11 +102,9 @@ class Forward {
     T* sums = sums_ + tile.first * row_;
     for (int64_t d = 0; d < row_; d += kPanel) {
       Vec<T> o[kPanel][N];
-      read<T>(o, sums + d * N * W, N * W);
-      for (int r = 0; r < kPanel; ++r)
-        for (int c = 0; c < N; ++c) o[r][c] *= keep[c];
+      clear<T>(o);
       multiply<T>(o, rows_.values + a * row_ + d, 1, row_, scores + a * N * W, N * W, b - a);
-      write<T>(o, sums + d * N * W, N * W);
+      add<T>(o, sums + d * N * W, N * W, keep);
     }
   }
 

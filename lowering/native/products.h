@@ -37,10 +37,23 @@ inline __attribute__((always_inline)) void clear(Vec<T> (&sums)[R][N]) {
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < N; ++c) sums[r][c] = Vec<T>{};
 }
+// to = to * keep + sums. Long sums are added up from short ones, each begun at zero: the error grows with the root of their
+// length.
 template <class T, int R, int N>
-inline __attribute__((always_inline)) void read(Vec<T> (&sums)[R][N], const T* from, int64_t row) {
+inline __attribute__((always_inline)) void add(Vec<T> (&sums)[R][N], T* to, int64_t row, const Vec<T> (&keep)[N]) {
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < N; ++c) sums[r][c] = load(from + r * row + c * kWidth<T>);
+    for (int c = 0; c < N; ++c) {
+      T* at = to + r * row + c * kWidth<T>;
+      store(at, fma(load(at), keep[c], sums[r][c]));
+    }
+}
+template <class T, int R, int N>
+inline __attribute__((always_inline)) void add(Vec<T> (&sums)[R][N], T* to, int64_t row) {
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < N; ++c) {
+      T* at = to + r * row + c * kWidth<T>;
+      store(at, load(at) + sums[r][c]);
+    }
 }
 template <class T, int R, int N>
 inline __attribute__((always_inline)) void write(Vec<T> (&sums)[R][N], T* to, int64_t row) {
