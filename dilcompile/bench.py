@@ -98,8 +98,8 @@ def _case(
         "dense_forward_s": dense_seconds * heads / dense_heads, "dense_heads_measured": dense_heads,
         "forward_over_ideal": seconds / ideal, "dense_over_forward": dense_seconds * heads / dense_heads / seconds,
     }  # fmt: skip
-    row |= {"gather_over_forward": found / seconds for found in gather_seconds}
-    row |= {"gather_over_ideal": found / ideal for found in gather_seconds}
+    if gather_seconds:
+        row |= {"gather_over_forward": gather_seconds[0] / seconds, "gather_over_ideal": gather_seconds[0] / ideal}
     row |= _accuracy(relation, q, k, v, out, dense_out, causal)
     row |= _memory(forward)
     if backward:
