@@ -16,6 +16,7 @@ from dilcompile.passes.find_sites import find_sites
 from dilcompile.passes.normalize import NormalizeError, normalize
 from dilcompile.passes.regions import Graph, regions
 from dilcompile.passes.trial import Probe, Trial
+from dilcompile.passes.unseen import closed_bodies, like_attention, subclasses
 from dilcompile.policy import Policy, resolve
 from dilcompile.report import GraphReport, Verdict
 from dilcompile.rewriting import rewrite_sites
@@ -70,13 +71,13 @@ def rewrite_dynamo(gm: GraphModule, example_inputs: Sequence[Any], policy: Polic
     clock = _Clock()
     if not _may_hold_attention(gm):
         return Outcome(None, GraphReport(name, seconds=clock.seconds))
+    strange = subclasses(dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)))
+    if strange:
+        return _left(gm, name, f"it computes with tensor subclasses ({strange})", policy, clock, enforce)
     try:
         normal = normalize(gm, example_inputs)
     except NormalizeError as error:
-        note = f"left as it is: it could not be normalised ({error})"
-        if enforce and policy.defaults.fallback.unsupported == "error":
-            raise RewriteError(f"graph {name}: {note}") from error
-        return Outcome(None, GraphReport(name, notes=(note,), seconds=clock.seconds))
+        return _left(gm, name, f"it could not be normalised ({error})", policy, clock, enforce)
     clock.lap("normalize")
     inputs = list(normal.graph.find_nodes(op="placeholder"))
     values = dict(zip(inputs, example_inputs, strict=True))
@@ -114,13 +115,22 @@ def rewrite_normal(
     done = rewrite_sites(parts, found, verdicts, known or {}, enforce=enforce, runs_later=known is not None)
     clock.lap("rewrite")
     clock.move("rewrite", "check", done.check_seconds)
-    report = GraphReport(name, tuple(done.verdicts), misses, (), clock.seconds)
+    notes = tuple(closed_bodies(part.gm for part in parts))
+    report = GraphReport(name, tuple(done.verdicts), misses, notes, clock.seconds)
     rewritten = any(isinstance(verdict, Decision) for verdict in done.verdicts)
     return Outcome(graph.gm if rewritten else None, report, done.tables, tuple(done.trials), done.probe)  # type: ignore[arg-type]
 
 
 def _numbered(verdicts: Sequence[Verdict]) -> list[Verdict]:
     return [replace(verdict, site=replace(verdict.site, index=i)) for i, verdict in enumerate(verdicts)]
+
+
+def _left(gm: GraphModule, name: str, why: str, policy: Policy, clock: _Clock, enforce: bool) -> Outcome:
+    """A graph that nothing is done to, with the reason as a note."""
+    note = f"left as it is: {why}"
+    if enforce and policy.defaults.fallback.unsupported == "error" and like_attention(gm):
+        raise RewriteError(f"graph {name}: {note}")
+    return Outcome(None, GraphReport(name, notes=(note,), seconds=clock.seconds))
 
 
 def _may_hold_attention(gm: GraphModule) -> bool:

@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from zoo.measure import Row
 
 Key = tuple[str, str, str]
@@ -30,6 +32,26 @@ def code() -> str:
     return digest.hexdigest()[:12]
 
 
+@cache
+def models() -> str:
+    """A short hash of the models alone, which decide what Inductor fuses of them."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for file in sorted((ROOT / "tests/zoo").glob("*.py")):
+        if file.stem not in ("__main__", "causes", "measure", "record", "table", "truth", "worker"):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def fusions(path: Path) -> dict[Key, int]:
+    """What Inductor fuses, as counted before with these models."""
+    found: dict[Key, int] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        held = json.loads(line)
+        if held["models"] == models() and held["fused"] is not None:
+            found[held["model"], held["implementation"], held["regime"]] = held["fused"]
+    return found
+
+
 def key(row: Row) -> Key:
     return (row.model, row.implementation, row.regime)
 
@@ -38,7 +60,7 @@ def append(path: Path, row: Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     held = {name: value for name, value in row.to_dict().items() if _EMPTY.get(name, ...) != value}
     with path.open("a") as file:
-        file.write(json.dumps({"code": code(), **held}) + "\n")
+        file.write(json.dumps({"code": code(), "models": models(), **held}) + "\n")
 
 
 def read(path: Path, any_code: bool = False) -> dict[Key, Row]:

@@ -9,13 +9,14 @@ import sys
 import time
 import traceback
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from zoo import ZOO
 from zoo.measure import Row, compiles, measure
-from zoo.record import Key, append
+from zoo.record import Key, append, fusions
 from zoo.regimes import REGIMES
 
 MOST_MEMORY = 4 * 1024**2  # KiB, as getrusage counts
@@ -26,10 +27,13 @@ def work(keys: list[Key], path: Path, inductor: bool) -> None:
     warnings.filterwarnings("ignore")
     for name in ("torch._dynamo", "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    counted = fusions(path)
     for name, implementation, regime in keys:
+        fused = counted.get((name, implementation, regime))
         start = time.perf_counter()
         try:
-            row = measure(ZOO[name], implementation, REGIMES[regime], inductor=inductor)
+            row = measure(ZOO[name], implementation, REGIMES[regime], inductor=inductor and fused is None)
+            row = row if fused is None else replace(row, fused=fused)
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             reason = f"{type(error).__name__}: {str(error).strip()[:400]} ({Path(where.filename).name}:{where.lineno})"
