@@ -15,6 +15,7 @@ import dilcompile.lowering.ops as _registered  # noqa: F401
 if TYPE_CHECKING:
     import dilcompile.forms as forms
     import dilcompile.functional as functional
+    from dilcompile.convert import convert
     from dilcompile.errors import DilcompileError, DilcompileWarning, FormError, KernelError, PolicyError, RewriteError
     from dilcompile.exported import rewrite_exported
     from dilcompile.inspect import explain
@@ -30,6 +31,7 @@ __all__ = [
     "Policy",
     "PolicyError",
     "RewriteError",
+    "convert",
     "explain",
     "forms",
     "functional",
@@ -45,6 +47,7 @@ _HOME = {
     "Policy": "dilcompile.policy",
     "PolicyError": "dilcompile.errors",
     "RewriteError": "dilcompile.errors",
+    "convert": "dilcompile.convert",
     "explain": "dilcompile.inspect",
     "rewrite_exported": "dilcompile.exported",
 }
