@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from dilcompile.passes.mutations import Mutations
 from dilcompile.passes.normalize import CHECKPOINT
+from dilcompile.passes.provenance import frame_prefix
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Graph:
         parent: the graph around a checkpoint's body; None for a whole graph.
         call: the node of the parent that runs the body.
         outside: the body's inputs and the parent's nodes that they stand for.
+        prefix: the path of the module whose frame the graph is of.
     """
 
     gm: GraphModule
@@ -34,6 +36,7 @@ class Graph:
     parent: Graph | None = None
     call: Node | None = None
     outside: Mapping[Node, Node] = field(default_factory=dict)
+    prefix: str = field(default_factory=frame_prefix)
 
     @cached_property
     def mutations(self) -> Mutations:
@@ -97,6 +100,7 @@ def regions(graph: Graph) -> Iterator[Graph]:
                 parent=graph,
                 call=node,
                 outside=outside,
+                prefix=graph.prefix,
             )
         )
 
