@@ -62,6 +62,7 @@ def read_site_mask(
     lengths = Lengths(*sizes)
     places = _places(roles, lengths)
     reader.set_sizes(places.sizes)
+    reader.binary.clear()
     keep = seen
     hidings: list[Hiding] = []
     bias: list[MaskOperand] = []
@@ -85,7 +86,7 @@ def read_site_mask(
         # Next to an ordinary sink, keys at the least number weigh nothing at all.
         nothing = all(fill <= _NOTHING for hiding in hidings for fill in hiding.fills)
         empty = Emptiness("zero" if nothing and sinks == "ordinary" else "other")
-    read = read_mask(places.whole(keep), empty.rows, reader, lengths)
+    read = replace(read_mask(places.whole(keep), empty.rows, reader, lengths), binary=frozenset(reader.binary))
     return _with_others(read, empty, rule == "zero", reader, lengths, places), tuple(bias)
 
 

@@ -14,6 +14,7 @@ from dilcompile.passes.atoms import Atom, Layout, Leaves, flat, leaves, same_siz
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.emit import Emitter, aten
 from dilcompile.passes.empty_rows import Inputs, attend, rows_without_keys
+from dilcompile.passes.masks.binary import assert_binary
 from dilcompile.passes.masks.operands import mask_operands
 from dilcompile.passes.masks.place import place_of
 from dilcompile.passes.match import Match
@@ -45,6 +46,7 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
     sizes = (site.batch, site.q_len, site.k_len)
     place = place_of(match.mask, roles.output, graph.mutations)
     mask = mask_operands(Emitter(graph.gm, place), match.mask, sizes, site.device, graph.bring_in)
+    assert_binary(Emitter(graph.gm, place), match.mask, site.module, graph.bring_in)
     others = [
         mask_operands(Emitter(graph.gm, place), other.mask, sizes, site.device, graph.bring_in) for other in match.mask.others
     ]

@@ -49,7 +49,8 @@ def keep_of(value: Number, resolution: float, reader: MaskReader) -> tuple[Truth
 def _scaled_keep(value: Expr, resolution: float, reader: MaskReader) -> tuple[Truth, set[float]]:
     """``(1 - m) * c`` with a huge negative c: visible where m is 1.
 
-    An m of integers is taken to hold 0 and 1. One of fractions may hold anything: c must be so large that only 1 shows.
+    An m of integers is taken to hold 0 and 1, which is checked when the graph runs. One of fractions may hold anything: c must
+    be so large that only 1 shows.
     """
     fill, factor = sympy.factor_terms(value).as_coeff_Mul()
     elements = factor.atoms(Element)
@@ -59,6 +60,8 @@ def _scaled_keep(value: Expr, resolution: float, reader: MaskReader) -> tuple[Tr
         raise NotAMask(f"positions beside data: {value}")
     hidden, size = sympy.expand(factor if fill < 0 else -factor), -float(abs(fill))
     if all(element.is_integer and not reader.wrapped(element) for element in elements):
+        for element in elements:
+            reader.take_as_binary(element)
         # 1 - m is 0 or 1; half of that tells them apart.
         return Less(hidden, sympy.Rational(1, 2)), {size}
     if any(element.is_integer or reader.learned(element) for element in elements) or not absorbs(size, resolution):

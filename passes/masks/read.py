@@ -41,6 +41,7 @@ class ReadMask:
         others: what rows without keys see instead, in turn, where ``spec.empty_rows`` is ``others``.
         late: nodes whose elements are what was written to them later.
         all_if_none: where the padding hides all keys of a batch row, it hides none.
+        binary: tensors of integers that were taken to hold 0 and 1.
     """
 
     spec: MaskSpec
@@ -55,6 +56,7 @@ class ReadMask:
     others: tuple[Others, ...] = ()
     late: frozenset[Node] = frozenset()
     all_if_none: bool = False
+    binary: frozenset[Node] = frozenset()
 
     @property
     def sources(self) -> frozenset[Node]:

@@ -33,6 +33,7 @@ class MaskReader:
 
     Attributes:
         given: inputs of a mask function, and the index expressions that they are.
+        binary: tensors of integers that are taken to hold 0 and 1.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class MaskReader:
         self.elements: list[Node] = []
         self.used_tables: set[Node] = set()
         self.late: set[Node] = set()
+        self.binary: set[Node] = set()
         self._numbers: dict[Node, int] = {}
         self.stale = stale
         self._carries_gradient = carries_gradient
@@ -121,6 +123,10 @@ class MaskReader:
             return rule(self, node, indices)
         except Unreadable:
             return self.element(node, indices)
+
+    def take_as_binary(self, element: Expr) -> None:
+        """Read on as if this element were 0 or 1."""
+        self.binary.add(self.elements[int(element.args[0])])
 
     def learned(self, element: Expr) -> bool:
         """Does a gradient flow into this element?"""
