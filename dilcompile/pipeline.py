@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from dilcompile.decision import Decision
 from dilcompile.errors import RewriteError
 from dilcompile.passes.find_sites import find_sites
+from dilcompile.passes.match import Match
 from dilcompile.passes.normalize import NormalizeError, normalize
 from dilcompile.passes.regions import Graph, regions
 from dilcompile.passes.trial import Probe, Trial
@@ -20,6 +21,7 @@ from dilcompile.passes.unseen import closed_bodies, like_attention, subclasses
 from dilcompile.policy import Policy, resolve
 from dilcompile.report import GraphReport, Verdict
 from dilcompile.rewriting import rewrite_sites
+from dilcompile.site import AttentionSite
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def rewrite_normal(
     parts = list(regions(graph))
     found = [find_sites(part) for part in parts]
     clock.lap("find")
-    sites = [match.site for findings in found for match in findings.matches]
+    sites = [_with_operands(match) for findings in found for match in findings.matches]
     verdicts = _numbered(resolve(policy, sites, enforce=enforce))
     clock.lap("resolve")
     misses = tuple(miss for findings in found for miss in findings.misses)
@@ -119,6 +121,13 @@ def rewrite_normal(
     report = GraphReport(name, tuple(done.verdicts), misses, notes, clock.seconds)
     rewritten = any(isinstance(verdict, Decision) for verdict in done.verdicts)
     return Outcome(graph.gm if rewritten else None, report, done.tables, tuple(done.trials), done.probe)  # type: ignore[arg-type]
+
+
+def _with_operands(match: Match) -> AttentionSite:
+    """The site with the names of its queries, keys and values in the graph."""
+    sources = (match.q.source, match.k.source, match.v.source)
+    shapes = (", ".join(map(str, source.meta["val"].shape)) for source in sources)
+    return replace(match.site, operands=tuple(f"{source.name} [{shape}]" for source, shape in zip(sources, shapes, strict=True)))
 
 
 def _numbered(verdicts: Sequence[Verdict]) -> list[Verdict]:

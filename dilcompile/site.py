@@ -120,7 +120,8 @@ class MaskSpec:
 class AttentionSite:
     """One attention in the user's model, as the finder proved it.
 
-    Lengths may be symbolic (``torch.SymInt``).
+    Lengths may be symbolic (``torch.SymInt``). ``operands`` are the tensors of the graph that were proven to be queries, keys and
+    values, in this order, each as its node's name and its shape: where the attention begins.
     """
 
     index: int
@@ -147,6 +148,7 @@ class AttentionSite:
     layer: int | None = None
     layer_type: str | None = None
     sinks: str | None = None
+    operands: tuple[str, ...] = ()
 
     @property
     def group(self) -> int:

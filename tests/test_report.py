@@ -277,6 +277,7 @@ SITE_KEYS = {
     "heads": {"type": "integer"}, "kv_heads": {"type": "integer"}, "head_dim": {"type": "integer"}, "v_dim": {"type": "integer"},
     "dtype": {"type": "string"}, "softmax_dtype": {"type": "string"}, "device": {"type": "string"}, "scale": {"type": "number"},
     "softcap": {"type": ["number", "null"]}, "dropout_p": {"type": "number"}, "bias": {"type": ["string", "null"]},
+    "sinks": {"type": ["string", "null"]}, "operands": {"type": "object", "additionalProperties": {"type": "string"}},
     "mask": {"type": "object"},
     "verdict": {"enum": ["rewritten", "kept", "refused"]}, "rule": {"type": ["string", "null"]},
     "form": {"type": ["string", "null"]}, "fidelity": {"enum": ["exact", "approximate", None]},
@@ -296,7 +297,7 @@ def closed(properties: dict[str, Any]) -> dict[str, Any]:
 # Written out by hand: a change of the keys must change VERSION and this.
 REPORT_SCHEMA = closed({
     "schema": {"const": "dilcompile.report"},
-    "version": {"const": 1},
+    "version": {"const": 2},
     "policy": {"type": "string"},
     "graphs": {"type": "array", "items": closed({
         "graph": {"type": "string"},
@@ -310,7 +311,7 @@ REPORT_SCHEMA = closed({
 })  # fmt: skip
 
 
-def test_json_has_the_keys_of_version_1() -> None:
+def test_json_has_the_keys_of_version_2() -> None:
     described = report(decided(), kept(index=1), refused(index=2), decided(q_len=symbolic(64))).to_dict()
     back = json.loads(json.dumps(described, allow_nan=False))
     assert back == described

@@ -13,7 +13,7 @@ from dilcompile.report.totals import totals_of
 from dilcompile.site import AttentionSite, MaskSpec, Miss
 
 SCHEMA = "dilcompile.report"
-VERSION = 1
+VERSION = 2
 
 
 def plain(report: Record) -> dict[str, Any]:
@@ -109,6 +109,8 @@ def _site(site: AttentionSite) -> dict[str, Any]:
         "softcap": site.softcap,
         "dropout_p": site.dropout_p,
         "bias": site.bias,
+        "sinks": site.sinks,
+        "operands": dict(zip(("q", "k", "v"), site.operands, strict=False)),
         "mask": _mask(site.mask),
     }
 

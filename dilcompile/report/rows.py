@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dilcompile.decision import Decision, Rejection
 from dilcompile.report import units
@@ -18,11 +19,12 @@ HEADINGS = ("site", "attention", "mask", "becomes", "numbers", "pairs", "FLOPs",
 
 @dataclass(frozen=True)
 class Row:
-    """One site, or several that are alike but for their layer. A cell is one to three lines, the first the most important.
+    """One site, or several that are alike but for their layer. A cell is one to five lines, the first the most important.
 
     Args:
         site: module path, source line.
-        attention: kind and spelling; sizes; dtype.
+        attention: kind and spelling; sizes; the way of the dtypes; what else the scores go through, where there is any.
+        roles: the tensors that are queries, keys, values, biases and sinks. Sites that differ in them alone are alike.
         mask: the mask that was read, in words; its formula.
         becomes: the form, or ``kept``; the rule.
         numbers: ``exact``, ``approximate`` or ``unchanged``.
@@ -38,7 +40,7 @@ class Row:
     """
 
     site: tuple[str, str]
-    attention: tuple[str, str, str]
+    attention: tuple[str, ...]
     mask: tuple[str, str]
     becomes: tuple[str, str]
     numbers: str
@@ -52,13 +54,14 @@ class Row:
     asked: bool = False
     costs: Costs | None = None
     count: int = 1
+    roles: str = field(default="", compare=False)
 
     @property
     def cells(self) -> tuple[tuple[str, ...], ...]:
         """The lines of every cell, in the order of ``HEADINGS``."""
         held = (
             self.site,
-            self.attention,
+            (*self.attention, self.roles),
             self.mask,
             self.becomes,
             (self.numbers, self.kernel),
@@ -80,7 +83,8 @@ def row_of(verdict: Decision | Rejection) -> Row:
     mask = (str(site.mask), site.mask.formula if site.mask.words else "")
     common = {
         "site": (site.module or "<top>", "" if site.source == "unknown" else site.source),
-        "attention": (f"{site.kind} {site.spelling}", sizes(site), str(site.dtype).removeprefix("torch.")),
+        "attention": (f"{site.kind} {site.spelling}", sizes(site), dtypes(site), besides(site)),
+        "roles": roles(site),
         "mask": mask,
         "costs": costs,
     }
@@ -136,6 +140,28 @@ def sizes(site: AttentionSite) -> str:
     length = q_len if q_len == k_len else f"{q_len} x {k_len}"
     dim = str(site.head_dim) if site.v_dim == site.head_dim else f"{site.head_dim} x {site.v_dim}"
     return f"B {shown(site.batch)}  H {heads}  S {length}  D {dim}"
+
+
+def dtypes(site: AttentionSite) -> str:
+    """``bfloat16``, or ``bfloat16, softmax in float32`` where the model goes through another type."""
+    own, softmax = (str(dtype).removeprefix("torch.") for dtype in (site.dtype, site.softmax_dtype))
+    return own if own == softmax or site.spelling == "sdpa" else f"{own}, softmax in {softmax}"
+
+
+def roles(site: AttentionSite) -> str:
+    """The tensors of the graph by what they are: ``q view_1 [2, 4, 48, 16], k ..., v ..., bias ...``."""
+    named = [*zip("qkv", site.operands, strict=False), ("bias", site.bias), ("sinks", site.sinks)]
+    return ", ".join(f"{role} {held}" for role, held in named if held is not None)
+
+
+def besides(site: AttentionSite) -> str:
+    """A scale of its own, soft cap, bias, sinks, dropout; empty if there is none."""
+    scale = "" if math.isclose(site.scale, site.head_dim**-0.5, rel_tol=1e-6) else f"scale {site.scale:.6g}"
+    softcap = "" if site.softcap is None else f"soft cap {site.softcap:g}"
+    bias = "" if site.bias is None else "bias"
+    sinks = "" if site.sinks is None else "sinks"
+    dropout = f"dropout {site.dropout_p:g}" if site.dropout_p else ""
+    return ", ".join(part for part in (scale, softcap, bias, sinks, dropout) if part)
 
 
 def _pairs(costs: Costs | None) -> tuple[str, str]:

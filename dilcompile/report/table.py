@@ -73,11 +73,11 @@ def _table(rows: list[Row], width: int) -> RenderableType:
 
 
 def _widths(rows: list[Row], width: int) -> list[int]:
-    """The columns' widths. No word is broken where there is room for that, and then no line.
+    """The columns' widths. No word is broken where there is room for that, and then no line of the first three.
 
     Rich by itself takes from every column alike, and cuts numbers.
     """
-    lines = [[heading, *(line for row in rows for line in row.cells[index])] for index, heading in enumerate(HEADINGS)]
+    lines = [[heading, *(line for row in rows for line in row.cells[index][:3])] for index, heading in enumerate(HEADINGS)]
     whole = [max(map(len, held)) for held in lines]
     found = [
         most if heading in _WHOLE_LINES else max(len(word) for line in held for word in line.split())
