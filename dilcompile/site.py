@@ -21,7 +21,7 @@ class ByRow:
     Args:
         word: ``chunk`` (rows and keys of one block), ``prefix`` (keys up to a bound, or causal beyond it), ``rows`` (any
             other run of keys a row), ``label`` (equal labels, which may come back), ``pairs`` (other comparisons of rows with
-            keys).
+            keys), ``other`` (a part could not be read and stays a tensor).
         formula: over (b, q, k), for people.
     """
 
@@ -77,7 +77,7 @@ class MaskSpec:
                 names.append(factor.word)
         if self.key_padding:
             names.append("padding")
-        if self.unread is not None:
+        if self.unread is not None and "other" not in names:
             names.append("other")
         return tuple(names)
 
@@ -89,10 +89,15 @@ class MaskSpec:
                 right = "inf" if self.right is None else str(self.right)
                 parts.append(f"window({left}, {0 if self.causal else right})")
             elif word == "other":
-                parts.append(f"other({self.unread})")
+                parts.append(f"other({self._unclear})")
             else:
                 parts.append(word)
         return " & ".join(parts) or "none"
+
+    @property
+    def _unclear(self) -> str:
+        formulas = [factor.formula for factor in self.by_row if factor.word == "other"]
+        return " and ".join([*formulas, *([] if self.unread is None else [self.unread])])
 
     @property
     def formula(self) -> str:

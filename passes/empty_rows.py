@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
+from dilcompile.passes.biases import Biases
 from dilcompile.passes.emit import Emitter, aten
 from dilcompile.passes.masks.operands import MaskOperands
 from dilcompile.passes.masks.read import Others
@@ -17,12 +18,12 @@ from dilcompile.site import AttentionSite, MaskSpec
 
 @dataclass(frozen=True)
 class Inputs:
-    """Operands of ``dilcompile::attention`` but for the mask: q, k, v [B, H or Hkv, S, D], bias, dropout seed."""
+    """Operands of ``dilcompile::attention`` but for the mask: q, k, v [B, H or Hkv, S, D], biases, dropout seed."""
 
     q: Node
     k: Node
     v: Node
-    bias: Node | None
+    biases: Biases
     seed: Node | None
 
 
@@ -44,7 +45,7 @@ def attend(
         inputs.v,
         mask.key_padding,
         mask.documents,
-        inputs.bias,
+        inputs.biases.total,
         inputs.seed,
         form,
         spec.causal,
@@ -109,13 +110,17 @@ def _by_others(
 
 def _kept(emit: Emitter, inputs: Inputs, instead: Others) -> Inputs:
     """The operands of the second call: those whose gradient the fills cut off are constants."""
-    q, k, bias = inputs.q, inputs.k, inputs.bias
+    q, k, plain = inputs.q, inputs.k, inputs.biases.plain
     if instead.gradient not in ("all", "scores"):
         q, k = emit(aten.detach.default, q), emit(aten.detach.default, k)
-    if instead.flat and bias is not None:
+    if not instead.flat:
+        return replace(inputs, q=q, k=k, biases=Biases(plain))
+    total = inputs.biases.levels
+    if plain is not None and instead.gradient in ("all", "bias"):
         # It is swallowed like the scores; what is left of it is its gradient.
-        bias = None if instead.gradient in ("none", "scores") else emit(aten.sub.Tensor, bias, emit(aten.detach.default, bias))
-    return replace(inputs, q=q, k=k, bias=bias)
+        slope = emit(aten.sub.Tensor, plain, emit(aten.detach.default, plain))
+        total = slope if total is None else emit(aten.add.Tensor, total, slope)
+    return replace(inputs, q=q, k=k, biases=Biases(total))
 
 
 def _uniform_slope(emit: Emitter, q: Node, k: Node, v: Node, site: AttentionSite) -> Node:

@@ -15,9 +15,10 @@ from torch.fx import Node
 from dilcompile.passes.anchors import EmptyRule, MaskOperand
 from dilcompile.passes.atoms import Atom, Leaves
 from dilcompile.passes.axes import Axes
+from dilcompile.passes.drowning import may_drown
 from dilcompile.passes.masks.arithmetic import as_expr, lift
 from dilcompile.passes.masks.bounds import Bounds
-from dilcompile.passes.masks.emptiness import Emptiness, Hiding, emptiness_of
+from dilcompile.passes.masks.emptiness import Emptiness, Hiding, Instead, emptiness_of
 from dilcompile.passes.masks.factors import read_mask
 from dilcompile.passes.masks.hiding import NotAMask, keep_of
 from dilcompile.passes.masks.read import Others, ReadMask
@@ -67,31 +68,55 @@ def read_site_mask(
     hidings: list[Hiding] = []
     bias: list[MaskOperand] = []
     for summand in summands(operands, reader):
-        operand = summand.operand
+        operand, binary = summand.operand, set(reader.binary)
         try:
             visible, hiding = _visible(summand, _indices(operand, roles, axes, places.of), reader)
         except NotAMask:
-            bias.append(operand)
+            reader.binary = binary
+            data = not reader.follows_gradient(operand.node) and may_drown(operand.node, _dtype(operand.on), axes, reader)
+            bias.append(replace(operand, kind="drown") if data else operand)
             continue
         keep = conjunction(keep, visible)
         if hiding is not None:
             # The operands are met from the softmax inwards: what is a bias by now is added after this one.
-            hidings.append(replace(hiding, outer=len(bias)))
+            hidings.append(replace(hiding, outer=sum(one.kind == "add" for one in bias)))
+        if read_mask(places.whole(visible), "zero", reader, lengths).spec.unread is not None:
+            # What can't be read of it stays a tensor beside what can.
+            bias.append(replace(operand, kind="below" if operand.kind == "add" else operand.kind))
     if hidings and seen is not True:
         hidings.append(Hiding(seen, frozenset((-math.inf,)), True, torch.float32))
-    empty = emptiness_of(hidings, len(bias), zero=rule == "zero", training=training, capped=capped)
+    plain = sum(one.kind == "add" for one in bias)
+    empty = emptiness_of(hidings, plain, zero=rule == "zero", training=training, capped=capped)
+    if any(one.kind == "drown" for one in bias):
+        empty = _drowned(empty, hidings)
     if rule == "odd" and empty.rows in ("uniform", "shifted", "others"):
         empty = Emptiness("other")
     if sinks != "none" and hidings:
         # Next to an ordinary sink, keys at the least number weigh nothing at all.
         nothing = all(fill <= _NOTHING for hiding in hidings for fill in hiding.fills)
         empty = Emptiness("zero" if nothing and sinks == "ordinary" else "other")
-    read = replace(read_mask(places.whole(keep), empty.rows, reader, lengths), binary=frozenset(reader.binary))
-    return _with_others(read, empty, rule == "zero", reader, lengths, places), tuple(bias)
+    read = read_mask(places.whole(keep), empty.rows, reader, lengths, tensors=any(one.kind != "add" for one in bias))
+    read = replace(read, binary=frozenset(reader.binary))
+    data = any(one.kind == "drown" for one in bias)
+    return _with_others(read, empty, rule == "zero", data, reader, lengths, places), tuple(bias)
 
 
-def _with_others(read: ReadMask, empty: Emptiness, zero: bool, reader: MaskReader, lengths: Lengths, places: Places) -> ReadMask:
-    """The mask with what rows without keys see instead."""
+def _drowned(empty: Emptiness, hidings: Sequence[Hiding]) -> Emptiness:
+    """A float mask that is data may swallow all scores of a row, whose keys then weigh by its own numbers."""
+    if empty.rows not in ("zero", "nan") or any(hiding.fills != {-math.inf} for hiding in hidings):
+        return Emptiness("other")
+    return Emptiness("others", (Instead(conjunction(*(hiding.keep for hiding in hidings)), True, "all"),))
+
+
+def _with_others(
+    read: ReadMask, empty: Emptiness, zero: bool, data: bool, reader: MaskReader, lengths: Lengths, places: Places
+) -> ReadMask:
+    """The mask with what rows without keys see instead.
+
+    Args:
+        zero: rows that see nothing at all become 0, not NaN.
+        data: a float mask may hide what the formulas show.
+    """
     if read.spec.empty_rows != "others":
         return read
     stages = empty.instead
@@ -100,7 +125,7 @@ def _with_others(read: ReadMask, empty: Emptiness, zero: bool, reader: MaskReade
         return replace(read, spec=replace(read.spec, empty_rows="zero"), all_if_none=True)
     others = []
     for stage in stages:
-        mask = read_mask(places.whole(stage.visible), "zero" if zero else "nan", reader, lengths)
+        mask = read_mask(places.whole(stage.visible), "zero" if zero else "nan", reader, lengths, tensors=data)
         if mask.spec.unread is not None:
             return replace(read, spec=replace(read.spec, empty_rows="other"))
         others.append(Others(mask, stage.flat, stage.gradient))

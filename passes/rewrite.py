@@ -9,9 +9,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from dilcompile.decision import Decision
-from dilcompile.passes.anchors import MaskOperand, Sink
-from dilcompile.passes.atoms import Atom, Layout, Leaves, flat, leaves, same_size
+from dilcompile.passes.anchors import Sink
+from dilcompile.passes.atoms import Atom, Leaves, flat, leaves, same_size
 from dilcompile.passes.axes import Axes
+from dilcompile.passes.biases import emit_biases
 from dilcompile.passes.emit import Emitter, aten
 from dilcompile.passes.empty_rows import Inputs, attend, rows_without_keys
 from dilcompile.passes.masks.binary import assert_binary
@@ -24,6 +25,7 @@ from dilcompile.passes.operands import Operand
 from dilcompile.passes.operators import is_tensor, shape_of
 from dilcompile.passes.regions import Graph
 from dilcompile.passes.roles import Roles
+from dilcompile.passes.score_order import in_score_order
 from dilcompile.site import Length
 
 
@@ -55,9 +57,9 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
         others = [other.copied(Emitter(graph.gm, place)) for other in others]
     if match.starts is not None:
         mask = replace(mask, documents=_documents(emit, match.starts, site.k_len))
-    bias = _bias(emit, match.bias, roles, axes, site.dtype)
+    biases = emit_biases(emit, match.bias, roles, axes)
     seed = _seed(emit, q) if site.dropout_p > 0 else None
-    inputs = Inputs(q, k, v, bias, seed)
+    inputs = Inputs(q, k, v, biases, seed)
     call = attend(emit, inputs, mask, spec, site, str(decision.form), decision.kernel)
     out = emit.item(call, 0)
     if decision.fidelity == "exact" and spec.empty_rows != "zero":
@@ -158,52 +160,6 @@ def _broadcast(emit: Emitter, node: Node, atoms: list[Atom | None], sizes: list[
     return emit(aten.expand.default, node, target + [-1] * rest)
 
 
-def _bias(emit: Emitter, operands: Sequence[MaskOperand], roles: Roles, axes: Axes, dtype: torch.dtype) -> Node | None:
-    """The sum of all biases, broadcastable to [B, H, Sq, Sk]."""
-    total: Node | None = None
-    for operand in operands:
-        part = _in_score_order(emit, operand.node, roles.score_dims(operand.on, axes), roles)
-        if operand.factor != 1.0:
-            part = emit(aten.mul.Scalar, part, operand.factor)
-        total = part if total is None else emit(aten.add.Tensor, total, part)
-    return total
-
-
-def _in_score_order(emit: Emitter, tensor: Node, dims: Layout, roles: Roles) -> Node:
-    """A tensor that is broadcast against score dims, broadcastable to [B, H, Sq, Sk]."""
-    shape = shape_of(tensor)
-    dims = dims[len(dims) - len(shape) :]
-    atoms: list[Atom] = []
-    sizes: list[Length] = []
-    for dim, size in zip(dims, shape, strict=True):
-        own = leaves(dim)
-        atoms += own
-        # A dim of size 1 is broadcast along all the atoms it stands for.
-        sizes += [1] * len(own) if same_size(size, 1) else [atom.size for atom in own]
-    node = emit.reshape(tensor, sizes)
-    groups = [
-        [axis.out for axis in roles.batch],
-        [axis.out for axis in roles.heads],
-        list(roles.out_rows),
-        list(roles.score_columns),
-    ]
-    present = [[_index_of(atoms, atom) for atom in group if any(atom is a for a in atoms)] for group in groups]
-    node = emit.permute(node, [i for group in present for i in group])
-    merged = [_product(sizes[i] for i in group) for group in present]
-    spread = [_spread([sizes[i] for i in group], group, atoms) for group in present]
-    if any(spread):
-        full = [atoms[i].size if spread[g] else sizes[i] for g, group in enumerate(present) for i in group]
-        node = emit(aten.expand.default, node, [emit.size(size) for size in full])
-        merged = [_product(atoms[i].size for i in group) if spread[g] else merged[g] for g, group in enumerate(present)]
-    return emit.reshape(node, merged)
-
-
-def _spread(sizes: list[Length], group: list[int], atoms: list[Atom]) -> bool:
-    """Must a partly broadcast group be written out, because its atoms merge into one dim?"""
-    ones = [same_size(size, 1) for size in sizes]
-    return any(ones) and not all(ones)
-
-
 def _past_sinks(emit: Emitter, out: Node, lse: Node, sinks: Sequence[Sink], roles: Roles, axes: Axes) -> Node:
     """What is left of the keys' output once sinks have taken their part: ``out * sigmoid(lse - sink)`` for each in turn."""
     for sink in sinks:
@@ -226,7 +182,7 @@ def _sink_logit(emit: Emitter, sink: Sink, roles: Roles, axes: Axes, dtype: torc
     node = emit(aten.logsumexp.default, node, [sink.dim], True)
     dims = list(axes[sink.on])
     dims[sink.dim] = roles.score_columns
-    return emit(aten.squeeze.dim, _in_score_order(emit, node, tuple(dims), roles), -1)
+    return emit(aten.squeeze.dim, in_score_order(emit, node, tuple(dims), roles), -1)
 
 
 def _documents(emit: Emitter, starts: Node, k_len: Length) -> Node:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from finding import Call, Case, double, said  # noqa: F401  (the fixture works by being here)
+from finding import Call, Case, check, double, said  # noqa: F401  (the fixture works by being here)
 from spellings import agree, square_tensors
 from torch import Tensor
 
@@ -213,3 +213,55 @@ def test_rows_without_keys_see_what_the_model_makes_them_see(case: Case, hidden:
         given[3][0] = False
     found = agree(Call(function), *given)
     assert said(found) == golden, name
+
+
+def _square(fill: float) -> Callable[[], Tensor]:
+    """A float mask of the caller: causal after padding from the left, a batch row hidden whole, and one pair at -inf."""
+
+    def make() -> Tensor:
+        mask = torch.zeros(B, 1, LENGTH, LENGTH).masked_fill(~torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(), fill)
+        mask[1, :, :, :4] = fill
+        mask[0, :, 6] = fill
+        mask[0, :, 6, 3] = -torch.inf
+        mask[1, :, 2, :2] = fill / 4
+        return mask
+
+    return make
+
+
+def _through_data(mask: Tensor) -> Tensor:
+    """The mask as the reader can't see through."""
+    return mask.roll(1, -1).roll(-1, -1)
+
+
+TENSORS: list[Case] = [
+    ("a float mask", lambda q, k, v, m: attend(q @ k.mT + m.detach(), v), long(_square(LEAST)), "other(float masks that are data) + bias (others)"),
+    ("a float mask of another fill", lambda q, k, v, m: attend(q @ k.mT + m.detach(), v), long(_square(-1e30)), "other(float masks that are data) + bias (others)"),
+    ("a float mask and a bias", lambda q, k, v, m, a: attend(q @ k.mT + (a + m.detach()), v), long(_square(LEAST), lambda: torch.randn(H, 1, LENGTH)), "other(float masks that are data) + bias (others)"),
+    ("a float mask beside a causal one", lambda q, k, v, m: attend(_then(q @ k.mT, lambda r, c: c <= r, -torch.inf) + m.detach(), v), long(_square(LEAST)), "causal & other(float masks that are data) + bias (others)"),
+    ("a float mask, and a fill", lambda q, k, v, m: attend(_then(q @ k.mT, lambda r, c: c <= r, LEAST) + m.detach(), v), long(_square(LEAST)), "kept: causal & other(float masks that are data) + bias (other)"),
+    ("a float mask under a cap", lambda q, k, v, m: attend(torch.tanh(q @ k.mT) + m.detach(), v), long(_square(LEAST)), "other(float masks that are data) + bias (others)"),
+    ("a float mask under SDPA", lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m.detach())[:, :, 7:], long(_square(LEAST)), "other(float masks that are data) + bias (others)"),
+    ("a bool mask", lambda q, k, v, m: attend((q @ k.mT).masked_fill(_through_data(m), LEAST), v), long(lambda: _square(1.0)() > 0), "other(not (roll_1(b, 0, q, k))) (uniform)"),
+    ("a bool mask under SDPA", lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m), long(lambda: _square(1.0)() == 0), "other(l_inputs_3_(b, 0, q, k)) (zero)"),
+    ("a bool mask beside a causal one", lambda q, k, v, m: attend((q @ k.mT).masked_fill(m | ~(torch.arange(LENGTH)[:, None] >= torch.arange(LENGTH)), LEAST), v), long(lambda: _square(1.0)() > 0), "causal & other(not (l_inputs_3_(b, 0, q, k))) (uniform)"),
+    ("a bool mask a head", lambda q, k, v, m: attend((q @ k.mT).masked_fill(m, LEAST), v), long(lambda: torch.rand(H, LENGTH, LENGTH) > 0.8), "other(not (l_inputs_3_(h, q, k))) (uniform)"),
+    ("a bool mask that chooses what is added", lambda q, k, v, m: attend(q @ k.mT + torch.where(_through_data(m), LEAST, 0.0), v), long(lambda: _square(1.0)() > 0), "other(not (roll_1(b, 0, q, k))) (shifted)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TENSORS, ids=lambda case: case[0])
+def test_what_can_not_be_read_stays_a_tensor(case: Case) -> None:
+    check(case)
+
+
+def test_rows_of_infinities_become_nan() -> None:
+    """Their gradients are not reproduced: they would poison every weight."""
+    with torch.no_grad():
+        case: Case = (
+            "infinities",
+            lambda q, k, v, m: attend(q @ k.mT + m, v),
+            long(_square(-torch.inf)),
+            "other(float masks that are data) + bias (others)",
+        )
+        check(case, gradients=False)

@@ -115,8 +115,8 @@ WRITTEN: list[Case] = [
     ("scores, through a view", scores_through_view, qkv, "miss: the scores are written through another view"),
     ("an additive mask, by setitem", mask_setitem, qkv, "none + bias (zero)"),
     ("an additive mask, seen through an older view", mask_view_made_before, qkv, "none + bias (zero)"),
-    ("a mask of SDPA, by setitem", sdpa_mask_setitem, qkv, "kept: other(ones(q, k)) (zero)"),
-    ("a mask of SDPA, through a view", sdpa_mask_view_filled, qkv, "kept: other(tril(q, k)) (zero)"),
+    ("a mask of SDPA, by setitem", sdpa_mask_setitem, qkv, "other(ones(q, k)) (zero)"),
+    ("a mask of SDPA, through a view", sdpa_mask_view_filled, qkv, "other(tril(q, k)) (zero)"),
     ("padding, after it was used", padding_written_later, _with(padding), "padding (uniform)"),
     ("queries, through a view", query_scaled_through_view, qkv, "miss: it is written in place before the attention ends"),
     ("scores, under their own name", scores_in_place, qkv, "causal (zero)"),
@@ -250,7 +250,7 @@ MASKS: list[Case] = [
     ("strictly earlier", hide(lambda: ~torch.ones(S, S, dtype=torch.bool).tril(-1)), qkv, "window(inf, -1) (uniform)"),
     ("not earlier", hide(lambda: ~torch.ones(S, S, dtype=torch.bool).triu()), qkv, "window(0, inf) (zero)"),
     ("two later", hide(lambda: ~torch.ones(S, S, dtype=torch.bool).triu(2)), qkv, "window(-2, inf) (uniform)"),
-    ("turned round", hide(lambda: later().flip(-1)), qkv, "kept: other(not (flip(q, k))) (uniform)"),
+    ("turned round", hide(lambda: later().flip(-1)), qkv, "other(not (flip(q, k))) (uniform)"),
     ("a prefix", hide(lambda: (lambda q, k: ~((k <= q) | (k < 3)))(*places())), qkv, "prefix (zero)"),
     ("indexed from the back", hide(lambda: later()[torch.arange(S) - 1]), qkv, "rows (uniform)"),
     ("indexed in order", hide(lambda: later()[torch.arange(S)]), qkv, "causal (zero)"),
@@ -260,7 +260,7 @@ MASKS: list[Case] = [
     ("padding of values 0 and 2", hide(_per_row(lambda m: m == 0)), _with(lambda: padding(torch.int64) * 2), "padding (uniform)"),
     ("padding below zero", hide(_per_row(lambda m: m < 0)), _with(lambda: padding(torch.int64) - 1), "padding (uniform)"),
     ("padding of the queries too", hide(lambda m: ~(m[:, None, None] & m[:, None, :, None])), _with(padding), "rows & padding (uniform)"),
-    ("padding along the heads", hide(lambda m: ~m[None, :, None]), lambda: (*qkv(), torch.rand(H, S) > 0.2), "kept: other(l_inputs_3_(h, k)) (uniform)"),
+    ("padding along the heads", hide(lambda m: ~m[None, :, None]), lambda: (*qkv(), torch.rand(H, S) > 0.2), "other(l_inputs_3_(h, k)) (uniform)"),
     ("an offset as a tensor", hide(lambda p: (lambda q, k: ~(k <= q + p))(*places())), lambda: (*qkv(), torch.tensor(1)), "causal (uniform)"),
     ("an offset a batch row", hide(lambda p: (lambda q, k: ~(k <= q + p[:, None, None, None]))(*places())), lambda: (*qkv(), torch.tensor([1, 2])), "rows (uniform)"),
     ("padding behind memory keys", hide(lambda m: ~torch.cat((torch.ones(B, 2, dtype=torch.bool), m), -1)[:, None, None]), lambda: (*qkv(S, S + 2), padding()), "padding (uniform)"),
@@ -300,7 +300,7 @@ ADDED: list[Case] = [
     ("bytes", add(lambda m: (1 - m[:, None, None]) * -1e4), _with(lambda: padding(torch.uint8)), "none + bias (zero)"),
     ("bytes that wrap around", add(lambda m: (m[:, None, None] - 1) * 1e4), _with(lambda: padding(torch.uint8)), "none + bias (zero)"),
     ("positions beside data", add(lambda m: m[:, None, None] * -10000.0 + torch.arange(S) * 2000.0), _with(lambda: padding(torch.int64)), "padding + bias (zero)"),
-    ("a constant", add(lambda: torch.where(later(), -1e30, 1.0)), qkv, "none + bias (zero)"),
+    ("a constant", add(lambda: torch.where(later(), -1e30, 1.0)), qkv, "other(float masks that are data) + bias (others)"),
     ("causal and padding in one", lambda q, k, v, m: attend(torch.where(~later() & m[:, None, None], q @ k.mT, LEAST), v), _with(lambda: padding(left=True)), "causal & padding (uniform)"),
     ("causal and padding by one addition", add(lambda m: torch.where(~later() & m[:, None, None], 0.0, LEAST)), _with(lambda: padding(left=True)), "causal & padding (shifted)"),
     ("causal and padding by a small number", add(lambda m: (1 - (~later() & m[:, None, None]).to(torch.float64)) * -1e4), _with(lambda: padding(left=True)), "causal & padding (others)"),
@@ -388,7 +388,7 @@ def test_a_checked_buffer_is_read_as_a_band_and_an_odd_one_is_not() -> None:
 
         module.function = call if table.dtype is torch.bool else _float_table(module, table)
         texts.append(said(agree(module, *qkv())))
-    assert texts == ["causal (zero)", "kept: other(l_self_buffers_table_(q, k)) (uniform)", "causal (zero)", "causal (zero)"]
+    assert texts == ["causal (zero)", "other(l_self_buffers_table_(q, k)) (uniform)", "causal (zero)", "causal (zero)"]
 
 
 def _float_table(module: Call, table: Tensor) -> Callable[..., Tensor]:

@@ -32,11 +32,12 @@ class _Sorted:
     others: list[Truth] = field(default_factory=list)
 
 
-def read_mask(keep: Truth, empty: EmptyRows, reader: MaskReader, lengths: Lengths) -> ReadMask:
+def read_mask(keep: Truth, empty: EmptyRows, reader: MaskReader, lengths: Lengths, *, tensors: bool = False) -> ReadMask:
     """Sort the factors of ``keep(b, h, q, k)``.
 
     Args:
         empty: what rows become that see no key.
+        tensors: masks that are not read wholly stay operands as tensors, so that nothing is left out.
     """
     bounds = Bounds(reader.sizes)
     keep = bounds.settle(keep)
@@ -58,13 +59,16 @@ def read_mask(keep: Truth, empty: EmptyRows, reader: MaskReader, lengths: Length
         else:
             formulas.append(formula)
             named.append((_pair_word(factor), factor))
-    never = not unread and _always_sees(conjunction(*factors), found, band, bounds, lengths)
+    by_row = [ByRow(word, describe(factor, reader)) for word, factor in named]
+    if tensors:
+        by_row.append(ByRow("other", " and ".join(sorted(unread)) or "float masks that are data"))
+    never = not unread and not tensors and _always_sees(conjunction(*factors), found, band, bounds, lengths)
     spec = replace(
         band.spec,
         key_padding=bool(found.padding),
         documents=bool(found.documents),
-        by_row=tuple(ByRow(word, describe(factor, reader)) for word, factor in named),
-        unread=" and ".join(sorted(unread)) or None,
+        by_row=tuple(by_row),
+        unread=None if tensors else " and ".join(sorted(unread)) or None,
         empty_rows="zero" if never else empty,
     )
     return ReadMask(

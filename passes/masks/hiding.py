@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sympy
+import torch
 
 from dilcompile.passes.masks.reader import MaskReader
 from dilcompile.passes.masks.terms import Choice, Element, Eq0, Expr, Less, Number, Truth, if_else
@@ -16,6 +17,11 @@ _LARGEST_SCORE = 16.0
 def absorbs(fill: float, resolution: float) -> bool:
     """Is nothing left of an ordinary score after the fill is added, at this relative resolution of the dtype?"""
     return -fill * resolution >= _LARGEST_SCORE
+
+
+def swallows(dtype: torch.dtype) -> float:
+    """What is added to an ordinary score of this dtype and leaves nothing of it: this number, and all below."""
+    return -_LARGEST_SCORE / torch.finfo(dtype).eps
 
 
 class NotAMask(Exception):

@@ -132,6 +132,10 @@ class MaskReader:
         """Does a gradient flow into this element?"""
         return self._carries_gradient(self.elements[int(element.args[0])])
 
+    def follows_gradient(self, node: Node) -> bool:
+        """Does a gradient flow into this tensor?"""
+        return self._carries_gradient(node)
+
     def wrapped(self, element: Expr) -> bool:
         """May it be the result of arithmetic that wrapped around?"""
         node = self.elements[int(element.args[0])]
