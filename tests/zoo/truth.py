@@ -69,6 +69,7 @@ class Watch(TorchDispatchMode):
         self._held: list[Tensor] = list(weights)  # an id stays its tensor's while the tensor lives
         self._weights = {id(weight) for weight in self._held}
         self._scores: dict[int, frozenset[int]] = {}
+        self._written: dict[int, frozenset[int]] = {}  # memory that scores were written into, whoever reads it
         self._probabilities: dict[int, frozenset[int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -83,22 +84,23 @@ class Watch(TorchDispatchMode):
         return out
 
     def _follow(self, name: str, given: list[Tensor], made: list[Tensor], in_place: bool) -> None:
-        scores = frozenset().union(*(self._scores.get(id(x), frozenset()) for x in given))
+        scores = frozenset().union(*(self._scores_of(x) for x in given))
         probabilities = frozenset().union(*(self._probabilities.get(id(x), frozenset()) for x in given))
         if name in PRODUCTS:
-            self._product(given[-2:], made)
+            self._product(given[-2:], made, scores)
         elif name in SOFTMAXES:
             self._softmax(scores, probabilities, made)
         elif name in CARRIERS:
             self._carry(name, given, made, scores, probabilities, in_place)
 
-    def _product(self, operands: list[Tensor], made: list[Tensor]) -> None:
+    def _product(self, operands: list[Tensor], made: list[Tensor], scores: frozenset[int]) -> None:
         for operand in operands:
             for softmax in self._probabilities.get(id(operand), ()):
                 self.truth.softmaxes[softmax] += 1
-        if not any(id(operand) in self._weights for operand in operands):
-            for tensor in made:
-                self._scores[id(tensor)] = frozenset({id(tensor)})
+        mixed = any(id(operand) in self._weights for operand in operands)
+        for tensor in made:
+            # Scores that weights mix (talking heads) are scores still.
+            self._scores[id(tensor)] = scores if mixed else frozenset({id(tensor)})
 
     def _softmax(self, scores: frozenset[int], probabilities: frozenset[int], made: list[Tensor]) -> None:
         if not probabilities and scores:
@@ -123,6 +125,11 @@ class Watch(TorchDispatchMode):
                 self._scores[id(tensor)] = scores
             if given and all(id(x) in self._weights for x in given):
                 self._weights.add(id(tensor))
-        # A write through a view: the tensor written to is a score from now on, too.
         if in_place and given and scores and not probabilities:
-            self._scores[id(given[0])] = scores
+            self._written[given[0].untyped_storage()._cdata] = scores
+
+    def _scores_of(self, tensor: Tensor) -> frozenset[int]:
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            return self._scores.get(id(tensor), frozenset())
+        written = self._written.get(tensor.untyped_storage()._cdata, frozenset())
+        return self._scores.get(id(tensor), frozenset()) | written
