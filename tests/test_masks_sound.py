@@ -118,7 +118,7 @@ WRITTEN: list[Case] = [
     ("a mask of SDPA, by setitem", sdpa_mask_setitem, qkv, "other(ones(q, k)) (zero)"),
     ("a mask of SDPA, through a view", sdpa_mask_view_filled, qkv, "other(tril(q, k)) (zero)"),
     ("padding, after it was used", padding_written_later, _with(padding), "padding (uniform)"),
-    ("queries, through a view", query_scaled_through_view, qkv, "miss: it is written in place before the attention ends"),
+    ("queries, through a view", query_scaled_through_view, qkv, "none (zero)"),
     ("scores, under their own name", scores_in_place, qkv, "causal (zero)"),
 ]  # fmt: skip
 
