@@ -219,10 +219,29 @@ def _copied(mini: FxGraph, node: Node, inputs: Mapping[Node, Node], root: dict[s
         name = f"held_{len(root)}"
         root[name] = held.double().cpu() if isinstance(held, torch.Tensor) and held.is_floating_point() else held
         return mini.get_attr(name)
-    copy = mini.node_copy(node, lambda arg: inputs[arg])
+    given = {own: _narrowed(mini, own, copy, node) for own, copy in inputs.items()}
+    copy = mini.node_copy(node, lambda arg: given[arg])
     copy.args, copy.kwargs = _widened(copy.args), _widened(copy.kwargs)
     _without_chance(copy)
     return copy
+
+
+def _narrowed(mini: FxGraph, own: Node, copy: Node, reader: Node) -> Node:
+    """What ``reader`` gets of a value whose dtype it narrows: in float64 the range of its own dtype is kept, the rounding is not.
+
+    A mask's finite fill may be infinite after such a cast, which makes another thing of a row that sees nothing.
+    """
+    before, after = own.meta.get("val"), reader.meta.get("val")
+    if not (isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)):
+        return copy
+    if not (before.dtype.is_floating_point and after.dtype.is_floating_point):
+        return copy
+    most = torch.finfo(after.dtype).max
+    return mini.call_function(_in_range, (copy, most)) if torch.finfo(before.dtype).max > most else copy
+
+
+def _in_range(x: torch.Tensor, most: float) -> torch.Tensor:
+    return torch.where(x > most, torch.inf, torch.where(x < -most, -torch.inf, x))
 
 
 def _attribute(node: Node) -> Any:

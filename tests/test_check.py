@@ -353,6 +353,21 @@ def test_writes_through_views_are_part_of_the_site(monkeypatch: pytest.MonkeyPat
     assert not [r for r in report.rejections if "numerics.check" in r.reason]
 
 
+class Narrowing(nn.Module):
+    """Its finite fill is infinite where the softmax is taken: a row that sees nothing is NaN, not the mean."""
+
+    def forward(self, q: Tensor, keep: Tensor) -> Tensor:
+        scores = (q @ q.mT).masked_fill(keep[:, None, None, :] == 0, torch.finfo(torch.float64).min)
+        return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ q
+
+
+def test_casts_keep_their_range() -> None:
+    q, keep = torch.randn(2, 2, 12, 8, dtype=torch.float64), torch.ones(2, 12, dtype=torch.int64)
+    (verdict,) = dilcompile.explain(Narrowing(), q, keep, policy=policy("compile")).graphs[0].verdicts
+    assert isinstance(verdict, Decision), verdict
+    assert verdict.site.mask.empty_rows == "nan"
+
+
 def test_dropout_is_left_out_of_the_comparison() -> None:
     (decision, _) = dilcompile.explain(Stack(dropout=0.5), torch.randn(2, 16, 32), policy=policy("compile")).decisions
     assert any("compared on" in note for note in decision.notes)
