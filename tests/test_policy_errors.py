@@ -77,9 +77,9 @@ IN_RULE = {
     "match: {causal: yes}": "match.causal: expected true or false, got 'yes'",
     "match: {causal: 1}": "match.causal: expected true or false, got 1",
     "match: {kind: slef}": "match.kind: expected 'self', 'cross' or 'any', got 'slef' (did you mean 'self'?)",
-    "match: {masked: []}": "match.masked: expected a list (each entry 'none', 'causal', 'window', 'document', 'padding' or"
+    "match: {masked: []}": "match.masked: expected a list (each entry 'none', 'causal', 'window', 'chunk', 'prefix', 'document', 'label', 'rows', 'pairs', 'padding' or"
     " 'other'), got an empty list",
-    "match: {masked: [causal, windw]}": "match.masked[1]: expected 'none', 'causal', 'window', 'document', 'padding' or"
+    "match: {masked: [causal, windw]}": "match.masked[1]: expected 'none', 'causal', 'window', 'chunk', 'prefix', 'document', 'label', 'rows', 'pairs', 'padding' or"
     " 'other', got 'windw' (did you mean 'window'?)",
     "match: {module: ''}": "match.module: expected text, got an empty text",
     "match: {module: 7}": "match.module: expected a module pattern or a list of them, got 7",

@@ -21,7 +21,7 @@ from dilcompile.site import AttentionSite
 Holds = TypeVar("Holds", bound=Callable[[AttentionSite, Any], bool])
 Covers = Callable[[Any, Any], bool]
 
-Mask = Literal["none", "causal", "window", "document", "padding", "other"]
+Mask = Literal["none", "causal", "window", "chunk", "prefix", "document", "label", "rows", "pairs", "padding", "other"]
 Dtype = Literal["float64", "float32", "float16", "bfloat16", "fp64", "fp32", "fp16", "bf16"]
 LONG_NAMES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -104,7 +104,8 @@ def causal(site: AttentionSite, value: bool) -> bool:
 
 @predicate("[none, causal]", _superset)
 def masked(site: AttentionSite, value: Mask | tuple[Mask, ...]) -> bool:
-    """The site's mask has one of these factors. `none`: it has no mask; `other`: a part could not be read."""
+    """The site's mask has one of these factors. `none`: no mask. `label`: equal labels, which may come back; `rows`: any other
+    run of keys a row; `pairs`: other comparisons of rows with keys; `other`: a part could not be read."""
     words = site.mask.words or ("none",)
     return any(word in words for word in _listed(value))
 

@@ -104,7 +104,7 @@ def _scores_bytes(site: AttentionSite, size: Problem) -> int:
 def _mask_bytes(site: AttentionSite, size: Problem) -> int:
     """Only where a mask tensor is certain: SDPA's causal flag needs none."""
     words = set(site.mask.words)
-    by_row = bool(words & {"padding", "document"})
+    by_row = bool(words - {"causal", "window", "chunk", "prefix"})
     if "other" in words or not words or (site.spelling == "sdpa" and words == {"causal"}):
         return 0
     return (size.batch if by_row else 1) * size.q_len * size.k_len
