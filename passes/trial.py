@@ -29,7 +29,7 @@ class Trial:
 
     Args:
         gm: takes the values of ``leaves``, in their order, and gives (the site's own output, the replacement's). All of it
-            computes in float64 on the CPU, without dropout, by whichever kernel supports that.
+            computes in float64 on the CPU, without dropout, by the reference kernel.
         leaves: the nodes of the whole graph whose values it needs: where it was cut, and inputs of the graph.
         cuts: those of them that may hold any numbers.
         tables: those of them that are buffers, with their values.
@@ -264,11 +264,11 @@ def _widened(value: Any) -> Any:
 
 
 def _without_chance(node: Node) -> None:
-    """No dropout, and no kernel that only other dtypes have."""
+    """No dropout; of the kernels the one that is written from the definition and takes everything."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return
-    neutral = {"dropout_p": 0.0, "kernel": None, "half_to_float": False}
+    neutral: dict[str, Any] = {"dropout_p": 0.0, "kernel": "reference", "half_to_float": False}
     if "dropout" in schema.name:
         neutral["p"] = 0.0
     for i, argument in enumerate(schema.arguments):

@@ -45,9 +45,9 @@ REGIMES = {
         Regime("training", train=True, fusions=True),
         Regime("left", Setting(padding="left"), families=TEXT),
         Regime("ones", Setting(padding="ones"), families=TEXT),
-        Regime("none", Setting(padding="none"), families=TEXT, fusions=True),
+        Regime("none", Setting(padding="none"), families=TEXT),
         Regime("cache", Setting(cache=True), families=CACHED, fusions=True),
-        Regime("bf16", dtype=torch.bfloat16, fusions=True),
+        Regime("bf16", dtype=torch.bfloat16),
         Regime("dynamic", dynamic=True, families=TEXT | {"torch_nn", "handwritten"}),
     )
 }
