@@ -81,13 +81,13 @@ def supports(call: Call, backward: bool) -> str | None:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """See ``Kernel``."""
-    return views.forward(call, _engine(call))
+    return views.forward(call, _engine(call, bias_is_mask=True))
 
 
 def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
     """See ``Kernel``."""
-    return views.backward(call, _engine(call), out, lse, grad_out, grad_lse)
+    return views.backward(call, _engine(call, bias_is_mask=not call.bias_grad), out, lse, grad_out, grad_lse)
 
 
-def _engine(call: Call) -> Engine:
-    return FlashEngine() if needs_math(call) is None else MathEngine()
+def _engine(call: Call, bias_is_mask: bool) -> Engine:
+    return FlashEngine() if needs_math(call, bias_is_mask) is None else MathEngine()

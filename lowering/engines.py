@@ -60,15 +60,19 @@ class Result:
     lse: Tensor
 
 
-def needs_math(call: Call) -> str | None:
-    """Why the flash op can't compute this call, or None."""
+def needs_math(call: Call, bias_is_mask: bool = False) -> str | None:
+    """Why a flash op can't compute this call, or None.
+
+    Args:
+        bias_is_mask: the op adds a mask of floats, which a bias may be where its gradient is not asked for.
+    """
     if call.softcap is not None:
         return "softcap"
     if call.dropout_p > 0:
         return "dropout by position"
     if call.flat:
         return "flat scores"
-    if call.bias is not None:
+    if call.bias is not None and not bias_is_mask:
         return "a bias over all pairs"
     if call.problem.head_dim != call.problem.v_dim:
         return f"head sizes of q and v differ ({call.problem.head_dim} and {call.problem.v_dim})"
@@ -92,19 +96,45 @@ def _whole(block: Block) -> Cut:
 
 def masked_cuts(part: Part, block: Block) -> Iterator[Masked]:
     piece, dtype, device = block.piece, part.call.score_dtype, part.call.q.device
-    simple = piece.is_full or piece.is_causal
-    if part.row_masks is None and not piece.exclusive and part.padding is None:
+    simple = part.row_masks is None and not piece.exclusive and (piece.is_full or piece.is_causal)
+    added = None if part.bias is None else block.view(part.bias)
+    by_key = part.bias is None or part.bias.row == 0
+    if part.row_masks is None and not piece.exclusive and part.padding is None and added is None:
         shape = (piece.rows, piece.keys, piece.low, piece.high)
-        bias = None if simple else band_bias(shape, dtype, device)
-        yield Masked(_whole(block), bias, piece.is_causal, None)
-    elif part.row_masks is None and not piece.exclusive and simple and part.padding is not None:
-        keep = block.view(part.padding)
-        sees = keep.cumsum(-1)[..., 0, : piece.rows] > 0 if piece.is_causal else keep.any(-1)
-        yield Masked(_whole(block), as_bias(keep, dtype), piece.is_causal, sees)
+        yield Masked(_whole(block), None if simple else band_bias(shape, dtype, device), piece.is_causal, None)
+    elif simple and by_key:
+        yield _by_key(part, block, added)
+    elif simple and piece.is_full and part.padding is None and added is not None:
+        yield Masked(_whole(block), added.to(dtype), False, _narrow_heads(part, block, added).amax(-1) > -torch.inf)
     else:
         for cut, visible in _visible_cuts(part, block, shared=True):
-            if visible is not None:
+            if visible is None:
+                continue
+            if added is None:
                 yield Masked(cut, as_bias(visible, dtype), False, visible.any(-1))
+                continue
+            mask = added[cut].to(dtype).masked_fill(~visible, -torch.inf)
+            yield Masked(cut, mask, False, mask.amax(-1) > -torch.inf)
+
+
+def _by_key(part: Part, block: Block, added: Tensor | None) -> Masked:
+    """One number a key, on top of a full or causal block: the op needs no more of the mask than that row."""
+    piece, dtype = block.piece, part.call.score_dtype
+    mask = None if part.padding is None else as_bias(block.view(part.padding), dtype)
+    if added is not None:
+        row = added[..., :1, :].to(dtype)
+        mask = row if mask is None else row + mask
+    assert mask is not None
+    keep = mask > -torch.inf
+    sees = keep.cumsum(-1)[..., 0, : piece.rows] > 0 if piece.is_causal else keep.any(-1)
+    return Masked(_whole(block), mask, piece.is_causal, sees)
+
+
+def _narrow_heads(part: Part, block: Block, added: Tensor) -> Tensor:
+    """The bias without repeats over the second folded dim."""
+    assert part.bias is not None
+    repeated = all(part.bias.stride(axis) == 0 for axis in block.second)
+    return added[:, :1] if repeated else added
 
 
 def _visible_cuts(part: Part, block: Block, shared: bool = False) -> Iterator[tuple[Cut, Tensor | None]]:
@@ -121,7 +151,8 @@ def _visible_cuts(part: Part, block: Block, shared: bool = False) -> Iterator[tu
         first, last = keys_seen(piece, row, stop)
         return (first, last) if masks is None else masks.narrowed(block, row, stop, first, last)
 
-    free = shared and masks is not None and not any(axis.batch for axis in block.second) and where is None
+    still = part.bias is None or all(part.bias.stride(axis) == 0 for axis in block.second)
+    free = shared and masks is not None and still and not any(axis.batch for axis in block.second) and where is None
     for cut in cuts(block, _PAIRS_AT_ONCE, keys_of, whole_second=free):
         first, second, _, keys = cut
         if keys.stop == keys.start:

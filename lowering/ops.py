@@ -91,7 +91,7 @@ def attention(
     "dilcompile::attention_backward",
     mutates_args=(),
     schema=(
-        f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_OPERANDS}) "
+        f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_OPERANDS}, bool bias_grad=True) "
         "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias)"
     ),
 )
@@ -122,20 +122,21 @@ def attention_backward(
     key_terms: Tensor | None = None,
     pairs: str | None = None,
     flat: bool = False,
+    bias_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v [as their operand, laid out [B, S, H, D]] and of the bias (an empty tensor without one)."""
     from dilcompile.lowering.select import select
 
     call = _call(
         q, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
-        scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs, flat,
+        scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs, flat, bias_grad,
     )  # fmt: skip
     factor = output_scale(form_of(form), k.shape[2])
     if factor != 1.0:
         grad_out, out = grad_out * factor, out / factor
     grads = select(call, kernel, backward=True).backward(call, out, lse, grad_out, grad_lse)
     shaped = [_laid_out(grad, like) for grad, like in zip(grads[:3], (q, k, v), strict=True)]
-    grad_bias = q.new_empty(0) if bias is None or grads[3] is None else grads[3].contiguous()
+    grad_bias = q.new_empty(0) if bias is None or not bias_grad or grads[3] is None else grads[3].contiguous()
     return shaped[0], shaped[1], shaped[2], grad_bias
 
 
@@ -161,6 +162,7 @@ def _call(
     key_terms: Tensor | None,
     pairs: str | None,
     flat: bool,
+    bias_grad: bool = True,
 ) -> Call:
     first = q_offset if q_start is None else q_offset + int(q_start)
     problem = problem_of(q, k, v, is_causal, window_left, window_right, first)
@@ -171,7 +173,7 @@ def _call(
         formula = Pairs(pairs, row_terms, key_terms)
     return Call(
         q, k, v, key_padding, documents, bias, dropout_seed, relation_of(form_of(form), problem),
-        scale, softcap, dropout_p, merge_grad(form_of(form)), row_limits, formula, flat,
+        scale, softcap, dropout_p, merge_grad(form_of(form)), row_limits, formula, flat, bias_grad,
     )  # fmt: skip
 
 
@@ -203,13 +205,17 @@ def _(
     documents: Tensor | None,
     bias: Tensor | None,
     *rest: Any,
+    bias_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_bias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    asked = bias_grad and (len(rest) <= _BIAS_GRAD or rest[_BIAS_GRAD])
+    grad_bias = q.new_empty(0) if bias is None or not asked else bias.new_empty(bias.shape)
     return empty_output(q, q.shape[3]), empty_output(k, k.shape[3]), empty_output(v, v.shape[3]), grad_bias
 
 
 # Where the operands that are tensors end among the arguments, where those with a default begin, and the last that are none.
 _TENSORS, _MORE, _LAST = 7, 16, 20
+# Where the backward's last argument stands among those after the bias.
+_BIAS_GRAD = 16
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -222,7 +228,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     *operands, out, lse = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     operands, more = operands[:_TENSORS], operands[_TENSORS:]
-    grads = torch.ops.dilcompile.attention_backward(grad_out, grad_lse, out, lse, *operands, *ctx.options, *more, *ctx.last)
+    grads = torch.ops.dilcompile.attention_backward(
+        grad_out, grad_lse, out, lse, *operands, *ctx.options, *more, *ctx.last, ctx.needs_input_grad[5]
+    )
     grad_bias = grads[3] if ctx.needs_input_grad[5] else None
     return (*grads[:3], None, None, grad_bias, None, *([None] * (len(ctx.options) + len(more) + len(ctx.last))))
 

@@ -73,7 +73,9 @@ def _joint_gradients(call: Call, engine: Engine, joint: _Joint) -> tuple[list[Te
 
 def _gradients(call: Call, engine: Engine, joint: _Joint, detached: bool) -> tuple[list[Tensor], Tensor | None]:
     bias = (
-        None if call.bias is None else torch.zeros_like(call.bias, dtype=call.score_dtype, memory_format=torch.contiguous_format)
+        None
+        if call.bias is None or not call.bias_grad
+        else torch.zeros_like(call.bias, dtype=call.score_dtype, memory_format=torch.contiguous_format)
     )
     grads = [empty_output(x, x.shape[-1]).zero_() for x in (call.q, call.k, call.v)]
     for region in _regions(call):
