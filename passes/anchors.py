@@ -28,6 +28,7 @@ class MaskOperand:
         factor: what the added tensor is multiplied with before it reaches the softmax.
         fill: what hidden scores are when they reach the softmax.
         ends: the largest number that the casts after it let through; larger ones become infinite.
+        word: what kind of bias it is, once read.
     """
 
     node: Node
@@ -36,6 +37,7 @@ class MaskOperand:
     factor: float = 1.0
     fill: float = -math.inf
     ends: float = math.inf
+    word: str = ""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from torch.fx import Node
 from dilcompile.passes.anchors import EmptyRule, MaskOperand
 from dilcompile.passes.atoms import Atom, Leaves
 from dilcompile.passes.axes import Axes
+from dilcompile.passes.bias_words import bias_word
 from dilcompile.passes.drowning import may_drown
-from dilcompile.passes.masks.arithmetic import as_expr, lift
+from dilcompile.passes.masks.arithmetic import Unreadable, as_expr, lift
 from dilcompile.passes.masks.bounds import Bounds
 from dilcompile.passes.masks.emptiness import Emptiness, Hiding, Instead, emptiness_of
 from dilcompile.passes.masks.factors import read_mask
@@ -24,7 +25,7 @@ from dilcompile.passes.masks.hiding import NotAMask, keep_of
 from dilcompile.passes.masks.read import Others, ReadMask
 from dilcompile.passes.masks.reader import MaskReader
 from dilcompile.passes.masks.symbols import DIGITS, B, H, K, Lengths, Q
-from dilcompile.passes.masks.terms import Expr, Truth, conjunction, mapped, negation
+from dilcompile.passes.masks.terms import Expr, Number, Truth, conjunction, mapped, negation
 from dilcompile.passes.operators import shape_of
 from dilcompile.passes.roles import Roles
 from dilcompile.passes.summands import Summand, summands
@@ -74,7 +75,8 @@ def read_site_mask(
         except NotAMask:
             reader.binary = binary
             data = not reader.follows_gradient(operand.node) and may_drown(operand.node, _dtype(operand.on), axes, reader)
-            bias.append(replace(operand, kind="drown") if data else operand)
+            word = bias_word(operand.node, _number(operand, _indices(operand, roles, axes, places.of), reader), axes)
+            bias.append(replace(operand, kind="drown" if data else operand.kind, word=word))
             continue
         keep = conjunction(keep, visible)
         if hiding is not None:
@@ -150,6 +152,14 @@ def _visible(summand: Summand, indices: tuple[Expr, ...], reader: MaskReader) ->
     if visible is True:
         return True, None
     return visible, Hiding(visible, frozenset(fills), False, dtype, operand.ends)
+
+
+def _number(operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader) -> Number | None:
+    """One element of a bias as a formula."""
+    try:
+        return reader.number(operand.node, indices, operand.on)
+    except Unreadable:
+        return None
 
 
 def _dtype(node: Node) -> torch.dtype:
