@@ -19,11 +19,11 @@ from dilcompile.passes.normalize import vmap_depth
 from dilcompile.passes.operators import full_name, op_name
 from dilcompile.passes.provenance import module_path, source_line
 from dilcompile.passes.regions import Graph
-from dilcompile.passes.roles import roles_of_products
-from dilcompile.passes.score_path import walk_scores
+from dilcompile.passes.roles import Roles, roles_of_products
+from dilcompile.passes.score_path import ScorePath, walk_scores
 from dilcompile.passes.spellings import BY_ANCHOR
 from dilcompile.passes.unproven import Unproven
-from dilcompile.passes.value_path import walk_values
+from dilcompile.passes.value_path import ValuePath, walk_values
 from dilcompile.site import Miss
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,8 @@ def _of_call(node: Node, spelling: Spelling, call: Attention, facts: Facts) -> P
         seen=call.seen,
         empty=call.empty,
         softmax_dtype=torch.float32,
+        scored_at=node,
+        valued_at=node,
         starts=call.documents,
     )
 
@@ -103,12 +105,11 @@ def _of_softmax(node: Node, spelling: Spelling, softmax: Softmax, facts: Facts, 
     """A written-out attention, if the softmax stands between two products of activations."""
     if not ends.joins_products(softmax):
         return None  # a router, a gate, a classifier: nothing like attention
-    path = walk_scores(softmax, facts)
-    values = walk_values(softmax.probabilities, path.columns, facts.axes)
+    path, values, roles = _between(node, softmax, facts)
     return Proof(
         anchor=node,
         spelling=f"{op_name(path.product.node)}-{spelling.name}",
-        roles=roles_of_products(path.product, node, path.columns, values.product, facts.axes),
+        roles=roles,
         scale=path.scale,
         softcap=path.softcap,
         dropout_p=values.dropout_p,
@@ -117,4 +118,23 @@ def _of_softmax(node: Node, spelling: Spelling, softmax: Softmax, facts: Facts, 
         seen=True,
         empty=softmax.empty,
         softmax_dtype=softmax.dtype,
+        scored_at=path.product.node,
+        valued_at=values.product.node,
     )
+
+
+def _between(node: Node, softmax: Softmax, facts: Facts) -> tuple[ScorePath, ValuePath, Roles]:
+    """The way from a product to the softmax and on to the values, for the first product that it can be proven of.
+
+    Raises:
+        Unproven: with the first product's reason.
+    """
+    ends: list[Unproven] = []
+    for product in sorted(facts.scores[softmax.scores], key=facts.mutations.position.__getitem__):
+        try:
+            path = walk_scores(softmax, product, facts)
+            values = walk_values(softmax.probabilities, path.columns, facts.axes)
+            return path, values, roles_of_products(path.product, node, path.columns, values, facts.axes)
+        except Unproven as end:
+            ends.append(end)
+    raise ends[0]

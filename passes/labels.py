@@ -8,6 +8,9 @@ from torch.fx import Node
 
 from dilcompile.passes.operators import KEEPS_LAYOUT, MOVES_ONLY, is_pointwise, op_name
 
+# Their first argument alone gives the values.
+SHAPED_LIKE = frozenset("view_as reshape_as expand_as type_as".split())
+
 Labels = dict[Node, frozenset[Node]]
 
 SOFTMAXES = frozenset(("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax"))
@@ -39,7 +42,8 @@ def reached_from(nodes: Sequence[Node], roots: Container[Node], carries: Callabl
         if node in roots:
             found[node] = frozenset((node,))
         elif node.op == "call_function":
-            inputs = [found[arg] for arg in node.all_input_nodes if arg in found]
+            sources = node.all_input_nodes[:1] if op_name(node) in SHAPED_LIKE else node.all_input_nodes
+            inputs = [found[arg] for arg in sources if arg in found]
             if inputs and carries(node):
                 found[node] = inputs[0] if len(inputs) == 1 else frozenset().union(*inputs)
     return found

@@ -47,6 +47,7 @@ class Proof:
         spelling: how it is written, in a word.
         seen: the pairs that the spelling itself lets through.
         empty: what rows become that see nothing.
+        scored_at, valued_at: the nodes that read the queries and keys, and the values.
         starts: where the sequences start that rows and columns are packed from.
     """
 
@@ -61,6 +62,8 @@ class Proof:
     seen: Truth
     empty: EmptyRule
     softmax_dtype: torch.dtype
+    scored_at: Node
+    valued_at: Node
     starts: Node | None = None
 
 
@@ -74,8 +77,12 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
     q = strip(roles.q, _needed(roles, "q"), facts, at, scaled=True)
     k = strip(roles.k, _needed(roles, "k"), facts, at, scaled=True)
     v = strip(roles.v, _needed(roles, "v"), facts, at, scaled=False)
-    for operand in (q, k, v):
-        if facts.mutations.stale(operand.source, at):
+    for operand, reader in (
+        (q, proof.scored_at),
+        (k, proof.scored_at),
+        (v, proof.anchor if proof.scored_at is proof.anchor else at),
+    ):
+        if facts.mutations.writes(operand.source, reader, at):
             raise Unproven(operand.source, "it is written in place before the attention ends", "write it out of place")
     batch, heads, kv_heads = _count(roles)
     q_len, k_len = _size(roles.q_rows), _size(roles.k_columns)

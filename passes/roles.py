@@ -10,6 +10,7 @@ from dilcompile.passes.atoms import Atom, Layout, Leaves, align, flat, leaves
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.products import Product
 from dilcompile.passes.unproven import Unproven
+from dilcompile.passes.value_path import ValuePath
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def varying(atom: Atom | None) -> Atom | None:
     return None if atom is None or atom.broadcast else atom
 
 
-def roles_of_products(scores: Product, softmax: Node, columns: Leaves, values: Product, axes: Axes) -> Roles:
+def roles_of_products(scores: Product, softmax: Node, columns: Leaves, values: ValuePath, axes: Axes) -> Roles:
     """Prove that softmax and value product run over the key axis, and name the axes.
 
     Args:
@@ -89,9 +90,10 @@ def roles_of_products(scores: Product, softmax: Node, columns: Leaves, values: P
     """
     lhs_out = _joined(axes, scores.node, scores.lhs_free)
     rhs_out = _joined(axes, scores.node, scores.rhs_free)
-    if columns and _ids(columns) <= _ids(rhs_out):
+    # A single key has no atoms: its softmax is 1, whichever side it stands on.
+    if _ids(columns) <= _ids(rhs_out) if columns else not rhs_out:
         q, k, q_free, k_free, flip = scores.lhs, scores.rhs, scores.lhs_free, scores.rhs_free, False
-    elif columns and _ids(columns) <= _ids(lhs_out):
+    elif _ids(columns) <= _ids(lhs_out) if columns else not lhs_out:
         q, k, q_free, k_free, flip = scores.rhs, scores.lhs, scores.rhs_free, scores.lhs_free, True
     else:
         raise Unproven(
@@ -183,18 +185,16 @@ def _with_values(
     k_columns: Leaves,
     q_features: Leaves,
     k_features: Leaves,
-    values: Product,
+    path: ValuePath,
     softmax: Node,
     axes: Axes,
 ) -> Roles:
     """Match the value product against the scores' axes."""
     known = {id(axis.out): axis for axis in shared}
-    wanted = _ids(columns)
-    for probs, flip in ((values.lhs, False), (values.rhs, True)):
-        contracted = [(right, left) if flip else (left, right) for left, right in values.contracted]
-        if _ids(tuple(a for p, _ in contracted for a in axes[probs][p])) == wanted:
-            break
-    else:
+    values, probs = path.product, path.probabilities
+    flip = probs is values.rhs
+    contracted = [(right, left) if flip else (left, right) for left, right in values.contracted]
+    if _ids(tuple(a for p, _ in contracted for a in axes[probs][p])) != _ids(columns):
         raise Unproven(values.node, "the value product does not sum over the key axis", "it is not token attention")
     v = values.lhs if flip else values.rhs
     v_columns = _in_order(columns, [(axes[probs][p], axes[v][c]) for p, c in contracted], values.node)

@@ -32,6 +32,7 @@ class Stages:
 
     Args:
         columns: the axis that the softmax runs over.
+        product: the product that the walk is after; others that are added to it are biases.
         factor: product of all scalings (those nearer to the softmax).
         ends: the largest number of all dtypes.
         limit: beyond it an exponential is zero, until a maximum is taken off.
@@ -39,6 +40,7 @@ class Stages:
     """
 
     columns: Leaves
+    product: Node
     factor: float = 1.0
     ends: float = math.inf
     limit: float = math.inf
@@ -46,6 +48,10 @@ class Stages:
     masks: list[MaskOperand] = field(default_factory=list)
     sinks: list[Sink] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
+
+    def on_path(self, value: Any, facts: Facts) -> bool:
+        """Is it made of the product, element by element?"""
+        return isinstance(value, Node) and self.product in facts.scores.get(value, ())
 
     @property
     def holds(self) -> float:
@@ -150,7 +156,7 @@ def _negation(node: Node, stages: Stages, facts: Facts) -> Node:
 
 
 def _scaling(node: Node, stages: Stages, facts: Facts) -> Node:
-    path, other = _sides(node, facts)
+    path, other = _sides(node, stages, facts)
     divides = op_name(node) in ("div", "true_divide")
     if divides and path is not node.args[0]:
         raise Unproven(node, "the scores divide something", STAYS)
@@ -164,7 +170,7 @@ def _scaling(node: Node, stages: Stages, facts: Facts) -> Node:
 
 
 def _addition(node: Node, stages: Stages, facts: Facts) -> Node:
-    path, other = _sides(node, facts)
+    path, other = _sides(node, stages, facts)
     alpha = facts.scalar(node.kwargs.get("alpha", 1), node)
     if alpha is None or alpha == 0:
         raise Unproven(node, "the mask is scaled by a computed number", STAYS)
@@ -202,15 +208,14 @@ def _masked(node: Node, mask: Any, kind: str, fill: Any, stages: Stages, facts: 
 
 def _where(node: Node, stages: Stages, facts: Facts) -> Node:
     condition, then, other = node.args[:3]
-    labels = facts.scores
-    if isinstance(condition, Node) and condition in labels:
+    if stages.on_path(condition, facts):
         raise Unproven(node, "the mask depends on the scores", STAYS)
-    if isinstance(then, Node) and then in labels and other not in labels:
+    if stages.on_path(then, facts) and not stages.on_path(other, facts):
         _masked(node, condition, "keep", other, stages, facts)
-        return then
-    if isinstance(other, Node) and other in labels and then not in labels:
+        return then  # type: ignore[return-value]
+    if stages.on_path(other, facts) and not stages.on_path(then, facts):
         _masked(node, condition, "hide", then, stages, facts)
-        return other
+        return other  # type: ignore[return-value]
     raise Unproven(node, "where chooses between two scores", STAYS)
 
 
@@ -259,10 +264,10 @@ def _mixed(node: Node, stages: Stages, facts: Facts) -> Node:
     raise Unproven(node, "the scores are mixed by a learned product (talking heads)", "no form covers it; it stays as it is")
 
 
-def _sides(node: Node, facts: Facts) -> tuple[Node, Any]:
+def _sides(node: Node, stages: Stages, facts: Facts) -> tuple[Node, Any]:
     """(the operand on the score path, the other one)."""
     a, b = node.args[:2]
-    labelled = [isinstance(x, Node) and x in facts.scores for x in (a, b)]
+    labelled = [stages.on_path(x, facts) for x in (a, b)]
     if all(labelled):
         raise Unproven(node, "the scores meet themselves", STAYS)
     return (a, b) if labelled[0] else (b, a)  # type: ignore[return-value]

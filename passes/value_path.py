@@ -19,9 +19,10 @@ _CURE = "run the model without output_attentions / need_weights"
 
 @dataclass(frozen=True)
 class ValuePath:
-    """``dropout(probabilities) x values``."""
+    """``dropout(probabilities) x values``; ``probabilities`` is the operand of the product."""
 
     product: Product
+    probabilities: Node
     dropout_p: float
 
 
@@ -45,7 +46,7 @@ def walk_values(probabilities: Node, columns: Leaves, axes: Axes) -> ValuePath:
             product = axes.products[user]
             if product.alpha != 1.0 or product.addend is not None:
                 raise Unproven(user, "something is added to the output of the value product", STAYS)
-            return ValuePath(product, 1.0 - kept)
+            return ValuePath(product, node, 1.0 - kept)
         kept *= _through(user, columns, axes)
         node = user
 

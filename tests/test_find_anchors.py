@@ -50,6 +50,14 @@ def padded(weights: Callable[..., Tensor], fill: float = -INF) -> Callable[..., 
     return lambda q, k, v, keep: weights((q @ k.mT).masked_fill(~keep, fill)) @ v
 
 
+def _assembled(k: Tensor) -> Tensor:
+    """As DeepSeek puts its keys together."""
+    whole = torch.empty_like(k)
+    whole[..., :2] = k[..., :2]
+    whole[..., 2:] = k[..., 2:] * 2
+    return whole
+
+
 def _scaled_in_place(q: Tensor) -> Tensor:
     q = q * 1
     q.view(B * H, S, D).mul_(0.3)
@@ -73,8 +81,9 @@ CASES: dict[str, list[Case]] = {
     "sdpa": [
         ("found", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3), qkv, "causal (zero)"),
         ("not found: ranks differ", lambda q, k, v: F.scaled_dot_product_attention(q, k[0], v[0]), qkv, "miss: query, key and value have different ranks"),
-        ("not found: scaled through a view", lambda q, k, v: F.scaled_dot_product_attention(_scaled_in_place(q), k, v), qkv, "miss: it is written in place before the attention ends"),
-        ("kept: a mask that no rule reads", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=later().flip(-1).index_fill(1, torch.tensor([0]), True)), qkv, "kept: other(index_fill(q, k)) (zero)"),
+        ("found: scaled through a view", lambda q, k, v: F.scaled_dot_product_attention(_scaled_in_place(q), k, v), qkv, "none (zero)"),
+        ("not found: inside vmap", lambda q, k, v: torch.vmap(F.scaled_dot_product_attention)(q, k, v), qkv, "miss: it runs inside vmap"),
+        ("found: a mask that no rule reads", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=later().flip(-1).index_fill(1, torch.tensor([0]), True)), qkv, "other(index_fill(q, k)) (zero)"),
         ("not found: a product of activations in its place", lambda q, k, v: q @ k.mT @ v, qkv, "nothing"),
     ],
     "fused sdpa": [
@@ -91,6 +100,10 @@ CASES: dict[str, list[Case]] = {
         ("found: over the rows of transposed scores", lambda q, k, v: (k @ q.mT).softmax(-2).mT @ v, qkv, "none (zero)"),
         ("found: scores by F.linear", lambda q, k, v: F.softmax(F.linear(q[:, 0], k[0, 0]), -1) @ v[0, 0], qkv, "none (zero)"),
         ("found: both by F.linear", lambda q, k, v: F.linear(F.softmax(F.linear(q[0, 0], k[0, 0]), -1), v[0, 0].mT), qkv, "none (zero)"),
+        ("found: one key", lambda q, k, v: (q @ k[:, :, :1].mT).softmax(-1) @ v[:, :, :1], qkv, "none (zero)"),
+        ("found: one row and one key", lambda q, k, v: (q[:, :, :1] @ k[:, :, :1].mT).softmax(-1) @ v[:, :, :1], qkv, "none (zero)"),
+        ("found: keys assembled in place", lambda q, k, v: (q @ _assembled(k).mT).softmax(-1) @ v, qkv, "none (zero)"),
+        ("found: a second product beside", lambda q, k, v: (q @ k.mT + (v @ k.mT).masked_fill(later(), 0.5)).softmax(-1) @ v, qkv, "none + bias (zero)"),
         ("not found: over the heads", lambda q, k, v: (q @ k.mT).softmax(1) @ v, qkv, "miss: the softmax does not run over the key axis of the product"),
         ("not found: F.linear with a bias of data", lambda q, k, v: F.softmax(F.linear(q[0, 0], k[0, 0], v[0, 0, :, 0]), -1) @ v[0, 0], qkv, "none + bias (zero)"),
         ("not found: a router", lambda q, k, v: q.flatten(2).softmax(-1) * v.flatten(2), qkv, "nothing"),
@@ -201,6 +214,17 @@ class Gated(nn.Module):
 def test_a_router_after_attention_is_not_listed() -> None:
     found = agree(Gated(), *qkv())
     assert (len(found.sites), found.misses) == (1, [])
+
+
+def test_queries_written_between_scores_and_output_are_refused() -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = q * 1
+        weights = (q @ k.mT).softmax(-1)
+        q.view(-1).mul_(0.3)
+        return weights @ v + q
+
+    with torch.no_grad():
+        check(("written", call, qkv, "miss: it is written in place before the attention ends"), gradients=False)
 
 
 def test_rows_without_keys_under_infinity() -> None:

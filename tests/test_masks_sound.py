@@ -188,7 +188,7 @@ SCORES: list[Case] = [
     ("weights used twice", lambda q, k, v: (lambda w: w @ v + w @ (2 * v))((q @ k.mT).softmax(-1)), qkv, "miss: the attention weights are used elsewhere too"),
     ("returned scores", lambda q, k, v: (lambda s: (attend(s, v), s))(q @ k.mT), qkv, "none (zero)"),
     ("rounded queries", lambda q, k, v: attend(torch.div(q, 0.5, rounding_mode="floor") @ k.mT, v), qkv, "none (zero)"),
-    ("two products", lambda q, k, v: attend(q @ k.mT + q.flip(-1) @ k.mT, v), qkv, "miss: the scores add up several products (relative or talking-heads attention)"),
+    ("two products", lambda q, k, v: attend(q @ k.mT + q.flip(-1) @ k.mT, v), qkv, "none + bias (zero)"),
     ("a router", lambda q, k, v: (q @ torch.ones(D, D)).softmax(-1) * v, qkv, "nothing"),
 ]  # fmt: skip
 
