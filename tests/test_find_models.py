@@ -21,7 +21,14 @@ def _quiet() -> None:
 
 
 def _small(**more: Any) -> dict[str, Any]:
-    return {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99, **more}
+    return {
+        "hidden_size": 48,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 99,
+        **more,
+    }
 
 
 def llama(**more: Any) -> Any:
@@ -61,7 +68,7 @@ def _run(config: Any, attention: str, left: bool, train: bool = False, dynamic: 
     model = maker.from_config(config, attn_implementation=attention).eval()
     ids = torch.randint(0, 99, (2, LENGTH))
     mask = torch.ones(2, LENGTH, dtype=torch.int64)
-    mask[1, :4 if left else LENGTH] = 0
+    mask[1, : 4 if left else LENGTH] = 0
     if not left:
         mask[1, : LENGTH - 5] = 1
     run, found = compiled(model, dynamic=dynamic)
@@ -74,7 +81,9 @@ def _run(config: Any, attention: str, left: bool, train: bool = False, dynamic: 
         )
 
 
-@pytest.mark.parametrize(("name", "attention"), [(n, a) for n in MODELS for a in ("eager", "sdpa") if (n, a) != ("gemma2", "sdpa")])
+@pytest.mark.parametrize(
+    ("name", "attention"), [(n, a) for n in MODELS for a in ("eager", "sdpa") if (n, a) != ("gemma2", "sdpa")]
+)
 def test_masks_are_read_and_no_square_tensor_is_left(name: str, attention: str) -> None:
     for left, train in ((False, False), (True, False), (False, True)):
         wanted, got, found = _run(MODELS[name](), attention, left, train)

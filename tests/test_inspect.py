@@ -204,17 +204,18 @@ def test_explaining_counts_nothing() -> None:
 
 
 def test_nothing_warns_and_no_fallback_raises() -> None:
-    """The mask is a tensor of learned numbers: no window can be given to the site."""
+    """Queries and keys of two sequences: no window can be given to the site."""
 
-    def attend(q: Tensor, bias: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, q, q, attn_mask=bias > 0)
+    def attend(q: Tensor, k: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, k)
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", DilcompileWarning)
-        report = dilcompile.explain(attend, torch.randn(1, 2, 16, 8), torch.randn(16, 16), policy=REFUSING)
+        report = dilcompile.explain(attend, torch.randn(1, 2, 16, 8), torch.randn(1, 2, 24, 8), policy=REFUSING)
     (rejection,) = report.rejections
     assert not rejection.asked
-    assert "sliding_window can't be given to it: its mask could not be read" in rejection.reason
+    assert rejection.reason.startswith("sliding_window can't be given to it: ")
+    assert "cross" in rejection.reason
     assert rejection.cure
 
 
