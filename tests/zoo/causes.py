@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,9 @@ def cause_of(trial: Trial, found: Numbers, eager: Numbers) -> tuple[str, float]:
         if left <= BOUND:
             return "torch.compile without any rewriting differs alike", left
         left = max(apart(trial.run_by(widened(rewriting(Tally()))), trial.run_by(widened(as_it_is))))
-    return ("own float32" if left <= BOUND else UNEXPLAINED), left
+    # Rounding makes no number infinite or undefined.
+    explained = left <= BOUND and math.isfinite(max(apart(found, eager)))
+    return ("own float32" if explained else UNEXPLAINED), left
 
 
 @contextlib.contextmanager
