@@ -13,7 +13,6 @@ from dilcompile.passes.labels import Labels
 from dilcompile.passes.masks.arithmetic import Unreadable
 from dilcompile.passes.masks.reader import MaskReader
 from dilcompile.passes.mutations import Mutations
-from dilcompile.passes.operators import is_tensor
 from dilcompile.passes.unproven import Unproven
 
 
@@ -35,20 +34,7 @@ class Facts:
 
     def scalar(self, value: Any, at: Node) -> float | None:
         """The number that ``at`` reads, or None if it is data: a number, a node that holds one, or a tensor of one constant."""
-        if isinstance(value, (int, float)):
-            return float(value)
-        if not isinstance(value, Node):
-            return None
-        held = value.meta.get("val")
-        if not is_tensor(value):
-            return None if held is None else float(held)
-        if held is None or any(size != 1 for size in held.shape) or self.reader.stale(value, at):
-            return None
-        try:
-            number = self.reader.number(value, (sympy.Integer(0),) * held.dim())
-        except Unreadable:
-            return None
-        return float(number) if isinstance(number, sympy.Expr) and number.is_number else None
+        return self.reader.constant(value, at)
 
     def constant(self, tensor: Node) -> float | None:
         """The number that a tensor holds everywhere, or None."""

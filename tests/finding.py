@@ -54,3 +54,16 @@ def check(case: Case, **options: Any) -> Found:
     found = agree(function if isinstance(function, nn.Module) else Call(function), *inputs(), **options)
     assert said(found) == golden, name
     return found
+
+
+# name, module or class, its attribute, what stands there instead, the test that must notice.
+Mutation = tuple[str, Any, str, Any, Callable[[], None]]
+
+
+def must_be_noticed(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutation's test passes without it and fails with it."""
+    _, where, attribute, wrong, test = mutation
+    test()
+    monkeypatch.setattr(where, attribute, wrong)
+    with pytest.raises(AssertionError):
+        test()

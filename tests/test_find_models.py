@@ -1,4 +1,4 @@
-"""Whole Hugging Face models of random weights: all sites, their masks, no square tensor left, and the time that finding takes."""
+"""Whole Hugging Face models of random weights: all sites, their masks, no square tensor left."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ MASKS = {
 }
 
 
-def _run(config: Any, attention: str, left: bool, train: bool = False, dynamic: bool | None = None) -> tuple[Any, Any, Found]:
+def _agreeing(config: Any, attention: str, left: bool, train: bool = False, dynamic: bool | None = None) -> Found:
     torch.manual_seed(0)
     causal = type(config).__name__ != "BertConfig"
     maker = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
@@ -73,11 +73,14 @@ def _run(config: Any, attention: str, left: bool, train: bool = False, dynamic: 
     run, found = compiled(model, dynamic=dynamic)
     more = {"use_cache": False} if causal else {}
     with torch.set_grad_enabled(train):
-        return (
-            model(input_ids=ids, attention_mask=mask, **more)[0],
-            run(input_ids=ids, attention_mask=mask, **more)[0],
-            found,
-        )
+        wanted, got = (call(input_ids=ids, attention_mask=mask, **more)[0].detach() for call in (model, run))
+        exact = model.double()(input_ids=ids, attention_mask=mask, **more)[0].detach()
+    # Padding's rows see no key: their lowest number of float64 is minus infinity in the softmax, which is of float32 always.
+    exact = torch.where(exact.isfinite(), exact, wanted)
+    # As good as the model itself in float32.
+    rounding = torch.finfo(torch.float32).eps * exact.abs().max()
+    assert (got - exact).abs().max() <= 2 * (wanted - exact).abs().max() + rounding
+    return found
 
 
 @pytest.mark.parametrize(
@@ -85,18 +88,14 @@ def _run(config: Any, attention: str, left: bool, train: bool = False, dynamic: 
 )
 def test_masks_are_read_and_no_square_tensor_is_left(name: str, attention: str) -> None:
     for left, train in ((False, False), (True, False), (False, True)):
-        wanted, got, found = _run(MODELS[name](), attention, left, train)
+        found = _agreeing(MODELS[name](), attention, left, train)
         assert found.misses == []
         assert found.masks == MASKS[name]
-        torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
-        if name == "gemma2" and train:
-            continue  # a row without keys under a soft cap keeps its own gradient: left as it is
         assert found.refusals == []
         for gm in found.graphs:
             assert square_tensors(gm, LENGTH) == []
 
 
 def test_symbolic_lengths() -> None:
-    wanted, got, found = _run(llama(), "eager", left=False, dynamic=True)
-    torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
+    found = _agreeing(llama(), "eager", left=False, dynamic=True)
     assert (found.masks, found.refusals) == (["causal & padding"] * 2, [])

@@ -50,16 +50,12 @@ class TileBackward {
   void run(const Span& span, const KeySums<float>& into) {
     TileRegisters registers;
     Plan plan(call_, span);
-    for (size_t g = 0; g + 1 < plan.group_starts.size(); ++g) {
-      plan.find_keys(int64_t(g));
-      for (int64_t first = plan.group_starts[g]; first < plan.group_starts[g + 1]; first += kMaxLanes) {
-        const Lane* lanes = &plan.lanes[size_t(first)];
-        begin(span, lanes, std::min(kMaxLanes, plan.group_starts[g + 1] - first));
-        attend(span, plan.shared, lanes, into), attend(span, plan.windowed, lanes, into);
-        for (const Tile& tile : tiles_)
-          write_rows(call_, call_.grad_q, span, tile, lanes, call_.head_dim, sums_ + tile.first * dim_, dim_, +scales_);
-      }
-    }
+    plan.each_group(kMaxLanes, [&](const Lane* lanes, int64_t count) {
+      begin(span, lanes, count);
+      attend(span, plan.shared, lanes, into), attend(span, plan.windowed, lanes, into);
+      for (const Tile& tile : tiles_)
+        write_rows(call_, call_.grad_q, span, tile, lanes, call_.head_dim, sums_ + tile.first * dim_, dim_, +scales_);
+    });
   }
 
  private:
@@ -124,10 +120,8 @@ class TileBackward {
   void attend(const Span& span, const Keys& keys, const Lane* lanes, const KeySums<float>& into) {
     std::fill_n(+key_sums_, kTileBlock * dim_, 0.0f), std::fill_n(+value_sums_, kTileBlock * v_dim_, 0.0f);
     auto use = [&](const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
-      if (tile.vectors == 8) block<8>(tile, a, b, start, times, count);
-      if (tile.vectors == 6) block<6>(tile, a, b, start, times, count);
-      if (tile.vectors == 4) block<4>(tile, a, b, start, times, count);
-      if (tile.vectors == 2) block<2>(tile, a, b, start, times, count);
+      with_vectors(tile.vectors, std::integer_sequence<int, 2, 4, 6, 8>(),
+                   [&](auto n) { this->template block<n()>(tile, a, b, start, times, count); });
     };
     auto after = [&](const int32_t* positions, int64_t count) {
       for (int64_t i = 0; i < count; ++i) {

@@ -20,15 +20,11 @@ class TileForward {
   void run(const Span& span) {
     TileRegisters registers;
     Plan plan(call_, span);
-    for (size_t g = 0; g + 1 < plan.group_starts.size(); ++g) {
-      plan.find_keys(int64_t(g));
-      for (int64_t first = plan.group_starts[g]; first < plan.group_starts[g + 1]; first += kMaxLanes) {
-        const Lane* lanes = &plan.lanes[size_t(first)];
-        begin(span, lanes, std::min(kMaxLanes, plan.group_starts[g + 1] - first));
-        attend(span, plan.shared, lanes), attend(span, plan.windowed, lanes);
-        finish(span, lanes);
-      }
-    }
+    plan.each_group(kMaxLanes, [&](const Lane* lanes, int64_t count) {
+      begin(span, lanes, count);
+      attend(span, plan.shared, lanes), attend(span, plan.windowed, lanes);
+      finish(span, lanes);
+    });
   }
 
  private:
@@ -54,10 +50,8 @@ class TileForward {
 
   void attend(const Span& span, const Keys& keys, const Lane* lanes) {
     auto use = [&](const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
-      if (tile.vectors == 8) block<8>(tile, a, b, start, times, count);
-      if (tile.vectors == 6) block<6>(tile, a, b, start, times, count);
-      if (tile.vectors == 4) block<4>(tile, a, b, start, times, count);
-      if (tile.vectors == 2) block<2>(tile, a, b, start, times, count);
+      with_vectors(tile.vectors, std::integer_sequence<int, 2>(),
+                   [&](auto n) { this->template block<n()>(tile, a, b, start, times, count); });
     };
     each_block<BFloat16>(call_, span, keys, lanes, tiles_, +low_, +high_, rows_, use, [](const int32_t*, int64_t) {});
   }

@@ -54,15 +54,11 @@ class Backward {
 
   void run(const Span& span, const KeySums<T>& into) {
     Plan plan(call_, span);
-    for (size_t g = 0; g + 1 < plan.group_starts.size(); ++g) {
-      plan.find_keys(int64_t(g));
-      for (int64_t first = plan.group_starts[g]; first < plan.group_starts[g + 1]; first += kMaxLanes) {
-        const Lane* lanes = &plan.lanes[size_t(first)];
-        begin(span, lanes, std::min(kMaxLanes, plan.group_starts[g + 1] - first));
-        attend(span, plan.shared, lanes, into), attend(span, plan.windowed, lanes, into);
-        finish(span, lanes);
-      }
-    }
+    plan.each_group(kMaxLanes, [&](const Lane* lanes, int64_t count) {
+      begin(span, lanes, count);
+      attend(span, plan.shared, lanes, into), attend(span, plan.windowed, lanes, into);
+      finish(span, lanes);
+    });
   }
 
  private:
@@ -103,9 +99,8 @@ class Backward {
   void attend(const Span& span, const Keys& keys, const Lane* lanes, const KeySums<T>& into) {
     std::fill_n(+key_sums_, Rows<X>::kBlock * dim_, T(0)), std::fill_n(+value_sums_, Rows<X>::kBlock * v_dim_, T(0));
     auto use = [&](const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
-      if (tile.vectors == 3) block<3>(tile, a, b, start, times, count);
-      if (tile.vectors == 2) block<2>(tile, a, b, start, times, count);
-      if (tile.vectors == 1) block<1>(tile, a, b, start, times, count);
+      with_vectors(tile.vectors, std::integer_sequence<int, 1, 2, 3>(),
+                   [&](auto n) { this->template block<n()>(tile, a, b, start, times, count); });
     };
     auto after = [&](const int32_t* positions, int64_t count) {
       for (int64_t i = 0; i < count; ++i) {

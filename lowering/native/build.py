@@ -81,7 +81,10 @@ class Library:
 
 def _checked(entry: Callable[[object], int], call: CallStruct) -> None:
     if entry(ctypes.byref(call)) != 0:
-        raise MemoryError("the native CPU kernel found no memory for its workspace")
+        raise MemoryError(
+            f"the native CPU kernel found no memory for the workspaces of {call.threads} threads ({call.k_len} keys, head sizes "
+            f"{call.head_dim} and {call.v_dim}); use fewer threads (torch.set_num_threads) or shorter sequences"
+        )
 
 
 @lru_cache(maxsize=len(ELEMENTS))

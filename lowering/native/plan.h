@@ -82,6 +82,16 @@ class Plan {
     drop_padding(shared), drop_padding(windowed);
   }
 
+  // use(lanes, count) for at most `most` lanes of a group at a time, its keys found.
+  template <class Use>
+  void each_group(int64_t most, Use use) {
+    for (size_t g = 0; g + 1 < group_starts.size(); ++g) {
+      find_keys(int64_t(g));
+      for (int64_t first = group_starts[g]; first < group_starts[g + 1]; first += most)
+        use(&lanes[size_t(first)], std::min(most, group_starts[g + 1] - first));
+    }
+  }
+
  private:
   const Call& call_;
   const Span& span_;

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 #include "plan.h"
 #include "products.h"
@@ -34,6 +35,12 @@ struct Tile {
   int64_t first, lanes;  // in the group
   int32_t low_min, low_max, high_min, high_max;
 };
+
+// body(n) with the number of vectors as a constant, one of N.
+template <int... N, class Body>
+inline __attribute__((always_inline)) void with_vectors(int vectors, std::integer_sequence<int, N...>, Body body) {
+  (void)((vectors == N && (body(std::integral_constant<int, N>()), true)) || ...);
+}
 
 template <class T>
 std::vector<Tile> tiles_of(int64_t lanes) {

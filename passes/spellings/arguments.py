@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,9 +11,17 @@ from torch.fx import Node
 from dilcompile.passes.anchors import MaskOperand
 from dilcompile.passes.facts import Facts
 from dilcompile.passes.masks.symbols import K, Q
-from dilcompile.passes.masks.terms import Ge0, Truth
+from dilcompile.passes.masks.terms import Expr, Ge0, Truth, conjunction
 from dilcompile.passes.operators import op_name, shape_of
 from dilcompile.passes.unproven import Unproven
+
+# Arguments of flash-attention's operators that change what is computed in a way that no form covers, by the reason.
+NOT_COVERED = {
+    "alibi_slopes": "it adds a bias by slopes",
+    "block_table": "its keys stand in pages",
+    "seqused_k": "its keys end where a tensor says",
+    "leftpad_k": "its keys begin where a tensor says",
+}
 
 
 def arguments(node: Node) -> dict[str, Any]:
@@ -61,3 +70,28 @@ def mask_of(mask: Any, scores: Node) -> tuple[MaskOperand, ...]:
 def causal(flag: Any) -> Truth:
     """``is_causal``: row q sees the keys up to q."""
     return Ge0(Q - K) if flag else True
+
+
+def refuse(node: Node, given: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
+    """Raises: Unproven: if one of the arguments is given."""
+    for name, reason in reasons.items():
+        if given.get(name) is not None:
+            raise Unproven(node, reason, "it stays as it is")
+
+
+def window_around(place: Expr, given: Mapping[str, Any], causal: bool, node: Node) -> Truth:
+    """flash-attention's window: keys from ``place - left`` to ``place + right``; -1 is no limit.
+
+    Raises:
+        Unproven: if it is computed in the graph.
+    """
+    window = given.get("window_size") or (given.get("window_size_left"), given.get("window_size_right"))
+    left, right = (-1 if side is None else side for side in window)
+    if not isinstance(left, int) or not isinstance(right, int):
+        raise Unproven(node, "its window is computed in the graph", "give it as a number")
+    seen: Truth = True
+    if causal or right >= 0:
+        seen = Ge0(place + (0 if causal else right) - K)
+    if left >= 0:
+        seen = conjunction(seen, Ge0(K - place + left))
+    return seen
