@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dilcompile.passes import custom_gradients
 from dilcompile.passes.fused_layers import EXPANSIONS
+from dilcompile.passes.recording import WHOLE, differentiates, whole
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 _CONTEXT_FN = "_checkpoint_context_fn"
@@ -80,6 +81,18 @@ def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
 
 class _Retrace(Interpreter):
     """Runs the Dynamo graph; ops that hide an attention inside are run as their expansion."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self._takes_known = not differentiates(gm)
+
+    def run_node(self, n: Node) -> Any:
+        if self._takes_known and n.op == "call_function" and n.target in WHOLE and not n.kwargs:
+            with self._set_current_node(n):
+                result = whole(WHOLE[n.target], self.fetch_args_kwargs_from_env(n)[0], n.meta.get("example_value"))
+            if result is not None:
+                return result
+        return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is torch.amp.autocast_mode._enter_autocast:

@@ -11,9 +11,11 @@ from models import CausalAttention, SdpaAttention, Stack
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from dilcompile.passes import normalize as normalizing
 from dilcompile.passes.normalize import NormalizeError, normalize
 from dilcompile.passes.operators import op_name
 from dilcompile.passes.provenance import module_path, source_line
+from dilcompile.passes.recording import whole
 
 
 def normalized(model: Callable[..., Any], *args: Any, dynamic: bool | None = None) -> tuple[GraphModule, GraphModule, Any]:
@@ -55,6 +57,44 @@ def test_module_paths_and_source_lines() -> None:
 def test_attention_operators_stay_whole() -> None:
     assert ops(normalized(Stack(SdpaAttention), torch.randn(2, 16, 32))[1]).count("scaled_dot_product_attention") == 2
     assert ops(normalized(Stack(), torch.randn(2, 16, 32))[1]).count("softmax") == 2
+
+
+class Products(nn.Module):
+    """Every way to write a product, under autocast and in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        y = y.add_(1) @ y.transpose(-1, -2)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = torch.matmul(nn.functional.linear(y, y[0]), y[0, 0])
+        return torch.matmul(input=y.float(), other=self.linear.weight[:4, :4]).matmul(y[0].float())
+
+
+def test_a_product_is_recorded_as_if_it_were_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo's knowledge of a result saves running it; the graph is the same."""
+    model, x = Products(), torch.randn(2, 4, 8)
+    run: list[Any] = []
+    monkeypatch.setattr(normalizing, "whole", lambda *args: run.append(whole(*args)) or run[-1])
+    _, short, out = normalized(model, x)
+    torch.testing.assert_close(out, model(x))
+    assert [result is not None for result in run] == [True] * 4
+    monkeypatch.setattr(normalizing, "WHOLE", {})
+    _, long, _ = normalized(model, x)
+    assert short.code == long.code
+    for mine, its in zip(short.graph.nodes, long.graph.nodes, strict=True):
+        held, wanted = mine.meta.get("val"), its.meta.get("val")
+        if isinstance(wanted, Tensor):
+            assert (held.shape, held.stride(), held.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+
+
+def test_a_product_inside_a_vmap_is_run() -> None:
+    weight, x = torch.randn(8, 8), torch.randn(4, 8)
+    call = torch.vmap(lambda row: (torch.matmul(nn.functional.linear(row, weight), weight) ** 2).sum())
+    torch.testing.assert_close(normalized(call, x)[2], call(x))
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
