@@ -17,7 +17,7 @@ from dilcompile.errors import DilcompileError
 from dilcompile.first_call import compared
 from dilcompile.pipeline import rewrite_dynamo
 from dilcompile.policy import Policy
-from dilcompile.publish import publish
+from dilcompile.publish import forget, publish
 from dilcompile.report import GraphReport
 
 Compiled = Callable[..., Any]
@@ -61,6 +61,10 @@ def dilated(
     if outcome.tables:
         compiled = _watched(compiled, outcome.tables, original)
     return _counted(compiled, outcome.report)
+
+
+# torch._dynamo.reset() calls it.
+dilated.reset = forget  # type: ignore[attr-defined]
 
 
 def _checked(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from typing import Any
 
@@ -15,6 +16,9 @@ from dilcompile.passes.regions import Graph
 from dilcompile.pipeline import rewrite_normal
 from dilcompile.policy import Policy
 from dilcompile.publish import publish
+
+# Programs of a process have no compile ids; a report file tells of all of them.
+_numbers = itertools.count()
 
 
 def rewrite_exported(
@@ -55,7 +59,7 @@ def rewrite_exported(
             tables[node] = rewritten.state_dict[spec.target] if spec.persistent else rewritten.constants[spec.target]
         elif spec.kind is InputKind.CONSTANT_TENSOR:
             tables[node] = rewritten.constants[spec.target]
-    outcome = rewrite_normal(Graph(gm, frozenset(weights), tables, training=False), loaded, "exported")
+    outcome = rewrite_normal(Graph(gm, frozenset(weights), tables, training=False), loaded, f"exported {next(_numbers)}")
     publish(outcome.report, loaded, report)
     return rewritten
 

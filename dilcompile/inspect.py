@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 from dilcompile.pipeline import rewrite_dynamo
@@ -80,9 +82,24 @@ def _all_graphs(model: Callable[..., Any], args: Any, kwargs: Any, policy: Polic
         found.append(_described(gm, example_inputs, policy, str(len(found))))
         return gm.forward
 
+    before = Counter(counters["graph_break"])
     with _undisturbed(model):
         _compiled(capture, fullgraph=False)(model, args, kwargs)
-    return found
+    return _with_breaks(found, counters["graph_break"] - before)
+
+
+def _with_breaks(found: list[GraphReport], reasons: Iterable[str]) -> list[GraphReport]:
+    """The last graph notes why there are several: what ran between them was seen by no backend."""
+    notes = tuple(map(_break, reasons))
+    *others, last = found or [GraphReport("none")]
+    return [*others, replace(last, notes=(*last.notes, *notes))] if found or notes else []
+
+
+def _break(reason: str) -> str:
+    what, *more = (line.strip() for line in reason.splitlines() if line.strip())
+    why = next((line.removeprefix("Explanation:").strip() for line in more if line.startswith("Explanation:")), "")
+    told = f"{what}: {why}" if why else what
+    return f"torch.compile broke the graph; attention that ran in between is not seen. {told}"
 
 
 def _described(gm: GraphModule, example_inputs: Sequence[Any], policy: Policy, name: str) -> GraphReport:

@@ -42,6 +42,11 @@ def publish(graph: GraphReport, policy: Policy, path: str | os.PathLike[str] | N
     gathered(tuple(graphs.values()), policy).write(target)
 
 
+def forget() -> None:
+    """Start report files anew: compile ids begin again, and stand for other graphs."""
+    _graphs.clear()
+
+
 def gathered(graphs: tuple[GraphReport, ...], policy: Policy) -> Report:
     """The report on these graphs, with the rules that none of their sites took."""
     verdicts = [verdict for graph in graphs for verdict in graph.verdicts]

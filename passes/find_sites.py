@@ -50,12 +50,12 @@ def find_sites(graph: Graph) -> Findings:
             if match is not None and depth:
                 raise Unproven(node, "it runs inside vmap", "call the model on the whole batch instead")
         except Unproven as end:
-            misses.append(Miss(module_path(node, graph.prefix), source_line(node), end.node.name, end.reason, end.cure))
+            misses.append(Miss(module_path(node, graph.frame.prefix), source_line(node), end.node.name, end.reason, end.cure))
         except Exception as error:
             # A site that the finder stumbles over is a site left alone, never a model that does not run.
             log.warning("dilcompile: the finder failed at %s", node.name, exc_info=True)
             reason = f"the finder failed on it ({type(error).__name__}: {error})"
-            misses.append(Miss(module_path(node, graph.prefix), source_line(node), node.name, reason, "please report it"))
+            misses.append(Miss(module_path(node, graph.frame.prefix), source_line(node), node.name, reason, "please report it"))
         else:
             matches += [] if match is None else [match]
     return Findings(tuple(matches), tuple(misses), facts.axes)

@@ -103,7 +103,7 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
         if facts.mutations.stale(proof.starts, at):
             raise Unproven(proof.starts, "it is written in place before the attention ends", "write it out of place")
         mask = replace(mask, spec=replace(mask.spec, documents=True))
-    module, spec = module_path(proof.anchor, graph.prefix), mask.spec
+    module, spec = module_path(proof.anchor, graph.frame.prefix), mask.spec
     site = AttentionSite(
         index=index,
         module=module,

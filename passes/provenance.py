@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 
-import torch
 from torch.fx import Node
 
 _ROOT = re.compile(r"^[LG]\['[^']*'\]")
 _MODULES = re.compile(r"\._modules\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-
-
-_CALLS = frozenset(("_call_impl", "_wrapped_call_impl", "__call__"))
 
 
 def module_path(node: Node, prefix: str = "") -> str:
@@ -23,7 +18,7 @@ def module_path(node: Node, prefix: str = "") -> str:
     A node without a record takes that of the nearest node before or after it that has one.
 
     Args:
-        prefix: the path of the module whose frame the graph is of (see ``frame_prefix``).
+        prefix: the path of the module whose frame the graph is of (see ``frames``).
     """
     for candidate in _neighbours(node):
         stack = candidate.meta.get("nn_module_stack")
@@ -32,27 +27,6 @@ def module_path(node: Node, prefix: str = "") -> str:
         if candidate.meta.get("stack_trace"):
             break  # recorded, and in no submodule
     return prefix
-
-
-def frame_prefix() -> str:
-    """The path, in the compiled model, of the module whose frame is being compiled; empty for the model's own.
-
-    After a graph break inner modules are compiled as frames of their own, while the outer ones run and stand on the stack.
-    """
-    inner = root = None
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name in _CALLS:
-            module = frame.f_locals.get("self")
-            if isinstance(module, torch._dynamo.OptimizedModule):
-                root = module._orig_mod
-            elif isinstance(module, torch.nn.Module):
-                inner = module if inner is None else inner
-                root = module if module._compiled_call_impl is not None else root
-        frame = frame.f_back  # type: ignore[assignment]
-    if root is None or inner is None:
-        return ""
-    return next((name for name, module in root.named_modules() if module is inner), "")
 
 
 def source_line(node: Node) -> str:

@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch.fx import GraphModule, Node
 
+from dilcompile.passes.frames import Frame, compiled_frame
 from dilcompile.passes.mutations import Mutations
 from dilcompile.passes.normalize import CHECKPOINT
-from dilcompile.passes.provenance import frame_prefix
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Graph:
         parent: the graph around a checkpoint's body; None for a whole graph.
         call: the node of the parent that runs the body.
         outside: the body's inputs and the parent's nodes that they stand for.
-        prefix: the path of the module whose frame the graph is of.
+        frame: what Dynamo captured the graph from.
     """
 
     gm: GraphModule
@@ -36,7 +36,7 @@ class Graph:
     parent: Graph | None = None
     call: Node | None = None
     outside: Mapping[Node, Node] = field(default_factory=dict)
-    prefix: str = field(default_factory=frame_prefix)
+    frame: Frame = field(default_factory=compiled_frame)
 
     @cached_property
     def mutations(self) -> Mutations:
@@ -100,7 +100,7 @@ def regions(graph: Graph) -> Iterator[Graph]:
                 parent=graph,
                 call=node,
                 outside=outside,
-                prefix=graph.prefix,
+                frame=graph.frame,
             )
         )
 

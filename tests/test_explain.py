@@ -175,3 +175,19 @@ def test_sites_that_differ_in_names_alone_share_a_row() -> None:
     first, second = report.sites
     assert first.operands != second.operands
     assert "layers.{0-1}" in str(report)
+
+
+@torch._dynamo.disable
+def _by_itself(q: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+
+def test_a_graph_break_is_noted_with_its_reason() -> None:
+    q = torch.randn(1, 2, 8, 4)
+    for call in (lambda q: _by_itself(q * 2) + 1, _by_itself):
+        report = dilcompile.explain(call, q, policy="exact")
+        assert report.sites == ()
+        if call is not _by_itself:
+            (note,) = report.notes
+            assert "torch.compile broke the graph; attention that ran in between is not seen" in note
+            assert "torch.compiler.disable" in note

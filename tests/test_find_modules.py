@@ -124,6 +124,43 @@ def test_decoder(train: bool) -> None:
     assert found.rewritten == 4
 
 
+def _encoder(**how: Any) -> nn.Module:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, 16, dropout=0.0, batch_first=True), 2, **how)
+
+
+def _decoder() -> nn.Module:
+    return nn.TransformerDecoder(nn.TransformerDecoderLayer(E, H, 16, dropout=0.0, batch_first=True), 2)
+
+
+# Calls at which torch.compile itself breaks inside of torch.nn: a mask without a hint whether it is causal, masks of two types.
+BREAKING: list[tuple[str, Callable[[], nn.Module], Callable[..., Any], list[str]]] = [
+    ("encoder, mask", _encoder, lambda m, x, p, c: m(x, c.detach()), ["other"] * 2),
+    ("encoder, mask made inside", _encoder, lambda m, x, p, c: m(x, nn.Transformer.generate_square_subsequent_mask(S)), ["causal"] * 2),
+    ("encoder, two types", lambda: _encoder(enable_nested_tensor=False), lambda m, x, p, c: m(x, infinite(causal()), p), ["causal & padding"] * 2),
+    ("decoder, mask", _decoder, lambda m, x, p, c: m(x, x * 2, infinite(causal())), ["causal", "none"] * 2),
+    ("decoder, two types", _decoder, lambda m, x, p, c: m(x, x * 2, infinite(causal()), tgt_key_padding_mask=p), ["causal & padding", "none"] * 2),
+    ("attention, two types", lambda: nn.MultiheadAttention(E, H, batch_first=True), lambda m, x, p, c: m(x, x, x, p, False, infinite(causal()))[0], ["causal & padding"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "no_grad"])
+@pytest.mark.parametrize("case", BREAKING, ids=lambda case: case[0])
+def test_calls_that_torch_compile_breaks_at(
+    case: tuple[str, Callable[[], nn.Module], Callable[..., Any], list[str]], mode: str
+) -> None:
+    _, maker, call, masks = case
+    with torch.set_grad_enabled(mode != "no_grad"):
+        found = agree(
+            Call(maker(), call).train(mode == "train"),
+            torch.randn(B, S, E),
+            padding(),
+            infinite(causal()),
+            gradients=mode != "no_grad",
+        )
+    assert ["other" if "other" in site.mask.words else str(site.mask) for site in found.sites] == masks
+    assert (found.rewritten, found.misses) == (len(masks), [])
+
+
 def test_dropout_keeps_its_probability() -> None:
     class Dropped(nn.Module):
         def __init__(self) -> None:

@@ -35,13 +35,20 @@ HELD: dict[str, Callable[[AttentionSite], object]] = {
 }
 
 
-def resolve(policy: Policy, sites: Sequence[AttentionSite], *, enforce: bool = True) -> list[Verdict]:
+def resolve(
+    policy: Policy,
+    sites: Sequence[AttentionSite],
+    *,
+    enforce: bool = True,
+    revise: Callable[[list[Verdict]], list[Verdict]] = list,
+) -> list[Verdict]:
     """One verdict a site, in the order of the sites.
 
     Args:
         policy: as ``Policy.load`` returns it.
         sites: what the finder found. A rule's ``min_seq`` may add a guard on a symbolic length.
         enforce: act on ``fallback``: warn or raise. False: only say what would be decided (for reports).
+        revise: may turn decisions into rejections, which ``fallback`` then speaks of too.
 
     Raises:
         RewriteError: where ``fallback`` says ``error``.
@@ -50,14 +57,19 @@ def resolve(policy: Policy, sites: Sequence[AttentionSite], *, enforce: bool = T
         DilcompileWarning: where ``fallback`` says ``warn``.
     """
     policy = Policy.load(policy)
-    verdicts = [_decide(policy, site) for site in sites]
+    verdicts = revise([_decide(policy, site) for site in sites])
     if enforce:
         _enforce(policy, verdicts)
     return verdicts
 
 
+def rule_of(policy: Policy, site: AttentionSite) -> Rule | None:
+    """The rule that decides a site: the first that takes it."""
+    return next((rule for rule in policy.rules if rule.match.takes(site)), None)
+
+
 def _decide(policy: Policy, site: AttentionSite) -> Verdict:
-    rule = next((rule for rule in policy.rules if rule.match.takes(site)), None)
+    rule = rule_of(policy, site)
     if rule is None:
         return Rejection(site, None, "no rule of the policy takes it", asked=True)
     form = rule.apply.build(policy.numerics_of(rule).merge_grad)

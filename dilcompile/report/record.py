@@ -16,7 +16,7 @@ class GraphReport:
     """One compiled graph (a model with graph breaks has several).
 
     Args:
-        graph: Dynamo's compile id (``0/0``), or ``exported``.
+        graph: Dynamo's compile id (``0/0``), the number of an ``exported`` program, or ``none`` if none was captured.
         verdicts: one a site, in graph order; ``Decision`` means rewritten.
         misses: what looks like attention and was left alone.
         notes: what holds for the whole graph (why it could not be normalised, fuel that ran out ...).
