@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -19,8 +20,7 @@ from dilcompile.policy import Policy
 from dilcompile.publish import gathered
 from dilcompile.report import GraphReport, Report
 
-# Compiled anew for each explanation: what Dynamo caches on a function's code then belongs to nobody else.
-_CALL = "def call(model, args, kwargs):\n    return model(*args, **kwargs)\n"
+_CALL = "def call(*args, **kwargs):\n    return model(*args, **kwargs)\n"
 _FILE = "<dilcompile.explain>"
 
 
@@ -71,7 +71,7 @@ def _only_graph(model: Callable[..., Any], args: Any, kwargs: Any, policy: Polic
         return leave
 
     with contextlib.suppress(_Captured), _undisturbed(model):
-        _compiled(capture, fullgraph=True)(model, args, kwargs)
+        _compiled(model, capture, fullgraph=True)(*args, **kwargs)
     return found
 
 
@@ -84,7 +84,7 @@ def _all_graphs(model: Callable[..., Any], args: Any, kwargs: Any, policy: Polic
 
     before = Counter(counters["graph_break"])
     with _undisturbed(model):
-        _compiled(capture, fullgraph=False)(model, args, kwargs)
+        _compiled(model, capture, fullgraph=False)(*args, **kwargs)
     return _with_breaks(found, counters["graph_break"] - before)
 
 
@@ -112,13 +112,28 @@ def _described(gm: GraphModule, example_inputs: Sequence[Any], policy: Policy, n
     return replace(report, verdicts=tuple(verdicts), misses=tuple(misses))
 
 
-def _compiled(backend: Callable[..., Any], fullgraph: bool) -> Callable[..., Any]:
-    scope: dict[str, Any] = {}
-    exec(compile(_CALL, _FILE, "exec"), scope)
+def _compiled(model: Callable[..., Any], backend: Callable[..., Any], fullgraph: bool) -> Callable[..., Any]:
     # Older torch has no such option; frames after a graph break then share their caches with other compilations.
     apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-    compiled: Callable[..., Any] = torch.compile(scope["call"], backend=backend, fullgraph=fullgraph, **apart)  # type: ignore[call-overload]
+    compiled: Callable[..., Any] = torch.compile(_own_code(model), backend=backend, fullgraph=fullgraph, **apart)  # type: ignore[call-overload]
     return compiled
+
+
+def _own_code(model: Callable[..., Any]) -> Callable[..., Any]:
+    """A call of ``model`` by code that nothing else runs: what Dynamo caches on code then belongs to nobody else.
+
+    A function is copied, not called by another, so that Dynamo names what it holds as it does when the function is compiled.
+    """
+    if isinstance(model, MethodType):
+        return MethodType(_own_code(model.__func__), model.__self__)
+    if isinstance(model, FunctionType):
+        own = FunctionType(model.__code__.replace(), model.__globals__, model.__name__, model.__defaults__, model.__closure__)
+        own.__kwdefaults__ = model.__kwdefaults__
+        return own
+    scope: dict[str, Any] = {"model": model}
+    exec(compile(_CALL, _FILE, "exec"), scope)
+    call: Callable[..., Any] = scope["call"]
+    return call
 
 
 def _uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:

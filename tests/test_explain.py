@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from models import Stack
+from test_module_paths import paths
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -188,3 +190,21 @@ def test_a_graph_break_is_noted_with_its_reason() -> None:
     (note,) = report.notes
     assert "torch.compile broke the graph; attention that ran in between is not seen" in note
     assert "torch.compiler.disable" in note
+
+
+def test_a_function_is_explained_as_it_is_compiled() -> None:
+    """Module paths don't depend on who looks."""
+    model, x = Stack(), torch.randn(2, 16, 32)
+
+    class Holder:
+        def __init__(self) -> None:
+            self.net = model
+
+        def call(self, x: Tensor, *, twice: bool = True) -> Tensor:
+            return self.net(x) * (2 if twice else 1)
+
+    calls = (lambda x: model(x), Holder().call, model, model.forward)
+    for call in calls:
+        explained = [site.module for site in dilcompile.explain(call, x, policy="exact").sites]
+        assert explained == paths(call, lambda call, backend: torch.compile(call, backend=backend))
+        assert [path.removeprefix("net.") for path in explained] == ["layers.0", "layers.1"]
