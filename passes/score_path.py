@@ -59,6 +59,7 @@ def walk_scores(softmax: Softmax, product: Node, facts: Facts) -> ScorePath:
     scale = stages.factor * found.alpha * (1.0 if cap is None else cap)
     if found.addend is not None:
         uncapped(node, stages)
+        stages.through(node)
         stages.masks.append(MaskOperand(found.addend, node, "add", stages.factor * found.beta, ends=stages.holds))
     for operand in stages.masks:
         independent(operand.node, operand.on, node, facts.mutations)
