@@ -185,7 +185,7 @@ SCORES: list[Case] = [
     ("doubled weights", of_weights(lambda w: w * 2), qkv, "miss: the probabilities are multiplied (a head mask or renormalisation)"),
     ("masked weights", of_weights(lambda w: w.masked_fill(later(), 0)), qkv, "miss: aten.masked_fill stands between the softmax and the values"),
     ("renormalised weights", of_weights(lambda w: w / w.sum(-2, keepdim=True)), qkv, "miss: the attention weights are used elsewhere too"),
-    ("returned weights", lambda q, k, v: (lambda w: (w @ v, w))((q @ k.mT).softmax(-1)), qkv, "miss: the attention weights are used elsewhere too"),
+    ("returned weights", lambda q, k, v: (lambda w: (w @ v, w))((q @ k.mT).softmax(-1)), qkv, "miss: the attention weights are returned"),
     ("weights used twice", lambda q, k, v: (lambda w: w @ v + w @ (2 * v))((q @ k.mT).softmax(-1)), qkv, "miss: the attention weights are used elsewhere too"),
     ("returned scores", lambda q, k, v: (lambda s: (attend(s, v), s))(q @ k.mT), qkv, "none (zero)"),
     ("rounded queries", lambda q, k, v: attend(torch.div(q, 0.5, rounding_mode="floor") @ k.mT, v), qkv, "none (zero)"),
