@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -15,6 +14,7 @@ import dilcompile.lowering.ops as _registered  # noqa: F401
 from dilcompile.decision import Decision
 from dilcompile.errors import DilcompileError
 from dilcompile.first_call import compared
+from dilcompile.near import hint
 from dilcompile.pipeline import rewrite_dynamo
 from dilcompile.policy import Policy
 from dilcompile.publish import forget, publish
@@ -71,9 +71,7 @@ def _checked(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, A
     asked = dict(options or {})
     for key in asked:
         if key not in _OPTIONS:
-            near = difflib.get_close_matches(str(key), _OPTIONS, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise DilcompileError(f"options: unknown key {key!r}{hint}; the keys are {', '.join(_OPTIONS)}")
+            raise DilcompileError(f"options: unknown key {key!r}{hint(key, _OPTIONS)}; the keys are {', '.join(_OPTIONS)}")
     if mode is not None:
         asked.setdefault("mode", mode)
     inner = asked.get("inner", "inductor")

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from dilcompile.errors import DilcompileError
 from dilcompile.passes.regions import Graph
 from dilcompile.pipeline import rewrite_normal
 from dilcompile.policy import Policy
@@ -38,9 +39,15 @@ def rewrite_exported(
         A new program; compile it further with ``torch._inductor.aoti_compile_and_package`` or run its ``module()``.
 
     Raises:
+        DilcompileError: if ``ep`` is no exported program.
         PolicyError: for a policy that can't be read.
         RewriteError: where the policy says that a failure is an error.
     """
+    if not isinstance(ep, ExportedProgram):
+        raise DilcompileError(
+            f"rewrite_exported takes an ExportedProgram, not {type(ep).__name__}; "
+            f"export it first: torch.export.export(model, args)"
+        )
     loaded = Policy.load(policy)
     rewritten = _copied(ep)
     gm = rewritten.graph_module

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dilcompile.errors import KernelError
 from dilcompile.lowering import cpu, flash, native, reference, sdpa
 from dilcompile.lowering.call import Call, Kernel
+from dilcompile.near import hint
 
 KERNELS: dict[str, Kernel] = {
     "native": native,
@@ -31,7 +32,7 @@ def select(call: Call, name: str | None = None, backward: bool = False) -> Kerne
         fitting = (kernel for kernel in KERNELS.values() if rows >= kernel.LEAST_ROWS)
         return next(kernel for kernel in fitting if _refusal(kernel, call, backward) is None)
     if name not in KERNELS:
-        raise KernelError(f"kernel {name!r} is unknown; the kernels are {', '.join(KERNELS)}")
+        raise KernelError(f"kernel {name!r} is unknown{hint(name, KERNELS)}; the kernels are {', '.join(KERNELS)}")
     reason = _refusal(KERNELS[name], call, backward)
     if reason is not None:
         able = next(other for other, kernel in KERNELS.items() if _refusal(kernel, call, backward) is None)

@@ -11,7 +11,7 @@ from models import CausalAttention, NoAttention, SdpaAttention, Stack, llama
 from torch.export import Dim, export
 
 from dilcompile import rewrite_exported
-from dilcompile.errors import PolicyError
+from dilcompile.errors import DilcompileError, PolicyError
 
 ATTENTION = torch.ops.dilcompile.attention.default
 
@@ -32,6 +32,11 @@ def test_same_numbers(kind: Any, dynamic: bool) -> None:
     for length in (16, 40) if dynamic else (16,):
         x = torch.randn(2, length, 32)
         torch.testing.assert_close(rewritten.module()(x), model(x))
+
+
+def test_a_module_is_no_program() -> None:
+    with pytest.raises(DilcompileError, match=r"takes an ExportedProgram, not NoAttention; export it first: torch.export.export"):
+        rewrite_exported(NoAttention(), "exact")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

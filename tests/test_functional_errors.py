@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,6 +43,22 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"cu_seqlens": torch.tensor([0.0, 6.0])}, "cu_seqlens must be an int32 or int64 vector"),
     ({"cu_seqlens": torch.tensor([0])}, "vector of at least 2 positions, not [1]"),
     ({"cu_seqlens": torch.tensor([0, 6]), "q_offset": 2}, "queries stand at 2 to 7 and there are 6 keys"),
+    ({"bias": x(6, 6).to("meta")}, "bias is on meta but k is on cpu; move it there: bias.to(k.device)"),
+    ({"cu_seqlens": torch.tensor([0, 6]).to("meta")}, "cu_seqlens is on meta but k is on cpu; move it there"),
+    ({"k": x(2, 2, 6, 8).to("meta")}, "q, k and v are on cpu, meta and cpu; move them"),
+    ({"q": None}, "q must be a tensor [B, H, S, D], not None (NoneType); make it one"),
+    ({"v": np.zeros((2, 2, 6, 8))}, "v must be a tensor [B, H, S, D], not a ndarray; make it one with torch.as_tensor"),
+    ({"scale": "a"}, "scale must be a finite number, not 'a' (str); leave it out"),
+    ({"scale": torch.tensor(0.5)}, "scale must be a finite number, not a tensor []; leave it out"),
+    ({"scale": True}, "scale must be a finite number, not True (bool)"),
+    ({"softcap": "a"}, "softcap must be a finite number above 0, not 'a' (str)"),
+    ({"dropout_p": None}, "dropout_p must be at least 0 and below 1, not None (NoneType)"),
+    ({"is_causal": "yes"}, "is_causal must be True or False, not 'yes' (str); use bool(...)"),
+    ({"q_offset": 1.5}, "q_offset must be a whole number, not 1.5 (float); leave it out for Sk - Sq"),
+    ({"kernel": 3}, "kernel must be the name of a kernel, such as 'reference', not 3 (int); leave it out"),
+    ({"key_padding": [True] * 6}, "key_padding must be a bool tensor [B, Sk] (True keeps a key), not [True, True, True"),
+    ({"cu_seqlens": [0, 3, 6]}, "not [0, 3, 6] (list); use torch.tensor([0, ..., 6])"),
+    ({"bias": 0.5}, "bias must be a float tensor that broadcasts to [B, H, Sq, Sk], not 0.5 (float)"),
     ({"form": 3}, "form must be a Form, its text, or a mapping such as {'form': 'dense'}, not 3"),
     ({"form": {"window": 3}}, "form must be a Form, its text, or a mapping"),
 ]
@@ -59,12 +76,38 @@ def test_forms_and_kernels() -> None:
         attention(**{**GOOD, "form": "ring()"})
     with pytest.raises(FormError, match="window must be a whole number"):
         attention(**{**GOOD, "form": {"form": "sliding_window", "window": -1}})
-    with pytest.raises(KernelError, match="kernel 'none' is unknown"):
-        attention(**{**GOOD, "kernel": "none"})
+    with pytest.raises(FormError, match=r"form 'dens' is unknown \(did you mean 'dense'\?\); the forms are dense"):
+        attention(**{**GOOD, "form": "dens"})
+    with pytest.raises(FormError, match=r"unknown option 'sink' \(did you mean 'sinks'\?\); the options are window, sinks"):
+        attention(**{**GOOD, "form": "sliding_window(window=4, sink=3)"})
+    with pytest.raises(KernelError, match=r"kernel 'natve' is unknown \(did you mean 'native'\?\); the kernels are"):
+        attention(**{**GOOD, "kernel": "natve"})
     with pytest.raises(FormError, match="segments\\[0\\]=9 is not a multiple"):
         dilated_attention(GOOD["q"], GOOD["k"], GOOD["v"], [9, 8], [2, 1])
     with pytest.raises(FormError, match="2 segments"):
         dilated_attention(GOOD["q"], GOOD["k"], GOOD["v"], [8, 16], [1])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rates", "message"),
+    [
+        (8, 1, "segment_lengths must be a list of whole numbers, one a branch, or 'auto', not 8 (int); write segment_lengths=["),
+        (None, None, "segment_lengths must be a list of whole numbers, one a branch, or 'auto', not None (NoneType)"),
+        ([8], 1, "dilation_rates must be a list of whole numbers, one a branch, or 'auto', not 1 (int); write dilation_rates=["),
+        (torch.tensor([8]), [1], "segment_lengths must be a list of whole numbers, one a branch, or 'auto', not a tensor [1]"),
+        ([8.0], [1], "segments[0] must be a whole number of at least 1, not 8.0"),
+    ],
+)
+def test_branches(lengths: Any, rates: Any, message: str) -> None:
+    with pytest.raises(FormError) as caught:
+        dilated_attention(GOOD["q"], GOOD["k"], GOOD["v"], lengths, rates)
+    assert message in str(caught.value)
+
+
+def test_devices_are_form_errors() -> None:
+    for changes in ({"bias": x(6, 6).to("meta")}, {"v": x(2, 2, 6, 8).to("meta")}):
+        with pytest.raises(FormError, match="move"):
+            attention(**{**GOOD, **changes})
 
 
 def test_a_mapping_a_text_and_a_form_are_one() -> None:

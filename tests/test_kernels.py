@@ -418,8 +418,8 @@ def test_uninitialised_memory_never_shows() -> None:
 def test_choosing_a_kernel() -> None:
     q, k, v = drawn(kv_heads=4)
     at = setting_of(q, k)
-    with pytest.raises(KernelError, match="kernel 'fast' is unknown; the kernels are native, sdpa, flash, cpu, reference"):
-        run(q, k, v, Dense(), "fast", at)
+    with pytest.raises(KernelError, match="kernel 'quick' is unknown; the kernels are native, sdpa, flash, cpu, reference"):
+        run(q, k, v, Dense(), "quick", at)
     with pytest.raises(KernelError, match="kernel 'sdpa' can't compute this attention: softcap; kernel 'native' can"):
         run(q, k, v, Dense(), "sdpa", at, softcap=1.0)
     with pytest.raises(KernelError, match="kernel 'flash' can't compute this attention: the tensors are on cpu"):

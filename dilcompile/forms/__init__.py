@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields
+
 from dilcompile.errors import FormError
 from dilcompile.forms.base import Form, parse_options
 from dilcompile.forms.dense import Dense
 from dilcompile.forms.dilated import Dilated
 from dilcompile.forms.sliding_window import SlidingWindow
+from dilcompile.near import hint
 
 FORMS: dict[str, type[Form]] = {
     Dense.name: Dense,
@@ -23,11 +26,16 @@ def make_form(name: str, options: dict[str, object]) -> Form:
     """
     kind = FORMS.get(name)
     if kind is None:
-        raise FormError(f"form {name!r} is unknown; the forms are {', '.join(FORMS)}")
-    try:
-        return kind(**options)
-    except TypeError as error:
-        raise FormError(f"form {name}: {str(error).split('__init__() ')[-1]}") from None
+        raise FormError(f"form {name!r} is unknown{hint(name, FORMS)}; the forms are {', '.join(FORMS)}")
+    known = {option.name: option for option in fields(kind)}
+    for option in options:
+        if option not in known:
+            takes = f"the options are {', '.join(known)}" if known else "it has no options"
+            raise FormError(f"form {name}: unknown option {option!r}{hint(option, known)}; {takes}")
+    for option, field in known.items():
+        if field.default is MISSING and option not in options:
+            raise FormError(f"form {name}: the option {option!r} is missing; give it, as in {name}({option}=...)")
+    return kind(**options)
 
 
 def parse_form(text: str) -> Form:

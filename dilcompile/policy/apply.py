@@ -10,7 +10,8 @@ from pydantic import BeforeValidator, Discriminator, Tag, create_model, model_va
 
 from dilcompile.errors import FormError
 from dilcompile.forms import FORMS, Form
-from dilcompile.policy.problems import Misfit, hint
+from dilcompile.near import hint
+from dilcompile.policy.problems import Misfit
 from dilcompile.policy.section import Section
 from dilcompile.policy.values import shown
 

@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 
 from dilcompile.decision import Decision
+from dilcompile.near import hint
 from dilcompile.policy import patterns, ranges
 from dilcompile.policy.predicates import PREDICATES
-from dilcompile.policy.problems import hint
 from dilcompile.policy.resolve import resolve, unused_rules
 from dilcompile.policy.schema import Match, Policy, Rule
 from dilcompile.site import AttentionSite, MaskSpec

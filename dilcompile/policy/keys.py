@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dilcompile.near import closest
 from dilcompile.policy.apply import APPLY
-from dilcompile.policy.problems import Path, closest
+from dilcompile.policy.problems import Path
 from dilcompile.policy.schema import (
     Defaults,
     Fallback,

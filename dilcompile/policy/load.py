@@ -12,9 +12,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from dilcompile.errors import PolicyError
+from dilcompile.near import hint
 from dilcompile.policy.document import Document, read_yaml
 from dilcompile.policy.keys import key_hint
-from dilcompile.policy.problems import Misfit, Path, Problem, hint
+from dilcompile.policy.problems import Misfit, Path, Problem
 from dilcompile.policy.schema import Policy
 from dilcompile.policy.values import shown
 

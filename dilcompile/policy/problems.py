@@ -1,9 +1,7 @@
-"""A problem in a policy: where it is, what it is, and the nearest right spelling."""
+"""A problem in a policy: where it is and what it is."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 Path = tuple[str | int, ...]
@@ -53,15 +51,3 @@ def spell(path: Path) -> str:
     for step in path:
         text += f"[{step}]" if isinstance(step, int) else f".{step}"
     return text.removeprefix(".")
-
-
-def closest(word: str, known: Iterable[str]) -> str | None:
-    """The known name that ``word`` most likely means, or None."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return found[0] if found else None
-
-
-def hint(word: object, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)``, or nothing."""
-    near = closest(word, known) if isinstance(word, str) else None
-    return f" (did you mean {near!r}?)" if near else ""

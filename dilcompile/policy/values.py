@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import Field
 
-from dilcompile.policy.problems import Misfit, hint
+from dilcompile.near import hint
+from dilcompile.policy.problems import Misfit
 
 
 @dataclass(frozen=True)
