@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from dilcompile import arguments
 from dilcompile.errors import DilcompileError
@@ -59,6 +60,7 @@ def attention(
     Raises:
         DilcompileError: for operands that don't fit; FormError, KernelError: for the form or kernel.
     """
+    scale, softcap, dropout_p, is_causal = (_fixed(x) for x in (scale, softcap, dropout_p, is_causal))
     arguments.check_operands(q, k, v)
     arguments.check_options(scale, softcap, dropout_p, is_causal, q_offset, kernel)
     arguments.check_padding(key_padding, k)
@@ -146,9 +148,10 @@ def _text(form: Form | str | Mapping[str, Any]) -> str:
     if isinstance(form, str):
         text = _parsed(form)
     elif isinstance(form, Form):
-        text = _made(form.name, tuple((option, getattr(form, option)) for option in form.__match_args__))
+        names: tuple[str, ...] = form.__match_args__
+        text = _made(form.name, tuple((name, _fixed(getattr(form, name))) for name in names))
     elif isinstance(form, Mapping) and isinstance(form.get("form"), str):
-        text = _made(form["form"], tuple((option, value) for option, value in form.items() if option != "form"))
+        text = _made(form["form"], tuple((option, _fixed(value)) for option, value in form.items() if option != "form"))
     else:
         raise DilcompileError(f"form must be a Form, its text, or a mapping such as {{'form': 'dense'}}, not {form!r}")
     return text
@@ -163,3 +166,13 @@ def _made(name: str, options: tuple[tuple[str, Any], ...]) -> str:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _parsed(text: str) -> str:
     return str(parse_form(text))
+
+
+_SCALARS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def _fixed(value: Any) -> Any:
+    """``value`` with the numbers that torch.compile traces as symbols made constants, by which the graph is then guarded."""
+    if isinstance(value, (list, tuple)):
+        return tuple([_fixed(one) for one in value])
+    return guard_scalar(value) if isinstance(value, _SCALARS) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -87,6 +88,53 @@ def test_compiled_is_eager(function: Any, dynamic: bool) -> None:
         grads = [torch.autograd.grad(result.square().sum(), (q, k, v)) for result in results]
         for one, other in zip((results[0], *grads[0]), (results[1], *grads[1]), strict=True):
             assert torch.equal(one, other)
+
+
+# What a caller may not know when compiling: (function of q and a number, its values).
+NUMBERS: dict[str, tuple[Callable[[Tensor, Any], Any], tuple[Any, ...]]] = {
+    "segment": (lambda q, n: dilated_attention(q, q, q, [n], [1]), (8, 16, 4)),
+    "lists": (lambda q, n: dilated_attention(q, q, q, n, [1, 4], sinks=1), ([8, 32], [16, 16], [4, 32])),
+    "sinks": (lambda q, n: dilated_attention(q, q, q, [8], [1], sinks=n), (1, 2, 3)),
+    "window": (lambda q, n: attention(q, q, q, {"form": "sliding_window", "window": n}), (8, 16, 4)),
+    "form": (lambda q, n: attention(q, q, q, SlidingWindow(n)), (8, 16, 4)),
+    "length": (lambda q, n: dilated_attention(q[:, :, :n], q, q, [q[:, :, :n].shape[2]], [1], sinks=1), (32, 16, 20)),
+    "scale": (lambda q, n: dilated_attention(q, q, q, [8], [1], scale=n, softcap=9 * n), (0.8, 0.16, 0.4)),
+    "scale of a length": (lambda q, n: attention(q[:, :, :n], q, q, "dense", scale=q[:, :, :n].shape[2] ** -0.5), (32, 16, 20)),
+    "causal of a length": (lambda q, n: attention(q, q, q, "dense", is_causal=q[:, :, :n].shape[2] > 1), (32, 1, 20)),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_change_between_calls(name: str, dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    function, values = NUMBERS[name]
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    q = torch.randn(1, 4, 32, 8)
+    for value in (*values, *values):
+        assert torch.equal(compiled(q, value), function(q, value))
+
+
+def test_numbers_of_a_closure() -> None:
+    q, lengths, window = torch.randn(1, 4, 32, 8), [8, 32], 8
+    for function in (
+        lambda q: dilated_attention(q, q, q, lengths, [1, 4]),
+        lambda q: dilated_attention(q, q, q, [window], [1]),
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+        assert torch.equal(compiled(q), function(q))
+
+
+def test_numbers_of_an_exported_length() -> None:
+    class Whole(torch.nn.Module):
+        def forward(self, q: Tensor) -> Any:
+            return dilated_attention(q, q, q, [8, q.shape[2]], [1, 4], scale=q.shape[2] ** -0.5)
+
+    q = torch.randn(1, 4, 32, 8)
+    for strict in (False, True):
+        program = torch.export.export(Whole(), (q,), strict=strict)
+        assert torch.equal(program.module()(q), Whole()(q))
 
 
 def test_inductor_takes_the_operator() -> None:
