@@ -77,14 +77,16 @@ def attention(
     """
     from dilcompile.lowering.select import select
 
+    scale, factor = _positive(scale, q.dtype)
+    scaled = q if factor == 1.0 else q * factor
     call = _call(
-        q, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
+        scaled, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
         scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs, flat,
     )  # fmt: skip
     out, lse = select(call, kernel).forward(call)
-    factor = output_scale(form_of(form), k.shape[2])
+    of_output = output_scale(form_of(form), k.shape[2])
     out = _laid_out(out, q)
-    return (out if factor == 1.0 else out.mul_(factor)), lse
+    return (out if of_output == 1.0 else out.mul_(of_output)), lse
 
 
 @torch.library.custom_op(
@@ -127,17 +129,33 @@ def attention_backward(
     """Gradients of q, k, v [as their operand, laid out [B, S, H, D]] and of the bias (an empty tensor without one)."""
     from dilcompile.lowering.select import select
 
+    scale, factor = _positive(scale, q.dtype)
+    scaled = q if factor == 1.0 else q * factor
     call = _call(
-        q, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
+        scaled, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
         scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs, flat, bias_grad,
     )  # fmt: skip
-    factor = output_scale(form_of(form), k.shape[2])
-    if factor != 1.0:
-        grad_out, out = grad_out * factor, out / factor
+    of_output = output_scale(form_of(form), k.shape[2])
+    if of_output != 1.0:
+        grad_out, out = grad_out * of_output, out / of_output
     grads = select(call, kernel, backward=True).backward(call, out, lse, grad_out, grad_lse)
     shaped = [_laid_out(grad, like) for grad, like in zip(grads[:3], (q, k, v), strict=True)]
+    if factor != 1.0:
+        shaped[0].mul_(factor)
     grad_bias = q.new_empty(0) if bias is None or not bias_grad or grads[3] is None else grads[3].contiguous()
     return shaped[0], shaped[1], shaped[2], grad_bias
+
+
+def _positive(scale: float, dtype: torch.dtype) -> tuple[float, float]:
+    """A scale above 0, and the factor on q that makes up for it.
+
+    Flash ops fill hidden scores with -inf before they scale them, so a scale that is not above 0 in the dtype that they
+    compute in gives NaN or shows the hidden pairs.
+    """
+    least = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny
+    if abs(scale) < least:
+        return 1.0, scale
+    return (-scale, -1.0) if scale < 0 else (scale, 1.0)
 
 
 def _call(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -205,6 +206,21 @@ def test_gradients_in_low_precision(kernel: str, form: Form, dtype: torch.dtype)
     exact = torch.autograd.grad(loss_of(*expected(*exact_inputs, form, at), True), exact_inputs)
     for grad, eager_grad, exact_grad in zip(found, eager, exact, strict=True):
         assert_as_good_as_eager(grad, eager_grad, exact_grad, dtype)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, -1e-60])
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[1], FORMS[3], FORMS[6]], ids=str)
+@pytest.mark.parametrize("kernel", ON_CPU)
+def test_a_scale_that_is_not_above_zero(kernel: str, form: Form, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ATen's flash ops hide pairs before they scale, so that such a scale gives NaN or shows what is hidden."""
+    monkeypatch.setattr(sys.modules[__name__], "SCALE", scale)
+    for causal in (False, True):
+        for asked in ({"lse": True}, {"softcap": 2.0}, {"key_padding": True}):
+            test_output_and_every_gradient(kernel, form, causal, asked)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            test_explicit_softmax(kernel, form, causal, dtype)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        test_gradients_in_low_precision(kernel, form, dtype)
 
 
 def assert_grads(kernel: str | None, form: Form, at: Setting, q: Tensor, k: Tensor, v: Tensor, **operands: Any) -> None:
