@@ -1,4 +1,4 @@
-"""The operators ``dilcompile::attention`` and ``dilcompile::attention_backward``: schema, fakes, autograd, autocast, FLOPs."""
+"""The operators ``dilcompile::attention`` and ``dilcompile::attention_backward``: schema, fakes, autocast, FLOPs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dilcompile.lowering import transforms
 from dilcompile.lowering.call import (
     Call,
     empty_output,
@@ -230,30 +231,8 @@ def _(
     return empty_output(q, q.shape[3]), empty_output(k, k.shape[3]), empty_output(v, v.shape[3]), grad_bias
 
 
-# Where the operands that are tensors end among the arguments, where those with a default begin, and the last that are none.
-_TENSORS, _MORE, _LAST = 7, 16, 20
 # Where the backward's last argument stands among those after the bias.
 _BIAS_GRAD = 16
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:_TENSORS], *inputs[_MORE:_LAST], *output)
-    ctx.options, ctx.last = inputs[_TENSORS:_MORE], inputs[_LAST:]
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *operands, out, lse = ctx.saved_tensors
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    operands, more = operands[:_TENSORS], operands[_TENSORS:]
-    grads = torch.ops.dilcompile.attention_backward(
-        grad_out, grad_lse, out, lse, *operands, *ctx.options, *more, *ctx.last, ctx.needs_input_grad[5]
-    )
-    grad_bias = grads[3] if ctx.needs_input_grad[5] else None
-    return (*grads[:3], None, None, grad_bias, None, *([None] * (len(ctx.options) + len(more) + len(ctx.last))))
-
-
-attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _register_autocast() -> torch.library.Library:
@@ -280,7 +259,8 @@ def _register_autocast() -> torch.library.Library:
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
 )
-_AUTOCAST_LIBRARY = _register_autocast()
+_LIBRARY = _register_autocast()
+transforms.register(_LIBRARY)
 
 
 def _flops(shapes: Sequence[Any], options: Sequence[Any], backward: bool) -> int:
