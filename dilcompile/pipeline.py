@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from dilcompile.passes.trial import Probe, Trial
 from dilcompile.passes.unseen import closed_bodies, like_attention, subclasses
 from dilcompile.policy import Policy, resolve
 from dilcompile.report import GraphReport, Verdict
+from dilcompile.report.kernels import able
 from dilcompile.rewriting import rewrite_sites
 from dilcompile.shared_frames import apart
 from dilcompile.site import AttentionSite
@@ -114,7 +114,7 @@ def rewrite_normal(
     found = [find_sites(part) for part in parts]
     clock.lap("find")
     sites = [_with_operands(match) for findings in found for match in findings.matches]
-    verdicts = _numbered(resolve(policy, sites, enforce=enforce, revise=partial(apart, policy, graph.frame)))
+    verdicts = _numbered(resolve(policy, sites, enforce=enforce, revise=lambda made: apart(policy, graph.frame, able(made))))
     clock.lap("resolve")
     misses = tuple(miss for findings in found for miss in findings.misses)
     done = rewrite_sites(parts, found, verdicts, known or {}, enforce=enforce, runs_later=known is not None)

@@ -25,7 +25,7 @@ def findings(*rules: dict[str, Any], mesh: dict[str, Any] | None = None, **optio
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_clean(name: str) -> None:
-    assert check(Policy.load(name), kernels=("reference",)) == []
+    assert check(Policy.load(name)) == []
 
 
 IMPOSSIBLE = [
@@ -97,12 +97,16 @@ def test_halo_needs_contiguous(order: str) -> None:
     assert findings({"shard": {**halo, "method": "ring"}}, mesh=cut) == []
 
 
-def test_unknown_kernel() -> None:
-    rule = {"apply": {"form": "dense", "kernel": "flx"}}
-    names = ("reference", "flex")
-    expected = ["error: rule r0 asks for kernel 'flx'; the kernels are reference, flex (did you mean 'flex'?)"]
-    assert findings(rule, kernels=names) == expected
-    assert findings(rule) == []
+def test_more_branches_than_heads() -> None:
+    grouped = {"form": "dilated", "segments": [64] * 5, "rates": [1] * 5, "heads": "grouped"}
+    for heads in (4, "1-4", [2, 4]):
+        (few,) = findings({"match": {"heads": heads}, "apply": grouped})
+        assert few.startswith(
+            "error: rule r0 can act on no site: dilated can't be given to what it matches: heads='grouped' gives"
+        )
+    for heads in (5, "4-", [2, 8]):
+        assert findings({"match": {"heads": heads}, "apply": grouped}) == []
+    assert findings({"apply": grouped}) == []
 
 
 def test_dropout_under_sharding() -> None:

@@ -50,13 +50,20 @@ def test_check_prints_every_problem_to_stderr(tmp_path: Path) -> None:
 
 
 def test_check_fails_on_rules_that_never_act(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "p.yaml", "rules:\n- {name: a, apply: {form: keep}}\n- {name: b, apply: {form: dense, kernel: nope}}\n"
-    )
+    path = write(tmp_path / "p.yaml", "rules:\n- {name: a, apply: {form: keep}}\n- {name: b, apply: {form: dense}}\n")
     done = runner.invoke(app, ["policy", "check", path])
     assert done.exit_code == 1
     assert f"error: rule b ({path}:3) is never reached: rule a ({path}:2) takes all of its sites\n" in done.stderr
-    assert f"error: rule b ({path}:3) asks for kernel 'nope'; the kernels are " in done.stderr
+
+
+def test_check_refuses_an_unknown_kernel(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.yaml", "rules:\n- {name: b, apply: {form: dense, kernel: flesh}}\n")
+    done = runner.invoke(app, ["policy", "check", path])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"{path}:2:41: rules[0].apply.kernel: expected 'native', 'sdpa', 'flash', 'cpu' or 'reference', got 'flesh'"
+        " (did you mean 'flash'?)\n"
+    )
 
 
 def test_check_on_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,7 +286,7 @@ dilated = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, 
     }
 )
 applies = (
-    st.sampled_from([{"form": "keep"}, {"form": "dense", "kernel": "flex"}, {"form": "dilated", "output_scale": 0.5}])
+    st.sampled_from([{"form": "keep"}, {"form": "dense", "kernel": "cpu"}, {"form": "dilated", "output_scale": 0.5}])
     | st.builds(lambda w, s: {"form": "sliding_window", "window": w, "sinks": s}, counts, st.integers(0, 8))
     | dilated
 )

@@ -15,6 +15,7 @@ from dilcompile.policy import Policy
 from dilcompile.policy.load import PRESETS
 
 HAS = "this version has keep, dense, sliding_window, dilated"
+KERNELS = "'native', 'sdpa', 'flash', 'cpu' or 'reference'"
 TAIL = "apply: {form: keep}"
 
 
@@ -129,7 +130,8 @@ IN_APPLY = {
     "{form: per_head}": f"apply.form: form 'per_head' is not built yet: {HAS}",
     "{form: ring}": f"apply.form: form 'ring' is not built yet: {HAS}",
     "{form: windowed}": f"apply.form: unknown form 'windowed': {HAS}",
-    "{form: keep, kernel: 3}": "apply.kernel: expected text, got 3",
+    "{form: keep, kernel: 3}": f"apply.kernel: expected {KERNELS}, got 3",
+    "{form: dense, kernel: flesh}": f"apply.kernel: expected {KERNELS}, got 'flesh' (did you mean 'flash'?)",
     "{form: sliding_window}": "apply.sliding_window: key 'window' is missing",
     "{form: sliding_window, window: true}": "apply.window: expected a whole number, got true",
     "{form: sliding_window, window: 0}": "apply.window: must be a whole number of at least 1, not 0",

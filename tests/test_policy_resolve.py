@@ -14,6 +14,7 @@ from dilcompile.decision import Check, Decision, Rejection
 from dilcompile.errors import DilcompileWarning, RewriteError
 from dilcompile.forms import Dense, Dilated, SlidingWindow
 from dilcompile.policy import Policy, resolve, unused_rules
+from dilcompile.report.kernels import able
 from dilcompile.site import AttentionSite, MaskSpec
 
 WINDOW = {"form": "sliding_window", "window": 128}
@@ -53,9 +54,9 @@ def test_the_first_match_wins() -> None:
 
 def test_fidelity_kernel_fallback_and_notes_come_through() -> None:
     found = decide(
-        policy({"apply": {**WINDOW, "kernel": "flex"}, "fallback": {"unsupported": "error"}}), site(k_len=128, q_len=128)
+        policy({"apply": {**WINDOW, "kernel": "reference"}, "fallback": {"unsupported": "error"}}), site(k_len=128, q_len=128)
     )
-    assert (found.fidelity, found.kernel, found.fallback, found.notes) == ("exact", "flex", "error", ())
+    assert (found.fidelity, found.kernel, found.fallback, found.notes) == ("exact", "reference", "error", ())
     causal = decide(policy({"apply": {"form": "dilated", "segments": [64, 128], "rates": [1, 2]}}), site())
     assert causal.fidelity == "approximate"
     assert causal.notes == Dilated(segments=(64, 128), rates=(1, 2)).notes(causal.site)
@@ -90,6 +91,49 @@ def test_a_form_that_refuses_the_site(where: AttentionSite, reason: str) -> None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert resolve(policy(rule, defaults={"fallback": {"unsupported": "keep"}}), [where]) == [found]
+
+
+GROUPED = {"form": "dilated", "segments": [64] * 9, "rates": [1] * 9, "heads": "grouped"}
+
+
+def test_more_branches_than_heads() -> None:
+    rule = {"name": "g", "apply": GROUPED}
+    found = reject(policy(rule), site())
+    assert found.reason == (
+        "dilated can't be given to it: heads='grouped' gives every branch a group of heads, but there are 9 branches and it has "
+        "8 heads"
+    )
+    assert isinstance(decide(policy(rule), site(heads=9, kv_heads=9)), Decision)
+    assert isinstance(decide(policy({"apply": {**GROUPED, "heads": "all"}}), site()), Decision)
+    with pytest.warns(DilcompileWarning, match="stays as it is: dilated can't be given to it: heads='grouped'"):
+        resolve(policy(rule), [site()])
+
+
+@pytest.mark.parametrize(("k_len", "fits"), [(2048, True), (4096, True), (4097, False)])
+def test_more_automatic_branches_than_heads(k_len: int, fits: bool) -> None:
+    where = site(heads=2, kv_heads=2, q_len=k_len, k_len=k_len)
+    form = Dilated(heads="grouped")
+    assert (form.reject(where) is None) is fits
+    assert (len(form.branches(k_len)) <= 2) is fits
+
+
+def test_a_kernel_that_refuses_the_site() -> None:
+    rule = {"name": "w", "apply": {**WINDOW, "kernel": "sdpa"}}
+    (found,) = resolve(policy(rule), [site()], enforce=False, revise=able)
+    assert isinstance(found, Rejection)
+    assert (found.rule, found.asked) == ("w (<dict> rules[0])", False)
+    assert found.reason.startswith("kernel sdpa can't compute sliding_window on it: the relation is window")
+    assert found.cure == "name a kernel that can, or leave `kernel` out"
+    message = re.escape(f"rule w (<dict> rules[0]): model.layers.0.self_attn stays as it is: {found.reason}; {found.cure}")
+    with pytest.warns(DilcompileWarning, match=message):
+        resolve(policy(rule), [site()], revise=able)
+    with pytest.raises(RewriteError, match=message):
+        resolve(policy({**rule, "fallback": {"unsupported": "error"}}), [site()], revise=able)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve(policy({**rule, "fallback": {"unsupported": "keep"}}), [site()], revise=able) == [found]
+    for apply in ({**WINDOW, "kernel": "cpu"}, WINDOW, {"form": "dense", "kernel": "sdpa"}):
+        assert isinstance(resolve(policy({"apply": apply}), [site()], revise=able)[0], Decision)
 
 
 def test_equal_refusals_are_told_once() -> None:

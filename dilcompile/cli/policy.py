@@ -29,11 +29,10 @@ def check_policy(
     ] = None,
 ) -> None:
     """Report everything that is wrong with a policy; exit code 1 if anything is."""
-    from dilcompile.lowering.select import KERNELS
     from dilcompile.policy.check import check
 
     policy = _load(source)
-    findings = check(policy, _sites(model, policy) if model is not None else None, kernels=tuple(KERNELS))
+    findings = check(policy, _sites(model, policy) if model is not None else None)
     typer.echo(str(policy))
     for finding in findings:
         typer.echo(str(finding), err=True)

@@ -110,8 +110,8 @@ class Dilated(Form):
         return "exact" if enough else "approximate"
 
     def reject(self, site: AttentionSite) -> str | None:
-        """A mask that could not be read; cross attention, whose two axes have no common positions."""
-        return cross_site(site) or unread_mask(site)
+        """A mask that could not be read; cross attention, whose two axes have no common positions; too few heads."""
+        return cross_site(site) or unread_mask(site) or self._too_few_heads(site)
 
     def notes(self, site: AttentionSite) -> tuple[str, ...]:
         """Rows that see little, and branches that depend on the length."""
@@ -138,6 +138,21 @@ class Dilated(Form):
         if self.offset == "head_block":
             return tuple(head // -(-problem.kv_heads // rate) for head in heads)
         return tuple((index % rate if self.offset == "branch" else 0) for _ in heads)
+
+    def _too_few_heads(self, site: AttentionSite) -> str | None:
+        """Why the heads can't be dealt to the branches, or None; asks no more of a symbolic length than it must."""
+        if self.heads == "all":
+            return None
+        if isinstance(self.segments, str):
+            longest = FIRST_AUTO_SEGMENT * AUTO_RATIO ** (site.heads - 1)
+            if site.k_len <= longest:
+                return None
+            found = f"more than {site.heads} branches (segments 'auto' over more than {longest} keys)"
+        else:
+            if len(self.segments) <= site.heads:
+                return None
+            found = f"{len(self.segments)} branches"
+        return f"heads='grouped' gives every branch a group of heads, but there are {found} and it has {site.heads} heads"
 
     def _head_groups(self, heads: int, count: int) -> list[tuple[int, int] | None]:
         if self.heads == "all":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_
 
 from pydantic import BeforeValidator, Discriminator, Tag, create_model, model_validator
 
+from dilcompile.decision import KernelName
 from dilcompile.errors import FormError
 from dilcompile.forms import FORMS, Form
 from dilcompile.policy.problems import Misfit, hint
@@ -26,7 +27,7 @@ class Apply(Section):
 
     of: ClassVar[type[Form] | None] = None
     form: str
-    kernel: str | None = None
+    kernel: KernelName | None = None
 
     @property
     def options(self) -> dict[str, Any]:
