@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,6 +79,25 @@ def test_shadowed() -> None:
     assert findings({"match": {"min_seq": 16}}, {"match": {"min_seq": 8}}) == []
     assert findings({"match": {"kind": "self"}}, {}) == []
     assert findings({"match": {"ignore": "a"}}, {"match": {"module": "b"}}) == []
+
+
+def test_a_hidden_rule_of_an_extended_file_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "rules:\n- {name: a, match: {kind: self}, apply: {form: dense}}\n- {name: b, match: {min_seq: 9, max_seq: 8}, apply: {form: keep}}\n"
+    )
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: [base.yaml]\nrules:\n- {name: all, apply: {form: keep}}\n")
+    policy, base = Policy.load(own), tmp_path / "base.yaml"
+    impossible = f"error: rule b ({base}:3) can match no site: min_seq 9 is above max_seq 8"
+    hidden = [
+        f"warning: rule {name} ({base}:{line}) is never reached: rule all ({own}:3) takes all of its sites"
+        for name, line in (("a", 2), ("b", 3))
+    ]
+    for twin in (policy, pickle.loads(pickle.dumps(policy))):
+        assert [str(found) for found in check(twin)] == [hidden[0], impossible, hidden[1]]
+    # The same rules in the file itself are a mistake in it.
+    own.write_text("rules:\n- {name: all, apply: {form: keep}}\n- {name: a, match: {kind: self}, apply: {form: dense}}\n")
+    assert [found.level for found in check(Policy.load(own))] == ["error"]
 
 
 def test_mesh_product() -> None:

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from dilcompile.decision import Decision, Rejection
 from dilcompile.forms import Dense, Dilated, SlidingWindow
 from dilcompile.policy import Policy, resolve
+from dilcompile.policy.check import check
 from dilcompile.policy.load import PRESETS
 from dilcompile.policy.schema import num_bytes
 from dilcompile.site import MaskSpec
@@ -66,6 +67,14 @@ def test_the_whole_language_is_read() -> None:
     assert policy.defaults.numerics.tolerance.rel_l2 == 1e-3
     assert (policy.mesh["cp"].size, policy.extends) == (8, None)
     assert [rule.label for rule in policy.rules[:2]] == ["decoder-self (<text>:10)", "local-layers (<text>:15)"]
+
+
+def test_the_whole_language_passes_the_check() -> None:
+    """The catch-all hides what the preset says; that is how presets are extended."""
+    assert [(found.level, found.message.split(" (")[0]) for found in check(Policy.from_yaml(WHOLE))] == [
+        ("warning", "rule longnet-self"),
+        ("warning", "rule longnet-rest"),
+    ]
 
 
 def test_text_form() -> None:

@@ -42,11 +42,12 @@ def check(policy: Policy, sites: Sequence[AttentionSite] | None = None) -> list[
     """
     found: list[Finding] = []
     for index, rule in enumerate(policy.rules):
-        reasons = [*_impossible(rule), *_misplaced(policy, rule)]
+        found += [Finding("error", f"rule {rule.label} {reason}") for reason in (*_impossible(rule), *_misplaced(policy, rule))]
         shadow = next((earlier for earlier in policy.rules[:index] if shadows(earlier, rule)), None)
         if shadow is not None:
-            reasons.append(f"is never reached: rule {shadow.label} takes all of its sites")
-        found += [Finding("error", f"rule {rule.label} {reason}") for reason in reasons]
+            # A file is extended for some of its rules; that others are hidden is how it is used.
+            level: Literal["error", "warning"] = "warning" if rule.extended else "error"
+            found.append(Finding(level, f"rule {rule.label} is never reached: rule {shadow.label} takes all of its sites"))
     if sites is not None:
         found += _on_model(policy, sites)
     return found

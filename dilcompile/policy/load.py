@@ -120,7 +120,7 @@ def _finish(document: Document, folder: FilePath, stack: tuple[FilePath, ...] = 
     content["rules"] = [rule for rule, _, _ in joined.rules]
     policy = Policy.model_validate(content)
     for rule, (_, source, index) in zip(policy.rules, joined.rules, strict=True):
-        rule._cited = source.cite(index)
+        rule._cited, rule._extended = source.cite(index), source is not document
     return policy
 
 

@@ -158,12 +158,18 @@ class Rule(Section):
     fallback: Annotated[Fallback, Field(description="Over `defaults.fallback`, key by key.")] = Fallback()
 
     _cited: str = PrivateAttr("")
+    _extended: bool = PrivateAttr(False)
 
     @property
     def label(self) -> str:
         """Name and place: ``decoder-self (policy.yaml:8)``."""
         name = self.name or "unnamed rule"
         return f"{name} ({self._cited})" if self._cited else name
+
+    @property
+    def extended(self) -> bool:
+        """It comes from what the policy extends."""
+        return self._extended
 
     def __str__(self) -> str:
         match = ", ".join(f"{key}: {written(value)}" for key, value in self.match.given().items()) or "every site"
@@ -254,16 +260,16 @@ class Policy(Section):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The models of the forms are made at import; a pickle holds plain values only.
-        return (_restored, (self.plain(), [rule._cited for rule in self.rules]))
+        return (_restored, (self.plain(), [(rule._cited, rule._extended) for rule in self.rules]))
 
     def __str__(self) -> str:
         return "\n".join([f"policy {self.name or '(unnamed)'}", *(f"  {rule}" for rule in self.rules)])
 
 
-def _restored(content: dict[str, Any], cited: list[str]) -> Policy:
+def _restored(content: dict[str, Any], origins: list[tuple[str, bool]]) -> Policy:
     policy = Policy.model_validate(content)
-    for rule, place in zip(policy.rules, cited, strict=True):
-        rule._cited = place
+    for rule, (place, extended) in zip(policy.rules, origins, strict=True):
+        rule._cited, rule._extended = place, extended
     return policy
 
 
