@@ -16,7 +16,7 @@ from dilcompile.decision import Decision
 from dilcompile.errors import DilcompileError
 from dilcompile.first_call import compared
 from dilcompile.pipeline import rewrite_dynamo
-from dilcompile.policy import Policy
+from dilcompile.policy import Policy, tell_again
 from dilcompile.publish import forget, publish
 from dilcompile.report import GraphReport
 
@@ -63,8 +63,14 @@ def dilated(
     return _counted(compiled, outcome.report)
 
 
+def _reset() -> None:
+    """Report files and warnings begin anew."""
+    forget()
+    tell_again()
+
+
 # torch._dynamo.reset() calls it.
-dilated.reset = forget  # type: ignore[attr-defined]
+dilated.reset = _reset  # type: ignore[attr-defined]
 
 
 def _checked(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, Any]:

@@ -313,3 +313,22 @@ def test_a_second_process_hits_the_caches(tmp_path: Path) -> None:
     assert first["aot"]["autograd_cache_miss"] == 1
     assert second["aot"].get("autograd_cache_hit") == 1
     assert "autograd_cache_miss" not in second["aot"]
+
+
+def test_a_policy_that_matches_nothing_says_so() -> None:
+    rule = {"name": "far", "match": {"module": "layers.*.atn"}, "apply": {"form": "dense"}}
+    model, x = Stack(SdpaAttention), torch.randn(2, 16, 32)
+    with pytest.warns(
+        DilcompileWarning, match=r"no rule of the policy p takes any of the 2 attention sites .* nearest is rule far"
+    ):
+        found = compiled(model, {"policy": {"name": "p", "rules": [rule]}, "inner": "eager"})(x)
+    torch.testing.assert_close(found, model(x))
+
+
+def test_a_graph_without_sites_is_not_unmatched() -> None:
+    """The break splits the model; warnings are errors here."""
+    rule = {"name": "all", "match": {"kind": "self"}, "apply": {"form": "dense"}}
+    model, x = nn.Sequential(NoAttention(), Stack(SdpaAttention, broken=True), NoAttention()), torch.randn(2, 16, 32)
+    compiled(model, {"policy": {"rules": [rule]}, "inner": "eager"})(x)
+    assert tally("graphs") > 1
+    assert tally("sites_rewritten") == 2

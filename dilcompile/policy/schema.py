@@ -125,7 +125,13 @@ class Fallback(Section):
         Consequence,
         Field(description="A form can't be given to a site: keep it and warn, keep it and list it, or stop."),
     ] = "warn"
-    unmatched: Annotated[Consequence, Field(description="A model has attention sites and no rule takes any of them.")] = "keep"
+    unmatched: Annotated[
+        Consequence,
+        Field(
+            description="A graph has attention sites and no rule takes any of them (`defaults` only): keep them and warn, keep "
+            "them quietly, or stop."
+        ),
+    ] = "warn"
     shape: Annotated[
         Consequence,
         Field(description="A later call brings sizes that the form can't take. No effect in this version."),
