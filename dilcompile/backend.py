@@ -19,6 +19,7 @@ from dilcompile.pipeline import rewrite_dynamo
 from dilcompile.policy import Policy, tell_again
 from dilcompile.publish import forget, publish
 from dilcompile.report import GraphReport
+from dilcompile.report.file import report_path
 
 Compiled = Callable[..., Any]
 
@@ -74,6 +75,8 @@ dilated.reset = _reset  # type: ignore[attr-defined]
 
 
 def _checked(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, Any]:
+    if options is not None and not isinstance(options, Mapping):
+        raise DilcompileError(f"options: must be a dict with the keys {', '.join(_OPTIONS)}, not {options!r}")
     asked = dict(options or {})
     for key in asked:
         if key not in _OPTIONS:
@@ -90,6 +93,8 @@ def _checked(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, A
         raise DilcompileError(f"options: mode must be one of {', '.join(modes)}, not {asked['mode']!r}")
     if asked.get("mode") not in (None, "default") and inner != "inductor":
         raise DilcompileError(f"options: mode {asked['mode']!r} is Inductor's, but inner is {inner!r}; leave one of them out")
+    if asked.get("report") is not None:
+        report_path(asked["report"])
     return asked
 
 
