@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from dilcompile.errors import FormError, OptionProblem, Place
 from dilcompile.relation import Problem, Relation
@@ -14,11 +14,34 @@ if TYPE_CHECKING:
     from dilcompile.site import AttentionSite
 
 
+@dataclass(frozen=True, eq=False)  # by identity: annotations are hashed, and a schema's value may be a dict
+class Says:
+    """What the JSON schema of policies says of an option beyond its type; ``problems`` is what checks it.
+
+    Args:
+        keyword: of JSON Schema, such as ``minimum``.
+        value: what the keyword says.
+    """
+
+    keyword: str
+    value: Any
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        """What pydantic asks of annotations that describe themselves."""
+        return {**handler(core), self.keyword: self.value}
+
+
+Positive = Annotated[int, Says("minimum", 1)]
+NotNegative = Annotated[int, Says("minimum", 0)]
+
+
 @dataclass(frozen=True)
 class Form(ABC):
     """A family of relations. Its fields are its options, its text (``str``) parses back with ``parse_form``."""
 
     name: ClassVar[str]
+    # Options that are lists of one entry a branch, all of them or none.
+    paired: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         found = self.problems()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from dilcompile.errors import FormError, OptionProblem
-from dilcompile.forms.base import Form, cross_site, not_integer, not_one_of, unread_mask
+from dilcompile.forms.base import Form, NotNegative, Positive, Says, cross_site, not_integer, not_one_of, unread_mask
 from dilcompile.relation import Problem, Relation, Segment, Sinks, Term, Window
 
 if TYPE_CHECKING:
@@ -43,15 +43,16 @@ class Dilated(Form):
     """
 
     name: ClassVar[str] = "dilated"
+    paired: ClassVar[tuple[str, ...]] = ("segments", "rates")
 
-    segments: tuple[int | str, ...] | str = "auto"
-    rates: tuple[int, ...] | str = "auto"
+    segments: tuple[Positive | Literal["seq"], ...] | Literal["auto"] = "auto"
+    rates: tuple[Positive, ...] | Literal["auto"] = "auto"
     offset: Literal["head_mod", "head_block", "branch", "zero", "own"] = "head_mod"
     union: Literal["multiset", "set"] = "multiset"
     heads: Literal["all", "grouped"] = "all"
-    output_scale: float | str = 1.0
-    sinks: int = 0
-    local: int = 0
+    output_scale: Annotated[float, Says("not", {"const": 0})] | Literal["1/k"] = 1.0
+    sinks: NotNegative = 0
+    local: NotNegative = 0
     coverage: Literal["require", "zero"] = "require"
     merge_grad: Literal["exact", "detach"] = "exact"
 

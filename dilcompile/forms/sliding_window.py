@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dilcompile.errors import OptionProblem
-from dilcompile.forms.base import Form, cross_site, not_integer, unread_mask
+from dilcompile.forms.base import Form, NotNegative, Positive, cross_site, not_integer, unread_mask
 from dilcompile.relation import Problem, Relation, Sinks, Term, Window
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ class SlidingWindow(Form):
 
     name: ClassVar[str] = "sliding_window"
 
-    window: int
-    sinks: int = 0
-    step: int = 1
+    window: Positive
+    sinks: NotNegative = 0
+    step: Positive = 1
 
     def problems(self) -> list[OptionProblem]:
         """Options that are no whole number in their range."""

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_type_hints
 
-from pydantic import BeforeValidator, Discriminator, Tag, create_model, model_validator
+from pydantic import BeforeValidator, Discriminator, GetJsonSchemaHandler, Tag, create_model, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from dilcompile.decision import KernelName
 from dilcompile.forms import FORMS, Form
@@ -43,6 +45,16 @@ class Apply(Section):
         if merge_grad is not None and "merge_grad" in {option.name for option in dataclasses.fields(self.of)}:
             options.setdefault("merge_grad", merge_grad)
         return self.of(**options)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        described = handler(core)
+        paired = cls.of.paired if cls.of is not None else ()
+        if paired:
+            lists = {"properties": {name: {"type": "array"} for name in paired}, "required": list(paired)}
+            words = {"properties": {name: {"type": "string"} for name in paired}}
+            handler.resolve_ref_schema(described)["anyOf"] = [lists, words]
+        return described
 
     @model_validator(mode="after")
     def _options_fit(self) -> Apply:
@@ -86,7 +98,7 @@ def also_unfit(apply: object) -> list[Misfit]:
             continue
         value = apply[option.name]
         try:
-            options[option.name] = conform(model.kind(option.name), value)
+            options[option.name] = conform(model.annotation(option.name), value)
         except Misfit as misfit:
             bad += [(option.name, *part.path) for part in misfit.parts]
             # Of a list the entries that are right are still looked at.

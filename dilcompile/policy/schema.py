@@ -14,11 +14,13 @@ from dilcompile.policy.apply import AnyApply, Apply
 from dilcompile.policy.document import write_yaml
 from dilcompile.policy.predicates import PREDICATES, satisfied
 from dilcompile.policy.section import Section
+from dilcompile.policy.strict import strict
 from dilcompile.policy.values import Check, Count, Positive, written
 from dilcompile.site import AttentionSite
 
 Order: TypeAlias = Literal["contiguous", "zigzag", "striped"]
 Consequence: TypeAlias = Literal["warn", "keep", "error"]
+SIZE = r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)\s*$"
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
@@ -28,7 +30,7 @@ def num_bytes(size: int | str) -> int:
     Raises:
         ValueError: if the text is not a number and a unit.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)\s*", size) if isinstance(size, str) else None
+    match = re.fullmatch(SIZE, size) if isinstance(size, str) else None
     if isinstance(size, int):
         return size
     if match is None:
@@ -83,8 +85,8 @@ class Memory(Section):
 
     pool: Annotated[Literal["default", "private", "shared"], Field(description="Which arena.")] = "default"
     budget: Annotated[
-        Annotated[int, Check("a number of bytes", lambda value: value > 0)]
-        | Annotated[str, Check("a size such as '6GiB'", num_bytes)]
+        Annotated[int, Check("a number of bytes", lambda value: value > 0), Field(gt=0)]
+        | Annotated[str, Check("a size such as '6GiB'", num_bytes), Field(pattern=SIZE)]
         | None,
         Field(description="Most bytes the pool may hold: a number, or a size such as `6GiB`."),
     ] = None
@@ -235,8 +237,10 @@ class Policy(Section):
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
         """JSON Schema (draft 2020-12) of the file, for editors."""
-        schema = cls.model_json_schema()
-        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+        schema = strict(cls.model_json_schema())
+        # A file without rules of its own takes those of what it extends.
+        some = {"anyOf": [{"required": ["rules"]}, {"required": ["extends"]}]}
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, **some}
 
     @property
     def fingerprint(self) -> str:

@@ -24,7 +24,7 @@ class Section(BaseModel):
     @field_validator("*", mode="wrap")
     @classmethod
     def _conform(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        kind = cls.kind(str(info.field_name))
+        kind = cls.annotation(str(info.field_name))
         if not _holds_sections(kind):
             return conform(kind, value)
         if get_origin(kind) is tuple:
@@ -38,7 +38,7 @@ class Section(BaseModel):
         return handler(value)
 
     @classmethod
-    def kind(cls, name: str) -> Any:
+    def annotation(cls, name: str) -> Any:
         """What the key takes, as ``conform`` wants it."""
         field = cls.model_fields[name]
         kind = _without_none(field.annotation)
