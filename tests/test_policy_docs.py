@@ -24,6 +24,14 @@ def test_the_tables_are_current() -> None:
     assert len(BLOCKS) == 9
 
 
+def test_no_meaning_of_an_option_is_cut() -> None:
+    rows = re.findall(r"^\| .* \|$", BLOCKS["forms"](), flags=re.MULTILINE)
+    meanings = [row.split(" | ")[-1].removesuffix(" |") for row in rows if row.startswith("| `")]
+    assert len(meanings) == 13
+    assert [meaning for meaning in meanings if not meaning.endswith(".")] == []
+    assert any(meaning.endswith("`zero`, or `own` (the query's own).") for meaning in meanings)
+
+
 def test_the_examples_are_policies(tmp_path: Path) -> None:
     examples = re.findall(r"^```yaml\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     assert examples

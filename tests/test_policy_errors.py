@@ -101,8 +101,7 @@ IN_RULE = {
     # shard, memory, numerics, fallback
     "shard: {mesh: cp}": "shard.mesh: unknown mesh axis 'cp': the policy has no mesh",
     "shard: {}": "shard: key 'mesh' is missing",
-    "shard: {mesh: cp, method: rign}": "shard.method: expected 'auto', 'gather_needed', 'halo', 'ring', 'all_gather', 'ulysses',"
-    " 'usp' or 'tree', got 'rign' (did you mean 'ring'?)",
+    "shard: {mesh: 3, method: ring}": "shard.mesh: expected text, got 3",
     "memory: {budget: 6GB}": "memory.budget: '6GB' is not a size such as '6GiB' (units: B, KiB, MiB, GiB, TiB)",
     "memory: {budget: true}": "memory.budget: expected a number of bytes or a size such as '6GiB', got true",
     "numerics: {tolerance: {rel_l2: .inf}}": "numerics.tolerance.rel_l2: expected a finite number, got inf",
@@ -137,14 +136,17 @@ IN_APPLY = {
     "{form: sliding_window, window: true}": "apply.window: expected a whole number, got true",
     "{form: sliding_window, window: 0}": "apply.window: must be a whole number of at least 1, not 0",
     "{form: sliding_window, windw: 4, window: 4}": "apply.windw: unknown key (did you mean 'window'?)",
-    "{form: dilated, window: 4}": "apply.window: unknown key (did you mean 'apply.window'?)",
+    "{form: dilated, window: 4}": "apply.window: unknown key (form 'dilated' takes no such key; sliding_window does)",
+    "{form: keep, segments: [4]}": "apply.segments: unknown key (form 'keep' takes no such key; dilated does)",
+    "{form: dense, sinks: 4}": "apply.sinks: unknown key (form 'dense' takes no such key; sliding_window, dilated do)",
+    "{form: keep, min_seq: 4}": "apply.min_seq: unknown key (did you mean 'match.min_seq'?)",
     "{form: dilated, offset: heads}": "apply.offset: expected 'head_mod', 'head_block', 'branch', 'zero' or 'own', got 'heads'"
     " (did you mean 'head_mod'?)",
-    "{form: dilated, segments: [], rates: []}": "apply.segments: expected a list (each entry a whole number or text), got an"
+    "{form: dilated, segments: [], rates: []}": "apply.segments: expected a list (each entry a whole number or 'seq'), got an"
     " empty list",
-    "{form: dilated, segments: [4, seqq], rates: [1, 2]}": "apply.segments[1]: must be a whole number or 'seq', not 'seqq'",
+    "{form: dilated, segments: [4, seqq], rates: [1, 2]}": "apply.segments[1]: expected a whole number or 'seq', got 'seqq' (did you mean 'seq'?)",
     "{form: dilated, segments: [4, 9], rates: [1, 2]}": "apply.segments[1]: 9 is not a multiple of rates[1]=2; use 8",
-    "{form: dilated, segments: [4, true], rates: [1, 2]}": "apply.segments[1]: expected a whole number or text, got true",
+    "{form: dilated, segments: [4, true], rates: [1, 2]}": "apply.segments[1]: expected a whole number or 'seq', got true",
     "{form: dilated, output_scale: .nan}": "apply.output_scale: expected a finite number, got nan",
 }
 
@@ -174,9 +176,9 @@ SEVERAL = {
         "ofset: unknown key (did you mean 'offset'?)",
     ],
     "{form: dilated, segments: [true, 9, 2.5, 0], rates: [x, 2, 1, nan]}": [
-        "segments[0]: expected a whole number or text, got true",
+        "segments[0]: expected a whole number or 'seq', got true",
         "segments[1]: 9 is not a multiple of rates[1]=2; use 8",
-        "segments[2]: expected a whole number or text, got 2.5",
+        "segments[2]: expected a whole number or 'seq', got 2.5",
         "segments[3]: must be a whole number of at least 1, not 0",
         "rates[0]: expected a whole number, got 'x'",
         "rates[3]: expected a whole number, got 'nan'",
@@ -189,7 +191,7 @@ SEVERAL = {
     # What can't be told yet is not said: rates of the wrong type may well leave no query without keys.
     "{form: dilated, segments: [8, 16], rates: [2, x]}": ["rates[1]: expected a whole number, got 'x'"],
     "{form: dilated, segments: [8, 16], rates: {}}": [
-        "rates: expected a list (each entry a whole number) or text, got a mapping"
+        "rates: expected a list (each entry a whole number) or 'auto', got a mapping"
     ],
     "{form: dilated, segments: [8], rates: [2], sinks: few}": ["sinks: expected a whole number, got 'few'"],
     "{form: sliding_window, sinks: -1, step: 0}": [
@@ -227,9 +229,17 @@ def test_an_unknown_mesh_axis_beside_other_problems() -> None:
     )
     assert [problem.split(": ")[:2] for problem in text_problems(text)] == [
         ["<text>:1:19", "mesh.cp.size"],
-        ["<text>:3:17", "rules[0].apply.form"],
+        ["<text>:3:18", "rules[0].apply.form"],
         ["<text>:5:32", "rules[2].shard"],
         ["<text>:3:38", "rules[0].shard.mesh"],
+    ]
+
+
+def test_an_unknown_method() -> None:
+    text = "mesh: {cp: {size: 2}}\nrules:\n- {apply: {form: keep}, shard: {mesh: cp, method: rign}}\n"
+    assert text_problems(text) == [
+        "<text>:3:51: rules[0].shard.method: expected 'auto', 'gather_needed', 'halo', 'ring', 'all_gather', 'ulysses', 'usp' or "
+        "'tree', got 'rign' (did you mean 'ring'?)"
     ]
 
 
@@ -318,6 +328,10 @@ def test_sources_that_are_no_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert problems("folder") == ["folder: is a folder, not a policy file"]
     assert problems("latin.yaml") == ["latin.yaml: the file is not UTF-8 text (byte 6)"]
     assert problems(3) == ["a policy is a path, a preset's name, a dict or a Policy, not 3"]
+    for empty in ("", "  "):
+        assert problems(empty) == ["a policy is a path, a preset's name, a dict or a Policy, not an empty text"]
+    monkeypatch.setenv("DILCOMPILE_POLICY", " ")
+    assert problems(None) == ["DILCOMPILE_POLICY: a policy is a path, a preset's name, a dict or a Policy, not an empty text"]
     monkeypatch.setenv("DILCOMPILE_POLICY", "zzz")
     assert problems(None) == [f"DILCOMPILE_POLICY: zzz: no preset or file of this name: {known}"]
 

@@ -57,6 +57,8 @@ def load(source: str | PathLike[str] | dict[str, Any] | Policy | None = None) ->
     if not isinstance(source, (str, PathLike)):
         raise PolicyError([f"a policy is a path, a preset's name, a dict or a Policy, not {shown(source)}"])
     name = os.fspath(source)
+    if not name.strip():
+        raise PolicyError([f"{whence}a policy is a path, a preset's name, a dict or a Policy, not an empty text"])
     path, reason = _find(name, FilePath())
     if path is None:
         raise PolicyError([f"{whence}{name}: {reason}"])

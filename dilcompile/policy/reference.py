@@ -47,10 +47,10 @@ def forms() -> str:
 def _form(name: str, form: type[Form]) -> str:
     doc = re.sub(r"``([^`]*)``", r"`\1`", form.__doc__ or "")
     head = f"### `form: {name}`\n\n{' '.join(doc.split(chr(10) * 2)[0].split())}"
-    meanings = dict(re.findall(r"^ {8}(\w+): (.*)$", doc, flags=re.MULTILINE))
+    meanings = dict(re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)$", doc, flags=re.MULTILINE))
     kinds = get_type_hints(form, include_extras=True)
     rows = [
-        (f"`{option.name}`", expected(kinds[option.name]), _default(option.default), meanings[option.name])
+        (f"`{option.name}`", expected(kinds[option.name]), _default(option.default), " ".join(meanings[option.name].split()))
         for option in dataclasses.fields(form)
     ]
     return f"{head}\n\n{_table(('key', 'takes', 'default', 'meaning'), rows)}" if rows else head
