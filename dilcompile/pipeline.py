@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,9 @@ from dilcompile.report import GraphReport, Verdict
 from dilcompile.rewriting import rewrite_sites
 from dilcompile.shared_frames import apart
 from dilcompile.site import AttentionSite
+
+# A global of the compiled code, one of another module, a cell of a closure.
+_VARIABLE = re.compile(r"^G\['\w+'\]$|^G\['__import_\w+'\]\.\w+$|cell_contents$")
 
 
 @dataclass(frozen=True)
@@ -156,14 +160,22 @@ def _parameters(values: Mapping[Node, Any]) -> frozenset[Node]:
 
 def _buffers(values: Mapping[Node, Any]) -> dict[Node, torch.Tensor]:
     """Registered buffers with their values: masks may be read off them, and they are watched afterwards."""
-    found = {}
-    for node, value in values.items():
-        source = getattr(node, "_dynamo_source", None)
-        name = "" if source is None else str(source.name() if callable(source.name) else source.name)
-        plain = type(value) is torch.Tensor and not value.requires_grad
-        if "_buffers[" in name and plain:
-            found[node] = value
-    return found
+    return {node: value for node, value in values.items() if "_buffers[" in _source(node) and _is_plain(value)}
+
+
+def _captured(values: Mapping[Node, Any]) -> dict[Node, torch.Tensor]:
+    """Tensors that are variables of the code around the model: globals, and cells of closures."""
+    return {node: value for node, value in values.items() if _VARIABLE.search(_source(node)) and _is_plain(value)}
+
+
+def _source(node: Node) -> str:
+    """Where Dynamo found an input, as an expression."""
+    source = getattr(node, "_dynamo_source", None)
+    return "" if source is None else str(source.name() if callable(source.name) else source.name)
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) is torch.Tensor and not value.requires_grad
 
 
 def _training(example_inputs: Sequence[Any]) -> bool:

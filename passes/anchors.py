@@ -12,6 +12,8 @@ from torch.fx import Node
 
 from dilcompile.passes.facts import Facts
 from dilcompile.passes.masks.terms import Truth
+from dilcompile.passes.pair_function import PairFunction
+from dilcompile.site import BiasSpec
 
 EmptyRule = Literal["plain", "zero", "odd"]
 
@@ -28,7 +30,8 @@ class MaskOperand:
         factor: what the added tensor is multiplied with before it reaches the softmax.
         fill: what hidden scores are when they reach the softmax.
         ends: the largest number that the casts after it let through; larger ones become infinite.
-        word: what kind of bias it is, once read.
+        spec: what kind of bias it is, once read.
+        function: what the mask is a value of, where it is a number for one pair and not a tensor of the graph.
     """
 
     node: Node
@@ -37,7 +40,14 @@ class MaskOperand:
     factor: float = 1.0
     fill: float = -math.inf
     ends: float = math.inf
-    word: str = ""
+    spec: BiasSpec | None = None
+    function: PairFunction | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the scores it meets."""
+        held: torch.dtype = self.on.meta["val"].dtype
+        return held if self.function is None else self.function.dtype
 
 
 @dataclass(frozen=True)

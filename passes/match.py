@@ -124,7 +124,7 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
         mask=spec,
         softcap=proof.softcap,
         dropout_p=proof.dropout_p,
-        bias=" + ".join(operand.node.name for operand in bias if operand.kind in ("add", "drown")) or None,
+        bias=tuple(operand.spec for operand in bias if operand.spec is not None),
         phase=_phase(graph.training, q_len),
         layer=layer_index(module),
         layer_type="sliding_attention" if "window" in spec.words else "full_attention",

@@ -10,12 +10,11 @@ from typing import Literal
 
 import sympy
 import torch
-from torch.fx import Node
 
 from dilcompile.passes.anchors import EmptyRule, MaskOperand
 from dilcompile.passes.atoms import Atom, Leaves
 from dilcompile.passes.axes import Axes
-from dilcompile.passes.bias_words import bias_word
+from dilcompile.passes.bias_words import bias_spec
 from dilcompile.passes.drowning import may_drown
 from dilcompile.passes.masks.arithmetic import Unreadable, as_expr, lift
 from dilcompile.passes.masks.bounds import Bounds
@@ -25,7 +24,7 @@ from dilcompile.passes.masks.hiding import NotAMask, keep_of
 from dilcompile.passes.masks.read import Others, ReadMask
 from dilcompile.passes.masks.reader import MaskReader
 from dilcompile.passes.masks.symbols import DIGITS, B, H, K, Lengths, Q
-from dilcompile.passes.masks.terms import Expr, Number, Truth, conjunction, mapped, negation
+from dilcompile.passes.masks.terms import Expr, Number, Truth, conjunction, elements_of, mapped, negation
 from dilcompile.passes.operators import shape_of
 from dilcompile.passes.roles import Roles
 from dilcompile.passes.summands import Summand, summands
@@ -74,9 +73,10 @@ def read_site_mask(
             visible, hiding = _visible(summand, _indices(operand, roles, axes, places.of), reader)
         except NotAMask:
             reader.binary = binary
-            data = not reader.follows_gradient(operand.node) and may_drown(operand.node, _dtype(operand.on), axes, reader)
-            word = bias_word(operand.node, _number(operand, _indices(operand, roles, axes, places.of), reader), axes)
-            bias.append(replace(operand, kind="drown" if data else operand.kind, word=word))
+            data = not _follows_gradient(operand, reader) and may_drown(operand.node, operand.dtype, axes, reader)
+            indices = _indices(operand, roles, axes, places.of)
+            spec = bias_spec(operand.node, _number(operand, indices, reader), lengths, axes, reader)
+            bias.append(replace(operand, kind="drown" if data else operand.kind, spec=spec))
             continue
         keep = conjunction(keep, visible)
         if hiding is not None:
@@ -85,7 +85,7 @@ def read_site_mask(
         if read_mask(places.whole(visible), "zero", reader, lengths).spec.unread is not None:
             # What can't be read of it stays a tensor beside what can.
             bias.append(replace(operand, kind="below" if operand.kind == "add" else operand.kind))
-    if hidings and seen is not True:
+    if seen is not True and (hidings or any(one.kind == "drown" for one in bias)):
         hidings.append(Hiding(seen, frozenset((-math.inf,)), True, torch.float32))
     plain = sum(one.kind == "add" for one in bias)
     empty = emptiness_of(hidings, plain, zero=rule == "zero", training=training, capped=capped)
@@ -141,17 +141,24 @@ def _visible(summand: Summand, indices: tuple[Expr, ...], reader: MaskReader) ->
         chosen = reader.truth(operand.node, indices, operand.on)
         visible = settle(chosen if operand.kind == "keep" else negation(chosen))
         fill = frozenset((operand.fill,))
-        hiding = Hiding(visible, fill, not summand.adds, _dtype(operand.on), operand.ends, cuts=summand.cuts)
+        hiding = Hiding(visible, fill, not summand.adds, operand.dtype, operand.ends, cuts=summand.cuts)
         return visible, None if visible is True else hiding
     value = reader.number(operand.node, indices, operand.on)
     if operand.factor != 1.0:
         value = lift(operator.mul, value, as_expr(operand.factor))
-    dtype = _dtype(operand.on)
+    dtype = operand.dtype
     visible, fills = keep_of(value, torch.finfo(dtype).eps, reader)
+    if any(reader.is_inner(element) for element in elements_of(visible)):
+        raise NotAMask("an element that only the function itself can compute")
     visible = settle(visible)
     if visible is True:
         return True, None
     return visible, Hiding(visible, frozenset(fills), False, dtype, operand.ends)
+
+
+def _follows_gradient(operand: MaskOperand, reader: MaskReader) -> bool:
+    held = [operand.node] if operand.function is None else [outer for _, outer in operand.function.buffers]
+    return any(reader.follows_gradient(node) for node in held)
 
 
 def _number(operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader) -> Number | None:
@@ -160,11 +167,6 @@ def _number(operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader)
         return reader.number(operand.node, indices, operand.on)
     except Unreadable:
         return None
-
-
-def _dtype(node: Node) -> torch.dtype:
-    dtype: torch.dtype = node.meta["val"].dtype
-    return dtype
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def _check_found(spelling: Spelling, found: Found) -> None:
     assert site.scale == pytest.approx(factor * (1.0 if spelling.scale == "none" else SCALE))
     if spelling.share != "none" and heads > 1:
         assert site.kv_heads == Written(spelling).kv_heads
-    assert site.bias is None
+    assert site.bias == ()
 
 
 def may_be_kept(spelling: Spelling) -> bool:

@@ -39,7 +39,7 @@ def kernel_of(decision: Decision) -> Choice:
         return Choice(None, reason="a length is known only when the model runs")
     if site.device.type == "meta":
         return Choice(None, reason="a meta tensor has no device to choose for")
-    present = (site.mask.key_padding, site.mask.documents, site.bias is not None)
+    present = (site.mask.key_padding, site.mask.documents, bool(site.bias))
     return _choose(
         decision.form, problem, site.dtype, site.device, present, site.scale, site.softcap, site.dropout_p,
         decision.kernel, site.phase == "train",

@@ -150,7 +150,7 @@ def dtypes(site: AttentionSite) -> str:
 
 def roles(site: AttentionSite) -> str:
     """The tensors of the graph by what they are: ``q view_1 [2, 4, 48, 16], k ..., v ..., bias ...``."""
-    named = [*zip("qkv", site.operands, strict=False), ("bias", site.bias), ("sinks", site.sinks)]
+    named = [*zip("qkv", site.operands, strict=False), *(("bias", bias.tensor) for bias in site.bias), ("sinks", site.sinks)]
     return ", ".join(f"{role} {held}" for role, held in named if held is not None)
 
 
@@ -158,7 +158,7 @@ def besides(site: AttentionSite) -> str:
     """A scale of its own, soft cap, bias, sinks, dropout; empty if there is none."""
     scale = "" if math.isclose(site.scale, site.head_dim**-0.5, rel_tol=1e-6) else f"scale {site.scale:.6g}"
     softcap = "" if site.softcap is None else f"soft cap {site.softcap:g}"
-    bias = "" if site.bias is None else "bias"
+    bias = " + ".join(f"bias {bias}" for bias in site.bias)
     sinks = "" if site.sinks is None else "sinks"
     dropout = f"dropout {site.dropout_p:g}" if site.dropout_p else ""
     return ", ".join(part for part in (scale, softcap, bias, sinks, dropout) if part)
