@@ -94,7 +94,7 @@ def _of_call(node: Node, spelling: Spelling, call: Attention, facts: Facts) -> P
         sinks=(),
         seen=call.seen,
         empty=call.empty,
-        softmax_dtype=torch.float32,
+        softmax_dtype=torch.promote_types(call.q.meta["val"].dtype, torch.float32),
         scored_at=node,
         valued_at=node,
         starts=call.documents,
