@@ -90,10 +90,23 @@ def rewrite_dynamo(gm: GraphModule, example_inputs: Sequence[Any], policy: Polic
     clock.lap("normalize")
     inputs = list(normal.graph.find_nodes(op="placeholder"))
     values = dict(zip(inputs, example_inputs, strict=True))
-    graph = Graph(normal, _parameters(values), _buffers(values), _training(example_inputs))
+    graph = Graph(normal, _parameters(values), _buffers(values), _training(example_inputs), captured=_captured(values))
     outcome = rewrite_normal(graph, policy, name, clock, known=values, enforce=enforce)
     positions = {node: i for i, node in enumerate(inputs)}
     return replace(outcome, tables={positions[node]: graph.tables[node] for node in outcome.tables if node in positions})  # type: ignore[index]
+
+
+def rewrite_exported_graph(graph: Graph, policy: Policy, name: str) -> Outcome:
+    """Rewrite the graph of an exported program, in place.
+
+    Raises:
+        RewriteError: where the policy says that a failure is an error.
+    """
+    strange = subclasses({node: node.meta.get("val") for node in graph.gm.graph.nodes})
+    if strange:
+        why = f"it computes with tensor subclasses ({strange})"
+        return _left(graph.gm, name, why, policy, _Clock(), enforce=True)
+    return rewrite_normal(graph, policy, name)
 
 
 def rewrite_normal(
