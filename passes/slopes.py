@@ -15,7 +15,7 @@ from dilcompile.passes.operators import CASTS, op_name
 from dilcompile.passes.origins import origins, value_of
 
 # A buffer that is looked through for slopes has no more elements than this.
-_LARGEST_TABLE = 1 << 24
+_LARGEST_TABLE = 1 << 22
 
 
 def slopes_of(value: Number, heads: int, axes: Axes, reader: MaskReader) -> tuple[float, ...] | None:
@@ -29,7 +29,7 @@ def slopes_of(value: Number, heads: int, axes: Axes, reader: MaskReader) -> tupl
     """
     if isinstance(value, Element) and (held := reader.tables.get(_node(value, reader))) is not None:
         return _of_table(held, value.args[1:], heads)
-    cases = list(_cases(value))
+    cases = _cases(value)
     if not cases or any(_slope(case, heads, axes, reader) is None for case in cases):
         return None
     found = [_at_head(value, head, heads, axes, reader) for head in range(heads)]
@@ -43,12 +43,14 @@ def _cases(value: Number) -> list[Expr]:
         return [value]
     if symbols_of(value.when) - {H} or elements_of(value.when):
         return []
-    return [*_cases(value.then), *_cases(value.other)] if _cases(value.then) and _cases(value.other) else []
+    then, other = _cases(value.then), _cases(value.other)
+    return [*then, *other] if then and other else []
 
 
 def _slope(value: Expr, heads: int, axes: Axes, reader: MaskReader) -> Expr | None:
     """The factor on the steps, over h; None if the formula is anything else than such a factor times steps."""
     total: Expr = sympy.Integer(0)
+    around: set[bool] = set()
     for term in sympy.Add.make_args(value):
         if K not in term.free_symbols:
             continue
@@ -62,8 +64,10 @@ def _slope(value: Expr, heads: int, axes: Axes, reader: MaskReader) -> Expr | No
         step = _step(of_place, reader)
         if step is None:
             return None
+        around.add(of_place.has(sympy.Abs))
         total = total + step * of_head
-    if total.is_zero or (heads > 1 and H not in total.free_symbols):
+    # Counted up along the keys and away from the row at once it is no line on either side.
+    if len(around) > 1 or total.is_zero or (heads > 1 and H not in total.free_symbols):
         return None
     return total
 
@@ -109,9 +113,13 @@ def _count(place: Expr, reader: MaskReader) -> Expr | None:
             found = along if found is None and along.is_number and K not in rest.free_symbols else None
             if found is None:
                 return None
-        elif not (isinstance(factor, Element) and _uncast(_node(factor, reader)) is mask):
+        elif not (_is_element(factor, mask, reader) and factor.args[1:] == count.args[1:]):
             return None
     return found
+
+
+def _is_element(factor: Expr, mask: Node, reader: MaskReader) -> bool:
+    return isinstance(factor, Element) and _uncast(_node(factor, reader)) is mask
 
 
 def _uncast(node: Node) -> Node:

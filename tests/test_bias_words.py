@@ -58,6 +58,7 @@ SHOWN = "alibi(0.25, 0.0625, 0.015625, 0.00390625)"
         (lambda q, k: k[None], SHOWN),
         (lambda q, k: 2 * (k - q) + 7, "alibi(0.5, 0.125, 0.03125, 0.0078125)"),
         (lambda q, k: (q - k).abs(), "alibi(-0.25, -0.0625, -0.015625, -0.00390625)"),
+        (lambda q, k: k - (k - q).abs(), "tensor"),
         (lambda q, k: k * q, "tensor"),
         (lambda q, k: k * k, "tensor"),
         (lambda q, k: (k - q) ** 2, "tensor"),

@@ -153,6 +153,7 @@ BIASES: list[Biased] = [
     ("integers", lambda t, s, b, h, q, k: s + (k - q) // 2, "tensor", "none"),
     ("fractions of -inf", lambda t, s, b, h, q, k: s + t.floats[b, k], "tensor", "none"),
     ("what hides has no formula", lambda t, s, b, h, q, k: s + torch.where(torch.sin(k * 1.0) > 0, 0.0, -1e9), "tensor", "other"),
+    ("hides without a formula", lambda t, s, b, h, q, k: s + torch.where(torch.sin(k * 1.0) > 0, 0.0, -float("inf")), "tensor", "other"),
     ("distance without a formula", lambda t, s, b, h, q, k: s - torch.log1p((q - k).abs()), "tensor", "none"),
 ]  # fmt: skip
 

@@ -135,15 +135,7 @@ class _Body:
         Raises:
             Unproven: if it depends on something that has no formula.
         """
-        return self.formula(as_truth(self.facts.reader.value(node, ())))
-
-    def formula(self, truth: Truth) -> Truth:
-        """The truth, settled.
-
-        Raises:
-            Unproven: if a part of it is known inside the function alone.
-        """
-        found = Bounds(self.facts.reader.sizes).settle(truth)
+        found = Bounds(self.facts.reader.sizes).settle(as_truth(self.facts.reader.value(node, ())))
         for element in elements_of(found):
             source = self.facts.reader.elements[int(element.args[0])]
             if source.graph is self.graph:
@@ -214,11 +206,14 @@ def _chosen(node: Node, body: _Body, made_of_scores: set[Any], factor: float) ->
 
 def _add(other: Node, factor: float, body: _Body, found: _Modified) -> None:
     """Note what is added to the scores: 0 or -inf hides, anything else is a bias."""
-    value = body.facts.reader.number(other, ())
+    reader = body.facts.reader
+    value = reader.number(other, ())
     if isinstance(value, Choice) and factor > 0 and {value.then, value.other} == {sympy.Integer(0), -sympy.oo}:
-        found.seen = conjunction(found.seen, body.formula(value.when if value.then == 0 else negation(value.when)))
-    else:
-        found.added.append((other, factor))
+        kept = value.when if value.then == 0 else negation(value.when)
+        if not any(reader.is_inner(element) for element in elements_of(kept)):
+            found.seen = conjunction(found.seen, Bounds(reader.sizes).settle(kept))
+            return
+    found.added.append((other, factor))
 
 
 FLEX = Spelling("flex", frozenset(("higher_order::flex_attention",)), _read, order="bhsd")
