@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.masks.reader import MaskReader
-from dilcompile.passes.masks.symbols import K, Lengths, Q
+from dilcompile.passes.masks.symbols import H, K, Lengths, Q
 from dilcompile.passes.masks.terms import Number
 from dilcompile.passes.operators import indexed, is_tensor, op_name, shape_of
 from dilcompile.passes.origins import behind, origins
@@ -38,7 +38,7 @@ def _table_word(node: Node, q_len: Length, axes: Axes, reader: MaskReader) -> Bi
     if "data" in origins(node, axes, reader):
         return None
     for one in behind(node, reader):
-        table, numbers = _lookup(one)
+        table, numbers = _lookup(one, reader)
         if table is None or numbers is None or not origins(numbers, axes, reader) <= {"constant"}:
             continue
         if "weight" in origins(table, axes, reader) and _is_relative(numbers, q_len, reader):
@@ -47,7 +47,7 @@ def _table_word(node: Node, q_len: Length, axes: Axes, reader: MaskReader) -> Bi
     return None
 
 
-def _lookup(node: Node) -> tuple[Node | None, Node | None]:
+def _lookup(node: Node, reader: MaskReader) -> tuple[Node | None, Node | None]:
     """A table and the numbers that choose its rows, if there is one tensor of them."""
     name, args = op_name(node), node.args
     if name == "embedding":
@@ -57,7 +57,8 @@ def _lookup(node: Node) -> tuple[Node | None, Node | None]:
         found = args[0], list(args[2:])  # type: ignore[assignment]
     if found is None:
         return None, None
-    numbers = [index for index in found[1] if isinstance(index, Node)]
+    # In a function of one pair the head's own number chooses the column.
+    numbers = [index for index in found[1] if isinstance(index, Node) and reader.given.get(index) != H]
     return (found[0], numbers[0]) if len(numbers) == 1 else (None, None)
 
 

@@ -20,7 +20,7 @@ _RANK = 4
 # They make a number out of nothing.
 _MAKING = frozenset(("full", "scalar_tensor", "zeros", "ones"))
 # Of numbers they make numbers, though they lack the tag.
-_ELEMENTWISE = CASTS | frozenset(("where", "floor_divide"))
+_ELEMENTWISE = CASTS | frozenset(("where", "floor_divide", "__and__", "__or__", "__xor__"))
 
 
 @dataclass(frozen=True)

@@ -143,9 +143,7 @@ def _visible(summand: Summand, indices: tuple[Expr, ...], reader: MaskReader) ->
         fill = frozenset((operand.fill,))
         hiding = Hiding(visible, fill, not summand.adds, operand.dtype, operand.ends, cuts=summand.cuts)
         return visible, None if visible is True else hiding
-    value = reader.number(operand.node, indices, operand.on)
-    if operand.factor != 1.0:
-        value = lift(operator.mul, value, as_expr(operand.factor))
+    value = _value(operand, indices, reader)
     dtype = operand.dtype
     visible, fills = keep_of(value, torch.finfo(dtype).eps, reader)
     if any(reader.is_inner(element) for element in elements_of(visible)):
@@ -164,9 +162,15 @@ def _follows_gradient(operand: MaskOperand, reader: MaskReader) -> bool:
 def _number(operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader) -> Number | None:
     """One element of a bias as a formula."""
     try:
-        return reader.number(operand.node, indices, operand.on)
+        return _value(operand, indices, reader)
     except Unreadable:
         return None
+
+
+def _value(operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader) -> Number:
+    """One element of what is added, as it reaches the softmax."""
+    value = reader.number(operand.node, indices, operand.on)
+    return value if operand.factor == 1.0 else lift(operator.mul, value, as_expr(operand.factor))
 
 
 @dataclass(frozen=True)
