@@ -206,7 +206,9 @@ def test_strided_nested_tensors_pass_through() -> None:
     with torch.no_grad():
         torch.testing.assert_close(run(x).to_padded_tensor(0.0), call(x).to_padded_tensor(0.0))
     assert found.outcomes == []
-    assert "Dynamo captured nothing of this call" in str(dilcompile.explain(call, x, policy="exact"))
+    text = " ".join(str(dilcompile.explain(call, x, policy="exact")).split())
+    assert "no attention was found" in text
+    assert "Dynamo captured nothing of this call" in text or "torch.compile broke the graph" in text
 
 
 class Mine(BaseHOP):
