@@ -26,6 +26,8 @@ def origins(node: Node, axes: Axes, reader: MaskReader) -> frozenset[Origin]:
     """Everything a tensor is made of. A count of tokens (an integer without dims) is a position, not data."""
     found: set[Origin] = set()
     for one in behind(node, reader):
+        if one in reader.outside:
+            continue  # an inner graph's input is what it stands for, which comes next
         if one in axes.weights:
             found.add("weight")
         elif one in reader.tables or one in reader.captured or one.op == "get_attr" or not is_tensor(one):
