@@ -126,7 +126,8 @@ class AttentionSite:
     """One attention in the user's model, as the finder proved it.
 
     Lengths may be symbolic (``torch.SymInt``). ``operands`` are the tensors of the graph that were proven to be queries, keys and
-    values, in this order, each as its node's name and its shape: where the attention begins.
+    values, in this order, each as its node's name and its shape: where the attention begins. ``multipliers`` are the tensors that
+    scores are multiplied with beside the scale.
     """
 
     index: int
@@ -153,6 +154,7 @@ class AttentionSite:
     layer: int | None = None
     layer_type: str | None = None
     sinks: str | None = None
+    multipliers: str | None = None
     operands: tuple[str, ...] = ()
 
     @property
@@ -169,6 +171,7 @@ class AttentionSite:
                 ("softcap", self.softcap),
                 ("bias", self.bias),
                 ("sinks", self.sinks),
+                ("multipliers", self.multipliers),
                 ("dropout", self.dropout_p or None),
             )
             if held is not None

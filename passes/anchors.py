@@ -61,6 +61,26 @@ class Sink:
 
 
 @dataclass(frozen=True)
+class Multiplier:
+    """What scores are multiplied with, element by element, where it is data.
+
+    Args:
+        node: the tensor.
+        on: the result, whose dims it broadcasts against.
+        inverse: they are divided by it.
+        by_key: it varies over the keys.
+    """
+
+    node: Node
+    on: Node
+    inverse: bool = False
+    by_key: bool = False
+
+    def __str__(self) -> str:
+        return f"1 / {self.node.name}" if self.inverse else self.node.name
+
+
+@dataclass(frozen=True)
 class Softmax:
     """A softmax, however it is written.
 

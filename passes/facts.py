@@ -13,7 +13,6 @@ from dilcompile.passes.labels import Labels
 from dilcompile.passes.masks.arithmetic import Unreadable
 from dilcompile.passes.masks.reader import MaskReader
 from dilcompile.passes.mutations import Mutations
-from dilcompile.passes.unproven import Unproven
 
 
 @dataclass(frozen=True)
@@ -44,15 +43,3 @@ class Facts:
         except Unreadable:
             return None
         return float(number) if isinstance(number, sympy.Expr) and number.is_number else None
-
-    def factor(self, value: Any, at: Node) -> float:
-        """The number that scores are multiplied with.
-
-        Raises:
-            Unproven: if it is data (a learned temperature).
-        """
-        found = self.scalar(value, at)
-        if found is None:
-            reason = "the scores are scaled by a tensor (a learned or computed temperature)"
-            raise Unproven(at, reason, "scale the queries instead")
-        return found

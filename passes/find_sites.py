@@ -120,6 +120,7 @@ def _of_softmax(node: Node, spelling: Spelling, softmax: Softmax, facts: Facts, 
         softmax_dtype=softmax.dtype,
         scored_at=path.product.node,
         valued_at=values.product.node,
+        multipliers=path.multipliers,
     )
 
 

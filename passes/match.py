@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
-from dilcompile.passes.anchors import EmptyRule, MaskOperand, Sink
+from dilcompile.passes.anchors import EmptyRule, MaskOperand, Multiplier, Sink
 from dilcompile.passes.atoms import Atom, Leaves
 from dilcompile.passes.facts import Facts
 from dilcompile.passes.masks.place import place_of
 from dilcompile.passes.masks.read import ReadMask
 from dilcompile.passes.masks.terms import Truth
+from dilcompile.passes.multipliers import Placed, placed
 from dilcompile.passes.operands import Operand, strip
 from dilcompile.passes.provenance import layer_index, module_path, source_line
 from dilcompile.passes.read_operands import Sinks, read_site_mask
@@ -34,6 +35,7 @@ class Match:
     mask: ReadMask
     bias: tuple[MaskOperand, ...]
     sinks: tuple[Sink, ...]
+    multipliers: Placed
     starts: Node | None
     tables: frozenset[Node]
 
@@ -64,6 +66,7 @@ class Proof:
     softmax_dtype: torch.dtype
     scored_at: Node
     valued_at: Node
+    multipliers: tuple[Multiplier, ...] = ()
     starts: Node | None = None
 
 
@@ -98,7 +101,8 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
         rule=proof.empty,
         sinks=_sinks(proof.sinks, facts),
     )
-    _readable_at(at, mask, (*bias, *proof.sinks), graph)
+    multipliers = placed(proof.multipliers, roles, facts.axes)
+    _readable_at(at, mask, (*bias, *proof.sinks, *multipliers.all), graph)
     if proof.starts is not None:
         if facts.mutations.stale(proof.starts, at):
             raise Unproven(proof.starts, "it is written in place before the attention ends", "write it out of place")
@@ -129,9 +133,10 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
         layer=layer_index(module),
         layer_type="sliding_attention" if "window" in spec.words else "full_attention",
         sinks=" + ".join(str(sink) for sink in proof.sinks) or None,
+        multipliers=str(multipliers) or None,
     )
     tables = frozenset(facts.reader.used_tables & graph.tables.keys())
-    return Match(site, roles, q, k, v, mask, bias, proof.sinks, proof.starts, tables)
+    return Match(site, roles, q, k, v, mask, bias, proof.sinks, multipliers, proof.starts, tables)
 
 
 def _sinks(sinks: tuple[Sink, ...], facts: Facts) -> Sinks:
@@ -148,11 +153,11 @@ def _is_ordinary(logit: float | Node, facts: Facts) -> bool:
     return held is not None and abs(held) < 1e4
 
 
-def _readable_at(output: Node, mask: ReadMask, beside: tuple[MaskOperand | Sink, ...], graph: Graph) -> None:
+def _readable_at(output: Node, mask: ReadMask, beside: tuple[MaskOperand | Multiplier | Sink, ...], graph: Graph) -> None:
     """Masks are read again where the output is made: they must still hold what they held."""
     writes = graph.mutations.writes
     for operand in beside:
-        node = operand.node if isinstance(operand, MaskOperand) else operand.logit
+        node = operand.logit if isinstance(operand, Sink) else operand.node
         if isinstance(node, Node) and writes(node, operand.on, output):
             raise Unproven(node, "it is written in place before the attention ends", "write it out of place")
     place_of(mask, output, graph.mutations)

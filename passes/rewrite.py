@@ -19,6 +19,7 @@ from dilcompile.passes.masks.binary import assert_binary
 from dilcompile.passes.masks.operands import mask_operands
 from dilcompile.passes.masks.place import place_of
 from dilcompile.passes.match import Match
+from dilcompile.passes.multipliers import multiplied
 from dilcompile.passes.mutations import storage, written
 from dilcompile.passes.normalize import bounds_vmap
 from dilcompile.passes.operands import Operand
@@ -44,6 +45,8 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
     q = _operand(emit, match.q, _groups(roles, "q"), axes, site.dtype)
     k = _operand(emit, match.k, _groups(roles, "k"), axes, site.dtype)
     v = _operand(emit, match.v, _groups(roles, "v"), axes, site.dtype)
+    q = multiplied(emit, q, match.multipliers.q, roles, axes)
+    k = multiplied(emit, k, match.multipliers.k, roles, axes, along_keys=True)
     spec = site.mask
     sizes = (site.batch, site.q_len, site.k_len)
     place = place_of(match.mask, roles.output, graph.mutations)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from dilcompile.passes.anchors import MaskOperand, Sink
+from dilcompile.passes.anchors import MaskOperand, Multiplier, Sink
 from dilcompile.passes.atoms import Leaves, same_size
 from dilcompile.passes.facts import Facts
 from dilcompile.passes.operators import CASTS, REORDERS, is_tensor, op_name, shape_of
@@ -48,6 +48,7 @@ class Stages:
     masks: list[MaskOperand] = field(default_factory=list)
     sinks: list[Sink] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
+    multipliers: list[Multiplier] = field(default_factory=list)
 
     def on_path(self, value: Any, facts: Facts) -> bool:
         """Is it made of the product, element by element?"""
@@ -102,6 +103,35 @@ def uncast(node: Node) -> Node:
 def uncapped(node: Node, stages: Stages) -> None:
     if stages.cap_outer is not None:
         raise Unproven(node, "a mask or bias is added before the soft cap", "add it after the cap")
+
+
+def unscaled(node: Node, stages: Stages) -> None:
+    if stages.multipliers:
+        raise Unproven(node, "the scores are changed otherwise before they are scaled by a tensor", "scale the queries instead")
+
+
+def unweighed(node: Node, stages: Stages) -> None:
+    """One number for all keys of a row is none any more where keys are multiplied each with a number of its own."""
+    if any(one.by_key for one in stages.multipliers):
+        unscaled(node, stages)
+
+
+def multiplier(node: Node, path: Node, other: Node, columns: Leaves, facts: Facts) -> Multiplier:
+    """``other`` as what ``path`` is multiplied with, or divided by, at ``node``.
+
+    Raises:
+        Unproven: if it makes the result larger.
+    """
+    shape = shape_of(node)
+    if len(shape) != len(shape_of(path)) or not all(map(same_size, shape, shape_of(path))):
+        raise Unproven(node, "they are multiplied by a tensor with dims that the scores lack", STAYS)
+    wanted = {id(atom) for atom in columns}
+    sizes = shape_of(other)
+    dims = facts.axes[node][len(shape) - len(sizes) :]
+    by_key = any(
+        not same_size(size, 1) and any(id(atom) in wanted for atom in dim) for dim, size in zip(dims, sizes, strict=True)
+    )
+    return Multiplier(other, node, op_name(node) in ("div", "true_divide"), by_key)
 
 
 def keeps_all(node: Node) -> bool:
@@ -162,7 +192,12 @@ def _scaling(node: Node, stages: Stages, facts: Facts) -> Node:
         raise Unproven(node, "the scores divide something", STAYS)
     if node.kwargs.get("rounding_mode") is not None:
         raise Unproven(node, "the scores are rounded", STAYS)
-    value = facts.factor(other, node)
+    value = facts.scalar(other, node)
+    if value is None and is_tensor(other):
+        stages.multipliers.append(multiplier(node, path, other, stages.columns, facts))
+        return path
+    if value is None:
+        raise Unproven(node, "the scores are scaled by a number that is computed in the graph", "scale the queries instead")
     if divides and value == 0:
         raise Unproven(node, "the scores are divided by zero", STAYS)
     stages.factor *= 1 / value if divides else value
@@ -179,13 +214,17 @@ def _addition(node: Node, stages: Stages, facts: Facts) -> Node:
         of_path, of_other = of_other, of_path
     uncapped(node, stages)
     if is_tensor(other) and is_row_number(other, path, stages.columns, facts):
+        unweighed(node, stages)
         if stages.sinks:
             raise Unproven(node, "a number a row is taken off the scores, but not off the sinks", "take it off both")
         stages.limit = math.inf
     elif is_tensor(other):
+        unscaled(node, stages)
         stages.masks.append(MaskOperand(other, node, "add", stages.factor * of_other, ends=stages.holds))
     elif stages.sinks:
         raise Unproven(node, "a number is added to the scores, but not to the sinks", STAYS)
+    else:
+        unweighed(node, stages)
     # A constant on every score of a row cancels in the softmax.
     stages.factor *= of_path
     return path
@@ -197,10 +236,14 @@ def _masked_fill(node: Node, stages: Stages, facts: Facts) -> Node:
 
 
 def _masked(node: Node, mask: Any, kind: str, fill: Any, stages: Stages, facts: Facts) -> None:
-    value = facts.factor(fill, node) * stages.factor
+    number = facts.scalar(fill, node)
+    if number is None:
+        raise Unproven(node, "hidden scores are filled with a computed number", "fill with -inf")
+    value = number * stages.factor
     if not value <= _HIDES:
         raise Unproven(node, f"hidden scores are filled with {value:g}, which does not hide them", "fill with -inf")
     uncapped(node, stages)
+    unscaled(node, stages)
     if not is_tensor(mask):
         raise Unproven(node, "the mask is not a tensor", STAYS)
     stages.masks.append(MaskOperand(mask, node, kind, 1.0, value, stages.holds))
@@ -222,6 +265,7 @@ def _where(node: Node, stages: Stages, facts: Facts) -> Node:
 def _tanh(node: Node, stages: Stages, facts: Facts) -> Node:
     if stages.cap_outer is not None:
         raise Unproven(node, "two soft caps", STAYS)
+    unscaled(node, stages)
     stages.cap_outer, stages.factor = stages.factor, 1.0
     return first(node)
 
@@ -236,6 +280,7 @@ def _cat(node: Node, stages: Stages, facts: Facts) -> Node:
     if len(scores) != 1:
         raise Unproven(node, "the keys come in several parts, each with a product of its own", STAYS)
     uncapped(node, stages)
+    unscaled(node, stages)
     stages.sinks += [Sink(part, node, dim, stages.factor) for part in parts if part is not scores[0]]
     stages.columns = facts.axes[scores[0]][dim]
     path = scores[0]
@@ -253,6 +298,7 @@ def _pad(node: Node, stages: Stages, facts: Facts) -> Node:
     if not plain or mode != "constant" or value is None or facts.axes[node][-1] != stages.columns:
         raise Unproven(node, "the scores are padded", "mask them instead")
     uncapped(node, stages)
+    unscaled(node, stages)
     number = int(sum(widths))  # type: ignore[arg-type]
     if number:
         stages.sinks.append(Sink(value * stages.factor + math.log(number), node, len(shape_of(node)) - 1))

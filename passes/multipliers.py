@@ -1,0 +1,106 @@
+"""What scores are multiplied with, brought to where it commutes with the product: to the queries, or to the keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from dilcompile.passes.anchors import Multiplier
+from dilcompile.passes.atoms import Atom, same_size
+from dilcompile.passes.axes import Axes
+from dilcompile.passes.emit import Emitter, aten
+from dilcompile.passes.operators import shape_of
+from dilcompile.passes.roles import Roles
+from dilcompile.passes.score_order import in_score_order
+from dilcompile.passes.unproven import Unproven
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Multipliers by what they are brought to: ``q`` are one number for all keys of a row, ``k`` one for all rows of a key."""
+
+    q: tuple[Multiplier, ...] = ()
+    k: tuple[Multiplier, ...] = ()
+
+    @property
+    def all(self) -> tuple[Multiplier, ...]:
+        return (*self.q, *self.k)
+
+    def __str__(self) -> str:
+        return " * ".join(map(str, self.all))
+
+
+def placed(multipliers: Sequence[Multiplier], roles: Roles, axes: Axes) -> Placed:
+    """Where each multiplier of the scores goes.
+
+    Raises:
+        Unproven: naming one that varies over queries and keys, or whose keys are shared by heads that it tells apart.
+    """
+    by_row, by_key = [], []
+    for one in multipliers:
+        _Varies.of(one, roles, axes).check()
+        (by_key if one.by_key else by_row).append(one)
+    return Placed(tuple(by_row), tuple(by_key))
+
+
+@dataclass(frozen=True)
+class _Varies:
+    """Along which axes of the scores a multiplier varies."""
+
+    one: Multiplier
+    rows: bool
+    keys: bool
+    shared_heads: bool
+
+    @classmethod
+    def of(cls, one: Multiplier, roles: Roles, axes: Axes) -> _Varies:
+        """Raises: Unproven: if it varies along an axis that is none of them."""
+        sizes = shape_of(one.node)
+        dims = roles.score_dims(one.on, axes)
+        dims = dims[len(dims) - len(sizes) :]
+        varying = [atom for dim, size in zip(dims, sizes, strict=True) if not same_size(size, 1) for atom in dim]
+        batch, heads = ([axis.out for axis in group] for group in (roles.batch, roles.heads))
+        # Query heads of a group share a key head: nothing can be brought there that tells them apart.
+        grouped = [axis.out for axis in roles.heads if axis.k is None and axis.v is None]
+        known = (*batch, *heads, *roles.out_rows, *roles.score_columns)
+        if not all(_among(atom, known) for atom in varying):
+            raise Unproven(one.node, "a scale runs along an axis that the scores don't have", "scale the queries instead")
+        return cls(
+            one,
+            any(_among(atom, roles.out_rows) for atom in varying),
+            any(_among(atom, roles.score_columns) for atom in varying),
+            bool(grouped) and any(_among(atom, heads) for atom in varying),
+        )
+
+    def check(self) -> None:
+        if self.keys and self.rows:
+            reason = "the scores are multiplied by a tensor that varies over queries and keys"
+            raise Unproven(self.one.node, reason, "it stays as it is")
+        if self.keys and self.shared_heads:
+            reason = "keys that several heads share are scaled for each head by itself"
+            raise Unproven(self.one.node, reason, "it stays as it is")
+
+
+def _among(atom: Atom, atoms: Sequence[Atom]) -> bool:
+    return any(atom is other for other in atoms)
+
+
+def multiplied(
+    emit: Emitter, operand: Node, multipliers: Sequence[Multiplier], roles: Roles, axes: Axes, along_keys: bool = False
+) -> Node:
+    """An operand [B, H or Hkv, S, D] times its multipliers.
+
+    Args:
+        along_keys: S are the keys, else the rows.
+    """
+    dtype = operand.meta["val"].dtype
+    for one in multipliers:
+        part = one.node
+        if shape_of(part):  # a single number may stand on another device
+            part = in_score_order(emit, part, roles.score_dims(one.on, axes), roles)
+        if along_keys:
+            part = emit(aten.transpose.int, part, 2, 3)
+        operand = emit((aten.div if one.inverse else aten.mul).Tensor, operand, part)
+    return emit.cast(operand, dtype)

@@ -1,0 +1,159 @@
+"""Scores that are multiplied by data: brought to queries or keys where that is the same, refused with the reason where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from finding import Case, Mutation, check, double, must_be_noticed, said  # noqa: F401  (the fixture works by being here)
+from spellings import WINDOW, WINDOWED, agree
+from torch import Tensor, nn
+
+from dilcompile.passes import multipliers, rewrite, score_path, score_steps
+
+B, H, S, D = 2, 4, 7, 6
+INF = float("inf")
+
+
+def with_tensor(*shape: int, kv_heads: int = H) -> Callable[[], tuple[Tensor, ...]]:
+    """Queries, keys, values, and a tensor of ordinary numbers away from zero."""
+
+    def make() -> tuple[Tensor, ...]:
+        q, k, v = torch.randn(B, H, S, D), torch.randn(B, kv_heads, S, D), torch.randn(B, kv_heads, S, D)
+        return q, k, v, torch.rand(shape) + 0.5
+
+    return make
+
+
+def later() -> Tensor:
+    return torch.ones(S, S, dtype=torch.bool).triu(1)
+
+
+def scaled(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Attention whose scores are changed by a tensor."""
+    return lambda q, k, v, t: change(q @ k.mT * 0.4, t).softmax(-1) @ v
+
+
+def shared(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Two query heads a key head."""
+    return lambda q, k, v, t: change(q @ k.repeat_interleave(2, 1).mT, t).softmax(-1) @ v.repeat_interleave(2, 1)
+
+
+def _capped_inside(s: Tensor, t: Tensor) -> Tensor:
+    return torch.tanh(s * t) * 3
+
+
+def _cosine(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """Swin v2's."""
+    scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * t.clamp(max=1.2).exp()
+    return (scores + torch.linspace(-1, 1, S)).softmax(-1) @ v
+
+
+SCALES: list[Case] = [
+    ("one number", scaled(lambda s, t: s * t), with_tensor(), "none (zero)"),
+    ("one a head", scaled(lambda s, t: s * t), with_tensor(H, 1, 1), "none (zero)"),
+    ("one a head, divided by", scaled(lambda s, t: s / t), with_tensor(1, H, 1, 1), "none (zero)"),
+    ("one a head, on the left", scaled(lambda s, t: t * s), with_tensor(H, 1, 1), "none (zero)"),
+    ("one a row", scaled(lambda s, t: s * t), with_tensor(B, H, S, 1), "none (zero)"),
+    ("one a row of all heads", scaled(lambda s, t: s * t), with_tensor(S, 1), "none (zero)"),
+    ("one a key", scaled(lambda s, t: s * t), with_tensor(B, H, 1, S), "none (zero)"),
+    ("one a key of all heads", scaled(lambda s, t: s / t), with_tensor(S), "none (zero)"),
+    ("rows and keys, one after the other", lambda q, k, v, t: (q @ k.mT * t * t.mT).softmax(-1) @ v, with_tensor(B, H, S, 1), "none (zero)"),
+    ("in place", scaled(lambda s, t: (s * 1).mul_(t)), with_tensor(H, 1, 1), "none (zero)"),
+    ("before a causal mask", scaled(lambda s, t: (s * t).masked_fill(later(), -INF)), with_tensor(H, 1, 1), "causal (zero)"),
+    ("inside a soft cap", scaled(_capped_inside), with_tensor(H, 1, 1), "none (zero)"),
+    ("the row's maximum taken off inside", scaled(lambda s, t: (s - s.amax(-1, keepdim=True)) * t), with_tensor(H, 1, 1), "none (zero)"),
+    ("cosine", _cosine, with_tensor(H, 1, 1), "none + bias (zero)"),
+    ("heads that share keys, one a head", shared(lambda s, t: s * t), with_tensor(H, 1, 1, kv_heads=2), "none (zero)"),
+    ("heads that share keys, one a key", shared(lambda s, t: s * t), with_tensor(B, 1, 1, S, kv_heads=2), "none (zero)"),
+    ("scores transposed", lambda q, k, v, t: (k @ q.mT * t).softmax(-2).mT @ v, with_tensor(H, 1, 1), "none (zero)"),
+    ("scores transposed, one a row", lambda q, k, v, t: (k @ q.mT * t).softmax(-2).mT @ v, with_tensor(B, H, 1, S), "none (zero)"),
+    ("scores transposed, one a key", lambda q, k, v, t: (k @ q.mT * t).softmax(-2).mT @ v, with_tensor(B, H, S, 1), "none (zero)"),
+    ("not: one a pair", scaled(lambda s, t: s * t), with_tensor(S, S), "miss: the scores are multiplied by a tensor that varies over queries and keys"),
+    ("not: one a key and head where heads share keys", shared(lambda s, t: s * t), with_tensor(B, H, 1, S, kv_heads=2), "miss: keys that several heads share are scaled for each head by itself"),
+    ("not: after a mask", scaled(lambda s, t: s.masked_fill(later(), -INF) * t), with_tensor(H, 1, 1), "miss: the scores are changed otherwise before they are scaled by a tensor"),
+    ("not: after a bias", scaled(lambda s, t: (s + torch.linspace(-1, 1, S)) * t), with_tensor(H, 1, 1), "miss: the scores are changed otherwise before they are scaled by a tensor"),
+    ("not: after a soft cap", scaled(lambda s, t: s.tanh() * t), with_tensor(H, 1, 1), "miss: the scores are changed otherwise before they are scaled by a tensor"),
+    ("not: keys, after a number for all of them", scaled(lambda s, t: (s + 1.0) * t), with_tensor(S), "miss: the scores are changed otherwise before they are scaled by a tensor"),
+    ("not: keys, after the row's maximum", scaled(lambda s, t: (s - s.amax(-1, keepdim=True)) * t), with_tensor(S), "miss: the scores are changed otherwise before they are scaled by a tensor"),
+    ("not: after a sink", lambda q, k, v, t: (F.pad(q @ k.mT, (0, 1)) * t).softmax(-1)[..., :S] @ v, with_tensor(H, 1, 1), "miss: the scores are changed otherwise before they are scaled by a tensor"),
+    ("not: made of the scores", scaled(lambda s, t: s * (t * s.mean((2, 3), keepdim=True))), with_tensor(H, 1, 1), "miss: a scale is computed from the scores themselves"),
+    ("not: more heads than the scores", lambda q, k, v, t: (q[:, :1] @ k[:, :1].mT * t).softmax(-1) @ v, with_tensor(H, 1, 1), "miss: they are multiplied by a tensor with dims that the scores lack"),
+    ("not: the scores divide it", scaled(lambda s, t: t / s), with_tensor(H, 1, 1), "miss: the scores divide something"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SCALES, ids=lambda case: case[0])
+def test_scales_that_are_data(case: Case) -> None:
+    check(case)
+
+
+class Cosine(nn.Module):
+    """Swin v2's: cosines times a learned scale a head, two heads a key head."""
+
+    def __init__(self, extra: Callable[[], Tensor] | None = None) -> None:
+        super().__init__()
+        self.q, self.kv = nn.Linear(H * D, H * D), nn.Linear(H * D, H * D)
+        self.scale = nn.Parameter(torch.linspace(0.0, 1.0, H)[:, None, None])
+        self.extra = extra
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).view(B, -1, H, D).transpose(1, 2)
+        k, v = (part.view(B, -1, H // 2, D).transpose(1, 2) for part in self.kv(x).chunk(2, -1))
+        k, v = (part.repeat_interleave(2, 1) for part in (F.normalize(k, dim=-1), v))
+        scores = F.normalize(q, dim=-1) @ k.mT * self.scale.clamp(max=4.0).exp()
+        if self.extra is not None:
+            scores = scores.masked_fill(self.extra(), -INF)
+        return (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, -1, H * D)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_learned_scale(dynamic: bool | None) -> None:
+    found = agree(Cosine(), torch.randn(B, S, H * D), dynamic=dynamic)
+    (site,) = found.sites
+    assert (said(found), site.kv_heads, site.scale) == ("none (zero)", H // 2, 1.0)
+    assert site.multipliers is not None
+
+
+def test_a_learned_scale_in_a_window() -> None:
+    def far() -> Tensor:
+        places = torch.arange(S)
+        return (places[:, None] - places[None, :]).abs() >= WINDOW
+
+    module, reference = Cosine(), Cosine(far)
+    reference.load_state_dict(module.state_dict())
+    found = agree(module, torch.randn(B, S, H * D), policy=WINDOWED, reference=reference, gradients=False)
+    assert found.rewritten == 1
+
+
+def test_a_scale_that_is_written_before_the_attention_ends_is_refused() -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        t = t * 1
+        weights = (q @ k.mT * t).softmax(-1)
+        t.mul_(3.0)
+        return weights @ v + t
+
+    with torch.no_grad():
+        check(("written", call, with_tensor(H, 1, 1), "miss: it is written in place before the attention ends"), gradients=False)
+
+
+def _case(name: str) -> Callable[[], None]:
+    (found,) = [case for case in SCALES if case[0] == name]
+    return lambda: check(found)  # type: ignore[return-value]
+
+
+MUTATIONS: list[Mutation] = [
+    ("scales are forgotten", rewrite, "multiplied", lambda emit, operand, *_, **__: operand, _case("one a head")),
+    ("keys are told apart by nobody", score_steps, "unweighed", lambda *_: None, _case("not: keys, after a number for all of them")),
+    ("masks may stand inside", score_steps, "unscaled", lambda *_: None, _case("not: after a bias")),
+    ("shared keys may differ", multipliers._Varies, "check", lambda self: None, _case("not: one a key and head where heads share keys")),
+    ("pairs may differ", multipliers._Varies, "check", lambda self: None, _case("not: one a pair")),
+    ("scales may be made of scores", score_path, "independent", lambda *_: None, _case("not: made of the scores")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation[0])
+def test_a_rule_taken_away_is_noticed(mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
+    must_be_noticed(mutation, monkeypatch)
