@@ -23,8 +23,8 @@ class MaskOperand:
     Args:
         node: the mask.
         on: the score tensor it meets, whose dims it broadcasts against.
-        kind: ``add``, ``hide`` (where true) or ``keep`` (where true); once read, also ``below`` (hiding where a large negative
-            number is added) and ``drown`` (a float mask that is data: it may swallow the scores).
+        kind: ``add``, ``hide`` (where true), ``keep`` (where true) or ``gate`` (multiplied with); once read, also ``below``
+            (hiding where a large negative number is added) and ``drown`` (a float mask that is data: it may swallow the scores).
         factor: what the added tensor is multiplied with before it reaches the softmax.
         fill: what hidden scores are when they reach the softmax.
         ends: the largest number that the casts after it let through; larger ones become infinite.

@@ -89,8 +89,9 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
             raise Unproven(operand.source, "it is written in place before the attention ends", "write it out of place")
     batch, heads, kv_heads = _count(roles)
     q_len, k_len = _size(roles.q_rows), _size(roles.k_columns)
+    multipliers = placed(proof.multipliers, roles, facts.axes)
     mask, bias = read_site_mask(
-        proof.masks,
+        (*proof.masks, *multipliers.gates),
         proof.seen,
         roles,
         facts.axes,
@@ -101,7 +102,6 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
         rule=proof.empty,
         sinks=_sinks(proof.sinks, facts),
     )
-    multipliers = placed(proof.multipliers, roles, facts.axes)
     _readable_at(at, mask, (*bias, *proof.sinks, *multipliers.all), graph)
     if proof.starts is not None:
         if facts.mutations.stale(proof.starts, at):

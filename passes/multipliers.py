@@ -1,4 +1,4 @@
-"""What scores are multiplied with, brought to where it commutes with the product: to the queries, or to the keys."""
+"""What scores are multiplied with, brought to where it commutes with the product: to the queries, or to the keys; else a mask."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from dilcompile.passes.anchors import Multiplier
+from dilcompile.passes.anchors import MaskOperand, Multiplier
 from dilcompile.passes.atoms import Atom, same_size
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.emit import Emitter, aten
@@ -19,10 +19,17 @@ from dilcompile.passes.unproven import Unproven
 
 @dataclass(frozen=True)
 class Placed:
-    """Multipliers by what they are brought to: ``q`` are one number for all keys of a row, ``k`` one for all rows of a key."""
+    """Multipliers by what they are brought to.
+
+    Args:
+        q: one number for all keys of a row.
+        k: one number for all rows of a key.
+        gates: a number for each pair; what is not a mask of zeros and ones among them can't be brought anywhere.
+    """
 
     q: tuple[Multiplier, ...] = ()
     k: tuple[Multiplier, ...] = ()
+    gates: tuple[MaskOperand, ...] = ()
 
     @property
     def all(self) -> tuple[Multiplier, ...]:
@@ -36,13 +43,17 @@ def placed(multipliers: Sequence[Multiplier], roles: Roles, axes: Axes) -> Place
     """Where each multiplier of the scores goes.
 
     Raises:
-        Unproven: naming one that varies over queries and keys, or whose keys are shared by heads that it tells apart.
+        Unproven: naming one along an axis that the scores lack, or whose keys are shared by heads that it tells apart.
     """
-    by_row, by_key = [], []
+    by_row, by_key, gates = [], [], []
     for one in multipliers:
-        _Varies.of(one, roles, axes).check()
-        (by_key if one.by_key else by_row).append(one)
-    return Placed(tuple(by_row), tuple(by_key))
+        varies = _Varies.of(one, roles, axes)
+        if varies.rows and varies.keys and not one.inverse:
+            gates.append(MaskOperand(one.node, one.on, "gate"))
+            continue
+        varies.check()
+        (by_key if varies.keys else by_row).append(one)
+    return Placed(tuple(by_row), tuple(by_key), tuple(gates))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dilcompile.passes.atoms import Atom, Leaves
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.bias_words import bias_word
 from dilcompile.passes.drowning import may_drown
+from dilcompile.passes.gates import gates_as_fills
 from dilcompile.passes.masks.arithmetic import Unreadable, as_expr, lift
 from dilcompile.passes.masks.bounds import Bounds
 from dilcompile.passes.masks.emptiness import Emptiness, Hiding, Instead, emptiness_of
@@ -68,6 +69,7 @@ def read_site_mask(
     keep = seen
     hidings: list[Hiding] = []
     bias: list[MaskOperand] = []
+    operands = gates_as_fills(operands, lambda one: _added(one, _indices(one, roles, axes, places.of), reader), reader)
     for summand in summands(operands, reader):
         operand, binary = summand.operand, set(reader.binary)
         try:
@@ -143,15 +145,19 @@ def _visible(summand: Summand, indices: tuple[Expr, ...], reader: MaskReader) ->
         fill = frozenset((operand.fill,))
         hiding = Hiding(visible, fill, not summand.adds, _dtype(operand.on), operand.ends, cuts=summand.cuts)
         return visible, None if visible is True else hiding
-    value = reader.number(operand.node, indices, operand.on)
-    if operand.factor != 1.0:
-        value = lift(operator.mul, value, as_expr(operand.factor))
+    value = _added(operand, indices, reader)
     dtype = _dtype(operand.on)
     visible, fills = keep_of(value, torch.finfo(dtype).eps, reader)
     visible = settle(visible)
     if visible is True:
         return True, None
     return visible, Hiding(visible, frozenset(fills), False, dtype, operand.ends)
+
+
+def _added(operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader) -> Number:
+    """One element as it reaches the softmax."""
+    value = reader.number(operand.node, indices, operand.on)
+    return value if operand.factor == 1.0 else lift(operator.mul, value, as_expr(operand.factor))
 
 
 def _number(operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader) -> Number | None:

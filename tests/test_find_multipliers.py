@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from finding import Case, Mutation, check, double, must_be_noticed, said  # noqa
 from spellings import WINDOW, WINDOWED, agree
 from torch import Tensor, nn
 
-from dilcompile.passes import multipliers, rewrite, score_path, score_steps
+from dilcompile.passes import gates, multipliers, read_operands, rewrite, score_path, score_steps
 
 B, H, S, D = 2, 4, 7, 6
 INF = float("inf")
@@ -85,6 +86,92 @@ SCALES: list[Case] = [
 ]  # fmt: skip
 
 
+def with_padding(dtype: torch.dtype = torch.bool, left: bool = True) -> Callable[[], tuple[Tensor, ...]]:
+    """Queries, keys, values, and 1 where a key counts: row 1 loses three keys."""
+
+    def make() -> tuple[Tensor, ...]:
+        keep = torch.ones(B, S, dtype=dtype)
+        keep[1, slice(3) if left else slice(S - 3, S)] = 0
+        return (*with_tensor()()[:3], keep)
+
+    return make
+
+
+def lower(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.ones(S, S, dtype=dtype).tril()
+
+
+class GPT1(nn.Module):
+    """OpenAI's first: a registered triangle, larger than the scores, multiplied with and filled outside; then padding is added."""
+
+    def __init__(self, fill: float = -1e4) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.tril(torch.ones(S + 3, S + 3)).view(1, 1, S + 3, S + 3))
+        self.fill = fill
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> Tensor:
+        w = q @ k.mT / 2.0
+        b = self.bias[:, :, : w.size(-2), : w.size(-1)]
+        w = w * b + self.fill * (1 - b)
+        if keep is not None:
+            w = w + torch.zeros(B, 1, 1, S).masked_fill(~keep[:, None, None], torch.finfo(w.dtype).min)
+        return w.softmax(-1) @ v
+
+
+def times(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda q, k, v: change(q @ k.mT * 0.4).softmax(-1) @ v
+
+
+def _padded_and_causal(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    m = lower() * keep[:, None, None].to(q.dtype)
+    return (q @ k.mT * m - 1e10 * (1 - m)).softmax(-1) @ v
+
+
+def _keys_alone(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    m = keep[:, None, None].to(q.dtype)
+    return (q @ k.mT * m - 1e10 * (1 - m)).softmax(-1) @ v
+
+
+def no_tensor() -> tuple[Tensor, ...]:
+    return with_tensor()()[:3]
+
+
+GATES: list[Case] = [
+    ("GPT-1", GPT1(), no_tensor, "causal (zero)"),
+    ("GPT-2 by TensorFlow", times(lambda s: s * lower() - 1e10 * (1 - lower())), no_tensor, "causal (zero)"),
+    ("the mask first", times(lambda s: -1e9 * (1 - lower()) + lower() * s), no_tensor, "causal (zero)"),
+    ("scaled after", times(lambda s: (s * lower() + -1e9 * (1 - lower())) / 3), no_tensor, "causal (zero)"),
+    ("by truth values", times(lambda s: s * lower(torch.bool) + torch.zeros(S, S).masked_fill(later(), -1e9)), no_tensor, "causal (zero)"),
+    ("a bias in between", times(lambda s: s * lower() + torch.linspace(-1, 1, S) - 1e30 * (1 - lower())), no_tensor, "causal + bias (zero)"),
+    ("padding in it", _padded_and_causal, with_padding(), "causal & padding (uniform)"),
+    ("keys alone", _keys_alone, with_padding(torch.int64), "padding (zero)"),
+    ("not: padding beside it in training", GPT1(), with_padding(left=False), "kept: causal & padding (other)"),
+    ("not: nothing is filled", times(lambda s: s * lower()), no_tensor, "miss: scores are set to zero by a mask, which does not hide them"),
+    ("not: too small a fill", times(lambda s: s * lower() - 10 * (1 - lower())), no_tensor, "miss: scores are set to zero by a mask, which does not hide them"),
+    ("not: filled inside", times(lambda s: s * lower() - 1e9 * lower()), no_tensor, "miss: scores are set to zero by a mask, which does not hide them"),
+    ("not: filled elsewhere too", times(lambda s: s * lower() - 1e9 * (1 - lower().tril(-1))), no_tensor, "miss: scores are set to zero by a mask, which does not hide them"),
+    ("not: another diagonal", times(lambda s: s * lower().tril(-1) - 1e9 * (1 - lower())), no_tensor, "miss: scores are set to zero by a mask, which does not hide them"),
+    ("not: a triangle of twos", times(lambda s: s * (2 * lower()) - 1e9 * (1 - lower())), no_tensor, "miss: the scores are multiplied by a tensor that varies over queries and keys"),
+    ("not: divided by it", times(lambda s: s / (lower() + 1) - 1e9 * (1 - lower())), no_tensor, "miss: the scores are multiplied by a tensor that varies over queries and keys"),
+    ("not: zeros over an infinite mask", times(lambda s: s.masked_fill(lower() == 0, -1e9) * lower() - 1e9 * (1 - lower())), no_tensor, "miss: the scores are changed otherwise before they are scaled by a tensor"),
+    ("not: fractions", lambda q, k, v, t: (q @ k.mT * t - 1e9 * (1 - t)).softmax(-1) @ v, with_tensor(S, S), "miss: the scores are multiplied by a tensor that varies over queries and keys"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GATES, ids=lambda case: case[0])
+def test_masks_that_scores_are_multiplied_with(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("fill", [-1e4, -1e300])
+def test_padding_beside_a_mask_that_scores_are_multiplied_with(left: bool, fill: float) -> None:
+    """Rows of padding alone see what is to come: its scores are the fill, those of padding are far below."""
+    with torch.no_grad():
+        case = ("GPT-1", GPT1(fill), with_padding(left=left), "causal & padding (others)")
+        check(case, gradients=False)
+
+
 @pytest.mark.parametrize("case", SCALES, ids=lambda case: case[0])
 def test_scales_that_are_data(case: Case) -> None:
     check(case)
@@ -140,8 +227,12 @@ def test_a_scale_that_is_written_before_the_attention_ends_is_refused() -> None:
 
 
 def _case(name: str) -> Callable[[], None]:
-    (found,) = [case for case in SCALES if case[0] == name]
+    (found,) = [case for case in (*SCALES, *GATES) if case[0] == name]
     return lambda: check(found)  # type: ignore[return-value]
+
+
+def _without_gates(operands: Any, *_: Any) -> Any:
+    return [one for one in operands if one.kind != "gate"]
 
 
 MUTATIONS: list[Mutation] = [
@@ -150,6 +241,9 @@ MUTATIONS: list[Mutation] = [
     ("masks may stand inside", score_steps, "unscaled", lambda *_: None, _case("not: after a bias")),
     ("shared keys may differ", multipliers._Varies, "check", lambda self: None, _case("not: one a key and head where heads share keys")),
     ("pairs may differ", multipliers._Varies, "check", lambda self: None, _case("not: one a pair")),
+    ("any number is one", gates, "where_one", lambda value: value.when, _case("not: a triangle of twos")),
+    ("any fill is the gate's", gates, "_fill_outside", lambda *_: -1e9, _case("not: another diagonal")),
+    ("scores are kept under their mask", read_operands, "gates_as_fills", _without_gates, _case("padding in it")),
     ("scales may be made of scores", score_path, "independent", lambda *_: None, _case("not: made of the scores")),
 ]  # fmt: skip
 
