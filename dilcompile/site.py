@@ -126,8 +126,8 @@ class AttentionSite:
     """One attention in the user's model, as the finder proved it.
 
     Lengths may be symbolic (``torch.SymInt``). ``operands`` are the tensors of the graph that were proven to be queries, keys and
-    values, in this order, each as its node's name and its shape: where the attention begins. ``multipliers`` are the tensors that
-    scores are multiplied with beside the scale.
+    values, in this order, each as its node's name and its shape: where the attention begins. ``multipliers`` is what
+    queries, keys, values and output are multiplied with beside the scale.
     """
 
     index: int

@@ -121,6 +121,8 @@ def _of_softmax(node: Node, spelling: Spelling, softmax: Softmax, facts: Facts, 
         scored_at=path.product.node,
         valued_at=values.product.node,
         multipliers=path.multipliers,
+        weights=values.multipliers,
+        factor=values.factor,
     )
 
 
@@ -134,7 +136,7 @@ def _between(node: Node, softmax: Softmax, facts: Facts) -> tuple[ScorePath, Val
     for product in sorted(facts.scores[softmax.scores], key=facts.mutations.position.__getitem__):
         try:
             path = walk_scores(softmax, product, facts)
-            values = walk_values(softmax.probabilities, path.columns, facts.axes)
+            values = walk_values(softmax.probabilities, path.columns, product, facts)
             return path, values, roles_of_products(path.product, node, path.columns, values, facts.axes)
         except Unproven as end:
             ends.append(end)

@@ -50,6 +50,7 @@ class Proof:
         seen: the pairs that the spelling itself lets through.
         empty: what rows become that see nothing.
         scored_at, valued_at: the nodes that read the queries and keys, and the values.
+        multipliers, weights: tensors that scores and probabilities are multiplied with; the latter by ``factor``, too.
         starts: where the sequences start that rows and columns are packed from.
     """
 
@@ -67,6 +68,8 @@ class Proof:
     scored_at: Node
     valued_at: Node
     multipliers: tuple[Multiplier, ...] = ()
+    weights: tuple[Multiplier, ...] = ()
+    factor: float = 1.0
     starts: Node | None = None
 
 
@@ -89,7 +92,7 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
             raise Unproven(operand.source, "it is written in place before the attention ends", "write it out of place")
     batch, heads, kv_heads = _count(roles)
     q_len, k_len = _size(roles.q_rows), _size(roles.k_columns)
-    multipliers = placed(proof.multipliers, roles, facts.axes)
+    multipliers = placed(proof.multipliers, proof.weights, proof.factor, roles, facts.axes)
     mask, bias = read_site_mask(
         (*proof.masks, *multipliers.gates),
         proof.seen,

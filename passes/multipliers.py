@@ -1,4 +1,8 @@
-"""What scores are multiplied with, brought to where it commutes with the product: to the queries, or to the keys; else a mask."""
+"""What scores and probabilities are multiplied with, brought to where it commutes with the products.
+
+One number for all keys of a row goes to the queries or to the output, one for all rows of a key to the keys or to the values.
+What scores are multiplied with beside that can only be a mask.
+"""
 
 from __future__ import annotations
 
@@ -22,43 +26,56 @@ class Placed:
     """Multipliers by what they are brought to.
 
     Args:
-        q: one number for all keys of a row.
-        k: one number for all rows of a key.
+        q, output: one number for all keys of a row.
+        k, v: one number for all rows of a key.
         gates: a number for each pair; what is not a mask of zeros and ones among them can't be brought anywhere.
+        factor: a number that the output is multiplied with.
     """
 
     q: tuple[Multiplier, ...] = ()
     k: tuple[Multiplier, ...] = ()
+    v: tuple[Multiplier, ...] = ()
+    output: tuple[Multiplier, ...] = ()
     gates: tuple[MaskOperand, ...] = ()
+    factor: float = 1.0
 
     @property
     def all(self) -> tuple[Multiplier, ...]:
-        return (*self.q, *self.k)
+        return (*self.q, *self.k, *self.v, *self.output)
 
     def __str__(self) -> str:
-        return " * ".join(map(str, self.all))
+        """What each side is multiplied with: ``q * scale, output * 0.5 * head_mask``."""
+        sides = {"q": self.q, "k": self.k, "v": self.v, "output": self.output}
+        parts = {side: [f" * {one}" for one in multipliers] for side, multipliers in sides.items()}
+        parts["output"] = [f" * {self.factor:g}" for _ in range(self.factor != 1.0)] + parts["output"]
+        return ", ".join(side + "".join(part) for side, part in parts.items() if part)
 
 
-def placed(multipliers: Sequence[Multiplier], roles: Roles, axes: Axes) -> Placed:
-    """Where each multiplier of the scores goes.
+def placed(scales: Sequence[Multiplier], weights: Sequence[Multiplier], factor: float, roles: Roles, axes: Axes) -> Placed:
+    """Where the multipliers of the scores (``scales``) and of the probabilities (``weights``, ``factor``) go.
 
     Raises:
         Unproven: naming one along an axis that the scores lack, or whose keys are shared by heads that it tells apart.
     """
-    by_row, by_key, gates = [], [], []
-    for one in multipliers:
+    sides: dict[str, list[Multiplier]] = {"q": [], "k": [], "v": [], "output": []}
+    gates = []
+    for one in scales:
         varies = _Varies.of(one, roles, axes)
         if varies.rows and varies.keys and not one.inverse:
             gates.append(MaskOperand(one.node, one.on, "gate"))
             continue
-        varies.check()
-        (by_key if varies.keys else by_row).append(one)
-    return Placed(tuple(by_row), tuple(by_key), tuple(gates))
+        varies.check("scores")
+        sides["k" if varies.keys else "q"].append(one)
+    for one in weights:
+        varies = _Varies.of(one, roles, axes)
+        varies.check("probabilities")
+        sides["v" if varies.keys else "output"].append(one)
+    return Placed(**{side: tuple(found) for side, found in sides.items()}, gates=tuple(gates), factor=factor)
 
 
 @dataclass(frozen=True)
 class _Varies:
-    """Along which axes of the scores a multiplier varies."""
+    """Along which axes of scores or probabilities a multiplier varies."""
 
     one: Multiplier
     rows: bool
@@ -77,7 +94,8 @@ class _Varies:
         grouped = [axis.out for axis in roles.heads if axis.k is None and axis.v is None]
         known = (*batch, *heads, *roles.out_rows, *roles.score_columns)
         if not all(_among(atom, known) for atom in varying):
-            raise Unproven(one.node, "a scale runs along an axis that the scores don't have", "scale the queries instead")
+            reason = "scores or probabilities are multiplied along an axis that the product doesn't have"
+            raise Unproven(one.node, reason, "multiply the queries or the output instead")
         return cls(
             one,
             any(_among(atom, roles.out_rows) for atom in varying),
@@ -85,12 +103,12 @@ class _Varies:
             bool(grouped) and any(_among(atom, heads) for atom in varying),
         )
 
-    def check(self) -> None:
+    def check(self, what: str) -> None:
         if self.keys and self.rows:
-            reason = "the scores are multiplied by a tensor that varies over queries and keys"
+            reason = f"the {what} are multiplied by a tensor that varies over queries and keys"
             raise Unproven(self.one.node, reason, "it stays as it is")
         if self.keys and self.shared_heads:
-            reason = "keys that several heads share are scaled for each head by itself"
+            reason = f"the {what} are multiplied by a tensor that varies over heads and over the keys that they share"
             raise Unproven(self.one.node, reason, "it stays as it is")
 
 
@@ -101,7 +119,7 @@ def _among(atom: Atom, atoms: Sequence[Atom]) -> bool:
 def multiplied(
     emit: Emitter, operand: Node, multipliers: Sequence[Multiplier], roles: Roles, axes: Axes, along_keys: bool = False
 ) -> Node:
-    """An operand [B, H or Hkv, S, D] times its multipliers.
+    """An operand or output [B, H or Hkv, S, D] times its multipliers.
 
     Args:
         along_keys: S are the keys, else the rows.

@@ -77,7 +77,7 @@ def _is_zero(addend: Node, at: Node, facts: Facts) -> bool:
 
 
 def independent(operand: Node, on: Node, product: Node, mutations: Mutations, what: str = "a mask or bias") -> None:
-    """What is computed from the scores is no mask, bias or scale of them: it mixes them.
+    """What is computed from the scores is no mask, bias, scale or weight of them: it mixes them.
 
     Raises:
         Unproven: if ``operand`` is made of ``product``.

@@ -144,7 +144,7 @@ CASES: dict[str, list[Case]] = {
         ("not found: over the column's sum", lambda q, k, v: over_sum((q @ k.mT).exp(), -2) @ v, qkv, "miss: the value product does not sum over the key axis"),
         ("not found: over another's sum", lambda q, k, v: (lambda s: s.exp() / (2 * s).exp().sum(-1, keepdim=True))(q @ k.mT) @ v, qkv, "miss: the exponentials of the scores are not divided by their own sum"),
         ("not found: divided after the values", lambda q, k, v: (lambda e: e @ v / e.sum(-1, keepdim=True))((q @ k.mT).exp()), qkv, "miss: the exponentials of the scores are not divided by their own sum"),
-        ("not found: twice as much", lambda q, k, v: _twice(q @ k.mT) @ v, qkv, "miss: the probabilities are multiplied (a head mask or renormalisation)"),
+        ("found: twice as much", lambda q, k, v: _twice(q @ k.mT) @ v, qkv, "none (zero)"),
         ("not found: the sum of masked ones under the others", lambda q, k, v, m: (lambda e: e / (e * m).sum(-1, keepdim=True))((q @ k.mT).exp()) @ v, with_padding(), "miss: the exponentials of the scores are not divided by their own sum"),
     ],
 }  # fmt: skip

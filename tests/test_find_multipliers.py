@@ -1,4 +1,4 @@
-"""Scores that are multiplied by data: brought to queries or keys where that is the same, refused with the reason where not."""
+"""What is multiplied with data: scores and probabilities, brought to where that is the same, refused with the reason where not."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from finding import Case, Mutation, check, double, must_be_noticed, said  # noqa: F401  (the fixture works by being here)
-from spellings import WINDOW, WINDOWED, agree
+from finding import Call, Case, Mutation, check, double, must_be_noticed, said  # noqa: F401  (the fixture works by being here)
+from spellings import WINDOW, WINDOWED, agree, compiled
 from torch import Tensor, nn
 
-from dilcompile.passes import gates, multipliers, read_operands, rewrite, score_path, score_steps
+from dilcompile.passes import gates, multipliers, read_operands, rewrite, score_path, score_steps, value_path
+from dilcompile.policy import Policy
 
 B, H, S, D = 2, 4, 7, 6
 INF = float("inf")
@@ -73,7 +74,7 @@ SCALES: list[Case] = [
     ("scores transposed, one a row", lambda q, k, v, t: (k @ q.mT * t).softmax(-2).mT @ v, with_tensor(B, H, 1, S), "none (zero)"),
     ("scores transposed, one a key", lambda q, k, v, t: (k @ q.mT * t).softmax(-2).mT @ v, with_tensor(B, H, S, 1), "none (zero)"),
     ("not: one a pair", scaled(lambda s, t: s * t), with_tensor(S, S), "miss: the scores are multiplied by a tensor that varies over queries and keys"),
-    ("not: one a key and head where heads share keys", shared(lambda s, t: s * t), with_tensor(B, H, 1, S, kv_heads=2), "miss: keys that several heads share are scaled for each head by itself"),
+    ("not: one a key and head where heads share keys", shared(lambda s, t: s * t), with_tensor(B, H, 1, S, kv_heads=2), "miss: the scores are multiplied by a tensor that varies over heads and over the keys that they share"),
     ("not: after a mask", scaled(lambda s, t: s.masked_fill(later(), -INF) * t), with_tensor(H, 1, 1), "miss: the scores are changed otherwise before they are scaled by a tensor"),
     ("not: after a bias", scaled(lambda s, t: (s + torch.linspace(-1, 1, S)) * t), with_tensor(H, 1, 1), "miss: the scores are changed otherwise before they are scaled by a tensor"),
     ("not: after a soft cap", scaled(lambda s, t: s.tanh() * t), with_tensor(H, 1, 1), "miss: the scores are changed otherwise before they are scaled by a tensor"),
@@ -172,6 +173,81 @@ def test_padding_beside_a_mask_that_scores_are_multiplied_with(left: bool, fill:
         check(case, gradients=False)
 
 
+def weighed(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Causal attention whose probabilities are changed by a tensor."""
+    return lambda q, k, v, t: change((q @ k.mT * 0.4).masked_fill(later(), -INF).softmax(-1), t) @ v
+
+
+def shared_weights(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Two query heads a key head."""
+    return lambda q, k, v, t: change((q @ k.repeat_interleave(2, 1).mT).softmax(-1), t) @ v.repeat_interleave(2, 1)
+
+
+def _merged(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """Heads are put into the batch between mask and values."""
+    weights = ((q @ k.mT).softmax(-1) * t).reshape(B * H, S, S)
+    return torch.bmm(weights, v.reshape(B * H, S, D)).view(B, H, S, D)
+
+
+def _emptied(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """Rows without keys: the mean of all values, each with its weight."""
+    return ((q @ k.mT).masked_fill(torch.arange(S)[:, None] == 2, -1e30).softmax(-1) * t) @ v
+
+
+WEIGHTS: list[Case] = [
+    ("a head mask", weighed(lambda p, t: p * t), with_tensor(1, H, 1, 1), "causal (zero)"),
+    ("a head mask on the left", weighed(lambda p, t: t * p), with_tensor(H, 1, 1), "causal (zero)"),
+    ("weights divided by one a head", weighed(lambda p, t: p / t), with_tensor(H, 1, 1), "causal (zero)"),
+    ("weights of rows", weighed(lambda p, t: p * t), with_tensor(B, H, S, 1), "causal (zero)"),
+    ("weights of keys", weighed(lambda p, t: p * t), with_tensor(B, 1, 1, S), "causal (zero)"),
+    ("weights of keys, one a head", weighed(lambda p, t: p * t), with_tensor(H, 1, S), "causal (zero)"),
+    ("weights of rows and of keys", weighed(lambda p, t: p * t / t.mT), with_tensor(B, H, S, 1), "causal (zero)"),
+    ("a number", weighed(lambda p, t: p * 2 / 3), with_tensor(), "causal (zero)"),
+    ("one number of data", weighed(lambda p, t: p * t), with_tensor(), "causal (zero)"),
+    ("a head mask and dropout", weighed(lambda p, t: F.dropout(F.dropout(p, 0.2, False) * t, 0.1, False)), with_tensor(H, 1, 1), "causal (zero)"),
+    ("weights of rows without keys", _emptied, with_tensor(S), "rows (uniform)"),
+    ("heads in the batch", _merged, with_tensor(H, 1, 1), "none (zero)"),
+    ("a head mask where heads share keys", shared_weights(lambda p, t: p * t), with_tensor(H, 1, 1, kv_heads=2), "none (zero)"),
+    ("weights of keys where heads share them", shared_weights(lambda p, t: p * t), with_tensor(B, 1, 1, S, kv_heads=2), "none (zero)"),
+    ("weights of transposed scores", lambda q, k, v, t: ((k @ q.mT).softmax(-2) * t).mT @ v, with_tensor(H, 1, S), "none (zero)"),
+    ("not: weights of pairs", weighed(lambda p, t: p * t), with_tensor(S, S), "miss: the probabilities are multiplied by a tensor that varies over queries and keys"),
+    ("not: weights of keys, one a head, where heads share them", shared_weights(lambda p, t: p * t), with_tensor(H, 1, S, kv_heads=2), "miss: the probabilities are multiplied by a tensor that varies over heads and over the keys that they share"),
+    ("not: squared", weighed(lambda p, t: p * p), with_tensor(), "miss: aten.mul stands between the softmax and the values"),
+    ("not: a gate made of the weights", weighed(lambda p, t: p * (p.amax(-1, keepdim=True) * t)), with_tensor(H, 1, 1), "miss: the attention weights are used elsewhere too"),
+    ("not: a gate made of the scores", lambda q, k, v, t: (lambda s: s.softmax(-1) * s.mean((2, 3), keepdim=True))(q @ k.mT) @ v, with_tensor(), "miss: a weight of the probabilities is computed from the scores themselves"),
+    ("not: divided by the weights", weighed(lambda p, t: t / p), with_tensor(H, 1, 1), "miss: aten.div stands between the softmax and the values"),
+    ("not: something added", weighed(lambda p, t: p + t), with_tensor(H, 1, 1), "miss: aten.add stands between the softmax and the values"),
+    ("not: returned too", lambda q, k, v, t: (lambda p: (p @ v, p))((q @ k.mT).softmax(-1) * t), with_tensor(H, 1, 1), "miss: the attention weights are used elsewhere too"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WEIGHTS, ids=lambda case: case[0])
+def test_weights_that_are_data(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_head_mask_around_dropout(first: bool) -> None:
+    """What is dropped is dropped, what is kept is weighed: twice the weight is twice the output under the same seed."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1)
+        return (F.dropout(weights * t, 0.5) if first else F.dropout(weights, 0.5) * t) @ v
+
+    run, found = compiled(Call(call))
+    q, k, v, t = with_tensor(H, 1, 1)()
+
+    def drawn(weight: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return run(q, k, v, weight)  # type: ignore[no-any-return]
+
+    torch.testing.assert_close(drawn(2 * t), 2 * drawn(t), rtol=1e-12, atol=1e-12)
+    mean = torch.stack([run(q, k, v, t) for _ in range(2000)]).mean(0)
+    assert (mean - (q @ k.mT).softmax(-1) @ v * t).norm() < 0.1 * mean.norm()
+    (site,) = found.sites
+    assert (site.dropout_p, found.rewritten, found.misses) == (0.5, 1, [])
+
+
 @pytest.mark.parametrize("case", SCALES, ids=lambda case: case[0])
 def test_scales_that_are_data(case: Case) -> None:
     check(case)
@@ -227,8 +303,28 @@ def test_a_scale_that_is_written_before_the_attention_ends_is_refused() -> None:
 
 
 def _case(name: str) -> Callable[[], None]:
-    (found,) = [case for case in (*SCALES, *GATES) if case[0] == name]
+    (found,) = [case for case in (*SCALES, *GATES, *WEIGHTS) if case[0] == name]
     return lambda: check(found)  # type: ignore[return-value]
+
+
+CHECKED = Policy.load(
+    {
+        "version": 1,
+        "defaults": {"numerics": {"check": "compile"}, "fallback": {"unsupported": "keep", "unmatched": "keep"}},
+        "rules": [{"name": "all", "apply": {"form": "dense"}}],
+    }
+)
+
+
+@pytest.mark.parametrize("name", ["one a head", "one a key", "a head mask", "weights of keys", "GPT-1", "a bias in between"])
+def test_a_trial_agrees(name: str) -> None:
+    """Site and rewriting give the same on random inputs, the multipliers among them."""
+    (case,) = [case for case in (*SCALES, *GATES, *WEIGHTS) if case[0] == name]
+    _, function, inputs, _ = case
+    found = agree(function if isinstance(function, nn.Module) else Call(function), *inputs(), policy=CHECKED)
+    (verdict,) = [verdict for outcome in found.outcomes for verdict in outcome.report.verdicts]
+    assert found.rewritten == 1
+    assert any(note.startswith("numerics.check: compared on") for note in verdict.notes)
 
 
 def _without_gates(operands: Any, *_: Any) -> Any:
@@ -239,8 +335,10 @@ MUTATIONS: list[Mutation] = [
     ("scales are forgotten", rewrite, "multiplied", lambda emit, operand, *_, **__: operand, _case("one a head")),
     ("keys are told apart by nobody", score_steps, "unweighed", lambda *_: None, _case("not: keys, after a number for all of them")),
     ("masks may stand inside", score_steps, "unscaled", lambda *_: None, _case("not: after a bias")),
-    ("shared keys may differ", multipliers._Varies, "check", lambda self: None, _case("not: one a key and head where heads share keys")),
-    ("pairs may differ", multipliers._Varies, "check", lambda self: None, _case("not: one a pair")),
+    ("shared keys may differ", multipliers._Varies, "check", lambda *_: None, _case("not: one a key and head where heads share keys")),
+    ("weights of keys may differ by row", multipliers._Varies, "check", lambda *_: None, _case("not: weights of pairs")),
+    ("weights are forgotten", rewrite, "multiplied", lambda emit, operand, *_, **__: operand, _case("a head mask")),
+    ("weights may be made of scores", value_path, "independent", lambda *_: None, _case("not: a gate made of the scores")),
     ("any number is one", gates, "where_one", lambda value: value.when, _case("not: a triangle of twos")),
     ("any fill is the gate's", gates, "_fill_outside", lambda *_: -1e9, _case("not: another diagonal")),
     ("scores are kept under their mask", read_operands, "gates_as_fills", _without_gates, _case("padding in it")),
