@@ -13,7 +13,7 @@ from torch.fx import Node
 from dilcompile.passes.facts import Facts
 from dilcompile.passes.masks.terms import Truth
 
-EmptyRule = Literal["plain", "zero", "odd"]
+EmptyRule = Literal["plain", "zero", "cleared", "odd"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ class Softmax:
         limit: a score of minus this weighs exactly nothing, whatever the others are (no maximum is taken off); inf: there is
             no such number.
         empty: what a row that sees nothing becomes: ``plain`` as softmax has it (NaN, or the mean of what was hidden by a
-            number), ``zero`` where softmax has NaN, ``odd`` where that number is lost in rounding.
+            number), ``zero`` where softmax has NaN, ``cleared`` likewise but for NaN in gradients, ``odd`` where that number is
+            lost in rounding.
         masks: what hides exponentials.
         sinks: what else is in the sum.
     """

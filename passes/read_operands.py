@@ -90,9 +90,14 @@ def read_site_mask(
     if hidings and seen is not True:
         hidings.append(Hiding(seen, frozenset((-math.inf,)), True, torch.float32))
     plain = sum(one.kind == "add" for one in bias)
-    empty = emptiness_of(hidings, plain, zero=rule == "zero", training=training, capped=capped)
-    if any(one.kind == "drown" for one in bias):
+    zero = rule in ("zero", "cleared")
+    empty = emptiness_of(hidings, plain, zero=zero, training=training, capped=capped)
+    data = any(one.kind == "drown" for one in bias)
+    if data:
         empty = _drowned(empty, hidings)
+    if rule == "cleared" and training and (data or any(not one.replaces for one in hidings)) and empty.rows in ("zero", "others"):
+        # The gradient of such a row is NaN, and goes wherever its mask was added.
+        empty = Emptiness("other")
     if rule == "odd" and empty.rows in ("uniform", "shifted", "others"):
         empty = Emptiness("other")
     if sinks != "none" and hidings:
@@ -101,8 +106,7 @@ def read_site_mask(
         empty = Emptiness("zero" if nothing and sinks == "ordinary" else "other")
     read = read_mask(places.whole(keep), empty.rows, reader, lengths, tensors=any(one.kind != "add" for one in bias))
     read = replace(read, binary=frozenset(reader.binary))
-    data = any(one.kind == "drown" for one in bias)
-    return _with_others(read, empty, rule == "zero", data, reader, lengths, places), tuple(bias)
+    return _with_others(read, empty, zero, data, reader, lengths, places), tuple(bias)
 
 
 def _drowned(empty: Emptiness, hidings: Sequence[Hiding]) -> Emptiness:

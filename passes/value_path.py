@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -23,13 +24,19 @@ _CURE = "run the model without output_attentions / need_weights"
 
 @dataclass(frozen=True)
 class ValuePath:
-    """``factor * multipliers * dropout(probabilities) x values``; ``probabilities`` is the operand of the product."""
+    """``factor * multipliers * dropout(probabilities) x values``.
+
+    Args:
+        probabilities: the operand of the product.
+        cleared: NaN among the probabilities becomes 0.
+    """
 
     product: Product
     probabilities: Node
     dropout_p: float
     factor: float
     multipliers: tuple[Multiplier, ...]
+    cleared: bool
 
 
 def walk_values(probabilities: Node, columns: Leaves, scores: Node, facts: Facts) -> ValuePath:
@@ -44,6 +51,7 @@ def walk_values(probabilities: Node, columns: Leaves, scores: Node, facts: Facts
     """
     node, kept, factor, axes = probabilities, 1.0, 1.0, facts.axes
     multipliers: list[Multiplier] = []
+    cleared = False
     while True:
         users = [user for user in node.users if user.op != "call_function" or _matters(user)]
         if len(users) != 1:
@@ -54,13 +62,16 @@ def walk_values(probabilities: Node, columns: Leaves, scores: Node, facts: Facts
             product = axes.products[user]
             if product.alpha != 1.0 or product.addend is not None:
                 raise Unproven(user, "something is added to the output of the value product", STAYS)
-            return ValuePath(product, node, 1.0 - kept, factor, tuple(multipliers))
+            return ValuePath(product, node, 1.0 - kept, factor, tuple(multipliers), cleared)
         if op_name(user) in _SCALINGS:
             weight = _weight(user, node, columns, scores, facts)
             if isinstance(weight, Multiplier):
                 multipliers.append(weight)
             else:
                 factor *= weight
+        elif op_name(user) == "nan_to_num":
+            _clears(user, multipliers, facts)
+            cleared = True
         else:
             kept *= _through(user, columns, axes)
         node = user
@@ -84,6 +95,15 @@ def _weight(user: Node, node: Node, columns: Leaves, scores: Node, facts: Facts)
         raise Unproven(user, "the probabilities are multiplied by a number that is computed in the graph", STAYS)
     independent(other, user, scores, facts.mutations, "a weight of the probabilities")
     return multiplier(user, node, other, columns, facts)
+
+
+def _clears(user: Node, multipliers: Sequence[Multiplier], facts: Facts) -> None:
+    """``nan_to_num`` of probabilities: none of them is infinite."""
+    given = user.args[1] if len(user.args) > 1 else user.kwargs.get("nan")
+    if given is not None and facts.scalar(given, user) != 0:
+        raise Unproven(user, "NaN among the probabilities becomes another number than 0", "fill with 0")
+    if multipliers:
+        raise Unproven(user, "the probabilities are multiplied by a tensor before NaN becomes 0", "clear them first")
 
 
 def _through(user: Node, columns: Leaves, axes: Axes) -> float:
