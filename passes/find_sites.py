@@ -123,6 +123,7 @@ def _of_softmax(node: Node, spelling: Spelling, softmax: Softmax, facts: Facts, 
         multipliers=path.multipliers,
         weights=values.multipliers,
         factor=values.factor,
+        floor=path.floor,
     )
 
 

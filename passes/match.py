@@ -10,6 +10,7 @@ from torch.fx import Node
 from dilcompile.passes.anchors import EmptyRule, MaskOperand, Multiplier, Sink
 from dilcompile.passes.atoms import Atom, Leaves
 from dilcompile.passes.facts import Facts
+from dilcompile.passes.masks.emptiness import Floor
 from dilcompile.passes.masks.place import place_of
 from dilcompile.passes.masks.read import ReadMask
 from dilcompile.passes.masks.terms import Truth
@@ -51,6 +52,7 @@ class Proof:
         empty: what rows become that see nothing.
         scored_at, valued_at: the nodes that read the queries and keys, and the values.
         multipliers, weights: tensors that scores and probabilities are multiplied with; the latter by ``factor``, too.
+        floor: what the scores are lifted to after all masks.
         starts: where the sequences start that rows and columns are packed from.
     """
 
@@ -70,6 +72,7 @@ class Proof:
     multipliers: tuple[Multiplier, ...] = ()
     weights: tuple[Multiplier, ...] = ()
     factor: float = 1.0
+    floor: Floor | None = None
     starts: Node | None = None
 
 
@@ -103,6 +106,7 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
         capped=proof.softcap is not None,
         training=graph.training,
         rule=proof.empty,
+        floor=proof.floor,
         sinks=_sinks(proof.sinks, facts),
     )
     _readable_at(at, mask, (*bias, *proof.sinks, *multipliers.all), graph)

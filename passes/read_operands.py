@@ -20,7 +20,7 @@ from dilcompile.passes.drowning import may_drown
 from dilcompile.passes.gates import gates_as_fills
 from dilcompile.passes.masks.arithmetic import Unreadable, as_expr, lift
 from dilcompile.passes.masks.bounds import Bounds
-from dilcompile.passes.masks.emptiness import Emptiness, Hiding, Instead, emptiness_of
+from dilcompile.passes.masks.emptiness import Emptiness, Floor, Hiding, Instead, emptiness_of
 from dilcompile.passes.masks.factors import read_mask
 from dilcompile.passes.masks.hiding import NotAMask, keep_of
 from dilcompile.passes.masks.read import Others, ReadMask
@@ -50,6 +50,7 @@ def read_site_mask(
     capped: bool = False,
     training: bool = False,
     rule: EmptyRule = "plain",
+    floor: Floor | None = None,
     sinks: Sinks = "none",
 ) -> tuple[ReadMask, tuple[MaskOperand, ...]]:
     """The conjunction of all masks, and the operands that are biases.
@@ -60,6 +61,7 @@ def read_site_mask(
         capped: the scores go through a soft cap before they are masked.
         training: gradients are asked for.
         rule: what the spelling makes of rows that see nothing.
+        floor: what the scores are lifted to after all masks.
         sinks: what stands beside the keys: nothing, logits that are ordinary numbers, or data.
     """
     lengths = Lengths(*sizes)
@@ -91,10 +93,11 @@ def read_site_mask(
         hidings.append(Hiding(seen, frozenset((-math.inf,)), True, torch.float32))
     plain = sum(one.kind == "add" for one in bias)
     zero = rule in ("zero", "cleared")
-    empty = emptiness_of(hidings, plain, zero=zero, training=training, capped=capped)
+    empty = emptiness_of(hidings, plain, zero=zero, training=training, capped=capped, floor=floor)
     data = any(one.kind == "drown" for one in bias)
     if data:
-        empty = _drowned(empty, hidings)
+        # What its -inf is lifted to is not known.
+        empty = _drowned(empty, hidings) if floor is None else Emptiness("other")
     if rule == "cleared" and training and (data or any(not one.replaces for one in hidings)) and empty.rows in ("zero", "others"):
         # The gradient of such a row is NaN, and goes wherever its mask was added.
         empty = Emptiness("other")

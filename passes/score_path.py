@@ -10,6 +10,7 @@ from dilcompile.passes.anchors import MaskOperand, Multiplier, Sink, Softmax
 from dilcompile.passes.atoms import Leaves
 from dilcompile.passes.facts import Facts
 from dilcompile.passes.labels import SHAPED_LIKE
+from dilcompile.passes.masks.emptiness import Floor
 from dilcompile.passes.mutations import Mutations
 from dilcompile.passes.operators import is_tensor, op_name
 from dilcompile.passes.products import Product
@@ -34,6 +35,7 @@ class ScorePath:
     masks: tuple[MaskOperand, ...]
     sinks: tuple[Sink, ...]
     multipliers: tuple[Multiplier, ...]
+    floor: Floor | None = None
 
 
 def walk_scores(softmax: Softmax, product: Node, facts: Facts) -> ScorePath:
@@ -69,7 +71,16 @@ def walk_scores(softmax: Softmax, product: Node, facts: Facts) -> ScorePath:
     for sink in stages.sinks:
         if isinstance(sink.logit, Node):
             independent(sink.logit, sink.on, node, facts.mutations)
-    return ScorePath(found, stages.columns, scale, cap, tuple(stages.masks), tuple(stages.sinks), tuple(stages.multipliers))
+    return ScorePath(
+        found,
+        stages.columns,
+        scale,
+        cap,
+        tuple(stages.masks),
+        tuple(stages.sinks),
+        tuple(stages.multipliers),
+        stages.floor,
+    )
 
 
 def _is_zero(addend: Node, at: Node, facts: Facts) -> bool:

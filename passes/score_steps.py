@@ -16,6 +16,7 @@ from torch.fx import Node
 from dilcompile.passes.anchors import MaskOperand, Multiplier, Sink
 from dilcompile.passes.atoms import Leaves, same_size
 from dilcompile.passes.facts import Facts
+from dilcompile.passes.masks.emptiness import Floor
 from dilcompile.passes.operators import CASTS, REORDERS, is_tensor, op_name, shape_of
 from dilcompile.passes.unproven import Unproven
 
@@ -37,6 +38,7 @@ class Stages:
         ends: the largest number of all dtypes.
         limit: beyond it an exponential is zero, until a maximum is taken off.
         cap_outer: c in ``c * tanh(...)``, once the tanh was met.
+        floor: what the scores are lifted to last of all.
     """
 
     columns: Leaves
@@ -45,6 +47,7 @@ class Stages:
     ends: float = math.inf
     limit: float = math.inf
     cap_outer: float | None = None
+    floor: Floor | None = None
     masks: list[MaskOperand] = field(default_factory=list)
     sinks: list[Sink] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
@@ -270,6 +273,40 @@ def _tanh(node: Node, stages: Stages, facts: Facts) -> Node:
     return first(node)
 
 
+def _lifted(node: Node, stages: Stages, facts: Facts) -> Node:
+    """``max(scores, least)``, ``clamp(scores, min=least)``: acts on -inf alone where no other number is smaller."""
+    halves = op_name(node) in ("max", "maximum")
+    path, least = _at_least(node, stages, facts) if halves else (first(node), _lower_bound(node, facts))
+    if least is None:
+        raise Unproven(node, "the scores are clamped by a computed number", STAYS)
+    if least == -math.inf:
+        return path
+    if least > -largest(node):
+        reason = f"the scores are clamped at {least:g}, which may cut off what counts"
+        raise Unproven(node, reason, "clamp at the dtype's least number")
+    if stages.masks or stages.sinks or stages.multipliers or stages.cap_outer is not None or stages.factor != 1.0:
+        raise Unproven(node, "the scores are changed after they are clamped", "clamp them last")
+    if -least > stages.holds:
+        raise Unproven(node, "the number that scores are clamped at becomes infinite", "clamp in the softmax's own dtype")
+    stages.floor = Floor(least, halves or (stages.floor is not None and stages.floor.halves))
+    return path
+
+
+def _at_least(node: Node, stages: Stages, facts: Facts) -> tuple[Node, float | None]:
+    if len(node.args) < 2 or not is_tensor(node.args[1]):
+        raise Unproven(node, f"aten.{op_name(node)} stands between the product and the softmax", STAYS)
+    path, other = _sides(node, stages, facts)
+    return path, facts.scalar(other, node)
+
+
+def _lower_bound(node: Node, facts: Facts) -> float | None:
+    names = ("min", "max")
+    given = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
+    if given.get("max") is not None:
+        raise Unproven(node, "the scores are clamped from above", STAYS)
+    return facts.scalar(given.get("min"), node)
+
+
 def _cat(node: Node, stages: Stages, facts: Facts) -> Node:
     parts: list[Any] = list(node.args[0])  # type: ignore[arg-type]
     asked: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
@@ -329,6 +366,7 @@ STEPS: dict[str, Step] = {
     "masked_fill": _masked_fill,
     "where": _where,
     "tanh": _tanh,
+    **dict.fromkeys(("max", "maximum", "clamp", "clamp_min"), _lifted),
     **dict.fromkeys(("cat", "concat"), _cat),
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     **dict.fromkeys(("matmul", "bmm", "mm", "einsum", "linear", "conv2d", "baddbmm"), _mixed),

@@ -163,7 +163,7 @@ def square() -> tuple[Tensor, ...]:
 SCORES: list[Case] = [
     ("rounded", of_scores(lambda s: torch.div(s, 0.5, rounding_mode="floor")), qkv, "miss: the scores are rounded"),
     ("cast to integers", of_scores(lambda s: s.to(torch.int32).to(s.dtype)), qkv, "miss: a cast to int32 cuts fractions off"),
-    ("clamped", of_scores(lambda s: s.clamp(-1, 1)), qkv, "miss: aten.clamp stands between the product and the softmax"),
+    ("clamped", of_scores(lambda s: s.clamp(-1, 1)), qkv, "miss: the scores are clamped from above"),
     ("negated", of_scores(torch.neg), qkv, "none (zero)"),
     ("a fill made small again", of_scores(lambda s: s.masked_fill(later(), -1e4) / 1e4), qkv, "miss: hidden scores are filled with -1, which does not hide them"),
     ("a fill turned round", of_scores(lambda s: s.masked_fill(later(), -1e9) * -1), qkv, "miss: hidden scores are filled with 1e+09, which does not hide them"),
