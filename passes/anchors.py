@@ -29,6 +29,7 @@ class MaskOperand:
         fill: what hidden scores are when they reach the softmax.
         ends: the largest number that the casts after it let through; larger ones become infinite.
         word: what kind of bias it is, once read.
+        binary: it holds integers that are taken to be 0 and 1.
     """
 
     node: Node
@@ -38,6 +39,7 @@ class MaskOperand:
     fill: float = -math.inf
     ends: float = math.inf
     word: str = ""
+    binary: bool = False
 
 
 @dataclass(frozen=True)

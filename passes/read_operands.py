@@ -26,7 +26,7 @@ from dilcompile.passes.masks.hiding import NotAMask, keep_of
 from dilcompile.passes.masks.read import Others, ReadMask
 from dilcompile.passes.masks.reader import MaskReader
 from dilcompile.passes.masks.symbols import DIGITS, B, H, K, Lengths, Q
-from dilcompile.passes.masks.terms import Expr, Number, Truth, conjunction, mapped, negation
+from dilcompile.passes.masks.terms import Expr, Number, Truth, conjunction, elements_of, mapped, negation
 from dilcompile.passes.operators import shape_of
 from dilcompile.passes.roles import Roles
 from dilcompile.passes.summands import Summand, summands
@@ -148,6 +148,8 @@ def _visible(summand: Summand, indices: tuple[Expr, ...], reader: MaskReader) ->
     operand, settle = summand.operand, Bounds(reader.sizes).settle
     if operand.kind != "add":
         chosen = reader.truth(operand.node, indices, operand.on)
+        for element in elements_of(chosen) if operand.binary else ():
+            reader.take_as_binary(element)
         visible = settle(chosen if operand.kind == "keep" else negation(chosen))
         fill = frozenset((operand.fill,))
         hiding = Hiding(visible, fill, not summand.adds, _dtype(operand.on), operand.ends, cuts=summand.cuts)
