@@ -139,7 +139,7 @@ def _with_others(
         mask = read_mask(places.whole(stage.visible), "zero" if zero else "nan", reader, lengths, tensors=data)
         if mask.spec.unread is not None:
             return replace(read, spec=replace(read.spec, empty_rows="other"))
-        others.append(Others(mask, stage.flat, stage.gradient))
+        others.append(Others(mask, stage.flat, stage.gradient, stage.joins))
     return replace(read, others=tuple(others), elements=tuple(reader.elements))
 
 

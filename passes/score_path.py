@@ -63,6 +63,7 @@ def walk_scores(softmax: Softmax, product: Node, facts: Facts) -> ScorePath:
     if found.addend is not None and not _is_zero(found.addend, node, facts):
         uncapped(node, stages)
         unscaled(node, stages)
+        stages.through(node)
         stages.masks.append(MaskOperand(found.addend, node, "add", stages.factor * found.beta, ends=stages.holds))
     for operand in stages.masks:
         independent(operand.node, operand.on, node, facts.mutations)

@@ -35,7 +35,7 @@ class Stages:
         columns: the axis that the softmax runs over.
         product: the product that the walk is after; others that are added to it are biases.
         factor: product of all scalings (those nearer to the softmax).
-        ends: the largest number of all dtypes.
+        ends: the largest number that all dtypes hold, as the softmax sees it.
         limit: beyond it an exponential is zero, until a maximum is taken off.
         cap_outer: c in ``c * tanh(...)``, once the tanh was met.
         floor: what the scores are lifted to last of all.
@@ -62,6 +62,10 @@ class Stages:
         """The largest number that reaches the softmax as a number."""
         return min(self.ends, self.limit)
 
+    def through(self, node: Node) -> None:
+        """Larger numbers than this node's dtype holds end here; what stands after it scales them."""
+        self.ends = min(self.ends, largest(node) * abs(self.factor))
+
 
 Step = Callable[[Node, Stages, Facts], Node]
 
@@ -74,6 +78,7 @@ def step(node: Node, stages: Stages, facts: Facts) -> Node:
     """
     if node.op != "call_function":
         raise Unproven(node, "the scores come from outside this graph", "avoid the graph break between scores and softmax")
+    stages.through(node)
     rule = STEPS.get(op_name(node))
     if rule is not None:
         return rule(node, stages, facts)
@@ -169,7 +174,6 @@ def is_row_number(other: Node, path: Node, columns: Leaves, facts: Facts) -> boo
 
 
 def _cast(node: Node, stages: Stages, facts: Facts) -> Node:
-    stages.ends = min(stages.ends, largest(node))
     return uncast(node)
 
 

@@ -19,7 +19,7 @@ from dilcompile.passes.unproven import Unproven
 
 _SCALINGS = frozenset(("mul", "div", "true_divide"))
 _DROPOUT = frozenset(("dropout", "native_dropout"))
-_CURE = "run the model without output_attentions / need_weights"
+_CURE = "run the model without output_attentions / need_weights, and without a graph break after the attention"
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ def walk_values(probabilities: Node, columns: Leaves, scores: Node, facts: Facts
     while True:
         users = [user for user in node.users if user.op != "call_function" or _matters(user)]
         if len(users) != 1:
-            reason = "the attention weights are used elsewhere too" if users else "the attention weights are not used"
-            raise Unproven(node, reason, _CURE)
+            raise Unproven(node, _said_of(users), _CURE)
         user = users[0]
         if user in axes.products:
             product = axes.products[user]
@@ -75,6 +74,16 @@ def walk_values(probabilities: Node, columns: Leaves, scores: Node, facts: Facts
         else:
             kept *= _through(user, columns, axes)
         node = user
+
+
+def _said_of(users: list[Node]) -> str:
+    if any(map(_returned, users)):
+        return "the attention weights are returned"
+    return "the attention weights are used elsewhere too" if users else "the attention weights are not used"
+
+
+def _returned(user: Node) -> bool:
+    return user.op == "output" or (op_name(user) in REORDERS | CASTS and any(map(_returned, user.users)))
 
 
 def _matters(user: Node) -> bool:

@@ -58,6 +58,13 @@ def _assembled(k: Tensor) -> Tensor:
     return whole
 
 
+def _in_chunks(scores: Tensor) -> Tensor:
+    """As models of sliding chunks put their scores together."""
+    whole = scores.new_zeros(scores.shape)
+    whole[..., 3:] = scores[..., :-3]
+    return whole
+
+
 def _scaled_in_place(q: Tensor) -> Tensor:
     q = q * 1
     q.view(B * H, S, D).mul_(0.3)
@@ -108,6 +115,7 @@ CASES: dict[str, list[Case]] = {
         ("not found: F.linear with a bias of data", lambda q, k, v: F.softmax(F.linear(q[0, 0], k[0, 0], v[0, 0, :, 0]), -1) @ v[0, 0], qkv, "none + bias (zero)"),
         ("not found: a router", lambda q, k, v: q.flatten(2).softmax(-1) * v.flatten(2), qkv, "nothing"),
         ("not found: rolled scores", lambda q, k, v: (q @ k.mT).roll(1, -1).softmax(-1) @ v, qkv, "miss: aten.roll stands between the product and the softmax"),
+        ("not found: scores copied part by part", lambda q, k, v: _in_chunks(q @ k.mT).softmax(-1) @ v, qkv, "miss: the scores are copied part by part into another tensor (blocks or sliding chunks)"),
         ("not found: sorted weights", lambda q, k, v: (q @ k.mT).softmax(-1).flip(-1) @ v, qkv, "miss: aten.flip stands between the softmax and the values"),
     ],
     "renormalised softmax": [

@@ -14,6 +14,7 @@ from torch import Tensor
 
 B, H, S, D = 2, 3, 7, 4
 LEAST = torch.finfo(torch.float64).min
+LEAST32 = torch.finfo(torch.float32).min
 INF = float("inf")
 
 
@@ -184,7 +185,7 @@ SCORES: list[Case] = [
     ("doubled weights", of_weights(lambda w: w * 2), qkv, "none (zero)"),
     ("masked weights", of_weights(lambda w: w.masked_fill(later(), 0)), qkv, "miss: aten.masked_fill stands between the softmax and the values"),
     ("renormalised weights", of_weights(lambda w: w / w.sum(-2, keepdim=True)), qkv, "miss: the attention weights are used elsewhere too"),
-    ("returned weights", lambda q, k, v: (lambda w: (w @ v, w))((q @ k.mT).softmax(-1)), qkv, "miss: the attention weights are used elsewhere too"),
+    ("returned weights", lambda q, k, v: (lambda w: (w @ v, w))((q @ k.mT).softmax(-1)), qkv, "miss: the attention weights are returned"),
     ("weights used twice", lambda q, k, v: (lambda w: w @ v + w @ (2 * v))((q @ k.mT).softmax(-1)), qkv, "miss: the attention weights are used elsewhere too"),
     ("returned scores", lambda q, k, v: (lambda s: (attend(s, v), s))(q @ k.mT), qkv, "none (zero)"),
     ("rounded queries", lambda q, k, v: attend(torch.div(q, 0.5, rounding_mode="floor") @ k.mT, v), qkv, "none (zero)"),
@@ -279,6 +280,11 @@ FORWARD_ONLY: list[Case] = [
     ("strictly earlier, with infinity", hide(lambda: ~torch.ones(S, S, dtype=torch.bool).tril(-1), -INF), qkv, "window(inf, -1) (nan)"),
     ("padding that hides a batch row, with infinity", hide(_per_row(torch.logical_not), -INF), _with(lambda: padding(empty=True)), "padding (nan)"),
     ("a fill that float32 can't hold", lambda q, k, v, m: (q @ k.mT).masked_fill(~m[:, None, None], LEAST).softmax(-1, dtype=torch.float32).to(v.dtype) @ v, _with(lambda: padding(empty=True)), "padding (nan)"),
+    ("an added number that float32 can't hold", add(lambda m: (1 - m[:, None, None].float()) * LEAST), _with(padding), "other(float masks that are data) + bias (others)"),
+    ("a product that halves can't hold", add(lambda m: (1 - m[:, None, None].bfloat16()) * LEAST32), _with(lambda: padding(empty=True)), "padding (nan)"),
+    ("numbers whose product halves can't hold", add(lambda m: (1 - m[:, None, None].bfloat16()) * LEAST32), _with(lambda: padding(torch.int64, empty=True)), "other(float masks that are data) + bias (others)"),
+    ("a cast to halves that can't hold it", add(lambda m: ((1 - m[:, None, None].float()) * LEAST32).bfloat16()), _with(lambda: padding(empty=True)), "padding (nan)"),
+    ("four times a fill, which float32 can't hold", lambda q, k, v, m: (q @ k.mT).float().masked_fill(~m[:, None, None], LEAST32).mul(4).double().softmax(-1) @ v, _with(lambda: padding(empty=True)), "padding (nan)"),
     ("fractions and the least number", add(lambda m: (1 - m[:, None, None]) * LEAST), _with(lambda: padding(torch.float64) / 2 + 0.5), "padding (uniform)"),
 ]  # fmt: skip
 

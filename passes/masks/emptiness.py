@@ -63,11 +63,13 @@ class Instead:
         visible: which.
         flat: it weighs them all alike.
         gradient: what still has a gradient then: scores and biases, scores, the biases that are added last, or nothing.
+        joins: they share one softmax with those before, and differ in their gradient only.
     """
 
     visible: Truth
     flat: bool
     gradient: Gradient
+    joins: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Emptiness:
 
     Args:
         rows: see ``MaskSpec.empty_rows``.
-        instead: where ``rows`` is ``others``, what they see instead; what still sees nothing goes on to the next.
+        instead: where ``rows`` is ``others``, what they see instead; what still sees nothing goes on to the next that joins none.
     """
 
     rows: EmptyRows
@@ -136,12 +138,15 @@ def emptiness_of(
         return other
     stages = []
     for kind in kinds:
-        gradients = {level.gradient for level in reached.values() if (level.value, level.is_score) == kind}
-        if training and (len(gradients) > 1 or None in gradients):
-            return other
+        own = {hidden: level.gradient for hidden, level in reached.items() if (level.value, level.is_score) == kind}
         lower = [hidden for hidden, level in levels.items() if level is not None and (level.value, level.is_score) < kind]
-        visible = conjunction(*(_not_just(hidden, hidings) for hidden in lower))
-        stages.append(Instead(visible, not kind[1], (gradients.pop() or "all") if training else "none"))
+        gradients: set[Gradient] = {gradient or "none" for gradient in own.values()} if training else {"none"}
+        if training and None in own.values():
+            return other
+        for number, gradient in enumerate(sorted(gradients)):
+            apart = [hidden for hidden, one in own.items() if training and one != gradient]
+            visible = conjunction(*(_not_just(hidden, hidings) for hidden in (*lower, *apart)))
+            stages.append(Instead(visible, not kind[1], gradient, joins=number > 0))
     (first, *rest) = stages
     if first.visible is True and not rest and first.flat:
         if first.gradient == "none":
