@@ -15,10 +15,12 @@ from torch.fx import Node
 from dilcompile.decision import Decision, Rejection
 from dilcompile.errors import DilcompileError, DilcompileWarning, RewriteError
 from dilcompile.forms import Dense
+from dilcompile.passes.dead_code import erase_dead, unused
 from dilcompile.passes.find_sites import Findings
 from dilcompile.passes.match import Match
 from dilcompile.passes.regions import Graph
-from dilcompile.passes.rewrite import erase_dead, rewrite_site, unused
+from dilcompile.passes.rewrite import rewrite_site
+from dilcompile.passes.strict_views import relax_views
 from dilcompile.passes.trial import Probe, Trial, cut_out, probe, take_back
 from dilcompile.passes.validate import MOST_PAIRS, Finding, tried_at_random
 from dilcompile.report import Verdict
@@ -97,6 +99,7 @@ def rewrite_sites(
         done.probe = probe(parts[0].gm, [trial for _, trial in done.trials])
     for part in reversed(parts):  # bodies before the graphs around them
         erase_dead(part.gm, idle)
+        relax_views(part.gm)
         part.drop_unused_inputs()
         part.gm.graph.lint()
         part.gm.recompile()

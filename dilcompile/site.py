@@ -149,7 +149,8 @@ class AttentionSite:
     """One attention in the user's model, as the finder proved it.
 
     Lengths may be symbolic (``torch.SymInt``). ``operands`` are the tensors of the graph that were proven to be queries, keys and
-    values, in this order, each as its node's name and its shape: where the attention begins.
+    values, in this order, each as its node's name and its shape: where the attention begins. ``multipliers`` is what
+    queries, keys, values and output are multiplied with beside the scale.
     """
 
     index: int
@@ -176,6 +177,7 @@ class AttentionSite:
     layer: int | None = None
     layer_type: str | None = None
     sinks: str | None = None
+    multipliers: str | None = None
     operands: tuple[str, ...] = ()
 
     @property
@@ -192,6 +194,7 @@ class AttentionSite:
                 ("softcap", self.softcap),
                 ("bias", " + ".join(map(str, self.bias)) or None),
                 ("sinks", self.sinks),
+                ("multipliers", self.multipliers),
                 ("dropout", self.dropout_p or None),
             )
             if held is not None

@@ -73,8 +73,13 @@ def rows_without_keys(emit: Emitter, out: Node, lse: Node, inputs: Inputs, match
     """
     site = match.site
     empty = emit(aten.eq.Scalar, lse, float("-inf"))
+    stages: list[list[tuple[MaskOperands, Others]]] = []
     for mask, instead in zip(others, match.mask.others, strict=True):
-        out, empty = _by_others(emit, out, empty, inputs, site, mask, instead)
+        if not instead.joins:
+            stages.append([])
+        stages[-1].append((mask, instead))
+    for stage in stages:
+        out, empty = _by_others(emit, out, empty, inputs, site, stage)
     if others:
         if match.mask.others[-1].mask.spec.empty_rows != "nan":
             return out
@@ -91,9 +96,45 @@ def rows_without_keys(emit: Emitter, out: Node, lse: Node, inputs: Inputs, match
 
 
 def _by_others(
-    emit: Emitter, out: Node, empty: Node, inputs: Inputs, site: AttentionSite, mask: MaskOperands, instead: Others
+    emit: Emitter,
+    out: Node,
+    empty: Node,
+    inputs: Inputs,
+    site: AttentionSite,
+    stage: Sequence[tuple[MaskOperands, Others]],
 ) -> tuple[Node, Node]:
-    """A second call in which all other rows see nothing, so that it costs nothing where no row is empty: (out, empty)."""
+    """More calls in which all other rows see nothing, so that they cost nothing where no row is empty: (out, empty)."""
+    calls = [_call_of_others(emit, empty, inputs, site, mask, instead) for mask, instead in stage]
+    found, seen = calls[0] if len(calls) == 1 else _joined(emit, calls)
+    still = emit(aten.logical_and.default, empty, emit(aten.eq.Scalar, seen, float("-inf")))
+    return emit(aten.where.self, emit(aten.unsqueeze.default, empty, -1), found, out), still
+
+
+def _joined(emit: Emitter, calls: Sequence[tuple[Node, Node]]) -> tuple[Node, Node]:
+    """One softmax over the keys of several calls: (out, the largest lse), with gradients through the weights of each."""
+    most = calls[0][1]
+    for _, lse in calls[1:]:
+        most = emit(aten.maximum.default, most, lse)
+    most = emit(aten.detach.default, most)
+    # exp(-inf - 0) is 0 and has a gradient, exp(-inf + inf) has none.
+    base = emit(aten.masked_fill.Scalar, most, emit(aten.eq.Scalar, most, float("-inf")), 0.0)
+    out = total = None
+    for part, lse in calls:
+        weight = emit(aten.exp.default, emit(aten.sub.Tensor, lse, base))
+        part = emit(aten.mul.Tensor, part, emit(aten.to.dtype, emit(aten.unsqueeze.default, weight, -1), part.meta["val"].dtype))
+        out = part if out is None else emit(aten.add.Tensor, out, part)
+        total = weight if total is None else emit(aten.add.Tensor, total, weight)
+    assert out is not None
+    assert total is not None
+    total = emit(aten.masked_fill.Scalar, total, emit(aten.eq.Scalar, total, 0.0), 1.0)
+    total = emit(aten.to.dtype, emit(aten.unsqueeze.default, total, -1), out.meta["val"].dtype)
+    return emit(aten.div.Tensor, out, total), most
+
+
+def _call_of_others(
+    emit: Emitter, empty: Node, inputs: Inputs, site: AttentionSite, mask: MaskOperands, instead: Others
+) -> tuple[Node, Node]:
+    """A call that only the rows without keys take part in: (out, lse)."""
     rows, ends = emit(aten.any.dim, empty, 1), []
     for number, limit in enumerate((0, emit.size(site.k_len))):
         if mask.limits is None:
@@ -103,9 +144,7 @@ def _by_others(
         ends.append(emit(aten.mul.Tensor, end, rows))
     limited = replace(mask, limits=emit(aten.stack.default, ends))
     call = attend(emit, _kept(emit, inputs, instead), limited, instead.mask.spec, site, "dense()", None, instead.flat)
-    found, lse = emit.item(call, 0), emit.item(call, 1)
-    still = emit(aten.logical_and.default, empty, emit(aten.eq.Scalar, lse, float("-inf")))
-    return emit(aten.where.self, emit(aten.unsqueeze.default, empty, -1), found, out), still
+    return emit.item(call, 0), emit.item(call, 1)
 
 
 def _kept(emit: Emitter, inputs: Inputs, instead: Others) -> Inputs:

@@ -14,6 +14,9 @@ from dilcompile.passes.labels import LAYERS, Labels, carries_elements, carries_s
 from dilcompile.passes.operators import full_name, op_name
 from dilcompile.passes.unproven import Unproven
 
+# Made like another tensor, and then written to.
+_BLANKS = frozenset("new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like".split())
+
 
 class LooseEnds:
     """Tells attention from routers and gates, and finds what breaks the way between product and softmax."""
@@ -46,6 +49,9 @@ class LooseEnds:
             at, between = self._first(scores, _inputs, self._is_past_scores), "product and the softmax"
         if op_name(at) in LAYERS:
             raise Unproven(at, "heads are mixed by a learned product (talking heads)", "no form covers it; it stays as it is")
+        if op_name(at) in _BLANKS:
+            reason = "the scores are copied part by part into another tensor (blocks or sliding chunks)"
+            raise Unproven(at, reason, "no form covers data that is moved by blocks; it stays as it is")
         raise Unproven(at, f"{_called(at)} stands between the {between}", "it stays as it is")
 
     def _keeps_axis(self, softmax: Softmax, start: Node, around: Callable[[Node], list[Node]]) -> bool:

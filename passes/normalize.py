@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dilcompile.passes import custom_gradients
 from dilcompile.passes.fused_layers import EXPANSIONS
-from dilcompile.passes.recording import WHOLE, differentiates, whole
+from dilcompile.passes.recording import WHOLE, differentiates, reshapes_in_place, whole
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 _CONTEXT_FN = "_checkpoint_context_fn"
@@ -84,7 +84,7 @@ class _Retrace(Interpreter):
 
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
-        self._takes_known = not differentiates(gm)
+        self._takes_known = not differentiates(gm) and not reshapes_in_place(gm)
 
     def run_node(self, n: Node) -> Any:
         if self._takes_known and n.op == "call_function" and n.target in WHOLE and not n.kwargs:

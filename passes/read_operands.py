@@ -16,9 +16,10 @@ from dilcompile.passes.atoms import Atom, Leaves
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.bias_words import bias_spec
 from dilcompile.passes.drowning import may_drown
+from dilcompile.passes.gates import gates_as_fills
 from dilcompile.passes.masks.arithmetic import Unreadable, as_expr, lift
 from dilcompile.passes.masks.bounds import Bounds
-from dilcompile.passes.masks.emptiness import Emptiness, Hiding, Instead, emptiness_of
+from dilcompile.passes.masks.emptiness import Emptiness, Floor, Hiding, Instead, emptiness_of
 from dilcompile.passes.masks.factors import read_mask
 from dilcompile.passes.masks.hiding import NotAMask, keep_of
 from dilcompile.passes.masks.read import Others, ReadMask
@@ -48,6 +49,7 @@ def read_site_mask(
     capped: bool = False,
     training: bool = False,
     rule: EmptyRule = "plain",
+    floor: Floor | None = None,
     sinks: Sinks = "none",
 ) -> tuple[ReadMask, tuple[MaskOperand, ...]]:
     """The conjunction of all masks, and the operands that are biases.
@@ -58,6 +60,7 @@ def read_site_mask(
         capped: the scores go through a soft cap before they are masked.
         training: gradients are asked for.
         rule: what the spelling makes of rows that see nothing.
+        floor: what the scores are lifted to after all masks.
         sinks: what stands beside the keys: nothing, logits that are ordinary numbers, or data.
     """
     lengths = Lengths(*sizes)
@@ -67,6 +70,7 @@ def read_site_mask(
     keep = seen
     hidings: list[Hiding] = []
     bias: list[MaskOperand] = []
+    operands = gates_as_fills(operands, lambda one: _value(one, _indices(one, roles, axes, places.of), reader), reader)
     for summand in summands(operands, reader):
         operand, binary = summand.operand, set(reader.binary)
         try:
@@ -88,9 +92,15 @@ def read_site_mask(
     if seen is not True and (hidings or any(one.kind == "drown" for one in bias)):
         hidings.append(Hiding(seen, frozenset((-math.inf,)), True, torch.float32))
     plain = sum(one.kind == "add" for one in bias)
-    empty = emptiness_of(hidings, plain, zero=rule == "zero", training=training, capped=capped)
-    if any(one.kind == "drown" for one in bias):
-        empty = _drowned(empty, hidings)
+    zero = rule in ("zero", "cleared")
+    empty = emptiness_of(hidings, plain, zero=zero, training=training, capped=capped, floor=floor)
+    data = any(one.kind == "drown" for one in bias)
+    if data:
+        # What its -inf is lifted to is not known.
+        empty = _drowned(empty, hidings) if floor is None else Emptiness("other")
+    if rule == "cleared" and training and (data or any(not one.replaces for one in hidings)) and empty.rows in ("zero", "others"):
+        # The gradient of such a row is NaN, and goes wherever its mask was added.
+        empty = Emptiness("other")
     if rule == "odd" and empty.rows in ("uniform", "shifted", "others"):
         empty = Emptiness("other")
     if sinks != "none" and hidings:
@@ -99,8 +109,7 @@ def read_site_mask(
         empty = Emptiness("zero" if nothing and sinks == "ordinary" else "other")
     read = read_mask(places.whole(keep), empty.rows, reader, lengths, tensors=any(one.kind != "add" for one in bias))
     read = replace(read, binary=frozenset(reader.binary))
-    data = any(one.kind == "drown" for one in bias)
-    return _with_others(read, empty, rule == "zero", data, reader, lengths, places), tuple(bias)
+    return _with_others(read, empty, zero, data, reader, lengths, places), tuple(bias)
 
 
 def _drowned(empty: Emptiness, hidings: Sequence[Hiding]) -> Emptiness:
@@ -130,7 +139,7 @@ def _with_others(
         mask = read_mask(places.whole(stage.visible), "zero" if zero else "nan", reader, lengths, tensors=data)
         if mask.spec.unread is not None:
             return replace(read, spec=replace(read.spec, empty_rows="other"))
-        others.append(Others(mask, stage.flat, stage.gradient))
+        others.append(Others(mask, stage.flat, stage.gradient, stage.joins))
     return replace(read, others=tuple(others), elements=tuple(reader.elements))
 
 
@@ -139,6 +148,8 @@ def _visible(summand: Summand, indices: tuple[Expr, ...], reader: MaskReader) ->
     operand, settle = summand.operand, Bounds(reader.sizes).settle
     if operand.kind != "add":
         chosen = reader.truth(operand.node, indices, operand.on)
+        for element in elements_of(chosen) if operand.binary else ():
+            reader.take_as_binary(element)
         visible = settle(chosen if operand.kind == "keep" else negation(chosen))
         fill = frozenset((operand.fill,))
         hiding = Hiding(visible, fill, not summand.adds, operand.dtype, operand.ends, cuts=summand.cuts)

@@ -19,12 +19,23 @@ WHOLE: Mapping[Any, Any] = {
     operator.matmul: torch.ops.aten.matmul.default,
 }
 
+_RESHAPES = frozenset("unsqueeze_ squeeze_ transpose_ t_ swapaxes_ swapdims_ as_strided_ resize_ resize_as_ set_".split())
+
 
 def differentiates(gm: GraphModule) -> bool:
     """Is there a function transform or a gradient inside the graph? Its values have to be computed from one another."""
     return any(
         node.op == "call_function"
         and (node.target is torch.autograd.grad or str(getattr(node.target, "__name__", "")).endswith("_increment_nesting"))
+        for node in gm.graph.nodes
+    )
+
+
+def reshapes_in_place(gm: GraphModule) -> bool:
+    """Does a tensor change its shape in place? What Dynamo keeps of it then shows it as it is at the end."""
+    return any(
+        node.op in ("call_function", "call_method")
+        and str(node.target if node.op == "call_method" else getattr(node.target, "__name__", "")).split(".")[0] in _RESHAPES
         for node in gm.graph.nodes
     )
 

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch.fx import GraphModule, Node
 
+from dilcompile.passes.dead_code import erase_dead
 from dilcompile.passes.frames import Frame, compiled_frame
 from dilcompile.passes.mutations import Mutations
 from dilcompile.passes.normalize import CHECKPOINT
@@ -90,7 +91,9 @@ class Graph:
 
 
 def regions(graph: Graph) -> Iterator[Graph]:
-    """The graph itself, then the body of every checkpoint in it, with what is known of its inputs."""
+    """The graph itself, then the body of every checkpoint in it, with what is known of its inputs; each without dead code."""
+    # Weights that are written into a tensor that nobody reads are not used. Random draws stay, for the sake of the random state.
+    erase_dead(graph.gm, frozenset(graph.gm.graph.nodes))
     yield graph
     for node in graph.gm.graph.find_nodes(op="call_function", target=CHECKPOINT):
         body = _body(graph.gm, node)

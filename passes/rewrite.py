@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from dilcompile.decision import Decision
 from dilcompile.passes.anchors import Sink
@@ -19,10 +19,9 @@ from dilcompile.passes.masks.binary import assert_binary
 from dilcompile.passes.masks.operands import mask_operands
 from dilcompile.passes.masks.place import place_of
 from dilcompile.passes.match import Match
-from dilcompile.passes.mutations import storage, written
-from dilcompile.passes.normalize import bounds_vmap
+from dilcompile.passes.multipliers import multiplied
 from dilcompile.passes.operands import Operand
-from dilcompile.passes.operators import is_tensor, shape_of
+from dilcompile.passes.operators import shape_of
 from dilcompile.passes.regions import Graph
 from dilcompile.passes.roles import Roles
 from dilcompile.passes.score_order import in_score_order
@@ -44,6 +43,9 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
     q = _operand(emit, match.q, _groups(roles, "q"), axes, site.dtype)
     k = _operand(emit, match.k, _groups(roles, "k"), axes, site.dtype)
     v = _operand(emit, match.v, _groups(roles, "v"), axes, site.dtype)
+    q = multiplied(emit, q, match.multipliers.q, roles, axes)
+    k = multiplied(emit, k, match.multipliers.k, roles, axes, along_keys=True)
+    v = multiplied(emit, v, match.multipliers.v, roles, axes, along_keys=True)
     spec = site.mask
     sizes = (site.batch, site.q_len, site.k_len)
     place = place_of(match.mask, roles.output, graph.mutations)
@@ -66,6 +68,9 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
         out = rows_without_keys(emit, out, emit.item(call, 1), inputs, match, others)
     if match.sinks:
         out = _past_sinks(emit, out, emit.item(call, 1), match.sinks, roles, axes)
+    if match.multipliers.factor != 1.0:
+        out = emit(aten.mul.Scalar, out, match.multipliers.factor)
+    out = multiplied(emit, out, match.multipliers.output, roles, axes)
     result = _output(emit, out, roles, axes)
     roles.output.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
     return result
@@ -213,52 +218,3 @@ def _own(ours: list[Atom], atom: Atom) -> Atom:
         if candidate is atom or atom.origin is candidate:
             return candidate
     raise LookupError("an output axis that is none of the site's")
-
-
-def unused(gm: GraphModule) -> frozenset[Node]:
-    """The nodes without users: what the user's own graph computes for nothing (or for its random state)."""
-    return frozenset(node for node in gm.graph.nodes if not node.users)
-
-
-def erase_dead(gm: GraphModule, idle: frozenset[Node]) -> int:
-    """Erase what the rewrites left without users, in-place writes to tensors that nobody else reads included.
-
-    Args:
-        idle: what had no users before; random operators among them stay, for the sake of the random state.
-
-    Returns:
-        How many nodes went. What has an effect outside the graph stays.
-    """
-    erased = 0
-    readers: dict[int, int] = {}
-    for node in gm.graph.nodes:
-        for arg in node.all_input_nodes:
-            if is_tensor(arg):
-                readers[storage(arg)] = readers.get(storage(arg), 0) + 1
-    outside = {storage(node) for node in gm.graph.nodes if node.op in ("placeholder", "get_attr") and is_tensor(node)}
-    for node in reversed(list(gm.graph.nodes)):
-        if node.users or node.op in ("placeholder", "output") or bounds_vmap(node):
-            continue
-        if node.target is aten._assert_tensor_metadata.default:
-            # torch.export's checks of dtypes that it knows by itself; they must not keep a dead mask alive.
-            if any(user.target is not node.target for user in node.all_input_nodes[0].users):
-                continue
-            gm.graph.erase_node(node)
-            erased += 1
-            continue
-        targets = written(node)
-        if targets:
-            if any(storage(t) in outside or readers.get(storage(t), 0) > _own_reads(node, t) for t in targets):
-                continue
-        elif node.is_impure(impure_random=node in idle):
-            continue
-        for arg in node.all_input_nodes:
-            if is_tensor(arg):
-                readers[storage(arg)] -= 1
-        gm.graph.erase_node(node)
-        erased += 1
-    return erased
-
-
-def _own_reads(node: Node, target: Node) -> int:
-    return sum(1 for arg in node.all_input_nodes if is_tensor(arg) and storage(arg) == storage(target))

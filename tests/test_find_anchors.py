@@ -58,6 +58,13 @@ def _assembled(k: Tensor) -> Tensor:
     return whole
 
 
+def _in_chunks(scores: Tensor) -> Tensor:
+    """As models of sliding chunks put their scores together."""
+    whole = scores.new_zeros(scores.shape)
+    whole[..., 3:] = scores[..., :-3]
+    return whole
+
+
 def _scaled_in_place(q: Tensor) -> Tensor:
     q = q * 1
     q.view(B * H, S, D).mul_(0.3)
@@ -108,7 +115,30 @@ CASES: dict[str, list[Case]] = {
         ("not found: F.linear with a bias of data", lambda q, k, v: F.softmax(F.linear(q[0, 0], k[0, 0], v[0, 0, :, 0]), -1) @ v[0, 0], qkv, "none + bias (zero)"),
         ("not found: a router", lambda q, k, v: q.flatten(2).softmax(-1) * v.flatten(2), qkv, "nothing"),
         ("not found: rolled scores", lambda q, k, v: (q @ k.mT).roll(1, -1).softmax(-1) @ v, qkv, "miss: aten.roll stands between the product and the softmax"),
+        ("not found: scores copied part by part", lambda q, k, v: _in_chunks(q @ k.mT).softmax(-1) @ v, qkv, "miss: the scores are copied part by part into another tensor (blocks or sliding chunks)"),
         ("not found: sorted weights", lambda q, k, v: (q @ k.mT).softmax(-1).flip(-1) @ v, qkv, "miss: aten.flip stands between the softmax and the values"),
+    ],
+    "renormalised softmax": [
+        ("found", lambda q, k, v, m: over_sum((q @ k.mT).softmax(-1) * m) @ v, with_padding(), "padding (nan)"),
+        ("found: a mask of integers", lambda q, k, v, m: over_sum((q @ k.mT).softmax(-1) * m.long().to(q.dtype)) @ v, with_padding(), "padding (nan)"),
+        ("found: a triangle", lambda q, k, v: over_sum((q @ k.mT).softmax(-1) * torch.ones(S, S).tril()) @ v, qkv, "causal (zero)"),
+        ("found: filled", lambda q, k, v: over_sum((q @ k.mT).softmax(-1).masked_fill(later(), 0)) @ v, qkv, "causal (zero)"),
+        ("found: chosen", lambda q, k, v: over_sum(torch.where(later(), 0.0, (q @ k.mT).softmax(-1))) @ v, qkv, "causal (zero)"),
+        ("found: masked before, too", padded(lambda s: over_sum(s.softmax(-1) * ~later())), with_padding(), "causal & padding (nan)"),
+        ("found: without a mask", written(lambda s: over_sum(s.softmax(-1))), qkv, "causal (zero)"),
+        ("found: without a mask, rows that see nothing", padded(lambda s: over_sum(s.softmax(-1)), -1e30), with_padding(empty=True), "padding (uniform)"),
+        ("found: without a mask, safe", padded(lambda s: over_sum(aten._safe_softmax(s, -1))), with_padding(), "padding (nan)"),
+        ("found: dropout after", lambda q, k, v, m: F.dropout(over_sum((q @ k.mT).softmax(-1) * m), 0.5, False) @ v, with_padding(), "padding (nan)"),
+        ("kept: rows that a number keeps for the second mask", lambda q, k, v, m: over_sum((q @ k.mT).masked_fill(~m, -1e4).softmax(-1) * (torch.arange(S) > 2)) @ v, with_padding(), "kept: padding (other)"),
+        ("not found: a number in the sum", lambda q, k, v, m: (lambda p: p / (p.sum(-1, keepdim=True) + 1e-6))((q @ k.mT).softmax(-1) * m) @ v, with_padding(), "miss: the sum that the probabilities are divided by is made larger: they don't sum up to one"),
+        ("not found: a router's weights", lambda q, k, v: (lambda p: p / (p.sum(-1, keepdim=True) + 1e-6))(q.flatten(2).softmax(-1)) * v.flatten(2), qkv, "nothing"),
+        ("not found: a clamped sum", lambda q, k, v, m: (lambda p: p / p.sum(-1, keepdim=True).clamp(min=1e-6))((q @ k.mT).softmax(-1) * m) @ v, with_padding(), "miss: the sum that the probabilities are divided by is made larger: they don't sum up to one"),
+        ("not found: over the column's sum", lambda q, k, v, m: over_sum((q @ k.mT).softmax(-1) * m, -2) @ v, with_padding(), "miss: the attention weights are used elsewhere too"),
+        ("not found: a mask of other numbers", lambda q, k, v: over_sum((q @ k.mT).softmax(-1) * (torch.ones(S, S).tril() + 1)) @ v, qkv, "miss: the attention weights are used elsewhere too"),
+        ("not found: integers that may be others", lambda q, k, v, m: over_sum((q @ k.mT).softmax(-1) * (m.long() + m)) @ v, with_padding(), "miss: the attention weights are used elsewhere too"),
+        ("not found: dropout before", lambda q, k, v, m: over_sum(F.dropout((q @ k.mT).softmax(-1), 0.5, False) * m) @ v, with_padding(), "miss: the attention weights are used elsewhere too"),
+        ("not found: the sum of the unmasked", lambda q, k, v, m: (lambda p: (p * m) / (2 * p).sum(-1, keepdim=True))((q @ k.mT).softmax(-1)) @ v, with_padding(), "miss: the attention weights are used elsewhere too"),
+        ("not found: a sink in the first sum", lambda q, k, v, m: over_sum(F.pad(q @ k.mT, (0, 1)).softmax(-1)[..., :S] * m) @ v, with_padding(), "miss: the attention weights are used elsewhere too"),
     ],
     "exp of log_softmax": [
         ("found", written(lambda s: s.log_softmax(-1).exp()), qkv, "causal (zero)"),
@@ -144,7 +174,7 @@ CASES: dict[str, list[Case]] = {
         ("not found: over the column's sum", lambda q, k, v: over_sum((q @ k.mT).exp(), -2) @ v, qkv, "miss: the value product does not sum over the key axis"),
         ("not found: over another's sum", lambda q, k, v: (lambda s: s.exp() / (2 * s).exp().sum(-1, keepdim=True))(q @ k.mT) @ v, qkv, "miss: the exponentials of the scores are not divided by their own sum"),
         ("not found: divided after the values", lambda q, k, v: (lambda e: e @ v / e.sum(-1, keepdim=True))((q @ k.mT).exp()), qkv, "miss: the exponentials of the scores are not divided by their own sum"),
-        ("not found: twice as much", lambda q, k, v: _twice(q @ k.mT) @ v, qkv, "miss: the probabilities are multiplied (a head mask or renormalisation)"),
+        ("found: twice as much", lambda q, k, v: _twice(q @ k.mT) @ v, qkv, "none (zero)"),
         ("not found: the sum of masked ones under the others", lambda q, k, v, m: (lambda e: e / (e * m).sum(-1, keepdim=True))((q @ k.mT).exp()) @ v, with_padding(), "miss: the exponentials of the scores are not divided by their own sum"),
     ],
 }  # fmt: skip

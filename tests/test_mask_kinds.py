@@ -184,7 +184,11 @@ def test_rows_of_a_picture_see_their_own() -> None:
 
 FILLS: list[Case] = [
     ("one fill, then the same added", lambda q, k, v, m: attend(_then(q @ k.mT, lambda r, c: c <= r, LEAST) + _added(q @ k.mT, m, LEAST), v), long(keep), "causal & padding (others)"),
-    ("fills of two sizes", lambda q, k, v, m: attend(_then(q @ k.mT, lambda r, c: c <= r, -1e30) + _added(q @ k.mT, m, LEAST), v), long(keep), "kept: causal & padding (other)"),
+    ("fills of two sizes", lambda q, k, v, m: attend(_then(q @ k.mT, lambda r, c: c <= r, -1e30) + _added(q @ k.mT, m, LEAST), v), long(keep), "causal & padding (others)"),
+    ("a fill of a window, then a mask of another fill added", lambda q, k, v, m: attend(_then(q @ k.mT, lambda r, c: (c <= r) & (c > r - 3), -1e30) + _added(q @ k.mT, m, LEAST), v), long(keep), "causal & window(2, 0) & padding (others)"),
+    ("a mask added, then a fill of another size", lambda q, k, v, m: attend(_then(q @ k.mT + _added(q @ k.mT, m, -1e30), lambda r, c: c > r - 3, -1e30), v), long(keep), "causal & window(2, 0) & padding (others)"),
+    ("fills of two sizes over a bias", lambda q, k, v, m, a: attend(_then(q @ k.mT + a, lambda r, c: c <= r, -1e30) + _added(q @ k.mT, m, LEAST), v), long(keep, lambda: torch.randn(H, 1, LENGTH)), "causal & padding + bias (others)"),
+    ("a bias between fills of two sizes", lambda q, k, v, m, a: attend(_then(q @ k.mT, lambda r, c: c <= r, -1e30) + a + _added(q @ k.mT, m, LEAST), v), long(keep, lambda: torch.randn(H, 1, LENGTH)), "causal & padding + bias (others)"),
     ("a small fill that the scores show through", lambda q, k, v, m: attend(q @ k.mT + _added(q @ k.mT, m, -1e4), v), long(keep), "causal & padding (others)"),
     ("capped, then filled", lambda q, k, v, m: attend(torch.tanh(q @ k.mT / 2) * 2 + _added(q @ k.mT, m, LEAST), v), long(keep), "causal & padding (others)"),
     ("a bias beside the fill", lambda q, k, v, m, a: attend(q @ k.mT + a + _added(q @ k.mT, m, LEAST), v), long(keep, lambda: torch.randn(H, 1, LENGTH)), "causal & padding + bias (others)"),

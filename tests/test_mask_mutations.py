@@ -13,7 +13,7 @@ from finding import Call, Mutation, check, double, must_be_noticed  # noqa: F401
 from spellings import agree
 from test_find_mutations import case, spelt
 
-from dilcompile.passes import biases, read_operands, rewrite
+from dilcompile.passes import biases, empty_rows, read_operands, rewrite
 from dilcompile.passes.masks import arithmetic, documents, emptiness, factors, hiding, interval, reader, separable, symbols, terms
 from dilcompile.passes.masks.rules import indexing, values
 
@@ -80,6 +80,8 @@ MUTATIONS: list[Mutation] = [
     ("numbers of the row are forgotten", separable.Separated, "_pair", _without_row, kind("labels that come back")),
     ("positions count anywhere", factors, "counted_inside", _by_place_anyway, kind("positions that are not counted")),
     ("cut-off keys come back", emptiness, "_not_just", lambda *_: True, kind("one fill, then the same added")),
+    ("what shares a softmax has one each", empty_rows, "_joined", lambda emit, calls: calls[0], kind("fills of two sizes")),
+    ("gradients flow through fills", empty_rows, "_kept", lambda emit, inputs, instead: inputs, kind("fills of two sizes")),
     ("nothing swallows", biases, "swallows", lambda dtype: float("-inf"), kind("a float mask")),
     ("masks are read at the end", rewrite, "place_of", lambda mask, output, mutations: output, case("padding, after it was used")),
     ("every zero is one", arithmetic, "nonzero", lambda value: True, spelt(mask="padding")),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 B, H, S, D = 2, 3, 7, 4
 LEAST = torch.finfo(torch.float64).min
+LEAST32 = torch.finfo(torch.float32).min
 INF = float("inf")
 
 
@@ -163,7 +164,7 @@ def square() -> tuple[Tensor, ...]:
 SCORES: list[Case] = [
     ("rounded", of_scores(lambda s: torch.div(s, 0.5, rounding_mode="floor")), qkv, "miss: the scores are rounded"),
     ("cast to integers", of_scores(lambda s: s.to(torch.int32).to(s.dtype)), qkv, "miss: a cast to int32 cuts fractions off"),
-    ("clamped", of_scores(lambda s: s.clamp(-1, 1)), qkv, "miss: aten.clamp stands between the product and the softmax"),
+    ("clamped", of_scores(lambda s: s.clamp(-1, 1)), qkv, "miss: the scores are clamped from above"),
     ("negated", of_scores(torch.neg), qkv, "none (zero)"),
     ("a fill made small again", of_scores(lambda s: s.masked_fill(later(), -1e4) / 1e4), qkv, "miss: hidden scores are filled with -1, which does not hide them"),
     ("a fill turned round", of_scores(lambda s: s.masked_fill(later(), -1e9) * -1), qkv, "miss: hidden scores are filled with 1e+09, which does not hide them"),
@@ -181,10 +182,10 @@ SCORES: list[Case] = [
     ("softmax over the queries, turned", lambda q, k, v: (q @ k.mT).softmax(-1).mT @ v, qkv, "miss: the value product does not sum over the key axis"),
     ("softmax over the heads", lambda q, k, v: (q @ k.mT).softmax(1) @ v, qkv, "miss: the softmax does not run over the key axis of the product"),
     ("transposed scores", lambda q, k, v: (k @ q.mT).softmax(-2).mT @ v, qkv, "none (zero)"),
-    ("doubled weights", of_weights(lambda w: w * 2), qkv, "miss: the probabilities are multiplied (a head mask or renormalisation)"),
+    ("doubled weights", of_weights(lambda w: w * 2), qkv, "none (zero)"),
     ("masked weights", of_weights(lambda w: w.masked_fill(later(), 0)), qkv, "miss: aten.masked_fill stands between the softmax and the values"),
     ("renormalised weights", of_weights(lambda w: w / w.sum(-2, keepdim=True)), qkv, "miss: the attention weights are used elsewhere too"),
-    ("returned weights", lambda q, k, v: (lambda w: (w @ v, w))((q @ k.mT).softmax(-1)), qkv, "miss: the attention weights are used elsewhere too"),
+    ("returned weights", lambda q, k, v: (lambda w: (w @ v, w))((q @ k.mT).softmax(-1)), qkv, "miss: the attention weights are returned"),
     ("weights used twice", lambda q, k, v: (lambda w: w @ v + w @ (2 * v))((q @ k.mT).softmax(-1)), qkv, "miss: the attention weights are used elsewhere too"),
     ("returned scores", lambda q, k, v: (lambda s: (attend(s, v), s))(q @ k.mT), qkv, "none (zero)"),
     ("rounded queries", lambda q, k, v: attend(torch.div(q, 0.5, rounding_mode="floor") @ k.mT, v), qkv, "none (zero)"),
@@ -279,6 +280,11 @@ FORWARD_ONLY: list[Case] = [
     ("strictly earlier, with infinity", hide(lambda: ~torch.ones(S, S, dtype=torch.bool).tril(-1), -INF), qkv, "window(inf, -1) (nan)"),
     ("padding that hides a batch row, with infinity", hide(_per_row(torch.logical_not), -INF), _with(lambda: padding(empty=True)), "padding (nan)"),
     ("a fill that float32 can't hold", lambda q, k, v, m: (q @ k.mT).masked_fill(~m[:, None, None], LEAST).softmax(-1, dtype=torch.float32).to(v.dtype) @ v, _with(lambda: padding(empty=True)), "padding (nan)"),
+    ("an added number that float32 can't hold", add(lambda m: (1 - m[:, None, None].float()) * LEAST), _with(padding), "other(float masks that are data) + bias (others)"),
+    ("a product that halves can't hold", add(lambda m: (1 - m[:, None, None].bfloat16()) * LEAST32), _with(lambda: padding(empty=True)), "padding (nan)"),
+    ("numbers whose product halves can't hold", add(lambda m: (1 - m[:, None, None].bfloat16()) * LEAST32), _with(lambda: padding(torch.int64, empty=True)), "other(float masks that are data) + bias (others)"),
+    ("a cast to halves that can't hold it", add(lambda m: ((1 - m[:, None, None].float()) * LEAST32).bfloat16()), _with(lambda: padding(empty=True)), "padding (nan)"),
+    ("four times a fill, which float32 can't hold", lambda q, k, v, m: (q @ k.mT).float().masked_fill(~m[:, None, None], LEAST32).mul(4).double().softmax(-1) @ v, _with(lambda: padding(empty=True)), "padding (nan)"),
     ("fractions and the least number", add(lambda m: (1 - m[:, None, None]) * LEAST), _with(lambda: padding(torch.float64) / 2 + 0.5), "padding (uniform)"),
 ]  # fmt: skip
 

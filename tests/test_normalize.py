@@ -91,6 +91,26 @@ def test_a_product_is_recorded_as_if_it_were_run(monkeypatch: pytest.MonkeyPatch
             assert (held.shape, held.stride(), held.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
 
 
+RESHAPED: list[Callable[[Tensor], Tensor]] = [
+    lambda y: y.unsqueeze_(1),
+    lambda y: y.contiguous().transpose_(0, 1),
+    lambda y: torch.ops.aten.squeeze_.dim(y, 0),
+]
+
+
+@pytest.mark.parametrize("change", RESHAPED)
+def test_a_product_that_is_reshaped_in_place_later_is_run(change: Callable[[Tensor], Tensor]) -> None:
+    """BigBird's: what Dynamo knows of the product is the shape that it has in the end."""
+
+    def call(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.matmul(x, x.transpose(-1, -2))
+        joined = torch.cat([y, x], -1)
+        return joined, change(y) * 2
+
+    x = torch.randn(1, 4, 8)
+    torch.testing.assert_close(normalized(call, x)[2], call(x))
+
+
 def test_a_product_inside_a_vmap_is_run() -> None:
     weight, x = torch.randn(8, 8), torch.randn(4, 8)
     call = torch.vmap(lambda row: (torch.matmul(nn.functional.linear(row, weight), weight) ** 2).sum())

@@ -284,7 +284,7 @@ SITE_KEYS = {
     "heads": {"type": "integer"}, "kv_heads": {"type": "integer"}, "head_dim": {"type": "integer"}, "v_dim": {"type": "integer"},
     "dtype": {"type": "string"}, "softmax_dtype": {"type": "string"}, "device": {"type": "string"}, "scale": {"type": "number"},
     "softcap": {"type": ["number", "null"]}, "dropout_p": {"type": "number"}, "bias": {"type": "array", "items": closed({"word": {"enum": ["alibi", "t5 buckets", "relative table", "tensor"]}, "tensor": {"type": "string"}, "slopes": {"type": "array", "items": {"type": "number"}}})},
-    "sinks": {"type": ["string", "null"]}, "operands": {"type": "object", "additionalProperties": {"type": "string"}},
+    "sinks": {"type": ["string", "null"]}, "multipliers": {"type": ["string", "null"]}, "operands": {"type": "object", "additionalProperties": {"type": "string"}},
     "mask": {"type": "object"},
     "verdict": {"enum": ["rewritten", "kept", "refused"]}, "rule": {"type": ["string", "null"]},
     "form": {"type": ["string", "null"]}, "fidelity": {"enum": ["exact", "approximate", None]},

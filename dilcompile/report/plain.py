@@ -110,6 +110,7 @@ def _site(site: AttentionSite) -> dict[str, Any]:
         "dropout_p": site.dropout_p,
         "bias": [{"word": bias.word, "tensor": bias.tensor, "slopes": list(bias.slopes)} for bias in site.bias],
         "sinks": site.sinks,
+        "multipliers": site.multipliers,
         "operands": dict(zip(("q", "k", "v"), site.operands, strict=False)),
         "mask": _mask(site.mask),
     }

@@ -84,6 +84,24 @@ def _half_infinite(value: Expr) -> bool:
     return not value.is_number and bool(value.has(sympy.oo, -sympy.oo, sympy.zoo))
 
 
+def held(value: Number, dtype: torch.dtype) -> Number:
+    """A number as this floating dtype holds it: infinite beyond its end.
+
+    Raises:
+        Unreadable: if data is scaled by more than the dtype holds; what comes out is infinite for some data, ordinary for other.
+    """
+    most = torch.finfo(dtype).max
+
+    def ended(leaf: Expr) -> Expr:
+        if leaf.is_number:
+            return leaf if abs(leaf) <= most else as_expr(torch.tensor(float(leaf), dtype=torch.float64).to(dtype).item())
+        if any(abs(factor) > most for factor in leaf.as_coefficients_dict().values()):
+            raise Unreadable("data scaled beyond what its dtype holds")
+        return leaf
+
+    return over_cases(ended, value)
+
+
 def compare(op: str, a: Number, b: Number) -> Truth:
     """``a op b`` with choices distributed; op one of le, lt, ge, gt, eq, ne."""
     if isinstance(a, Choice):

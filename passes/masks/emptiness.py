@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress, pairwise, product
 from typing import Literal
 
@@ -63,11 +63,13 @@ class Instead:
         visible: which.
         flat: it weighs them all alike.
         gradient: what still has a gradient then: scores and biases, scores, the biases that are added last, or nothing.
+        joins: they share one softmax with those before, and differ in their gradient only.
     """
 
     visible: Truth
     flat: bool
     gradient: Gradient
+    joins: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,23 @@ class Emptiness:
 
     Args:
         rows: see ``MaskSpec.empty_rows``.
-        instead: where ``rows`` is ``others``, what they see instead; what still sees nothing goes on to the next.
+        instead: where ``rows`` is ``others``, what they see instead; what still sees nothing goes on to the next that joins none.
     """
 
     rows: EmptyRows
     instead: tuple[Instead, ...] = ()
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Scores below ``least`` are lifted to it after all masks.
+
+    Args:
+        halves: a score that is equal to it gets half of its gradient.
+    """
+
+    least: float
+    halves: bool
 
 
 @dataclass(frozen=True)
@@ -92,7 +106,9 @@ class _Level:
     gradient: Gradient | None
 
 
-def emptiness_of(hidings: Sequence[Hiding], biases: int, *, zero: bool, training: bool, capped: bool) -> Emptiness:
+def emptiness_of(
+    hidings: Sequence[Hiding], biases: int, *, zero: bool, training: bool, capped: bool, floor: Floor | None = None
+) -> Emptiness:
     """What rows become that see no key.
 
     Args:
@@ -101,14 +117,17 @@ def emptiness_of(hidings: Sequence[Hiding], biases: int, *, zero: bool, training
         zero: rows whose scores are all -inf become 0, not NaN.
         training: gradients are asked for.
         capped: the scores go through a soft cap before they are masked.
+        floor: what hidden scores are lifted to in the end.
     """
     if not hidings:
         return Emptiness("zero")
     other, nothing = Emptiness("other"), Emptiness("zero" if zero else "nan")
     if len(hidings) > _MOST_OPERANDS or any(len(hiding.fills) != 1 for hiding in hidings):
         alike = all(hiding.fills == {-math.inf} for hiding in hidings)
-        return nothing if alike else other
+        return nothing if alike and floor is None else other
     levels = {hidden: _level(list(compress(hidings, hidden)), biases) for hidden in _subsets(hidings)}
+    if floor is not None:
+        levels = {hidden: _lifted(level, floor) for hidden, level in levels.items()}
     if any(level is None for level in levels.values()):
         return other
     reached = {hidden: level for hidden, level in levels.items() if level is not None and level.value != -math.inf}
@@ -119,12 +138,15 @@ def emptiness_of(hidings: Sequence[Hiding], biases: int, *, zero: bool, training
         return other
     stages = []
     for kind in kinds:
-        gradients = {level.gradient for level in reached.values() if (level.value, level.is_score) == kind}
-        if training and (len(gradients) > 1 or None in gradients):
-            return other
+        own = {hidden: level.gradient for hidden, level in reached.items() if (level.value, level.is_score) == kind}
         lower = [hidden for hidden, level in levels.items() if level is not None and (level.value, level.is_score) < kind]
-        visible = conjunction(*(_not_just(hidden, hidings) for hidden in lower))
-        stages.append(Instead(visible, not kind[1], (gradients.pop() or "all") if training else "none"))
+        gradients: set[Gradient] = {gradient or "none" for gradient in own.values()} if training else {"none"}
+        if training and None in own.values():
+            return other
+        for number, gradient in enumerate(sorted(gradients)):
+            apart = [hidden for hidden, one in own.items() if training and one != gradient]
+            visible = conjunction(*(_not_just(hidden, hidings) for hidden in (*lower, *apart)))
+            stages.append(Instead(visible, not kind[1], gradient, joins=number > 0))
     (first, *rest) = stages
     if first.visible is True and not rest and first.flat:
         if first.gradient == "none":
@@ -183,6 +205,16 @@ def _level(hiding: Sequence[Hiding], biases: int) -> _Level | None:
     if swallowed and value != -math.inf and not absorbs(value / _BEYOND_BIAS, max(one.resolution for one in hiding)):
         return None
     return _Level(value, False, gradient)
+
+
+def _lifted(level: _Level | None, floor: Floor) -> _Level | None:
+    if level is None or (level.is_score and level.value > floor.least / 2) or level.value > floor.least:
+        return level
+    if level.is_score:
+        return None
+    if level.value == floor.least and level.gradient != "none":
+        return replace(level, gradient=None if floor.halves else level.gradient)
+    return _Level(floor.least, False, "none")
 
 
 def _not_just(hidden: tuple[bool, ...], hidings: Sequence[Hiding]) -> Truth:

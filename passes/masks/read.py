@@ -20,11 +20,13 @@ class Others:
         mask: the keys.
         flat: they all weigh alike.
         gradient: what still has a gradient then.
+        joins: they share one softmax with those before.
     """
 
     mask: ReadMask
     flat: bool
     gradient: Gradient
+    joins: bool = False
 
 
 @dataclass(frozen=True)

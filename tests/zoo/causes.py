@@ -39,12 +39,20 @@ class Trial:
         return self.run(self.compiled(backend))
 
 
+def says_nothing(numbers: Numbers) -> bool:
+    """Is no output a number? Any other model would equal it."""
+    return not any(bool(output.isfinite().any()) for output in numbers.outputs)
+
+
 def cause_of(trial: Trial, found: Numbers, eager: Numbers) -> tuple[str, float]:
     """The first thing that leaves no difference when it is taken away, and the difference that is then left.
 
     Args:
         found, eager: what the rewritten and the plain model give.
     """
+    if says_nothing(eager):
+        left = _widened_apart(trial)
+        return ("the model's own float32 makes it NaN in float64" if left <= BOUND else UNEXPLAINED), left
     left = max(apart(trial.run(trial.net), eager))
     if left > BOUND:
         return "the model differs from itself at the same seed", left
@@ -55,10 +63,16 @@ def cause_of(trial: Trial, found: Numbers, eager: Numbers) -> tuple[str, float]:
         left = max(apart(found, trial.run_by(as_it_is)))
         if left <= BOUND:
             return "torch.compile without any rewriting differs alike", left
-        left = max(apart(trial.run_by(widened(rewriting(Tally()))), trial.run_by(widened(as_it_is))))
+        left = _widened_apart(trial)
     # Rounding makes no number infinite or undefined.
     explained = left <= BOUND and math.isfinite(max(apart(found, eager)))
     return ("own float32" if explained else UNEXPLAINED), left
+
+
+def _widened_apart(trial: Trial) -> float:
+    """The difference of the rewritten to the plain graphs, both without float32; infinite where they say nothing even then."""
+    plain = trial.run_by(widened(as_it_is))
+    return math.inf if says_nothing(plain) else max(apart(trial.run_by(widened(rewriting(Tally()))), plain))
 
 
 @contextlib.contextmanager

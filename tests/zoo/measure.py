@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from zoo import truth
-from zoo.causes import BOUND, Trial, cause_of
+from zoo.causes import BOUND, Trial, cause_of, says_nothing
 from zoo.compiling import Tally, as_it_is, fusions, rewriting, watching
 from zoo.model import Model, quiet
 from zoo.regimes import Regime
@@ -90,7 +90,7 @@ def _measured(model: Model, implementation: str, regime: Regime, inductor: bool)
     eager, found = trial.run(net), trial.run(compiled)
     forward, gradient = apart(found, eager)
     cause, after = "", None
-    if max(forward, gradient) > BOUND and regime.dtype is torch.float64:
+    if regime.dtype is torch.float64 and (max(forward, gradient) > BOUND or says_nothing(eager)):
         cause, after = cause_of(trial, found, eager)
     if regime.dynamic:
         forward = max(forward, _at_another_length(model, regime, net, compiled))

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from dilcompile.passes.masks.arithmetic import Unreadable, as_expr, as_number, as_truth, compare, lift, over_cases, width
-from dilcompile.passes.masks.rules.rule import Rule, exact_arithmetic, sides
+from dilcompile.passes.masks.rules.rule import Rule, exact_arithmetic, numbers, result, sides
 from dilcompile.passes.masks.terms import (
     Choice,
     Element,
@@ -37,21 +37,21 @@ _WIDEST_CHOICE = 64
 
 def _arithmetic(op: Callable[[Expr, Expr], Any]) -> Rule:
     def rule(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
-        a, b = sides(reader, node, indices)
         if node.meta["val"].dtype is torch.bool:
             # On booleans + is or, * is and.
+            a, b = sides(reader, node, indices)
             return disjunction(as_truth(a), as_truth(b)) if op is operator.add else conjunction(as_truth(a), as_truth(b))
         exact_arithmetic(node)
         alpha = node.kwargs.get("alpha", 1)
-        right = as_number(b)
+        left, right = numbers(reader, node, indices)
         if alpha != 1:
             right = lift(operator.mul, right, as_expr(alpha))
-        if op is operator.mul and node.meta["val"].dtype is torch.int32 and _is_data(a) and _is_data(right):
+        if op is operator.mul and node.meta["val"].dtype is torch.int32 and _is_data(left) and _is_data(right):
             raise Unreadable("a product that may wrap around to zero")
-        result = lift(op, as_number(a), right)
-        if width(result) > _WIDEST_CHOICE:
+        found = result(lift(op, left, right), node)
+        if width(found) > _WIDEST_CHOICE:
             raise Unreadable("a choice with too many cases")
-        return result
+        return found
 
     return rule
 
@@ -64,18 +64,18 @@ def _rsub(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
     exact_arithmetic(node)
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
         raise Unreadable("a scaled subtraction")
-    a, b = sides(reader, node, indices)
-    return lift(operator.sub, as_number(b), as_number(a))
+    a, b = numbers(reader, node, indices)
+    return result(lift(operator.sub, b, a), node)
 
 
 def _divide(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
     exact_arithmetic(node)
-    a, b = sides(reader, node, indices)
+    a, b = numbers(reader, node, indices)
     mode = node.kwargs.get("rounding_mode")
     floor = mode == "floor" or op_name(node) == "floor_divide"
     if mode == "trunc":
         raise Unreadable("division that truncates")
-    return lift((lambda x, y: sympy.floor(x / y)) if floor else operator.truediv, as_number(a), as_number(b))
+    return result(lift((lambda x, y: sympy.floor(x / y)) if floor else operator.truediv, a, b), node)
 
 
 def _comparison(op: str) -> Rule:
@@ -120,7 +120,8 @@ def _cast(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
         return as_number(value)
     if before.is_floating_point and not after.is_floating_point:
         raise Unreadable("a cast that truncates")
-    return over_cases(lambda leaf: _held_as(leaf, before, after), as_number(value))
+    found = over_cases(lambda leaf: _held_as(leaf, before, after), as_number(value))
+    return result(found, node)
 
 
 def _held_as(value: Expr, before: torch.dtype, after: torch.dtype) -> Expr:
@@ -142,7 +143,8 @@ def _where(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
     rank = len(indices)
     when = as_truth(reader.operand(node.args[0], indices, rank))
     then, other = (reader.operand(arg, indices, rank) for arg in node.args[1:])
-    return select_value(when, then, other)
+    value = select_value(when, then, other)
+    return result(value, node) if isinstance(value, (sympy.Basic, Choice)) else value
 
 
 def select_value(when: Truth, then: Number | Truth, other: Number | Truth) -> Number | Truth:
