@@ -308,6 +308,13 @@ def test_a_rich_console_prints_the_table() -> None:
 # JSON
 
 LENGTH = {"type": ["integer", "null"]}
+
+
+def closed(properties: dict[str, Any]) -> dict[str, Any]:
+    """An object with exactly these keys."""
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
 SITE_KEYS = {
     "index": {"type": "integer"}, "module": {"type": "string"}, "source": {"type": "string"}, "spelling": {"type": "string"},
     "kind": {"enum": ["self", "cross"]}, "phase": {"enum": ["train", "prefill", "decode"]},
@@ -315,8 +322,8 @@ SITE_KEYS = {
     "batch": LENGTH, "q_len": LENGTH, "k_len": LENGTH, "symbols": {"type": "object"},
     "heads": {"type": "integer"}, "kv_heads": {"type": "integer"}, "head_dim": {"type": "integer"}, "v_dim": {"type": "integer"},
     "dtype": {"type": "string"}, "softmax_dtype": {"type": "string"}, "device": {"type": "string"}, "scale": {"type": "number"},
-    "softcap": {"type": ["number", "null"]}, "dropout_p": {"type": "number"}, "bias": {"type": ["string", "null"]},
-    "sinks": {"type": ["string", "null"]}, "operands": {"type": "object", "additionalProperties": {"type": "string"}},
+    "softcap": {"type": ["number", "null"]}, "dropout_p": {"type": "number"}, "bias": {"type": "array", "items": closed({"word": {"enum": ["alibi", "t5 buckets", "relative table", "tensor"]}, "tensor": {"type": "string"}, "slopes": {"type": "array", "items": {"type": "number"}}})},
+    "sinks": {"type": ["string", "null"]}, "multipliers": {"type": ["string", "null"]}, "operands": {"type": "object", "additionalProperties": {"type": "string"}},
     "mask": {"type": "object"},
     "verdict": {"enum": ["rewritten", "kept", "refused"]}, "rule": {"type": ["string", "null"]},
     "form": {"type": ["string", "null"]}, "fidelity": {"enum": ["exact", "approximate", None]},
@@ -328,15 +335,10 @@ SITE_KEYS = {
 COUNT = {"type": "integer", "minimum": 0}
 
 
-def closed(properties: dict[str, Any]) -> dict[str, Any]:
-    """An object with exactly these keys."""
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
-
-
 # Written out by hand: a change of the keys must change VERSION and this.
 REPORT_SCHEMA = closed({
     "schema": {"const": "dilcompile.report"},
-    "version": {"const": 2},
+    "version": {"const": 3},
     "policy": {"type": "string"},
     "graphs": {"type": "array", "items": closed({
         "graph": {"type": "string"},
@@ -350,7 +352,7 @@ REPORT_SCHEMA = closed({
 })  # fmt: skip
 
 
-def test_json_has_the_keys_of_version_2() -> None:
+def test_json_has_the_keys_of_version_3() -> None:
     described = report(decided(), kept(index=1), refused(index=2), decided(q_len=symbolic(64))).to_dict()
     back = json.loads(json.dumps(described, allow_nan=False))
     assert back == described

@@ -111,7 +111,7 @@ class _Traits:
             padding=mask.key_padding,
             documents=mask.documents,
             # A part of the mask that could not be read is added to the scores as a tensor.
-            bias=site.bias is not None or "other" in words,
+            bias=bool(site.bias) or "other" in words,
             limits=bool(words & {"chunk", "prefix", "rows"}),
             pairs=bool(words & {"label", "pairs"}),
         )
