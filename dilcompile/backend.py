@@ -16,9 +16,10 @@ from dilcompile.errors import DilcompileError
 from dilcompile.first_call import compared
 from dilcompile.near import hint
 from dilcompile.pipeline import rewrite_dynamo
-from dilcompile.policy import Policy
+from dilcompile.policy import Policy, tell_again
 from dilcompile.publish import forget, publish
 from dilcompile.report import GraphReport
+from dilcompile.report.file import report_path
 
 Compiled = Callable[..., Any]
 
@@ -63,11 +64,19 @@ def dilated(
     return _counted(compiled, outcome.report)
 
 
+def _reset() -> None:
+    """Report files and warnings begin anew."""
+    forget()
+    tell_again()
+
+
 # torch._dynamo.reset() calls it.
-dilated.reset = forget  # type: ignore[attr-defined]
+dilated.reset = _reset  # type: ignore[attr-defined]
 
 
 def _checked(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, Any]:
+    if options is not None and not isinstance(options, Mapping):
+        raise DilcompileError(f"options: must be a dict with the keys {', '.join(_OPTIONS)}, not {options!r}")
     asked = dict(options or {})
     for key in asked:
         if key not in _OPTIONS:
@@ -82,6 +91,8 @@ def _checked(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, A
         raise DilcompileError(f"options: mode must be one of {', '.join(modes)}, not {asked['mode']!r}")
     if asked.get("mode") not in (None, "default") and inner != "inductor":
         raise DilcompileError(f"options: mode {asked['mode']!r} is Inductor's, but inner is {inner!r}; leave one of them out")
+    if asked.get("report") is not None:
+        report_path(asked["report"])
     return asked
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from dilcompile.forms import Form
 from dilcompile.site import AttentionSite
 
 Fidelity = Literal["exact", "approximate"]
 Consequence = Literal["warn", "keep", "error"]
+# The kernels by name, fastest first; `lowering/select.py` holds what they are.
+KernelName = Literal["native", "sdpa", "flash", "cpu", "reference"]
+KERNEL_NAMES: tuple[KernelName, ...] = get_args(KernelName)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Decision:
     rule: str
     form: Form
     fidelity: Fidelity
-    kernel: str | None = None
+    kernel: KernelName | None = None
     fallback: Consequence = "warn"
     check: Check = NO_CHECK
     notes: tuple[str, ...] = field(default=())

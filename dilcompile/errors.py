@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Place = tuple[str | int, ...]
+
 
 class DilcompileError(ValueError):
     """The base of all errors raised for bad input."""
@@ -15,8 +20,37 @@ class PolicyError(DilcompileError):
         super().__init__("\n".join(self.problems))
 
 
+@dataclass(frozen=True)
+class OptionProblem:
+    """One thing that is wrong with the options of a form.
+
+    Args:
+        at: the option, or an entry of it (``("segments", 1)``); empty: the options as a whole.
+        message: what was expected and what came.
+        held: what stands there, where the message doesn't say.
+        about: the other places that it depends on.
+    """
+
+    at: Place
+    message: str
+    held: str = ""
+    about: tuple[Place, ...] = ()
+
+    def __str__(self) -> str:
+        place = "".join(f"[{step}]" if isinstance(step, int) else step for step in self.at)
+        value = f"={self.held}" if self.held else ""
+        return f"{place}{value} {self.message}" if place else self.message
+
+
 class FormError(DilcompileError):
-    """A form whose options don't fit together, or don't fit the tensors it was given."""
+    """A form whose options don't fit together, or don't fit the tensors it was given.
+
+    ``problems``: what is wrong with the options, one by one; empty where it is not about them alone.
+    """
+
+    def __init__(self, message: str, problems: Sequence[OptionProblem] = ()) -> None:
+        self.problems = tuple(problems)
+        super().__init__(message)
 
 
 class KernelError(DilcompileError):

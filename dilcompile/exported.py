@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from dilcompile.errors import DilcompileError
 from dilcompile.passes.regions import Graph
-from dilcompile.pipeline import rewrite_normal
+from dilcompile.pipeline import rewrite_exported_graph
 from dilcompile.policy import Policy
 from dilcompile.publish import publish
 
@@ -66,7 +66,8 @@ def rewrite_exported(
             tables[node] = rewritten.state_dict[spec.target] if spec.persistent else rewritten.constants[spec.target]
         elif spec.kind is InputKind.CONSTANT_TENSOR:
             tables[node] = rewritten.constants[spec.target]
-    outcome = rewrite_normal(Graph(gm, frozenset(weights), tables, training=False), loaded, f"exported {next(_numbers)}")
+    name = f"exported {next(_numbers)}"
+    outcome = rewrite_exported_graph(Graph(gm, frozenset(weights), tables, training=False), loaded, name)
     publish(outcome.report, loaded, report)
     return rewritten
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +22,13 @@ from dilcompile.passes.trial import Probe, Trial
 from dilcompile.passes.unseen import closed_bodies, like_attention, subclasses
 from dilcompile.policy import Policy, resolve
 from dilcompile.report import GraphReport, Verdict
+from dilcompile.report.kernels import able
 from dilcompile.rewriting import rewrite_sites
 from dilcompile.shared_frames import apart
 from dilcompile.site import AttentionSite
+
+# A global of the compiled code, one of another module, a cell of a closure.
+_VARIABLE = re.compile(r"^G\['\w+'\]$|^G\['__import_\w+'\]\.\w+$|cell_contents$")
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,23 @@ def rewrite_dynamo(gm: GraphModule, example_inputs: Sequence[Any], policy: Polic
     clock.lap("normalize")
     inputs = list(normal.graph.find_nodes(op="placeholder"))
     values = dict(zip(inputs, example_inputs, strict=True))
-    graph = Graph(normal, _parameters(values), _buffers(values), _training(example_inputs))
+    graph = Graph(normal, _parameters(values), _buffers(values), _training(example_inputs), captured=_captured(values))
     outcome = rewrite_normal(graph, policy, name, clock, known=values, enforce=enforce)
     positions = {node: i for i, node in enumerate(inputs)}
     return replace(outcome, tables={positions[node]: graph.tables[node] for node in outcome.tables if node in positions})  # type: ignore[index]
+
+
+def rewrite_exported_graph(graph: Graph, policy: Policy, name: str) -> Outcome:
+    """Rewrite the graph of an exported program, in place.
+
+    Raises:
+        RewriteError: where the policy says that a failure is an error.
+    """
+    strange = subclasses({node: node.meta.get("val") for node in graph.gm.graph.nodes})
+    if strange:
+        why = f"it computes with tensor subclasses ({strange})"
+        return _left(graph.gm, name, why, policy, _Clock(), enforce=True)
+    return rewrite_normal(graph, policy, name)
 
 
 def rewrite_normal(
@@ -114,7 +131,7 @@ def rewrite_normal(
     found = [find_sites(part) for part in parts]
     clock.lap("find")
     sites = [_with_operands(match) for findings in found for match in findings.matches]
-    verdicts = _numbered(resolve(policy, sites, enforce=enforce, revise=partial(apart, policy, graph.frame)))
+    verdicts = _numbered(resolve(policy, sites, enforce=enforce, revise=lambda made: apart(policy, graph.frame, able(made))))
     clock.lap("resolve")
     misses = tuple(miss for findings in found for miss in findings.misses)
     done = rewrite_sites(parts, found, verdicts, known or {}, enforce=enforce, runs_later=known is not None)
@@ -156,14 +173,22 @@ def _parameters(values: Mapping[Node, Any]) -> frozenset[Node]:
 
 def _buffers(values: Mapping[Node, Any]) -> dict[Node, torch.Tensor]:
     """Registered buffers with their values: masks may be read off them, and they are watched afterwards."""
-    found = {}
-    for node, value in values.items():
-        source = getattr(node, "_dynamo_source", None)
-        name = "" if source is None else str(source.name() if callable(source.name) else source.name)
-        plain = type(value) is torch.Tensor and not value.requires_grad
-        if "_buffers[" in name and plain:
-            found[node] = value
-    return found
+    return {node: value for node, value in values.items() if "_buffers[" in _source(node) and _is_plain(value)}
+
+
+def _captured(values: Mapping[Node, Any]) -> dict[Node, torch.Tensor]:
+    """Tensors that are variables of the code around the model: globals, and cells of closures."""
+    return {node: value for node, value in values.items() if _VARIABLE.search(_source(node)) and _is_plain(value)}
+
+
+def _source(node: Node) -> str:
+    """Where Dynamo found an input, as an expression."""
+    source = getattr(node, "_dynamo_source", None)
+    return "" if source is None else str(source.name() if callable(source.name) else source.name)
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) is torch.Tensor and not value.requires_grad
 
 
 def _training(example_inputs: Sequence[Any]) -> bool:

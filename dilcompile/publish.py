@@ -10,7 +10,7 @@ from torch._logging._internal import trace_structured
 
 from dilcompile.policy import Policy, unused_rules
 from dilcompile.report import GraphReport, Report
-from dilcompile.report.file import check_path
+from dilcompile.report.file import report_path
 
 ARTIFACT = "dilcompile_report"
 
@@ -35,8 +35,7 @@ def publish(graph: GraphReport, policy: Policy, path: str | os.PathLike[str] | N
     )
     if path is None:
         return
-    target = Path(path)
-    check_path(target)
+    target = report_path(path)
     graphs = _graphs.setdefault((target.absolute(), policy.fingerprint), {})
     graphs[graph.graph] = graph
     gathered(tuple(graphs.values()), policy).write(target)

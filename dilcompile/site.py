@@ -11,6 +11,7 @@ import torch
 Length = int | torch.SymInt
 Kind = Literal["self", "cross"]
 Phase = Literal["train", "prefill", "decode"]
+BiasWord = Literal["alibi", "t5 buckets", "relative table", "tensor"]
 EmptyRows = Literal["zero", "uniform", "shifted", "others", "nan", "other"]
 
 
@@ -122,11 +123,34 @@ class MaskSpec:
 
 
 @dataclass(frozen=True)
+class BiasSpec:
+    """One tensor that is added to the scores.
+
+    Args:
+        word: ``alibi`` (a slope of each head times the way to the key), ``t5 buckets`` (a learned number for each range of
+            distances), ``relative table`` (one for each offset, along a line or over a grid), ``tensor`` (anything else).
+        tensor: the name of its node.
+        slopes: those of ``alibi``, one a head; empty if they are learned.
+    """
+
+    word: BiasWord
+    tensor: str
+    slopes: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        shown = [f"{slope:.6g}" for slope in self.slopes]
+        if len(shown) > 4:
+            shown = [*shown[:2], "...", shown[-1]]
+        return f"{self.word}({', '.join(shown)})" if shown else self.word
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One attention in the user's model, as the finder proved it.
 
     Lengths may be symbolic (``torch.SymInt``). ``operands`` are the tensors of the graph that were proven to be queries, keys and
-    values, in this order, each as its node's name and its shape: where the attention begins.
+    values, in this order, each as its node's name and its shape: where the attention begins. ``multipliers`` is what
+    queries, keys, values and output are multiplied with beside the scale.
     """
 
     index: int
@@ -148,11 +172,12 @@ class AttentionSite:
     mask: MaskSpec = field(default_factory=MaskSpec)
     softcap: float | None = None
     dropout_p: float = 0.0
-    bias: str | None = None
+    bias: tuple[BiasSpec, ...] = ()
     phase: Phase = "prefill"
     layer: int | None = None
     layer_type: str | None = None
     sinks: str | None = None
+    multipliers: str | None = None
     operands: tuple[str, ...] = ()
 
     @property
@@ -167,8 +192,9 @@ class AttentionSite:
             f" {name}={held}"
             for name, held in (
                 ("softcap", self.softcap),
-                ("bias", self.bias),
+                ("bias", " + ".join(map(str, self.bias)) or None),
                 ("sinks", self.sinks),
+                ("multipliers", self.multipliers),
                 ("dropout", self.dropout_p or None),
             )
             if held is not None

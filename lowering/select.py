@@ -7,6 +7,7 @@ from dilcompile.lowering import cpu, flash, native, reference, sdpa
 from dilcompile.lowering.call import Call, Kernel
 from dilcompile.near import hint
 
+# Their names are also `KERNEL_NAMES` in decision.py, which policies are checked by.
 KERNELS: dict[str, Kernel] = {
     "native": native,
     "sdpa": sdpa,
@@ -30,17 +31,18 @@ def select(call: Call, name: str | None = None, backward: bool = False) -> Kerne
     if name is None:
         rows = call.problem.q_len * call.problem.group
         fitting = (kernel for kernel in KERNELS.values() if rows >= kernel.LEAST_ROWS)
-        return next(kernel for kernel in fitting if _refusal(kernel, call, backward) is None)
+        return next(kernel for kernel in fitting if refusal(kernel, call, backward) is None)
     if name not in KERNELS:
         raise KernelError(f"kernel {name!r} is unknown{hint(name, KERNELS)}; the kernels are {', '.join(KERNELS)}")
-    reason = _refusal(KERNELS[name], call, backward)
+    reason = refusal(KERNELS[name], call, backward)
     if reason is not None:
-        able = next(other for other, kernel in KERNELS.items() if _refusal(kernel, call, backward) is None)
+        able = next(other for other, kernel in KERNELS.items() if refusal(kernel, call, backward) is None)
         raise KernelError(f"kernel {name!r} can't compute this attention: {reason}; kernel {able!r} can, or leave the kernel out")
     return KERNELS[name]
 
 
-def _refusal(kernel: Kernel, call: Call, backward: bool) -> str | None:
+def refusal(kernel: Kernel, call: Call, backward: bool) -> str | None:
+    """Why this kernel can't compute the call, or None."""
     if not kernel.TAKES_ROW_MASKS and (call.row_limits is not None or call.pairs is not None or call.flat):
         return "a mask by row"
     return kernel.supports(call, backward)

@@ -12,8 +12,10 @@ from torch.fx import Node
 
 from dilcompile.passes.facts import Facts
 from dilcompile.passes.masks.terms import Truth
+from dilcompile.passes.pair_function import PairFunction
+from dilcompile.site import BiasSpec
 
-EmptyRule = Literal["plain", "zero", "odd"]
+EmptyRule = Literal["plain", "zero", "cleared", "odd"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,14 @@ class MaskOperand:
     Args:
         node: the mask.
         on: the score tensor it meets, whose dims it broadcasts against.
-        kind: ``add``, ``hide`` (where true) or ``keep`` (where true); once read, also ``below`` (hiding where a large negative
-            number is added) and ``drown`` (a float mask that is data: it may swallow the scores).
+        kind: ``add``, ``hide`` (where true), ``keep`` (where true) or ``gate`` (multiplied with); once read, also ``below``
+            (hiding where a large negative number is added) and ``drown`` (a float mask that is data: it may swallow the scores).
         factor: what the added tensor is multiplied with before it reaches the softmax.
         fill: what hidden scores are when they reach the softmax.
         ends: the largest number that the casts after it let through; larger ones become infinite.
-        word: what kind of bias it is, once read.
+        spec: what kind of bias it is, once read.
+        function: what the mask is a value of, where it is a number for one pair and not a tensor of the graph.
+        binary: it holds integers that are taken to be 0 and 1.
     """
 
     node: Node
@@ -37,7 +41,15 @@ class MaskOperand:
     factor: float = 1.0
     fill: float = -math.inf
     ends: float = math.inf
-    word: str = ""
+    spec: BiasSpec | None = None
+    function: PairFunction | None = None
+    binary: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the scores it meets."""
+        held: torch.dtype = self.on.meta["val"].dtype
+        return held if self.function is None else self.function.dtype
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,26 @@ class Sink:
 
 
 @dataclass(frozen=True)
+class Multiplier:
+    """What scores are multiplied with, element by element, where it is data.
+
+    Args:
+        node: the tensor.
+        on: the result, whose dims it broadcasts against.
+        inverse: they are divided by it.
+        by_key: it varies over the keys.
+    """
+
+    node: Node
+    on: Node
+    inverse: bool = False
+    by_key: bool = False
+
+    def __str__(self) -> str:
+        return f"1 / {self.node.name}" if self.inverse else self.node.name
+
+
+@dataclass(frozen=True)
 class Softmax:
     """A softmax, however it is written.
 
@@ -73,7 +105,8 @@ class Softmax:
         limit: a score of minus this weighs exactly nothing, whatever the others are (no maximum is taken off); inf: there is
             no such number.
         empty: what a row that sees nothing becomes: ``plain`` as softmax has it (NaN, or the mean of what was hidden by a
-            number), ``zero`` where softmax has NaN, ``odd`` where that number is lost in rounding.
+            number), ``zero`` where softmax has NaN, ``cleared`` likewise but for NaN in gradients, ``odd`` where that number is
+            lost in rounding.
         masks: what hides exponentials.
         sinks: what else is in the sum.
     """

@@ -36,13 +36,16 @@ def emit_biases(emit: Emitter, operands: Sequence[MaskOperand], roles: Roles, ax
     plain = hidden = floats = None
     dtype = torch.float32
     for operand in operands:
-        part = in_score_order(emit, operand.node, roles.score_dims(operand.on, axes), roles)
+        node = operand.node
+        if operand.function is not None:
+            node = operand.function.emit(emit, node, operand.on.meta["val"].device)
+        part = in_score_order(emit, node, roles.score_dims(operand.on, axes), roles)
         if operand.factor != 1.0:
             part = emit(aten.mul.Scalar, part, operand.factor)
         if operand.kind == "add":
             plain = _sum(emit, plain, part)
         elif operand.kind == "drown":
-            floats, dtype = _sum(emit, floats, part), operand.on.meta["val"].dtype
+            floats, dtype = _sum(emit, floats, part), operand.dtype
         else:
             hidden = _sum(emit, hidden, _filled(emit, operand, part))
     levels = None
@@ -66,7 +69,7 @@ def _filled(emit: Emitter, operand: MaskOperand, part: Node) -> Node:
         part = emit(aten.ne.Scalar, part, 0)
     if operand.kind == "keep":
         part = emit(aten.logical_not.default, part)
-    zeros = emit(aten.zeros_like.default, part, dtype=operand.on.meta["val"].dtype)
+    zeros = emit(aten.zeros_like.default, part, dtype=operand.dtype)
     return emit(aten.masked_fill.Scalar, zeros, part, float("-inf"))
 
 

@@ -23,6 +23,7 @@ def may_drown(node: Node, dtype: torch.dtype, axes: Axes, reader: MaskReader) ->
     queue, seen = [node], {node}
     while queue:
         one = queue.pop()
+        one = reader.outside.get(one, one)
         if not is_tensor(one) or one in axes.parametric or (one.op == "call_function" and op_name(one) in _PRODUCTS):
             continue
         if one.op == "placeholder" and one not in reader.tables and one.meta["val"].dtype.is_floating_point:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import sympy
 from torch.fx import Node
@@ -11,9 +11,10 @@ from torch.fx import Node
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.labels import Labels
 from dilcompile.passes.masks.arithmetic import Unreadable
+from dilcompile.passes.masks.hiding import where_one
 from dilcompile.passes.masks.reader import MaskReader
+from dilcompile.passes.masks.terms import IntegerElement, Number
 from dilcompile.passes.mutations import Mutations
-from dilcompile.passes.unproven import Unproven
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,22 @@ class Facts:
 
     def constant(self, tensor: Node) -> float | None:
         """The number that a tensor holds everywhere, or None."""
-        anywhere = tuple(sympy.Dummy(integer=True, nonnegative=True) for _ in range(tensor.meta["val"].dim()))
-        try:
-            number = self.reader.number(tensor, anywhere)
-        except Unreadable:
-            return None
+        number = self._anywhere(tensor)
         return float(number) if isinstance(number, sympy.Expr) and number.is_number else None
 
-    def factor(self, value: Any, at: Node) -> float:
-        """The number that scores are multiplied with.
+    def zeros_and_ones(self, tensor: Node) -> Literal["surely", "integers", "others"]:
+        """Does a tensor hold 0 and 1 alone: surely, if its integers are what masks hold, or may it hold other numbers?"""
+        number = self._anywhere(tensor)
+        if number is None or self.reader.follows_gradient(tensor):
+            return "others"
+        if isinstance(number, IntegerElement) and not self.reader.wrapped(number):
+            return "integers"
+        return "others" if where_one(number) is None else "surely"
 
-        Raises:
-            Unproven: if it is data (a learned temperature).
-        """
-        found = self.scalar(value, at)
-        if found is None:
-            reason = "the scores are scaled by a tensor (a learned or computed temperature)"
-            raise Unproven(at, reason, "scale the queries instead")
-        return found
+    def _anywhere(self, tensor: Node) -> Number | None:
+        """Any element of a tensor as a formula."""
+        anywhere = tuple(sympy.Dummy(integer=True, nonnegative=True) for _ in range(tensor.meta["val"].dim()))
+        try:
+            return self.reader.number(tensor, anywhere)
+        except Unreadable:
+            return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from dilcompile.passes.anchors import Attention, Softmax, Spelling
+from dilcompile.passes.anchors import Attention, EmptyRule, Softmax, Spelling
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.call_roles import roles_of_call
 from dilcompile.passes.facts import Facts
@@ -94,7 +94,7 @@ def _of_call(node: Node, spelling: Spelling, call: Attention, facts: Facts) -> P
         sinks=(),
         seen=call.seen,
         empty=call.empty,
-        softmax_dtype=torch.float32,
+        softmax_dtype=torch.promote_types(call.q.meta["val"].dtype, torch.float32),
         scored_at=node,
         valued_at=node,
         starts=call.documents,
@@ -116,11 +116,29 @@ def _of_softmax(node: Node, spelling: Spelling, softmax: Softmax, facts: Facts, 
         masks=path.masks,
         sinks=path.sinks,
         seen=True,
-        empty=softmax.empty,
+        empty=_rows_without_keys(softmax, values),
         softmax_dtype=softmax.dtype,
         scored_at=path.product.node,
         valued_at=values.product.node,
+        multipliers=path.multipliers,
+        weights=values.multipliers,
+        factor=values.factor,
+        floor=path.floor,
     )
+
+
+def _rows_without_keys(softmax: Softmax, values: ValuePath) -> EmptyRule:
+    """What rows that see nothing become on the way to the values.
+
+    Raises:
+        Unproven: if their NaN becomes 0, but not all of them have NaN.
+    """
+    if not values.cleared or softmax.empty == "zero":
+        return softmax.empty
+    if softmax.empty == "odd" or softmax.masks:
+        reason = "NaN becomes 0 after a softmax that is written out"
+        raise Unproven(values.probabilities, reason, "write torch.softmax")
+    return "cleared"
 
 
 def _between(node: Node, softmax: Softmax, facts: Facts) -> tuple[ScorePath, ValuePath, Roles]:
@@ -133,7 +151,7 @@ def _between(node: Node, softmax: Softmax, facts: Facts) -> tuple[ScorePath, Val
     for product in sorted(facts.scores[softmax.scores], key=facts.mutations.position.__getitem__):
         try:
             path = walk_scores(softmax, product, facts)
-            values = walk_values(softmax.probabilities, path.columns, facts.axes)
+            values = walk_values(softmax.probabilities, path.columns, product, facts)
             return path, values, roles_of_products(path.product, node, path.columns, values, facts.axes)
         except Unproven as end:
             ends.append(end)

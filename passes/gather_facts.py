@@ -22,7 +22,7 @@ def gather_facts(graph: Graph) -> Facts:
     nodes = list(graph.gm.graph.nodes)
     axes = Axes(nodes, _weight_like(nodes, graph.weights), CALLS)
     learned = cache(lambda: _learned_everywhere(graph))
-    reader = MaskReader(_known(graph), graph.stale, graph.outside, lambda node: node in learned())
+    reader = MaskReader(_known(graph), graph.stale, graph.outside, lambda node: node in learned(), graph.writers, graph.captured)
     return Facts(axes, reached_from(nodes, axes.products, carries_elements), reader, graph.mutations)
 
 

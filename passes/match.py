@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
-from dilcompile.passes.anchors import EmptyRule, MaskOperand, Sink
+from dilcompile.passes.anchors import EmptyRule, MaskOperand, Multiplier, Sink
 from dilcompile.passes.atoms import Atom, Leaves
 from dilcompile.passes.facts import Facts
+from dilcompile.passes.masks.emptiness import Floor
 from dilcompile.passes.masks.place import place_of
 from dilcompile.passes.masks.read import ReadMask
 from dilcompile.passes.masks.terms import Truth
+from dilcompile.passes.multipliers import Placed, placed
 from dilcompile.passes.operands import Operand, strip
 from dilcompile.passes.provenance import layer_index, module_path, source_line
 from dilcompile.passes.read_operands import Sinks, read_site_mask
@@ -34,6 +36,7 @@ class Match:
     mask: ReadMask
     bias: tuple[MaskOperand, ...]
     sinks: tuple[Sink, ...]
+    multipliers: Placed
     starts: Node | None
     tables: frozenset[Node]
 
@@ -48,6 +51,8 @@ class Proof:
         seen: the pairs that the spelling itself lets through.
         empty: what rows become that see nothing.
         scored_at, valued_at: the nodes that read the queries and keys, and the values.
+        multipliers, weights: tensors that scores and probabilities are multiplied with; the latter by ``factor``, too.
+        floor: what the scores are lifted to after all masks.
         starts: where the sequences start that rows and columns are packed from.
     """
 
@@ -64,6 +69,10 @@ class Proof:
     softmax_dtype: torch.dtype
     scored_at: Node
     valued_at: Node
+    multipliers: tuple[Multiplier, ...] = ()
+    weights: tuple[Multiplier, ...] = ()
+    factor: float = 1.0
+    floor: Floor | None = None
     starts: Node | None = None
 
 
@@ -86,8 +95,9 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
             raise Unproven(operand.source, "it is written in place before the attention ends", "write it out of place")
     batch, heads, kv_heads = _count(roles)
     q_len, k_len = _size(roles.q_rows), _size(roles.k_columns)
+    multipliers = placed(proof.multipliers, proof.weights, proof.factor, roles, facts.axes)
     mask, bias = read_site_mask(
-        proof.masks,
+        (*proof.masks, *multipliers.gates),
         proof.seen,
         roles,
         facts.axes,
@@ -96,9 +106,10 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
         capped=proof.softcap is not None,
         training=graph.training,
         rule=proof.empty,
+        floor=proof.floor,
         sinks=_sinks(proof.sinks, facts),
     )
-    _readable_at(at, mask, (*bias, *proof.sinks), graph)
+    _readable_at(at, mask, (*bias, *proof.sinks, *multipliers.all), graph)
     if proof.starts is not None:
         if facts.mutations.stale(proof.starts, at):
             raise Unproven(proof.starts, "it is written in place before the attention ends", "write it out of place")
@@ -124,14 +135,15 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
         mask=spec,
         softcap=proof.softcap,
         dropout_p=proof.dropout_p,
-        bias=" + ".join(operand.node.name for operand in bias if operand.kind in ("add", "drown")) or None,
+        bias=tuple(operand.spec for operand in bias if operand.spec is not None),
         phase=_phase(graph.training, q_len),
         layer=layer_index(module),
         layer_type="sliding_attention" if "window" in spec.words else "full_attention",
         sinks=" + ".join(str(sink) for sink in proof.sinks) or None,
+        multipliers=str(multipliers) or None,
     )
     tables = frozenset(facts.reader.used_tables & graph.tables.keys())
-    return Match(site, roles, q, k, v, mask, bias, proof.sinks, proof.starts, tables)
+    return Match(site, roles, q, k, v, mask, bias, proof.sinks, multipliers, proof.starts, tables)
 
 
 def _sinks(sinks: tuple[Sink, ...], facts: Facts) -> Sinks:
@@ -148,11 +160,11 @@ def _is_ordinary(logit: float | Node, facts: Facts) -> bool:
     return held is not None and abs(held) < 1e4
 
 
-def _readable_at(output: Node, mask: ReadMask, beside: tuple[MaskOperand | Sink, ...], graph: Graph) -> None:
+def _readable_at(output: Node, mask: ReadMask, beside: tuple[MaskOperand | Multiplier | Sink, ...], graph: Graph) -> None:
     """Masks are read again where the output is made: they must still hold what they held."""
     writes = graph.mutations.writes
     for operand in beside:
-        node = operand.node if isinstance(operand, MaskOperand) else operand.logit
+        node = operand.logit if isinstance(operand, Sink) else operand.node
         if isinstance(node, Node) and writes(node, operand.on, output):
             raise Unproven(node, "it is written in place before the attention ends", "write it out of place")
     place_of(mask, output, graph.mutations)

@@ -31,6 +31,10 @@ class Mutations:
         """Was ``source`` written after it was made and before ``reader`` reads it (by neither of the two)?"""
         return bool(self.writes(source, source, reader))
 
+    def writers(self, target: Node) -> list[Node]:
+        """All writes to ``target``'s storage."""
+        return self._writes.get(storage(target), []) if self._writes else []
+
     def writes(self, target: Node, after: Node, before: Node) -> list[Node]:
         """The writes to ``target``'s storage strictly between two nodes."""
         if not self._writes:

@@ -43,6 +43,19 @@ def tensor_args(node: Node) -> list[Node]:
     return [arg for arg in node.all_input_nodes if is_tensor(arg)]
 
 
+def indexed(node: Node) -> tuple[Node, list[Any]] | None:
+    """``tensor[indices]`` as the tensor and the indices; None if the node is something else.
+
+    Where FlexAttention's own index operator is recorded as it is (while a program is exported), it is one, too.
+    """
+    args: tuple[Any, ...] = node.args
+    if op_name(node) == "index":
+        return args[0], list(args[1])
+    if op_name(node) == "flat_apply" and len(args) > 3 and str(args[2]).endswith(".ModIndex"):
+        return args[3], list(args[4:])
+    return None
+
+
 def is_pointwise(node: Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False

@@ -30,9 +30,10 @@ def module_path(node: Node, prefix: str = "") -> str:
 
 
 def source_line(node: Node) -> str:
-    """``file.py:line`` of the user's call, or of the nearest node that has one."""
+    """``file.py:line`` of the user's call, or of the nearest node that has one; no line of a graph that torch made itself."""
     for candidate in _neighbours(node):
-        frames = _FRAME.findall(candidate.meta.get("stack_trace") or "")
+        found = _FRAME.findall(candidate.meta.get("stack_trace") or "")
+        frames = [frame for frame in found if not frame[0].startswith("<eval_with_key>")]
         if frames:
             name, line = frames[-1]
             return f"{os.path.basename(name)}:{line}"

@@ -10,22 +10,22 @@ from typing import Literal
 
 import sympy
 import torch
-from torch.fx import Node
 
 from dilcompile.passes.anchors import EmptyRule, MaskOperand
 from dilcompile.passes.atoms import Atom, Leaves
 from dilcompile.passes.axes import Axes
-from dilcompile.passes.bias_words import bias_word
+from dilcompile.passes.bias_words import bias_spec
 from dilcompile.passes.drowning import may_drown
+from dilcompile.passes.gates import gates_as_fills
 from dilcompile.passes.masks.arithmetic import Unreadable, as_expr, lift
 from dilcompile.passes.masks.bounds import Bounds
-from dilcompile.passes.masks.emptiness import Emptiness, Hiding, Instead, emptiness_of
+from dilcompile.passes.masks.emptiness import Emptiness, Floor, Hiding, Instead, emptiness_of
 from dilcompile.passes.masks.factors import read_mask
 from dilcompile.passes.masks.hiding import NotAMask, keep_of
 from dilcompile.passes.masks.read import Others, ReadMask
 from dilcompile.passes.masks.reader import MaskReader
 from dilcompile.passes.masks.symbols import DIGITS, B, H, K, Lengths, Q
-from dilcompile.passes.masks.terms import Expr, Number, Truth, conjunction, mapped, negation
+from dilcompile.passes.masks.terms import Expr, Number, Truth, conjunction, elements_of, mapped, negation
 from dilcompile.passes.operators import shape_of
 from dilcompile.passes.roles import Roles
 from dilcompile.passes.summands import Summand, summands
@@ -49,6 +49,7 @@ def read_site_mask(
     capped: bool = False,
     training: bool = False,
     rule: EmptyRule = "plain",
+    floor: Floor | None = None,
     sinks: Sinks = "none",
 ) -> tuple[ReadMask, tuple[MaskOperand, ...]]:
     """The conjunction of all masks, and the operands that are biases.
@@ -59,6 +60,7 @@ def read_site_mask(
         capped: the scores go through a soft cap before they are masked.
         training: gradients are asked for.
         rule: what the spelling makes of rows that see nothing.
+        floor: what the scores are lifted to after all masks.
         sinks: what stands beside the keys: nothing, logits that are ordinary numbers, or data.
     """
     lengths = Lengths(*sizes)
@@ -68,15 +70,17 @@ def read_site_mask(
     keep = seen
     hidings: list[Hiding] = []
     bias: list[MaskOperand] = []
+    operands = gates_as_fills(operands, lambda one: _value(one, _indices(one, roles, axes, places.of), reader), reader)
     for summand in summands(operands, reader):
         operand, binary = summand.operand, set(reader.binary)
         try:
             visible, hiding = _visible(summand, _indices(operand, roles, axes, places.of), reader)
         except NotAMask:
             reader.binary = binary
-            data = not reader.follows_gradient(operand.node) and may_drown(operand.node, _dtype(operand.on), axes, reader)
-            word = bias_word(operand.node, _number(operand, _indices(operand, roles, axes, places.of), reader), axes)
-            bias.append(replace(operand, kind="drown" if data else operand.kind, word=word))
+            data = not _follows_gradient(operand, reader) and may_drown(operand.node, operand.dtype, axes, reader)
+            indices = _indices(operand, roles, axes, places.of)
+            spec = bias_spec(operand.node, _number(operand, indices, reader), lengths, axes, reader)
+            bias.append(replace(operand, kind="drown" if data else operand.kind, spec=spec))
             continue
         keep = conjunction(keep, visible)
         if hiding is not None:
@@ -85,12 +89,18 @@ def read_site_mask(
         if read_mask(places.whole(visible), "zero", reader, lengths).spec.unread is not None:
             # What can't be read of it stays a tensor beside what can.
             bias.append(replace(operand, kind="below" if operand.kind == "add" else operand.kind))
-    if hidings and seen is not True:
+    if seen is not True and (hidings or any(one.kind == "drown" for one in bias)):
         hidings.append(Hiding(seen, frozenset((-math.inf,)), True, torch.float32))
     plain = sum(one.kind == "add" for one in bias)
-    empty = emptiness_of(hidings, plain, zero=rule == "zero", training=training, capped=capped)
-    if any(one.kind == "drown" for one in bias):
-        empty = _drowned(empty, hidings)
+    zero = rule in ("zero", "cleared")
+    empty = emptiness_of(hidings, plain, zero=zero, training=training, capped=capped, floor=floor)
+    data = any(one.kind == "drown" for one in bias)
+    if data:
+        # What its -inf is lifted to is not known.
+        empty = _drowned(empty, hidings) if floor is None else Emptiness("other")
+    if rule == "cleared" and training and (data or any(not one.replaces for one in hidings)) and empty.rows in ("zero", "others"):
+        # The gradient of such a row is NaN, and goes wherever its mask was added.
+        empty = Emptiness("other")
     if rule == "odd" and empty.rows in ("uniform", "shifted", "others"):
         empty = Emptiness("other")
     if sinks != "none" and hidings:
@@ -99,8 +109,7 @@ def read_site_mask(
         empty = Emptiness("zero" if nothing and sinks == "ordinary" else "other")
     read = read_mask(places.whole(keep), empty.rows, reader, lengths, tensors=any(one.kind != "add" for one in bias))
     read = replace(read, binary=frozenset(reader.binary))
-    data = any(one.kind == "drown" for one in bias)
-    return _with_others(read, empty, rule == "zero", data, reader, lengths, places), tuple(bias)
+    return _with_others(read, empty, zero, data, reader, lengths, places), tuple(bias)
 
 
 def _drowned(empty: Emptiness, hidings: Sequence[Hiding]) -> Emptiness:
@@ -139,32 +148,40 @@ def _visible(summand: Summand, indices: tuple[Expr, ...], reader: MaskReader) ->
     operand, settle = summand.operand, Bounds(reader.sizes).settle
     if operand.kind != "add":
         chosen = reader.truth(operand.node, indices, operand.on)
+        for element in elements_of(chosen) if operand.binary else ():
+            reader.take_as_binary(element)
         visible = settle(chosen if operand.kind == "keep" else negation(chosen))
         fill = frozenset((operand.fill,))
-        hiding = Hiding(visible, fill, not summand.adds, _dtype(operand.on), operand.ends, cuts=summand.cuts)
+        hiding = Hiding(visible, fill, not summand.adds, operand.dtype, operand.ends, cuts=summand.cuts)
         return visible, None if visible is True else hiding
-    value = reader.number(operand.node, indices, operand.on)
-    if operand.factor != 1.0:
-        value = lift(operator.mul, value, as_expr(operand.factor))
-    dtype = _dtype(operand.on)
+    value = _value(operand, indices, reader)
+    dtype = operand.dtype
     visible, fills = keep_of(value, torch.finfo(dtype).eps, reader)
+    if any(reader.is_inner(element) for element in elements_of(visible)):
+        raise NotAMask("an element that only the function itself can compute")
     visible = settle(visible)
     if visible is True:
         return True, None
     return visible, Hiding(visible, frozenset(fills), False, dtype, operand.ends)
 
 
+def _follows_gradient(operand: MaskOperand, reader: MaskReader) -> bool:
+    held = [operand.node] if operand.function is None else [outer for _, outer in operand.function.buffers]
+    return any(reader.follows_gradient(node) for node in held)
+
+
 def _number(operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader) -> Number | None:
     """One element of a bias as a formula."""
     try:
-        return reader.number(operand.node, indices, operand.on)
+        return _value(operand, indices, reader)
     except Unreadable:
         return None
 
 
-def _dtype(node: Node) -> torch.dtype:
-    dtype: torch.dtype = node.meta["val"].dtype
-    return dtype
+def _value(operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader) -> Number:
+    """One element of what is added, as it reaches the softmax."""
+    value = reader.number(operand.node, indices, operand.on)
+    return value if operand.factor == 1.0 else lift(operator.mul, value, as_expr(operand.factor))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -28,6 +28,7 @@ class Graph:
         call: the node of the parent that runs the body.
         outside: the body's inputs and the parent's nodes that they stand for.
         frame: what Dynamo captured the graph from.
+        captured: inputs that are no arguments but variables around the model's code, with their values now.
     """
 
     gm: GraphModule
@@ -38,6 +39,7 @@ class Graph:
     call: Node | None = None
     outside: Mapping[Node, Node] = field(default_factory=dict)
     frame: Frame = field(default_factory=compiled_frame)
+    captured: Mapping[Node, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def mutations(self) -> Mutations:
@@ -49,6 +51,13 @@ class Graph:
         while graph is not None and source.graph is not graph.gm.graph:
             graph = graph.parent
         return graph is not None and graph.mutations.stale(source, reader)
+
+    def writers(self, tensor: Node) -> Sequence[Node]:
+        """All in-place writes to a tensor, in whichever graph it stands."""
+        graph: Graph | None = self
+        while graph is not None and tensor.graph is not graph.gm.graph:
+            graph = graph.parent
+        return () if graph is None else graph.mutations.writers(tensor)
 
     def bring_in(self, node: Node) -> Node:
         """A node of this graph with the value of ``node``, which may stand in a graph around it."""
@@ -104,6 +113,7 @@ def regions(graph: Graph) -> Iterator[Graph]:
                 call=node,
                 outside=outside,
                 frame=graph.frame,
+                captured=graph.captured,
             )
         )
 

@@ -19,6 +19,7 @@ from dilcompile.passes.masks.binary import assert_binary
 from dilcompile.passes.masks.operands import mask_operands
 from dilcompile.passes.masks.place import place_of
 from dilcompile.passes.match import Match
+from dilcompile.passes.multipliers import multiplied
 from dilcompile.passes.operands import Operand
 from dilcompile.passes.operators import shape_of
 from dilcompile.passes.regions import Graph
@@ -42,6 +43,9 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
     q = _operand(emit, match.q, _groups(roles, "q"), axes, site.dtype)
     k = _operand(emit, match.k, _groups(roles, "k"), axes, site.dtype)
     v = _operand(emit, match.v, _groups(roles, "v"), axes, site.dtype)
+    q = multiplied(emit, q, match.multipliers.q, roles, axes)
+    k = multiplied(emit, k, match.multipliers.k, roles, axes, along_keys=True)
+    v = multiplied(emit, v, match.multipliers.v, roles, axes, along_keys=True)
     spec = site.mask
     sizes = (site.batch, site.q_len, site.k_len)
     place = place_of(match.mask, roles.output, graph.mutations)
@@ -64,6 +68,9 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
         out = rows_without_keys(emit, out, emit.item(call, 1), inputs, match, others)
     if match.sinks:
         out = _past_sinks(emit, out, emit.item(call, 1), match.sinks, roles, axes)
+    if match.multipliers.factor != 1.0:
+        out = emit(aten.mul.Scalar, out, match.multipliers.factor)
+    out = multiplied(emit, out, match.multipliers.output, roles, axes)
     result = _output(emit, out, roles, axes)
     roles.output.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
     return result

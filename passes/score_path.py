@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from dilcompile.passes.anchors import MaskOperand, Sink, Softmax
+from dilcompile.passes.anchors import MaskOperand, Multiplier, Sink, Softmax
 from dilcompile.passes.atoms import Leaves
 from dilcompile.passes.facts import Facts
 from dilcompile.passes.labels import SHAPED_LIKE
+from dilcompile.passes.masks.emptiness import Floor
 from dilcompile.passes.mutations import Mutations
 from dilcompile.passes.operators import is_tensor, op_name
 from dilcompile.passes.products import Product
-from dilcompile.passes.score_steps import Stages, largest, step, uncapped
+from dilcompile.passes.score_steps import Stages, largest, step, uncapped, unscaled
 from dilcompile.passes.unproven import Unproven
 
 # Their result depends on the shape of their tensor arguments, not on the values.
@@ -25,7 +26,7 @@ _SHAPE_ONLY = frozenset(
 
 @dataclass(frozen=True)
 class ScorePath:
-    """``softmax([softcap(scale * product) + masks, sinks])`` over ``columns``."""
+    """``softmax([softcap(scale * multipliers * product) + masks, sinks])`` over ``columns``."""
 
     product: Product
     columns: Leaves
@@ -33,6 +34,8 @@ class ScorePath:
     softcap: float | None
     masks: tuple[MaskOperand, ...]
     sinks: tuple[Sink, ...]
+    multipliers: tuple[Multiplier, ...]
+    floor: Floor | None = None
 
 
 def walk_scores(softmax: Softmax, product: Node, facts: Facts) -> ScorePath:
@@ -57,20 +60,36 @@ def walk_scores(softmax: Softmax, product: Node, facts: Facts) -> ScorePath:
     found, cap = facts.axes.products[product], stages.cap_outer
     # c * tanh(a * s) is the operator's softcap * tanh(scale * s / softcap) at scale a * c.
     scale = stages.factor * found.alpha * (1.0 if cap is None else cap)
-    if found.addend is not None:
+    if found.addend is not None and not _is_zero(found.addend, node, facts):
         uncapped(node, stages)
+        unscaled(node, stages)
         stages.through(node)
         stages.masks.append(MaskOperand(found.addend, node, "add", stages.factor * found.beta, ends=stages.holds))
     for operand in stages.masks:
         independent(operand.node, operand.on, node, facts.mutations)
+    for one in stages.multipliers:
+        independent(one.node, one.on, node, facts.mutations, "a scale")
     for sink in stages.sinks:
         if isinstance(sink.logit, Node):
             independent(sink.logit, sink.on, node, facts.mutations)
-    return ScorePath(found, stages.columns, scale, cap, tuple(stages.masks), tuple(stages.sinks))
+    return ScorePath(
+        found,
+        stages.columns,
+        scale,
+        cap,
+        tuple(stages.masks),
+        tuple(stages.sinks),
+        tuple(stages.multipliers),
+        stages.floor,
+    )
 
 
-def independent(operand: Node, on: Node, product: Node, mutations: Mutations) -> None:
-    """A mask or bias that is computed from the scores is none: it mixes them.
+def _is_zero(addend: Node, at: Node, facts: Facts) -> bool:
+    return facts.constant(addend) == 0 and not facts.mutations.stale(addend, at)
+
+
+def independent(operand: Node, on: Node, product: Node, mutations: Mutations, what: str = "a mask or bias") -> None:
+    """What is computed from the scores is no mask, bias, scale or weight of them: it mixes them.
 
     Raises:
         Unproven: if ``operand`` is made of ``product``.
@@ -81,7 +100,7 @@ def independent(operand: Node, on: Node, product: Node, mutations: Mutations) ->
     while queue:
         node = queue.pop()
         if node is product:
-            raise Unproven(operand, "a mask or bias is computed from the scores themselves", "it stays as it is")
+            raise Unproven(operand, f"{what} is computed from the scores themselves", "it stays as it is")
         if position[node] < start or op_name(node) in _SHAPE_ONLY:
             continue
         sources = node.all_input_nodes[:1] if op_name(node) in SHAPED_LIKE else node.all_input_nodes

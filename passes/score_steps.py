@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from dilcompile.passes.anchors import MaskOperand, Sink
+from dilcompile.passes.anchors import MaskOperand, Multiplier, Sink
 from dilcompile.passes.atoms import Leaves, same_size
 from dilcompile.passes.facts import Facts
+from dilcompile.passes.masks.emptiness import Floor
 from dilcompile.passes.operators import CASTS, REORDERS, is_tensor, op_name, shape_of
 from dilcompile.passes.unproven import Unproven
 
@@ -37,6 +38,7 @@ class Stages:
         ends: the largest number that all dtypes hold, as the softmax sees it.
         limit: beyond it an exponential is zero, until a maximum is taken off.
         cap_outer: c in ``c * tanh(...)``, once the tanh was met.
+        floor: what the scores are lifted to last of all.
     """
 
     columns: Leaves
@@ -45,9 +47,11 @@ class Stages:
     ends: float = math.inf
     limit: float = math.inf
     cap_outer: float | None = None
+    floor: Floor | None = None
     masks: list[MaskOperand] = field(default_factory=list)
     sinks: list[Sink] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
+    multipliers: list[Multiplier] = field(default_factory=list)
 
     def on_path(self, value: Any, facts: Facts) -> bool:
         """Is it made of the product, element by element?"""
@@ -109,6 +113,35 @@ def uncapped(node: Node, stages: Stages) -> None:
         raise Unproven(node, "a mask or bias is added before the soft cap", "add it after the cap")
 
 
+def unscaled(node: Node, stages: Stages) -> None:
+    if stages.multipliers:
+        raise Unproven(node, "the scores are changed otherwise before they are scaled by a tensor", "scale the queries instead")
+
+
+def unweighed(node: Node, stages: Stages) -> None:
+    """One number for all keys of a row is none any more where keys are multiplied each with a number of its own."""
+    if any(one.by_key for one in stages.multipliers):
+        unscaled(node, stages)
+
+
+def multiplier(node: Node, path: Node, other: Node, columns: Leaves, facts: Facts) -> Multiplier:
+    """``other`` as what ``path`` is multiplied with, or divided by, at ``node``.
+
+    Raises:
+        Unproven: if it makes the result larger.
+    """
+    shape = shape_of(node)
+    if len(shape) != len(shape_of(path)) or not all(map(same_size, shape, shape_of(path))):
+        raise Unproven(node, "they are multiplied by a tensor with dims that the scores lack", STAYS)
+    wanted = {id(atom) for atom in columns}
+    sizes = shape_of(other)
+    dims = facts.axes[node][len(shape) - len(sizes) :]
+    by_key = any(
+        not same_size(size, 1) and any(id(atom) in wanted for atom in dim) for dim, size in zip(dims, sizes, strict=True)
+    )
+    return Multiplier(other, node, op_name(node) in ("div", "true_divide"), by_key)
+
+
 def keeps_all(node: Node) -> bool:
     """A slice, expansion or dropout that does nothing."""
     if op_name(node) == "dropout":
@@ -166,7 +199,12 @@ def _scaling(node: Node, stages: Stages, facts: Facts) -> Node:
         raise Unproven(node, "the scores divide something", STAYS)
     if node.kwargs.get("rounding_mode") is not None:
         raise Unproven(node, "the scores are rounded", STAYS)
-    value = facts.factor(other, node)
+    value = facts.scalar(other, node)
+    if value is None and is_tensor(other):
+        stages.multipliers.append(multiplier(node, path, other, stages.columns, facts))
+        return path
+    if value is None:
+        raise Unproven(node, "the scores are scaled by a number that is computed in the graph", "scale the queries instead")
     if divides and value == 0:
         raise Unproven(node, "the scores are divided by zero", STAYS)
     stages.factor *= 1 / value if divides else value
@@ -183,13 +221,17 @@ def _addition(node: Node, stages: Stages, facts: Facts) -> Node:
         of_path, of_other = of_other, of_path
     uncapped(node, stages)
     if is_tensor(other) and is_row_number(other, path, stages.columns, facts):
+        unweighed(node, stages)
         if stages.sinks:
             raise Unproven(node, "a number a row is taken off the scores, but not off the sinks", "take it off both")
         stages.limit = math.inf
     elif is_tensor(other):
+        unscaled(node, stages)
         stages.masks.append(MaskOperand(other, node, "add", stages.factor * of_other, ends=stages.holds))
     elif stages.sinks:
         raise Unproven(node, "a number is added to the scores, but not to the sinks", STAYS)
+    else:
+        unweighed(node, stages)
     # A constant on every score of a row cancels in the softmax.
     stages.factor *= of_path
     return path
@@ -201,10 +243,14 @@ def _masked_fill(node: Node, stages: Stages, facts: Facts) -> Node:
 
 
 def _masked(node: Node, mask: Any, kind: str, fill: Any, stages: Stages, facts: Facts) -> None:
-    value = facts.factor(fill, node) * stages.factor
+    number = facts.scalar(fill, node)
+    if number is None:
+        raise Unproven(node, "hidden scores are filled with a computed number", "fill with -inf")
+    value = number * stages.factor
     if not value <= _HIDES:
         raise Unproven(node, f"hidden scores are filled with {value:g}, which does not hide them", "fill with -inf")
     uncapped(node, stages)
+    unscaled(node, stages)
     if not is_tensor(mask):
         raise Unproven(node, "the mask is not a tensor", STAYS)
     stages.masks.append(MaskOperand(mask, node, kind, 1.0, value, stages.holds))
@@ -226,8 +272,43 @@ def _where(node: Node, stages: Stages, facts: Facts) -> Node:
 def _tanh(node: Node, stages: Stages, facts: Facts) -> Node:
     if stages.cap_outer is not None:
         raise Unproven(node, "two soft caps", STAYS)
+    unscaled(node, stages)
     stages.cap_outer, stages.factor = stages.factor, 1.0
     return first(node)
+
+
+def _lifted(node: Node, stages: Stages, facts: Facts) -> Node:
+    """``max(scores, least)``, ``clamp(scores, min=least)``: acts on -inf alone where no other number is smaller."""
+    halves = op_name(node) in ("max", "maximum")
+    path, least = _at_least(node, stages, facts) if halves else (first(node), _lower_bound(node, facts))
+    if least is None:
+        raise Unproven(node, "the scores are clamped by a computed number", STAYS)
+    if least == -math.inf:
+        return path
+    if least > -largest(node):
+        reason = f"the scores are clamped at {least:g}, which may cut off what counts"
+        raise Unproven(node, reason, "clamp at the dtype's least number")
+    if stages.masks or stages.sinks or stages.multipliers or stages.cap_outer is not None or stages.factor != 1.0:
+        raise Unproven(node, "the scores are changed after they are clamped", "clamp them last")
+    if -least > stages.holds:
+        raise Unproven(node, "the number that scores are clamped at becomes infinite", "clamp in the softmax's own dtype")
+    stages.floor = Floor(least, halves or (stages.floor is not None and stages.floor.halves))
+    return path
+
+
+def _at_least(node: Node, stages: Stages, facts: Facts) -> tuple[Node, float | None]:
+    if len(node.args) < 2 or not is_tensor(node.args[1]):
+        raise Unproven(node, f"aten.{op_name(node)} stands between the product and the softmax", STAYS)
+    path, other = _sides(node, stages, facts)
+    return path, facts.scalar(other, node)
+
+
+def _lower_bound(node: Node, facts: Facts) -> float | None:
+    names = ("min", "max")
+    given = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
+    if given.get("max") is not None:
+        raise Unproven(node, "the scores are clamped from above", STAYS)
+    return facts.scalar(given.get("min"), node)
 
 
 def _cat(node: Node, stages: Stages, facts: Facts) -> Node:
@@ -240,6 +321,7 @@ def _cat(node: Node, stages: Stages, facts: Facts) -> Node:
     if len(scores) != 1:
         raise Unproven(node, "the keys come in several parts, each with a product of its own", STAYS)
     uncapped(node, stages)
+    unscaled(node, stages)
     stages.sinks += [Sink(part, node, dim, stages.factor) for part in parts if part is not scores[0]]
     stages.columns = facts.axes[scores[0]][dim]
     path = scores[0]
@@ -257,6 +339,7 @@ def _pad(node: Node, stages: Stages, facts: Facts) -> Node:
     if not plain or mode != "constant" or value is None or facts.axes[node][-1] != stages.columns:
         raise Unproven(node, "the scores are padded", "mask them instead")
     uncapped(node, stages)
+    unscaled(node, stages)
     number = int(sum(widths))  # type: ignore[arg-type]
     if number:
         stages.sinks.append(Sink(value * stages.factor + math.log(number), node, len(shape_of(node)) - 1))
@@ -287,6 +370,7 @@ STEPS: dict[str, Step] = {
     "masked_fill": _masked_fill,
     "where": _where,
     "tanh": _tanh,
+    **dict.fromkeys(("max", "maximum", "clamp", "clamp_min"), _lifted),
     **dict.fromkeys(("cat", "concat"), _cat),
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     **dict.fromkeys(("matmul", "bmm", "mm", "einsum", "linear", "conv2d", "baddbmm"), _mixed),

@@ -33,15 +33,15 @@ def _is_like_attention(node: Node) -> bool:
 
 
 def subclasses(values: Mapping[Node, Any]) -> str:
-    """The inputs that are tensor subclasses, in words; empty if there are none.
+    """The tensors that are of a subclass, the first of each, in words; empty if there are none.
 
     The operators of a subclass mean what it says that they mean, so that no rule of the finder holds for them.
     """
-    return ", ".join(
-        f"{node.name} is a {type(value).__name__}"
-        for node, value in values.items()
-        if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value)
-    )
+    first: dict[str, Node] = {}
+    for node, value in values.items():
+        if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
+            first.setdefault(type(value).__name__, node)
+    return ", ".join(f"{node.name} is a {kind}" for kind, node in first.items())
 
 
 def closed_bodies(parts: Iterable[GraphModule]) -> Iterator[str]:

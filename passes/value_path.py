@@ -2,40 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
 
+from dilcompile.passes.anchors import Multiplier
 from dilcompile.passes.atoms import Leaves
 from dilcompile.passes.axes import Axes
-from dilcompile.passes.operators import CASTS, REORDERS, op_name
+from dilcompile.passes.facts import Facts
+from dilcompile.passes.operators import CASTS, REORDERS, is_tensor, op_name
 from dilcompile.passes.products import Product
-from dilcompile.passes.score_steps import STAYS, keeps_all, uncast
+from dilcompile.passes.score_path import independent
+from dilcompile.passes.score_steps import STAYS, keeps_all, multiplier, uncast
 from dilcompile.passes.unproven import Unproven
 
+_SCALINGS = frozenset(("mul", "div", "true_divide"))
 _DROPOUT = frozenset(("dropout", "native_dropout"))
 _CURE = "run the model without output_attentions / need_weights, and without a graph break after the attention"
 
 
 @dataclass(frozen=True)
 class ValuePath:
-    """``dropout(probabilities) x values``; ``probabilities`` is the operand of the product."""
+    """``factor * multipliers * dropout(probabilities) x values``.
+
+    Args:
+        probabilities: the operand of the product.
+        cleared: NaN among the probabilities becomes 0.
+    """
 
     product: Product
     probabilities: Node
     dropout_p: float
+    factor: float
+    multipliers: tuple[Multiplier, ...]
+    cleared: bool
 
 
-def walk_values(probabilities: Node, columns: Leaves, axes: Axes) -> ValuePath:
+def walk_values(probabilities: Node, columns: Leaves, scores: Node, facts: Facts) -> ValuePath:
     """From the probabilities to the one product that consumes them.
 
     Args:
         columns: the axis that is left when the sinks are dropped.
+        scores: the product that the probabilities are made of.
 
     Raises:
         Unproven: if the probabilities are changed, or used by anything else too.
     """
-    node, kept = probabilities, 1.0
+    node, kept, factor, axes = probabilities, 1.0, 1.0, facts.axes
+    multipliers: list[Multiplier] = []
+    cleared = False
     while True:
         users = [user for user in node.users if user.op != "call_function" or _matters(user)]
         if len(users) != 1:
@@ -45,8 +61,18 @@ def walk_values(probabilities: Node, columns: Leaves, axes: Axes) -> ValuePath:
             product = axes.products[user]
             if product.alpha != 1.0 or product.addend is not None:
                 raise Unproven(user, "something is added to the output of the value product", STAYS)
-            return ValuePath(product, node, 1.0 - kept)
-        kept *= _through(user, columns, axes)
+            return ValuePath(product, node, 1.0 - kept, factor, tuple(multipliers), cleared)
+        if op_name(user) in _SCALINGS:
+            weight = _weight(user, node, columns, scores, facts)
+            if isinstance(weight, Multiplier):
+                multipliers.append(weight)
+            else:
+                factor *= weight
+        elif op_name(user) == "nan_to_num":
+            _clears(user, multipliers, facts)
+            cleared = True
+        else:
+            kept *= _through(user, columns, axes)
         node = user
 
 
@@ -62,6 +88,31 @@ def _returned(user: Node) -> bool:
 
 def _matters(user: Node) -> bool:
     return op_name(user) not in ("sym_size", "_assert_tensor_metadata")
+
+
+def _weight(user: Node, node: Node, columns: Leaves, scores: Node, facts: Facts) -> float | Multiplier:
+    """What the probabilities ``node`` are multiplied with: a number, or a tensor that is not made of them."""
+    first, second = user.args[:2]
+    divides = op_name(user) != "mul"
+    if first is second or (divides and first is not node) or user.kwargs.get("rounding_mode") is not None:
+        raise Unproven(user, f"aten.{op_name(user)} stands between the softmax and the values", STAYS)
+    other = second if first is node else first
+    number = facts.scalar(other, user)
+    if number is not None and not (divides and number == 0):
+        return 1 / number if divides else number
+    if number is not None or not isinstance(other, Node) or not is_tensor(other):
+        raise Unproven(user, "the probabilities are multiplied by a number that is computed in the graph", STAYS)
+    independent(other, user, scores, facts.mutations, "a weight of the probabilities")
+    return multiplier(user, node, other, columns, facts)
+
+
+def _clears(user: Node, multipliers: Sequence[Multiplier], facts: Facts) -> None:
+    """``nan_to_num`` of probabilities: none of them is infinite."""
+    given = user.args[1] if len(user.args) > 1 else user.kwargs.get("nan")
+    if given is not None and facts.scalar(given, user) != 0:
+        raise Unproven(user, "NaN among the probabilities becomes another number than 0", "fill with 0")
+    if multipliers:
+        raise Unproven(user, "the probabilities are multiplied by a tensor before NaN becomes 0", "clear them first")
 
 
 def _through(user: Node, columns: Leaves, axes: Axes) -> float:
@@ -81,8 +132,6 @@ def _through(user: Node, columns: Leaves, axes: Axes) -> float:
         return 1.0 - float(p) if train else 1.0  # type: ignore[arg-type]
     if name == "getitem" and op_name(user.args[0]) == "native_dropout":  # type: ignore[arg-type]
         return 1.0
-    if name == "mul":
-        raise Unproven(user, "the probabilities are multiplied (a head mask or renormalisation)", STAYS)
     if name in ("matmul", "bmm", "einsum", "linear", "conv2d"):
         raise Unproven(
             user, "the probabilities are mixed by a learned product (talking heads)", "no form covers it; it stays as it is"

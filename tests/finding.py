@@ -43,7 +43,7 @@ def said(found: Found) -> str:
     for outcome in found.outcomes:
         for verdict in outcome.report.verdicts:
             site = verdict.site
-            text = str(site.mask) + ("" if site.bias is None else " + bias") + f" ({site.mask.empty_rows})"
+            text = str(site.mask) + (" + bias" if site.bias else "") + f" ({site.mask.empty_rows})"
             lines.append(text if hasattr(verdict, "form") else f"kept: {text}")
     return "; ".join(lines) or "nothing"
 

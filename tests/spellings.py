@@ -163,7 +163,7 @@ class Spelling:
 
 
 LAYOUTS = ("bhsd", "b*h", "h*b", "einsum", "einsum_kq", "einsum_last", "baddbmm", "sdpa", "kernel", "five")
-SCALES = ("mul", "div", "query", "key", "both", "tensor", "buffer", "inplace", "none")
+SCALES = ("mul", "div", "query", "key", "both", "tensor", "buffer", "inplace", "learned", "none")
 MASKS = ("none", "causal", "window", "band", "padding", "causal+padding", "reach")
 MAKERS = ("arange", "tril", "triu", "buffer", "reverse")
 HIDES = ("fill_inf", "fill_min", "fill_", "where", "where_hide", "add", "add_", "one_minus", "add_where")
@@ -223,6 +223,7 @@ class Written(nn.Module):
         self.kv = nn.Linear(heads * features, 2 * self.kv_heads * features)
         self.register_buffer("table", torch.ones(length + 3, length + 3, dtype=torch.bool).tril()[None, None])
         self.register_buffer("factor", torch.tensor(SCALE))
+        self.temperature = nn.Parameter(torch.tensor(SCALE))
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         batch, length, _ = x.shape
@@ -302,6 +303,8 @@ class Written(nn.Module):
             return scores * torch.tensor(SCALE, dtype=scores.dtype)
         if how == "buffer":
             return self.factor * scores
+        if how == "learned":
+            return scores * self.temperature
         return scores.mul_(SCALE) if how == "inplace" else scores
 
     def _hidden(self, scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -375,11 +378,11 @@ class Written(nn.Module):
     def _kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """SDPA's kernel on CPU, by its own name."""
         added = None if mask is None else self._hidden(torch.zeros(mask.shape, dtype=q.dtype), mask)
-        scale = SCALE if self.spelling.scale not in ("query", "key", "both", "none") else 1.0
+        scale = SCALE if self.spelling.scale not in ("query", "key", "both", "learned", "none") else 1.0
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=added, scale=scale)[0]
 
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        scale = SCALE if self.spelling.scale not in ("query", "key", "both", "none") else 1.0
+        scale = SCALE if self.spelling.scale not in ("query", "key", "both", "learned", "none") else 1.0
         if mask is not None and self.spelling.hide not in ("fill_inf", "fill_", "where"):
             mask = self._hidden(torch.zeros(mask.shape, dtype=q.dtype), mask)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

@@ -232,6 +232,12 @@ def test_fuel(monkeypatch: pytest.MonkeyPatch) -> None:
             r"options: unknown key 'polcy' \(did you mean 'policy'\?\); the keys are policy, mode, inner, report",
         ),
         ({"inner": "nvfuser"}, "options: inner must be one of inductor, aot_eager, eager, not 'nvfuser'"),
+        ({"inner": 3}, "options: inner must be one of inductor, aot_eager, eager, not 3"),
+        ({"mode": 3}, "options: mode must be one of default, .*, not 3"),
+        ({"policy": 3}, "a policy is a path, a preset's name, a dict or a Policy, not 3"),
+        ({"policy": ""}, "a policy is a path, a preset's name, a dict or a Policy, not an empty text"),
+        ({"report": 3}, "options: report must be the path of an .html or .json file, not 3; leave it out for no report"),
+        ({"report": True}, "options: report must be the path of an .html or .json file, not True; leave it out for no report"),
         ({"mode": "fast"}, "options: mode must be one of default, .*, not 'fast'"),
         ({"mode": "max-autotune", "inner": "eager"}, "options: mode 'max-autotune' is Inductor's, but inner is 'eager'"),
         ({"policy": "exact", "inner": "eager", "report": "x.pdf"}, r"\.pdf"),
@@ -313,3 +319,57 @@ def test_a_second_process_hits_the_caches(tmp_path: Path) -> None:
     assert first["aot"]["autograd_cache_miss"] == 1
     assert second["aot"].get("autograd_cache_hit") == 1
     assert "autograd_cache_miss" not in second["aot"]
+
+
+def test_a_policy_that_matches_nothing_says_so() -> None:
+    rule = {"name": "far", "match": {"module": "layers.*.atn"}, "apply": {"form": "dense"}}
+    model, x = Stack(SdpaAttention), torch.randn(2, 16, 32)
+    with pytest.warns(
+        DilcompileWarning, match=r"no rule of the policy p takes any of the 2 attention sites .* nearest is rule far"
+    ):
+        found = compiled(model, {"policy": {"name": "p", "rules": [rule]}, "inner": "eager"})(x)
+    torch.testing.assert_close(found, model(x))
+
+
+def test_a_graph_without_sites_is_not_unmatched() -> None:
+    """The break splits the model; warnings are errors here."""
+    rule = {"name": "all", "match": {"kind": "self"}, "apply": {"form": "dense"}}
+    model, x = nn.Sequential(NoAttention(), Stack(SdpaAttention, broken=True), NoAttention()), torch.randn(2, 16, 32)
+    compiled(model, {"policy": {"rules": [rule]}, "inner": "eager"})(x)
+    assert tally("graphs") > 1
+    assert tally("sites_rewritten") == tally("sites_found") >= 1
+
+
+def _policy(form: str) -> dict[str, Any]:
+    return {"rules": [{"name": "r", "apply": {"form": form}}]}
+
+
+def _rewrites(policy: Any) -> int:
+    """How many sites the same function has rewritten since, compiled once more."""
+    counters.clear()
+    compiled(_SAME, {"policy": policy, "inner": "eager"})(torch.randn(1, 8, 32))
+    return tally("sites_rewritten")
+
+
+_SAME = SdpaAttention()
+
+
+def test_options_that_differ_compile_anew() -> None:
+    assert [_rewrites(_policy(form)) for form in ("keep", "dense")] == [0, 1]
+
+
+def test_an_edited_policy_is_read_after_a_reset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/policy.md: Dynamo keeps what it compiled for equal options."""
+    path, held = tmp_path / "p.json", _policy("keep")
+    sources: list[tuple[Any, Any]] = [(str(path), lambda form: path.write_text(json.dumps(_policy(form))))]
+    sources.append((held, lambda form: held.update(_policy(form))))
+    sources.append((None, lambda form: monkeypatch.setenv("DILCOMPILE_POLICY", str(tmp_path / f"{form}.json"))))
+    for form in ("keep", "dense"):
+        (tmp_path / f"{form}.json").write_text(json.dumps(_policy(form)))
+    for source, write in sources:
+        write("keep")
+        assert _rewrites(source) == 0
+        write("dense")
+        torch._dynamo.reset()
+        assert _rewrites(source) == 1
+        torch._dynamo.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,13 +10,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from finding import Call
 from models import NoAttention
 from spellings import EXACT, Found, compiled
 from torch import Tensor, nn
+from torch._C import DispatchKey
+from torch._higher_order_ops.base_hop import BaseHOP
+from torch._higher_order_ops.hints_wrap import hints_wrapper
+from torch._ops import HigherOrderOperator
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
+import dilcompile
 from dilcompile import RewriteError
 from dilcompile.pipeline import rewrite_dynamo
 from dilcompile.policy import Policy
@@ -188,6 +195,111 @@ def test_jagged_tensors_pass_through() -> None:
     torch.testing.assert_close(run(x).values(), heads(x).values())
     assert found.graphs == []
     assert "is a NestedTensor" in notes(found)[0]
+
+
+def test_strided_nested_tensors_pass_through() -> None:
+    def call(x: Tensor) -> Tensor:
+        return torch.bmm(torch.bmm(x, x.transpose(1, 2)).softmax(-1), x)
+
+    x = torch.nested.nested_tensor([torch.randn(5, 16), torch.randn(7, 16)])
+    run, found = compiled(call)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x).to_padded_tensor(0.0), call(x).to_padded_tensor(0.0))
+    assert found.outcomes == []
+    text = " ".join(str(dilcompile.explain(call, x, policy="exact")).split())
+    assert "no attention was found" in text
+    assert "Dynamo captured nothing of this call" in text or "torch.compile broke the graph" in text
+
+
+class Mine(BaseHOP):
+    """A higher-order operator of the user's own, as torch has people write one."""
+
+    def __init__(self) -> None:
+        super().__init__("bad_input_mine")
+
+    def __call__(self, body: Any, *operands: Any, **how: Any) -> Any:
+        return super().__call__(body, *operands, **how)
+
+
+class Bare(HigherOrderOperator):
+    """One that Dynamo does not know: it breaks the graph there."""
+
+    def __init__(self) -> None:
+        super().__init__("bad_input_bare")
+
+    def __call__(self, body: Any, *operands: Any) -> Any:
+        return super().__call__(body, *operands)
+
+
+MINE, BARE = Mine(), Bare()
+for _key in (DispatchKey.CompositeExplicitAutograd, DispatchKey.Autograd):
+    BARE.py_impl(_key)(lambda body, *operands: body(*operands))
+
+
+def hinted(x: Tensor) -> Tensor:
+    return hints_wrapper(attend, (x,), {}, hints={"any": True})
+
+
+@pytest.mark.parametrize(("call", "operator"), [(hinted, "hints_wrapper"), (lambda x: MINE(attend, x), "bad_input_mine")])
+def test_higher_order_operators_that_are_not_known(call: Callable[..., Tensor], operator: str) -> None:
+    def also_outside(x: Tensor) -> Tensor:
+        return attend(call(x)[:, 0])
+
+    (run, found), x = compiled(also_outside), numbers()
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), attend(attend(x)[:, 0]), rtol=0, atol=1e-12)
+    told = [note for note in notes(found) if note.startswith((operator, "left as it is"))]
+    assert told, notes(found)
+    assert "softmax or attention call" in told[0]
+    assert found.rewritten == 1
+
+
+def test_a_higher_order_operator_that_breaks_the_graph() -> None:
+    found = same(lambda x: attend(BARE(attend, x)[:, 0]), numbers())
+    assert (len(found.sites), found.rewritten) == (2, 2), "the parts before and after it"
+
+
+def exported(call: Callable[..., Tensor], *args: Any, where: Any, strict: bool) -> dict[str, Any]:
+    """The program computes the same; what its report says of the graph."""
+    model = call if isinstance(call, nn.Module) else Call(call)
+    with torch.no_grad():
+        program = torch.export.export(model, args, strict=strict)
+        after = dilcompile.rewrite_exported(program, "exact", report=where / "report.json").module()(*args)
+        wanted = model(*args)
+    if isinstance(wanted, DTensor):
+        after, wanted = after.full_tensor(), wanted.full_tensor()
+    torch.testing.assert_close(after, wanted, rtol=0, atol=1e-12)
+    (graph,) = json.loads((where / "report.json").read_text())["graphs"]
+    described: dict[str, Any] = graph
+    return described
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("call", "given", "operator", "sites"),
+    [
+        (branch, (), "cond", 0),
+        (in_and_after_a_branch, (), "cond", 1),
+        (repeated, (), "while_loop", 0),
+        (Chosen(), (torch.tensor([1, 1, 0, 1, 1, 0, 1, 1]),), None, 1),
+        (Cut(), (torch.tensor(5),), None, 1),
+    ],
+)
+def test_exported_programs(call: Any, given: Any, operator: str | None, sites: int, strict: bool, tmp_path: Any) -> None:
+    graph = exported(call, numbers(), *given, where=tmp_path, strict=strict)
+    assert [site["verdict"] for site in graph["sites"]] == ["rewritten"] * sites
+    assert [note.split()[0] for note in graph["notes"]] == ([] if operator is None else [operator])
+    assert not any("eval_with_key" in said for said in (*graph["notes"], *(site["source"] for site in graph["sites"])))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_dtensors(strict: bool, alone: Any, tmp_path: Any) -> None:
+    x = distribute_tensor(numbers(), alone, [Shard(0)])
+    graph = exported(attend, x, where=tmp_path, strict=strict)
+    assert (graph["sites"], graph["misses"]) == ([], [])
+    (note,) = graph["notes"]
+    assert note.startswith("left as it is: it computes with tensor subclasses (")
+    assert "is a DTensor" in note
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 16), (0, 8, 16), (2, 1, 16)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from typing import Any
 
 import pytest
@@ -72,7 +73,9 @@ def test_a_site_says_everything(report: Any) -> None:
     assert "keep[b, k]" in site["mask"]["formula"]
     assert (site["softcap"], site["dropout_p"]) == (20.0, pytest.approx(0.1))
     assert site["scale"] == pytest.approx(0.3)
-    assert site["bias"]
+    (bias,) = site["bias"]
+    assert (bias["word"], bias["slopes"]) == ("tensor", [])
+    assert bias["tensor"]
     assert (site["dtype"], site["softmax_dtype"]) == ("bfloat16", "float32")
 
 
@@ -85,11 +88,47 @@ def test_the_table_shows_it(report: Any) -> None:
         "H 4/2",
         "causal & padding",
         "bfloat16, softmax in float32",
-        "scale 0.3, soft cap 20, bias, dropout 0.1",
+        "scale 0.3, soft cap 20, bias tensor, dropout 0.1",
     ):
         assert part in text.replace("\n", " ") or part in " ".join(text.split())
     (site,) = report.sites
     assert site.operands[0].split()[0] in text
+
+
+def test_the_page_shows_it(report: Any) -> None:
+    page = html.unescape(report.to_html())
+    (site,) = report.sites
+    for part in (
+        "layers.0",
+        site.source,
+        "self matmul-softmax",
+        "H 4/2",
+        "causal & padding",
+        site.mask.formula,
+        "bfloat16, softmax in float32",
+        "scale 0.3, soft cap 20, bias tensor, dropout 0.1",
+        *(f"{role} {tensor}" for role, tensor in zip("qkv", site.operands, strict=True)),
+        f"bias {site.bias[0].tensor}",
+        '<span class="tag exact">exact</span>',
+    ):
+        assert part in page, part
+
+
+@pytest.mark.parametrize(
+    ("dtype", "softmax"), [(torch.float64, "float64"), (torch.float32, "float32"), (torch.bfloat16, "float32")]
+)
+def test_a_call_computes_in_float32_at_least(dtype: torch.dtype, softmax: str) -> None:
+    def flash(q: Tensor) -> Tensor:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0]
+
+    with torch.no_grad():
+        report = dilcompile.explain(flash, torch.randn(1, 2, 16, 8).to(dtype), policy="exact")
+    described: Any = report.to_dict()
+    own = str(dtype).removeprefix("torch.")
+    (site,) = described["graphs"][0]["sites"]
+    assert (site["dtype"], site["softmax_dtype"]) == (own, softmax)
+    text = " ".join(str(report).split())
+    assert ("softmax in" in text) == (own != softmax)
 
 
 @pytest.mark.parametrize(("policy", "fidelity"), [("exact", "exact"), (WINDOW, "approximate")])
@@ -130,6 +169,12 @@ def test_a_miss_says_where_why_and_what_to_do(call: Any) -> None:
     assert miss.reason
     assert miss.cure
     assert miss.source.startswith("test_explain.py:")
+    described: Any = report.to_dict()
+    assert described["graphs"][0]["misses"] == [
+        {"module": miss.module, "source": miss.source, "node": miss.node, "reason": miss.reason, "cure": miss.cure}
+    ]
+    page = html.unescape(report.to_html())
+    assert all(part in page for part in (miss.source, f"{miss.node}: {miss.reason}", miss.cure))
     text = " ".join(str(report).split())
     assert "Missed: looks like attention and was left alone" in text
     assert f"{miss.node}: {miss.reason}" in text

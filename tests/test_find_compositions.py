@@ -49,10 +49,9 @@ def test_windowed_compositions(spelling: Spelling) -> None:
 @given(spellings)
 def test_dynamic_compositions(spelling: Spelling) -> None:
     found = check_exact(spelling, dynamic=True)
-    learned = "the scores are scaled by a tensor (a learned or computed temperature)"
-    if spelling.scale == "tensor":
-        # Dynamo makes a float an input of the graph under dynamic=True: the scale is data then.
-        assert {miss.reason for miss in found.misses} <= {learned}
+    # Dynamo makes a float an input of the graph under dynamic=True: a scale beside a soft cap, mask or sink is data then.
+    otherwise = "the scores are changed otherwise before they are scaled by a tensor"
+    assert {miss.reason for miss in found.misses} <= ({otherwise} if spelling.scale == "tensor" else set())
+    if found.misses:
         return
-    assert found.misses == []
     assert len(found.sites) >= 1

@@ -15,8 +15,8 @@ import torch
 from finding import Call, Mutation, check, double, must_be_noticed  # noqa: F401  (the fixture works by being here)
 from spellings import Spelling, Written, agree, inputs_of
 
-from dilcompile.passes import axes, match, mutations, rewrite, roles, score_path, score_steps, value_path
-from dilcompile.passes.spellings import exp_over_sum, flash, flex
+from dilcompile.passes import axes, facts, match, mutations, rewrite, roles, score_path, score_steps, value_path
+from dilcompile.passes.spellings import exp_over_sum, flash, flex, own_sum, renormalised
 
 
 def case(name: str, **options: Any) -> Callable[[], None]:
@@ -73,6 +73,11 @@ def _crossed() -> None:
     agree(Call(call), torch.randn(2, 9, 4), torch.randn(2, 9, 4), torch.randn(2, 3, 3, 4))
 
 
+def _without_more(*given: Any) -> Any:
+    total = own_sum.sum_below(*given)
+    return None if total is None else own_sum.Sum(total.dim)
+
+
 # name, where, attribute, what it becomes, the test that must turn red.
 MUTATIONS: list[Mutation] = [
     ("writes are forgotten: scores", mutations.Mutations, "writes", lambda *_: [], case("scores, by setitem")),
@@ -88,7 +93,9 @@ MUTATIONS: list[Mutation] = [
     ("sinks take nothing", rewrite, "_past_sinks", lambda emit, out, *_: out, lambda: sinks.test_learned_sinks(None, False, 1)),
     ("sinks are data", match, "_sinks", lambda *_: "none", sinks.test_a_sink_of_data_beside_rows_without_keys_is_kept),
     ("any slice drops the sinks", value_path, "keeps_all", lambda node: True, sunk("the wrong column dropped")),
-    ("any sum will do", exp_over_sum, "reduced_dim", lambda *_: 3, anchored("not found: over another's sum")),
+    ("any sum will do", own_sum, "reduced_dim", lambda *_: 3, anchored("not found: over another's sum")),
+    ("a number in the sum is lost", renormalised, "sum_below", _without_more, anchored("not found: a number in the sum")),
+    ("any mask holds 0 and 1", facts.Facts, "zeros_and_ones", lambda *_: "surely", anchored("not found: a mask of other numbers")),
     ("a clamp never acts", exp_over_sum, "_check", lambda *_: None, anchored("not found: clamped")),
     ("a finite number keeps its weight", exp_over_sum, "_NOTHING", 1e300, lambda: anchors.test_rows_without_keys_under_infinity()),
     ("soft caps let masks through", flex, "_modified", lambda body: (1.0, None, True), lambda: flexes.test_score_mods(flexes.SCORE_MODS[0])),

@@ -56,10 +56,10 @@ def _check_found(spelling: Spelling, found: Found) -> None:
     assert site.kind == "self"
     assert str(site.mask) == _words(spelling)
     factor = 2.0 if spelling.layout == "baddbmm" else 1.0
-    assert site.scale == pytest.approx(factor * (1.0 if spelling.scale == "none" else SCALE))
+    assert site.scale == pytest.approx(factor * (1.0 if spelling.scale in ("none", "learned") else SCALE))
     if spelling.share != "none" and heads > 1:
         assert site.kv_heads == Written(spelling).kv_heads
-    assert site.bias is None
+    assert site.bias == ()
 
 
 def may_be_kept(spelling: Spelling) -> bool:

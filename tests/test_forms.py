@@ -47,7 +47,7 @@ def test_parse(text: str, form: Form) -> None:
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("dilated", {"segments": [], "rates": []}, "segments and rates are empty"),
-    ("dilated", {"segments": [8], "rates": [1, 2]}, "1 segments (8,) but 2 rates (1, 2)"),
+    ("dilated", {"segments": [8], "rates": [1, 2]}, "segments has 1 entries but rates has 2; give one rate a segment"),
     ("dilated", {"segments": [0], "rates": [1]}, "segments[0] must be a whole number of at least 1, not 0"),
     ("dilated", {"segments": [True], "rates": [1]}, "segments[0] must be a whole number of at least 1, not True"),
     ("dilated", {"segments": [8.0], "rates": [1]}, "segments[0] must be a whole number of at least 1, not 8.0"),

@@ -15,6 +15,7 @@ import torch
 from oracles import Setting, counts, output_scale, softmax
 from torch import Tensor
 
+from dilcompile.decision import KERNEL_NAMES
 from dilcompile.errors import KernelError
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow, parse_form
 from dilcompile.lowering import engines, ops, pieces, select, strided, views
@@ -568,6 +569,10 @@ def test_every_mutation_is_noticed(mutation: Callable[[pytest.MonkeyPatch], None
 
 def test_every_kernel_is_in_the_matrix() -> None:
     assert set(ON_CPU) | {"flash"} == set(select.KERNELS)
+
+
+def test_policies_know_every_kernel_by_name() -> None:
+    assert tuple(select.KERNELS) == KERNEL_NAMES
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])

@@ -47,6 +47,24 @@ def test_zeros_and_ones_are_padding_and_more_is_an_error(training: bool, inner: 
             compiled(x, mask)
 
 
+class Renormalised(nn.Module):
+    """Probabilities times a mask of integers, divided by their own sum."""
+
+    def forward(self, x: Tensor, m: Tensor) -> Tensor:
+        weights = (x @ x.mT * 8**-0.5).softmax(-1) * m[:, None, :].to(x.dtype)
+        return weights / weights.sum(-1, keepdim=True) @ x
+
+
+def test_what_probabilities_are_multiplied_with_is_checked() -> None:
+    _, x, mask = drawn()
+    compiled: Any = torch.compile(Renormalised(), backend="dilated", options={"policy": "exact", "inner": "eager"})
+    torch.testing.assert_close(compiled(x, mask), Renormalised()(x, mask), rtol=0, atol=1e-12)
+    assert torch._dynamo.utils.counters["dilcompile"]["sites_rewritten"] > 0
+    mask[0, 3] = 2
+    with pytest.raises(RuntimeError, match=r"the padding mask .* holds other numbers than 0 and 1"):
+        compiled(x, mask)
+
+
 def test_one_check_a_tensor_in_an_exported_program() -> None:
     _, x, mask = drawn()
     program = torch.export.export(Twice(), (x, mask))

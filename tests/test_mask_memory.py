@@ -148,4 +148,4 @@ def test_a_table_of_biases_is_said_to_be_one() -> None:
         largest = _largest(lambda: run(input_ids=torch.randint(0, 32, (1, 2048))))
     assert largest >= 2048 * 2048
     (site,) = found.sites
-    assert site.bias is not None
+    assert site.bias

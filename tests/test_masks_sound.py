@@ -164,7 +164,7 @@ def square() -> tuple[Tensor, ...]:
 SCORES: list[Case] = [
     ("rounded", of_scores(lambda s: torch.div(s, 0.5, rounding_mode="floor")), qkv, "miss: the scores are rounded"),
     ("cast to integers", of_scores(lambda s: s.to(torch.int32).to(s.dtype)), qkv, "miss: a cast to int32 cuts fractions off"),
-    ("clamped", of_scores(lambda s: s.clamp(-1, 1)), qkv, "miss: aten.clamp stands between the product and the softmax"),
+    ("clamped", of_scores(lambda s: s.clamp(-1, 1)), qkv, "miss: the scores are clamped from above"),
     ("negated", of_scores(torch.neg), qkv, "none (zero)"),
     ("a fill made small again", of_scores(lambda s: s.masked_fill(later(), -1e4) / 1e4), qkv, "miss: hidden scores are filled with -1, which does not hide them"),
     ("a fill turned round", of_scores(lambda s: s.masked_fill(later(), -1e9) * -1), qkv, "miss: hidden scores are filled with 1e+09, which does not hide them"),
@@ -182,7 +182,7 @@ SCORES: list[Case] = [
     ("softmax over the queries, turned", lambda q, k, v: (q @ k.mT).softmax(-1).mT @ v, qkv, "miss: the value product does not sum over the key axis"),
     ("softmax over the heads", lambda q, k, v: (q @ k.mT).softmax(1) @ v, qkv, "miss: the softmax does not run over the key axis of the product"),
     ("transposed scores", lambda q, k, v: (k @ q.mT).softmax(-2).mT @ v, qkv, "none (zero)"),
-    ("doubled weights", of_weights(lambda w: w * 2), qkv, "miss: the probabilities are multiplied (a head mask or renormalisation)"),
+    ("doubled weights", of_weights(lambda w: w * 2), qkv, "none (zero)"),
     ("masked weights", of_weights(lambda w: w.masked_fill(later(), 0)), qkv, "miss: aten.masked_fill stands between the softmax and the values"),
     ("renormalised weights", of_weights(lambda w: w / w.sum(-2, keepdim=True)), qkv, "miss: the attention weights are used elsewhere too"),
     ("returned weights", lambda q, k, v: (lambda w: (w @ v, w))((q @ k.mT).softmax(-1)), qkv, "miss: the attention weights are returned"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ def findings(*rules: dict[str, Any], mesh: dict[str, Any] | None = None, **optio
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_clean(name: str) -> None:
-    assert check(Policy.load(name), kernels=("reference",)) == []
+    assert check(Policy.load(name)) == []
 
 
 IMPOSSIBLE = [
@@ -79,6 +81,25 @@ def test_shadowed() -> None:
     assert findings({"match": {"ignore": "a"}}, {"match": {"module": "b"}}) == []
 
 
+def test_a_hidden_rule_of_an_extended_file_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "rules:\n- {name: a, match: {kind: self}, apply: {form: dense}}\n- {name: b, match: {min_seq: 9, max_seq: 8}, apply: {form: keep}}\n"
+    )
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: [base.yaml]\nrules:\n- {name: all, apply: {form: keep}}\n")
+    policy, base = Policy.load(own), tmp_path / "base.yaml"
+    impossible = f"error: rule b ({base}:3) can match no site: min_seq 9 is above max_seq 8"
+    hidden = [
+        f"warning: rule {name} ({base}:{line}) is never reached: rule all ({own}:3) takes all of its sites"
+        for name, line in (("a", 2), ("b", 3))
+    ]
+    for twin in (policy, pickle.loads(pickle.dumps(policy))):
+        assert [str(found) for found in check(twin)] == [hidden[0], impossible, hidden[1]]
+    # The same rules in the file itself are a mistake in it.
+    own.write_text("rules:\n- {name: all, apply: {form: keep}}\n- {name: a, match: {kind: self}, apply: {form: dense}}\n")
+    assert [found.level for found in check(Policy.load(own))] == ["error"]
+
+
 def test_mesh_product() -> None:
     mesh = {"cp": {"size": 4}, "tp": {"size": 2}}
     rule = {"match": {"world_size": 4}, "shard": {"mesh": "cp"}}
@@ -97,12 +118,16 @@ def test_halo_needs_contiguous(order: str) -> None:
     assert findings({"shard": {**halo, "method": "ring"}}, mesh=cut) == []
 
 
-def test_unknown_kernel() -> None:
-    rule = {"apply": {"form": "dense", "kernel": "flx"}}
-    names = ("reference", "flex")
-    expected = ["error: rule r0 asks for kernel 'flx'; the kernels are reference, flex (did you mean 'flex'?)"]
-    assert findings(rule, kernels=names) == expected
-    assert findings(rule) == []
+def test_more_branches_than_heads() -> None:
+    grouped = {"form": "dilated", "segments": [64] * 5, "rates": [1] * 5, "heads": "grouped"}
+    for heads in (4, "1-4", [2, 4]):
+        (few,) = findings({"match": {"heads": heads}, "apply": grouped})
+        assert few.startswith(
+            "error: rule r0 can act on no site: dilated can't be given to what it matches: heads='grouped' gives"
+        )
+    for heads in (5, "4-", [2, 8]):
+        assert findings({"match": {"heads": heads}, "apply": grouped}) == []
+    assert findings({"apply": grouped}) == []
 
 
 def test_dropout_under_sharding() -> None:

@@ -50,13 +50,20 @@ def test_check_prints_every_problem_to_stderr(tmp_path: Path) -> None:
 
 
 def test_check_fails_on_rules_that_never_act(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "p.yaml", "rules:\n- {name: a, apply: {form: keep}}\n- {name: b, apply: {form: dense, kernel: nope}}\n"
-    )
+    path = write(tmp_path / "p.yaml", "rules:\n- {name: a, apply: {form: keep}}\n- {name: b, apply: {form: dense}}\n")
     done = runner.invoke(app, ["policy", "check", path])
     assert done.exit_code == 1
     assert f"error: rule b ({path}:3) is never reached: rule a ({path}:2) takes all of its sites\n" in done.stderr
-    assert f"error: rule b ({path}:3) asks for kernel 'nope'; the kernels are " in done.stderr
+
+
+def test_check_refuses_an_unknown_kernel(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.yaml", "rules:\n- {name: b, apply: {form: dense, kernel: flesh}}\n")
+    done = runner.invoke(app, ["policy", "check", path])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"{path}:2:42: rules[0].apply.kernel: expected 'native', 'sdpa', 'flash', 'cpu' or 'reference', got 'flesh'"
+        " (did you mean 'flash'?)\n"
+    )
 
 
 def test_check_on_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +116,55 @@ def test_examples(monkeypatch: pytest.MonkeyPatch) -> None:
         load_example("x")
     with pytest.raises(DilcompileError, match=r"--model no_such_module:f: No module named 'no_such_module'"):
         load_example("no_such_module:f")
+
+
+BROKEN = """
+import torch
+def raises():
+    raise RuntimeError("no weights\\nat home")
+class Broken(torch.nn.Module):
+    def forward(self, x):
+        raise KeyError("gate")
+def make():
+    return Broken(), torch.zeros(2, 3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("raises", "raises() raised RuntimeError: no weights"),
+        ("make", "calling the model raised KeyError: 'gate'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["policy", "inspect"])
+def test_users_code_that_raises(command: str, name: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    write(tmp_path / "broken_for_check.py", BROKEN)
+    spec = f"broken_for_check:{name}"
+    arguments = ["policy", "check", "exact", "--model", spec] if command == "policy" else ["inspect", spec, "--policy", "exact"]
+    what = "--model" if command == "policy" else "MODULE:FUNCTION"
+    done = runner.invoke(app, arguments)
+    assert (done.exit_code, done.stderr) == (1, f"{what} {spec}: {line}\n(--traceback shows where)\n")
+    done = runner.invoke(app, [*arguments, "--traceback"])
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"{what} {spec}: {line}\n")
+    assert "Traceback (most recent call last):\n" in done.stderr
+    assert "broken_for_check.py" in done.stderr
+
+
+def test_a_module_that_raises_when_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    write(tmp_path / "unfinished_for_check.py", "def make(:\n")
+    done = runner.invoke(app, ["policy", "check", "exact", "--model", "unfinished_for_check:make"])
+    assert done.exit_code == 1
+    first, second = done.stderr.splitlines()
+    assert first.startswith(
+        "--model unfinished_for_check:make: importing unfinished_for_check raised SyntaxError: invalid syntax"
+    )
+    assert second == "(--traceback shows where)"
 
 
 def test_schema_and_show() -> None:

@@ -18,8 +18,10 @@ from policy_sites import site
 from pydantic import ValidationError
 
 from dilcompile.decision import Decision, Rejection
+from dilcompile.errors import PolicyError
 from dilcompile.forms import Dense, Dilated, SlidingWindow
 from dilcompile.policy import Policy, resolve
+from dilcompile.policy.check import check
 from dilcompile.policy.load import PRESETS
 from dilcompile.policy.schema import num_bytes
 from dilcompile.site import MaskSpec
@@ -68,6 +70,14 @@ def test_the_whole_language_is_read() -> None:
     assert [rule.label for rule in policy.rules[:2]] == ["decoder-self (<text>:10)", "local-layers (<text>:15)"]
 
 
+def test_the_whole_language_passes_the_check() -> None:
+    """The catch-all hides what the preset says; that is how presets are extended."""
+    assert [(found.level, found.message.split(" (")[0]) for found in check(Policy.from_yaml(WHOLE))] == [
+        ("warning", "rule longnet-self"),
+        ("warning", "rule longnet-rest"),
+    ]
+
+
 def test_text_form() -> None:
     assert str(Policy.load("pretrained-safe")) == (
         "policy pretrained-safe\n"
@@ -83,6 +93,51 @@ def test_presets_validate_against_the_json_schema(name: str) -> None:
     jsonschema.validate(yaml.safe_load(PRESETS[name].read_text()), Policy.json_schema())
 
 
+WRONG_OPTIONS: list[dict[str, Any]] = [
+    {"form": "dilated", "segments": [], "rates": []},
+    {"form": "dilated", "segments": ["x"], "rates": [1]},
+    {"form": "dilated", "segments": [0], "rates": [1]},
+    {"form": "dilated", "segments": [4], "rates": [0]},
+    {"form": "dilated", "segments": [4], "rates": ["seq"]},
+    {"form": "dilated", "segments": "seq", "rates": [1]},
+    {"form": "dilated", "segments": [4], "rates": "auto"},
+    {"form": "dilated", "segments": [4]},
+    {"form": "dilated", "rates": [1]},
+    {"form": "dilated", "sinks": -1},
+    {"form": "dilated", "local": -1},
+    {"form": "dilated", "output_scale": 0},
+    {"form": "dilated", "output_scale": "half"},
+    {"form": "dilated", "offset": "foo"},
+    {"form": "dilated", "sinks": None},
+    {"form": "sliding_window", "window": 0},
+    {"form": "sliding_window", "window": 4, "step": 0},
+    {"form": "sliding_window", "window": 4, "sinks": -1},
+    {"form": "dense", "kernel": "flesh"},
+    {"form": "dense", "kernel": None},
+    {"form": "keep", "segments": [4], "rates": [1]},
+]
+RIGHT_OPTIONS: list[dict[str, Any]] = [
+    {"form": "dilated"},
+    {"form": "dilated", "segments": "auto"},
+    {"form": "dilated", "segments": [4, "seq"], "rates": [1, 2], "output_scale": "1/k"},
+    {"form": "dilated", "segments": [4], "rates": [1], "output_scale": -0.5, "sinks": 0, "kernel": "native"},
+    {"form": "sliding_window", "window": 1, "sinks": 0, "step": 1},
+]
+RIGHT_KEYS: list[dict[str, Any]] = [
+    {"match": {"layers": " 0 - 3, 30-", "heads": [1, 2], "compute_capability": ">=8.0,< 9"}},
+    {"match": {"compute_capability": 9, "module": "a", "ignore": ["re:b", "c"]}},
+    {"memory": {"budget": " 1.5 GiB "}},
+    {"memory": {"budget": 7}},
+]
+
+
+def test_json_schema_says_yes_where_the_loader_does() -> None:
+    rules = [{"apply": options} for options in RIGHT_OPTIONS] + [{**KEEP, **keys} for keys in RIGHT_KEYS]
+    for policy in ({"rules": rules}, {"extends": "exact"}, {"extends": ["exact", "longnet"]}):
+        Policy.load(policy)
+        jsonschema.validate(policy, Policy.json_schema())
+
+
 def test_json_schema_is_valid_and_says_no() -> None:
     schema = Policy.json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
@@ -96,8 +151,25 @@ def test_json_schema_is_valid_and_says_no() -> None:
         {"rules": [{"match": {"casual": True}, **KEEP}]},
         {"rules": [{"match": {"min_seq": "long"}, **KEEP}]},
         {"rules": [{"apply": {"form": "sliding_window"}}]},
+        {},
+        {"rules": []},
+        {"rules": None},
+        {"extends": [], "rules": [KEEP]},
+        {"extends": [""], "rules": [KEEP]},
+        {"name": "", "rules": [KEEP]},
+        {"name": None, "rules": [KEEP]},
+        {"rules": [{"match": {"module": []}, **KEEP}]},
+        {"rules": [{"match": {"masked": []}, **KEEP}]},
+        {"rules": [{"match": {"layers": "0-3,x"}, **KEEP}]},
+        {"rules": [{"match": {"compute_capability": "new"}, **KEEP}]},
+        {"rules": [{"match": {"kind": None}, **KEEP}]},
+        {"rules": [{"memory": {"budget": 0}, **KEEP}]},
+        {"rules": [{"memory": {"budget": "6GB"}, **KEEP}]},
     ]
+    wrong += [{"rules": [{"apply": options}]} for options in WRONG_OPTIONS]
     for bad in wrong:
+        with pytest.raises(PolicyError):
+            Policy.load(bad)
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(bad, schema)
 
@@ -286,7 +358,7 @@ dilated = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, 
     }
 )
 applies = (
-    st.sampled_from([{"form": "keep"}, {"form": "dense", "kernel": "flex"}, {"form": "dilated", "output_scale": 0.5}])
+    st.sampled_from([{"form": "keep"}, {"form": "dense", "kernel": "cpu"}, {"form": "dilated", "output_scale": 0.5}])
     | st.builds(lambda w, s: {"form": "sliding_window", "window": w, "sinks": s}, counts, st.integers(0, 8))
     | dilated
 )

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dilcompile.errors import PolicyError
+from dilcompile.errors import FormError, PolicyError
+from dilcompile.forms import Dilated
 from dilcompile.policy import Policy
 from dilcompile.policy.load import PRESETS
 
 HAS = "this version has keep, dense, sliding_window, dilated"
+KERNELS = "'native', 'sdpa', 'flash', 'cpu' or 'reference'"
 TAIL = "apply: {form: keep}"
 
 
@@ -51,7 +53,7 @@ fallback: {}
     )
     assert problems("bad.yaml") == [
         "bad.yaml:4:24: rules[0].match.casual: unknown key (did you mean 'causal'?)",
-        "bad.yaml:6:7: rules[0].apply.dilated: segments has 3 entries but rates has 2",
+        "bad.yaml:6:7: rules[0].apply.dilated: segments has 3 entries but rates has 2; give one rate a segment",
         f"bad.yaml:12:19: rules[2].apply.form: unknown form 'dilatd': {HAS} (did you mean 'dilated'?)",
         "bad.yaml:13:1: fallback: unknown key (did you mean 'defaults.fallback'?)",
         "bad.yaml:14:1: duplicate key 'fallback' (first at line 13)",
@@ -99,8 +101,7 @@ IN_RULE = {
     # shard, memory, numerics, fallback
     "shard: {mesh: cp}": "shard.mesh: unknown mesh axis 'cp': the policy has no mesh",
     "shard: {}": "shard: key 'mesh' is missing",
-    "shard: {mesh: cp, method: rign}": "shard.method: expected 'auto', 'gather_needed', 'halo', 'ring', 'all_gather', 'ulysses',"
-    " 'usp' or 'tree', got 'rign' (did you mean 'ring'?)",
+    "shard: {mesh: 3, method: ring}": "shard.mesh: expected text, got 3",
     "memory: {budget: 6GB}": "memory.budget: '6GB' is not a size such as '6GiB' (units: B, KiB, MiB, GiB, TiB)",
     "memory: {budget: true}": "memory.budget: expected a number of bytes or a size such as '6GiB', got true",
     "numerics: {tolerance: {rel_l2: .inf}}": "numerics.tolerance.rel_l2: expected a finite number, got inf",
@@ -129,19 +130,23 @@ IN_APPLY = {
     "{form: per_head}": f"apply.form: form 'per_head' is not built yet: {HAS}",
     "{form: ring}": f"apply.form: form 'ring' is not built yet: {HAS}",
     "{form: windowed}": f"apply.form: unknown form 'windowed': {HAS}",
-    "{form: keep, kernel: 3}": "apply.kernel: expected text, got 3",
+    "{form: keep, kernel: 3}": f"apply.kernel: expected {KERNELS}, got 3",
+    "{form: dense, kernel: flesh}": f"apply.kernel: expected {KERNELS}, got 'flesh' (did you mean 'flash'?)",
     "{form: sliding_window}": "apply.sliding_window: key 'window' is missing",
     "{form: sliding_window, window: true}": "apply.window: expected a whole number, got true",
     "{form: sliding_window, window: 0}": "apply.window: must be a whole number of at least 1, not 0",
     "{form: sliding_window, windw: 4, window: 4}": "apply.windw: unknown key (did you mean 'window'?)",
-    "{form: dilated, window: 4}": "apply.window: unknown key (did you mean 'apply.window'?)",
+    "{form: dilated, window: 4}": "apply.window: unknown key (form 'dilated' takes no such key; sliding_window does)",
+    "{form: keep, segments: [4]}": "apply.segments: unknown key (form 'keep' takes no such key; dilated does)",
+    "{form: dense, sinks: 4}": "apply.sinks: unknown key (form 'dense' takes no such key; sliding_window, dilated do)",
+    "{form: keep, min_seq: 4}": "apply.min_seq: unknown key (did you mean 'match.min_seq'?)",
     "{form: dilated, offset: heads}": "apply.offset: expected 'head_mod', 'head_block', 'branch', 'zero' or 'own', got 'heads'"
     " (did you mean 'head_mod'?)",
-    "{form: dilated, segments: [], rates: []}": "apply.segments: expected a list (each entry a whole number or text), got an"
+    "{form: dilated, segments: [], rates: []}": "apply.segments: expected a list (each entry a whole number or 'seq'), got an"
     " empty list",
-    "{form: dilated, segments: [4, seqq], rates: [1, 2]}": "apply.segments[1]: must be a whole number or 'seq', not 'seqq'",
-    "{form: dilated, segments: [4, 9], rates: [1, 2]}": "apply.dilated: segments[1]=9 is not a multiple of rates[1]=2; use 8",
-    "{form: dilated, segments: [4, true], rates: [1, 2]}": "apply.segments[1]: expected a whole number or text, got true",
+    "{form: dilated, segments: [4, seqq], rates: [1, 2]}": "apply.segments[1]: expected a whole number or 'seq', got 'seqq' (did you mean 'seq'?)",
+    "{form: dilated, segments: [4, 9], rates: [1, 2]}": "apply.segments[1]: 9 is not a multiple of rates[1]=2; use 8",
+    "{form: dilated, segments: [4, true], rates: [1, 2]}": "apply.segments[1]: expected a whole number or 'seq', got true",
     "{form: dilated, output_scale: .nan}": "apply.output_scale: expected a finite number, got nan",
 }
 
@@ -150,6 +155,108 @@ IN_APPLY = {
 def test_problems_in_apply(value: str, expected: str) -> None:
     found = text_problems(f"rules:\n  - apply: {value}\n")
     assert [re.sub(r"^<text>:2:\d+: rules\[0\]\.", "", problem) for problem in found][:1] == [expected]
+
+
+SEVERAL = {
+    "{form: dilated, segments: [16, 0, 10], rates: [4, 1, 4], offset: foo, sinks: -1, local: -2, heads: x}": [
+        "segments[1]: must be a whole number of at least 1, not 0",
+        "segments[2]: 10 is not a multiple of rates[2]=4; use 8",
+        "offset: expected 'head_mod', 'head_block', 'branch', 'zero' or 'own', got 'foo'",
+        "sinks: must be a whole number of at least 0, not -1",
+        "local: must be a whole number of at least 0, not -2",
+        "heads: expected 'all' or 'grouped', got 'x'",
+    ],
+    "{form: dilated, segments: [0, -4], rates: [1, 0]}": [
+        "segments[0]: must be a whole number of at least 1, not 0",
+        "segments[1]: must be a whole number of at least 1, not -4",
+        "rates[1]: must be a whole number of at least 1, not 0",
+    ],
+    "{form: dilated, segments: [16, 8, 9], rates: [1, 4], ofset: own}": [
+        "dilated: segments has 3 entries but rates has 2; give one rate a segment",
+        "ofset: unknown key (did you mean 'offset'?)",
+    ],
+    "{form: dilated, segments: [true, 9, 2.5, 0], rates: [x, 2, 1, nan]}": [
+        "segments[0]: expected a whole number or 'seq', got true",
+        "segments[1]: 9 is not a multiple of rates[1]=2; use 8",
+        "segments[2]: expected a whole number or 'seq', got 2.5",
+        "segments[3]: must be a whole number of at least 1, not 0",
+        "rates[0]: expected a whole number, got 'x'",
+        "rates[3]: expected a whole number, got 'nan'",
+    ],
+    "{form: dilated, segments: [8, 16], rates: [2, 4], ofset: own}": [
+        "dilated: rates (2, 4) leave queries without any key (heads='all', offset='head_mod'); add a branch of rate 1, "
+        "offset='own', sinks or local keys, or accept zeros with coverage='zero'",
+        "ofset: unknown key (did you mean 'offset'?)",
+    ],
+    # What can't be told yet is not said: rates of the wrong type may well leave no query without keys.
+    "{form: dilated, segments: [8, 16], rates: [2, x]}": ["rates[1]: expected a whole number, got 'x'"],
+    "{form: dilated, segments: [8, 16], rates: {}}": [
+        "rates: expected a list (each entry a whole number) or 'auto', got a mapping"
+    ],
+    "{form: dilated, segments: [8], rates: [2], sinks: few}": ["sinks: expected a whole number, got 'few'"],
+    "{form: sliding_window, sinks: -1, step: 0}": [
+        "sliding_window: key 'window' is missing",
+        "sinks: must be a whole number of at least 0, not -1",
+        "step: must be a whole number of at least 1, not 0",
+    ],
+}
+
+
+@pytest.mark.parametrize(("value", "expected"), SEVERAL.items())
+def test_all_problems_of_one_rule_at_once(value: str, expected: list[str]) -> None:
+    found = text_problems(f"rules:\n  - apply: {value}\n")
+    places = [re.match(r"<text>:2:(\d+): rules\[0\]\.apply\.", problem) for problem in found]
+    assert [problem[place.end() :] for problem, place in zip(found, places, strict=True) if place] == expected
+    columns = [int(place[1]) for place in places if place]
+    assert columns == sorted(columns)
+    assert min(columns) >= len("  - apply: ")
+
+
+def test_all_entries_of_a_list_that_are_wrong() -> None:
+    found = text_problems("rules:\n- match: {masked: [causl, 3, none], layers: [1, x, -1]}\n  apply: {form: keep}\n")
+    assert [problem.split(": ")[:2] for problem in found] == [
+        ["<text>:2:20", "rules[0].match.masked[0]"],
+        ["<text>:2:27", "rules[0].match.masked[1]"],
+        ["<text>:2:49", "rules[0].match.layers[1]"],
+        ["<text>:2:52", "rules[0].match.layers[2]"],
+    ]
+
+
+def test_an_unknown_mesh_axis_beside_other_problems() -> None:
+    text = (
+        "mesh: {cp: {size: 0}}\nrules:\n- {apply: {form: kep}, shard: {mesh: cpp}}\n- {apply: {form: keep}, shard: {mesh: cp}}\n"
+        "- {apply: {form: keep}, shard: []}\n"
+    )
+    assert [problem.split(": ")[:2] for problem in text_problems(text)] == [
+        ["<text>:1:19", "mesh.cp.size"],
+        ["<text>:3:18", "rules[0].apply.form"],
+        ["<text>:5:32", "rules[2].shard"],
+        ["<text>:3:38", "rules[0].shard.mesh"],
+    ]
+
+
+def test_an_unknown_method() -> None:
+    text = "mesh: {cp: {size: 2}}\nrules:\n- {apply: {form: keep}, shard: {mesh: cp, method: rign}}\n"
+    assert text_problems(text) == [
+        "<text>:3:51: rules[0].shard.method: expected 'auto', 'gather_needed', 'halo', 'ring', 'all_gather', 'ulysses', 'usp' or "
+        "'tree', got 'rign' (did you mean 'ring'?)"
+    ]
+
+
+def test_an_axis_may_stand_in_a_file_that_can_not_be_read() -> None:
+    assert text_problems("extends: [none.yaml]\nrules: [{apply: {form: keep}, shard: {mesh: cp}}]\n") == [
+        "<text>:1:11: extends[0]: 'none.yaml': no such file"
+    ]
+
+
+def test_a_form_says_everything_too() -> None:
+    with pytest.raises(FormError) as caught:
+        Dilated(segments=(0, 9), rates=(1, 2), sinks=-1)
+    assert str(caught.value) == (
+        "form dilated: segments[0] must be a whole number of at least 1, not 0; segments[1]=9 is not a multiple of rates[1]=2; "
+        "use 8; sinks must be a whole number of at least 0, not -1"
+    )
+    assert [problem.at for problem in caught.value.problems] == [("segments", 0), ("segments", 1), ("sinks",)]
 
 
 WHOLE = {
@@ -221,6 +328,10 @@ def test_sources_that_are_no_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert problems("folder") == ["folder: is a folder, not a policy file"]
     assert problems("latin.yaml") == ["latin.yaml: the file is not UTF-8 text (byte 6)"]
     assert problems(3) == ["a policy is a path, a preset's name, a dict or a Policy, not 3"]
+    for empty in ("", "  "):
+        assert problems(empty) == ["a policy is a path, a preset's name, a dict or a Policy, not an empty text"]
+    monkeypatch.setenv("DILCOMPILE_POLICY", " ")
+    assert problems(None) == ["DILCOMPILE_POLICY: a policy is a path, a preset's name, a dict or a Policy, not an empty text"]
     monkeypatch.setenv("DILCOMPILE_POLICY", "zzz")
     assert problems(None) == [f"DILCOMPILE_POLICY: zzz: no preset or file of this name: {known}"]
 

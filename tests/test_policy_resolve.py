@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 from policy_sites import site
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from dilcompile.decision import Check, Decision, Rejection
 from dilcompile.errors import DilcompileWarning, RewriteError
 from dilcompile.forms import Dense, Dilated, SlidingWindow
-from dilcompile.policy import Policy, resolve, unused_rules
+from dilcompile.policy import Policy, resolve, tell_again, unused_rules
+from dilcompile.report.kernels import able
 from dilcompile.site import AttentionSite, MaskSpec
 
 WINDOW = {"form": "sliding_window", "window": 128}
@@ -35,6 +38,16 @@ def reject(made: Policy, where: AttentionSite, enforce: bool = False) -> Rejecti
     return verdict
 
 
+def symbolic(length: int) -> torch.SymInt:
+    """A length as Dynamo gives it when it may change."""
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    sizes, _, _ = ShapeEnv().create_symbolic_sizes_strides_storage_offset(
+        torch.empty(length), ConstantSource("x"), symbolic_context=context
+    )
+    assert isinstance(sizes[0], torch.SymInt)
+    return sizes[0]
+
+
 def test_the_first_match_wins() -> None:
     made = policy(
         {"name": "long", "match": {"min_seq": 8192}, "apply": {"form": "dilated"}},
@@ -53,9 +66,9 @@ def test_the_first_match_wins() -> None:
 
 def test_fidelity_kernel_fallback_and_notes_come_through() -> None:
     found = decide(
-        policy({"apply": {**WINDOW, "kernel": "flex"}, "fallback": {"unsupported": "error"}}), site(k_len=128, q_len=128)
+        policy({"apply": {**WINDOW, "kernel": "reference"}, "fallback": {"unsupported": "error"}}), site(k_len=128, q_len=128)
     )
-    assert (found.fidelity, found.kernel, found.fallback, found.notes) == ("exact", "flex", "error", ())
+    assert (found.fidelity, found.kernel, found.fallback, found.notes) == ("exact", "reference", "error", ())
     causal = decide(policy({"apply": {"form": "dilated", "segments": [64, 128], "rates": [1, 2]}}), site())
     assert causal.fidelity == "approximate"
     assert causal.notes == Dilated(segments=(64, 128), rates=(1, 2)).notes(causal.site)
@@ -92,6 +105,49 @@ def test_a_form_that_refuses_the_site(where: AttentionSite, reason: str) -> None
         assert resolve(policy(rule, defaults={"fallback": {"unsupported": "keep"}}), [where]) == [found]
 
 
+GROUPED = {"form": "dilated", "segments": [64] * 9, "rates": [1] * 9, "heads": "grouped"}
+
+
+def test_more_branches_than_heads() -> None:
+    rule = {"name": "g", "apply": GROUPED}
+    found = reject(policy(rule), site())
+    assert found.reason == (
+        "dilated can't be given to it: heads='grouped' gives every branch a group of heads, but there are 9 branches and it has "
+        "8 heads"
+    )
+    assert isinstance(decide(policy(rule), site(heads=9, kv_heads=9)), Decision)
+    assert isinstance(decide(policy({"apply": {**GROUPED, "heads": "all"}}), site()), Decision)
+    with pytest.warns(DilcompileWarning, match="stays as it is: dilated can't be given to it: heads='grouped'"):
+        resolve(policy(rule), [site()])
+
+
+@pytest.mark.parametrize(("k_len", "fits"), [(2048, True), (4096, True), (4097, False)])
+def test_more_automatic_branches_than_heads(k_len: int, fits: bool) -> None:
+    where = site(heads=2, kv_heads=2, q_len=k_len, k_len=k_len)
+    form = Dilated(heads="grouped")
+    assert (form.reject(where) is None) is fits
+    assert (len(form.branches(k_len)) <= 2) is fits
+
+
+def test_a_kernel_that_refuses_the_site() -> None:
+    rule = {"name": "w", "apply": {**WINDOW, "kernel": "sdpa"}}
+    (found,) = resolve(policy(rule), [site()], enforce=False, revise=able)
+    assert isinstance(found, Rejection)
+    assert (found.rule, found.asked) == ("w (<dict> rules[0])", False)
+    assert found.reason.startswith("kernel sdpa can't compute sliding_window on it: the relation is window")
+    assert found.cure == "name a kernel that can, or leave `kernel` out"
+    message = re.escape(f"rule w (<dict> rules[0]): model.layers.0.self_attn stays as it is: {found.reason}; {found.cure}")
+    with pytest.warns(DilcompileWarning, match=message):
+        resolve(policy(rule), [site()], revise=able)
+    with pytest.raises(RewriteError, match=message):
+        resolve(policy({**rule, "fallback": {"unsupported": "error"}}), [site()], revise=able)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve(policy({**rule, "fallback": {"unsupported": "keep"}}), [site()], revise=able) == [found]
+    for apply in ({**WINDOW, "kernel": "cpu"}, WINDOW, {"form": "dense", "kernel": "sdpa"}):
+        assert isinstance(resolve(policy({"apply": apply}), [site()], revise=able)[0], Decision)
+
+
 def test_equal_refusals_are_told_once() -> None:
     sites = [site(index=i, module=f"layers.{i}.cross_attn", kind="cross") for i in range(3)]
     with pytest.warns(DilcompileWarning) as caught:
@@ -101,22 +157,62 @@ def test_equal_refusals_are_told_once() -> None:
 
 
 def test_a_policy_that_takes_no_site() -> None:
+    far = {"name": "far", "match": {"module": "model.layer.*", "kind": "cross"}, "apply": WINDOW}
     rule = {"name": "x", "match": {"module": "model.layer.*"}, "apply": WINDOW}
     text = (
-        "the policy p takes none of the 1 attention sites\n"
-        "  rule x (<dict> rules[0]) matched no site: module 'model.layer.*' (nearest: 'model.layers.0.self_attn')"
+        "no rule of the policy p takes any of the 1 attention sites of this graph: they stay as they are; "
+        "nearest is rule x (<dict> rules[1]): module 'model.layer.*' (nearest: 'model.layers.0.self_attn'); "
+        "change its `match`, or end the policy with a rule without `match` (with `form: keep` it leaves them without this message)"
     )
-    for unmatched in ("warn", "error", "keep"):
-        made = policy(rule, name="p", defaults={"fallback": {"unmatched": unmatched}})
+    for unmatched in ("warn", "error", "keep", None):
+        defaults = {"fallback": {"unmatched": unmatched}} if unmatched else {}
+        made = policy(far, rule, name="p", defaults=defaults)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             if unmatched == "keep":
                 assert not any(isinstance(verdict, Decision) for verdict in resolve(made, [site()]))
             else:
-                kind = DilcompileWarning if unmatched == "warn" else RewriteError
+                kind = RewriteError if unmatched == "error" else DilcompileWarning
                 with pytest.raises(kind, match=re.escape(text)):
                     resolve(made, [site()])
             assert resolve(made, []) == []
+
+
+def test_layers_that_are_a_graph_each_are_told_of_once() -> None:
+    made = policy({"match": {"layers": 7}, "apply": WINDOW})
+    layers = [site(index=i, module=f"layers.{i}", layer=i) for i in range(3)]
+    other = site(heads=4, kv_heads=4)
+
+    def told(*sites: AttentionSite) -> int:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            resolve(made, sites)
+        return len(caught)
+
+    tell_again()
+    assert [told(layer) for layer in layers] == [1, 0, 0]
+    assert [told(other), told(other)] == [1, 0]
+    assert told(site(k_len=64)) == 1
+    tell_again()
+    assert told(*layers) == 1
+    strict = policy({"match": {"layers": 7}, "apply": WINDOW}, defaults={"fallback": {"unmatched": "error"}})
+    for _ in range(2):
+        with pytest.raises(RewriteError, match="no rule of the policy"):
+            resolve(strict, layers)
+
+
+def test_one_site_that_is_taken_is_enough() -> None:
+    made = policy({"match": {"layers": 1}, "apply": {"form": "keep"}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve(made, [site(), site(index=1, layer=1)])
+
+
+def test_telling_of_unmatched_sites_adds_no_guard() -> None:
+    length = symbolic(4096)
+    with pytest.warns(DilcompileWarning, match=r"rule far .*: min_seq 8192 \(longest: 4096\)"):
+        resolve(policy({"name": "far", "match": {"min_seq": 8192}, "apply": WINDOW}), [site(k_len=length, q_len=length)])
+    assert len(length.node.shape_env.guards) == 1, "that of the decision itself"
 
 
 UNUSED = [
@@ -188,16 +284,9 @@ def test_the_check_of_a_decision() -> None:
 
 
 def test_a_symbolic_length_is_guarded_only_where_a_rule_asks() -> None:
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
-    env = ShapeEnv()
-    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-    from torch._dynamo.source import ConstantSource
-
-    sizes, _, _ = env.create_symbolic_sizes_strides_storage_offset(
-        torch.empty(4096), ConstantSource("x"), symbolic_context=context
-    )
-    where = site(k_len=sizes[0], q_len=sizes[0])
+    length = symbolic(4096)
+    env = length.node.shape_env
+    where = site(k_len=length, q_len=length)
     made = policy(
         {"name": "other", "match": {"min_seq": 64, "module": "elsewhere"}, "apply": {"form": "keep"}},
         {"name": "w", "apply": WINDOW},

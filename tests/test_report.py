@@ -23,10 +23,10 @@ from dilcompile.decision import Decision, Rejection
 from dilcompile.forms import Dense, Dilated, SlidingWindow
 from dilcompile.report import GraphReport, Report, units
 from dilcompile.report.costs import costs_of
-from dilcompile.report.kernels import kernel_of
+from dilcompile.report.kernels import kernel_of, refusal_of
 from dilcompile.report.rows import grouped, ranges, row_of, rows_of
 from dilcompile.report.totals import totals_of
-from dilcompile.site import MaskSpec, Miss
+from dilcompile.site import ByRow, MaskSpec, Miss
 
 WINDOW = SlidingWindow(window=256, sinks=4)
 MISS = Miss("model.router", "modeling.py:12", "softmax_3", "the axes <B> could not be proven", "reshape before")
@@ -149,6 +149,45 @@ def test_a_kernel_asked_for_that_can_not_do_it_is_said_with_its_reason() -> None
     assert choice.reason.startswith("kernel 'sdpa' can't compute this attention: the relation is")
 
 
+def test_the_kernel_of_a_mask_by_row_takes_masks_by_row() -> None:
+    assert kernel_of(decided(Dense(), mask=MaskSpec(), q_len=4)).forward == "sdpa"
+    by_row = MaskSpec(by_row=(ByRow("rows", "k < n[q]"),))
+    assert kernel_of(decided(Dense(), mask=by_row)).forward == "native"
+    assert kernel_of(decided(Dense(), mask=MaskSpec(by_row=(ByRow("label", "a[q] == b[k]"),)))).forward == "cpu"
+
+
+NOT_ZERO = "causal attention starts at key position"
+REFUSED: list[tuple[str, Decision, str | None]] = [
+    ("sdpa", decided(Dense()), None),
+    ("sdpa", decided(WINDOW), "the relation is"),
+    ("sdpa", decided(Dense(), kv_heads=2), "4 query heads share a key head"),
+    ("sdpa", decided(Dense(), softcap=2.0), "softcap"),
+    ("sdpa", decided(Dense(), mask=MaskSpec(by_row=(ByRow("rows", "k < n[q]"),))), "a mask by row"),
+    ("sdpa", decided(Dense(), mask=MaskSpec(causal=True, q_offset=3)), f"{NOT_ZERO} 3, not at 0"),
+    ("sdpa", decided(Dense(), mask=MaskSpec(causal=True, runtime_offset=True)), NOT_ZERO),
+    ("flash", decided(Dense()), "the tensors are on cpu, not on a CUDA device"),
+    ("native", decided(Dense(), bias="b"), "a bias over all pairs"),
+    ("native", decided(Dense(), mask=MaskSpec(by_row=(ByRow("pairs", "q % 2 == k % 2"),))), "a formula over pairs"),
+    ("native", decided(Dilated(segments=(64,), rates=(1,), merge_grad="detach")), None),
+    ("native", decided(Dilated(segments=(64,), rates=(1,), merge_grad="detach"), phase="train"), "merge_grad 'detach'"),
+    ("cpu", decided(WINDOW), None),
+    ("reference", decided(WINDOW, dropout_p=0.5), None),
+]
+
+
+@pytest.mark.parametrize(("kernel", "decision", "reason"), REFUSED)
+def test_a_kernel_asked_for_is_refused_before_it_runs(kernel: Any, decision: Decision, reason: str | None) -> None:
+    asked = replace(decision, kernel=kernel)
+    found = refusal_of(asked)
+    assert found is None if reason is None else found is not None and found.startswith(reason)
+    assert (found is None) == (kernel_of(asked).reason is None) or decision.site.mask.runtime_offset
+
+
+def test_what_is_known_only_when_it_runs_is_not_refused_before() -> None:
+    assert refusal_of(replace(decided(WINDOW, device=torch.device("meta")), kernel="sdpa")) is None
+    assert refusal_of(decided(WINDOW)) is None
+
+
 def test_meta_sites_have_no_kernel() -> None:
     assert kernel_of(decided(device=torch.device("meta"))).reason == "a meta tensor has no device to choose for"
 
@@ -269,6 +308,13 @@ def test_a_rich_console_prints_the_table() -> None:
 # JSON
 
 LENGTH = {"type": ["integer", "null"]}
+
+
+def closed(properties: dict[str, Any]) -> dict[str, Any]:
+    """An object with exactly these keys."""
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
 SITE_KEYS = {
     "index": {"type": "integer"}, "module": {"type": "string"}, "source": {"type": "string"}, "spelling": {"type": "string"},
     "kind": {"enum": ["self", "cross"]}, "phase": {"enum": ["train", "prefill", "decode"]},
@@ -276,8 +322,8 @@ SITE_KEYS = {
     "batch": LENGTH, "q_len": LENGTH, "k_len": LENGTH, "symbols": {"type": "object"},
     "heads": {"type": "integer"}, "kv_heads": {"type": "integer"}, "head_dim": {"type": "integer"}, "v_dim": {"type": "integer"},
     "dtype": {"type": "string"}, "softmax_dtype": {"type": "string"}, "device": {"type": "string"}, "scale": {"type": "number"},
-    "softcap": {"type": ["number", "null"]}, "dropout_p": {"type": "number"}, "bias": {"type": ["string", "null"]},
-    "sinks": {"type": ["string", "null"]}, "operands": {"type": "object", "additionalProperties": {"type": "string"}},
+    "softcap": {"type": ["number", "null"]}, "dropout_p": {"type": "number"}, "bias": {"type": "array", "items": closed({"word": {"enum": ["alibi", "t5 buckets", "relative table", "tensor"]}, "tensor": {"type": "string"}, "slopes": {"type": "array", "items": {"type": "number"}}})},
+    "sinks": {"type": ["string", "null"]}, "multipliers": {"type": ["string", "null"]}, "operands": {"type": "object", "additionalProperties": {"type": "string"}},
     "mask": {"type": "object"},
     "verdict": {"enum": ["rewritten", "kept", "refused"]}, "rule": {"type": ["string", "null"]},
     "form": {"type": ["string", "null"]}, "fidelity": {"enum": ["exact", "approximate", None]},
@@ -289,15 +335,10 @@ SITE_KEYS = {
 COUNT = {"type": "integer", "minimum": 0}
 
 
-def closed(properties: dict[str, Any]) -> dict[str, Any]:
-    """An object with exactly these keys."""
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
-
-
 # Written out by hand: a change of the keys must change VERSION and this.
 REPORT_SCHEMA = closed({
     "schema": {"const": "dilcompile.report"},
-    "version": {"const": 2},
+    "version": {"const": 3},
     "policy": {"type": "string"},
     "graphs": {"type": "array", "items": closed({
         "graph": {"type": "string"},
@@ -311,7 +352,7 @@ REPORT_SCHEMA = closed({
 })  # fmt: skip
 
 
-def test_json_has_the_keys_of_version_2() -> None:
+def test_json_has_the_keys_of_version_3() -> None:
     described = report(decided(), kept(index=1), refused(index=2), decided(q_len=symbolic(64))).to_dict()
     back = json.loads(json.dumps(described, allow_nan=False))
     assert back == described

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dilcompile.cli.model import Traceback, failed
+
 if TYPE_CHECKING:
     from dilcompile.report import Report
 
@@ -24,15 +26,18 @@ def inspect(
         bool,
         typer.Option("--fail-on-miss", help="Exit code 1 if anything that looks like attention was missed, or a site refused."),
     ] = False,
+    traceback: Traceback = False,
 ) -> None:
-    """Show every attention of a model, what the policy makes of it, and why not where it can't. The model is not changed."""
+    """Show every attention of a model, what the policy makes of it, and why not where it can't. The model is not changed.
+
+    Exit code 1 if the policy is wrong or the model can't be made or run.
+    """
     from dilcompile.errors import DilcompileError
 
     try:
         report = _report(model, policy, html)
     except DilcompileError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from None
+        raise failed(error, traceback) from None
     _show(report, json)
     failures = [*report.misses, *(rejection for rejection in report.rejections if not rejection.asked)]
     if fail_on_miss and failures:
@@ -41,7 +46,7 @@ def inspect(
 
 
 def _report(model: str, policy: str | None, html: Path | None) -> Report:
-    from dilcompile.cli.model import load_example
+    from dilcompile.cli.model import load_example, users_code
     from dilcompile.errors import DilcompileError
     from dilcompile.inspect import explain
     from dilcompile.policy import Policy
@@ -53,7 +58,8 @@ def _report(model: str, policy: str | None, html: Path | None) -> Report:
             raise DilcompileError(f"--html {html}: name it .html; --json prints the JSON")
     loaded = Policy.load(policy)
     example = load_example(model, "MODULE:FUNCTION")
-    report = explain(example.model, *example.args, policy=loaded, **example.kwargs)
+    with users_code(f"MODULE:FUNCTION {model}: calling the model"):
+        report = explain(example.model, *example.args, policy=loaded, **example.kwargs)
     if html is not None:
         report.write(html)
     return report

@@ -5,12 +5,20 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
 
 from dilcompile.errors import DilcompileError
 
 if TYPE_CHECKING:
     import torch
+
+
+Traceback = Annotated[bool, typer.Option("--traceback", help="Where the user's own code fails, show the whole traceback.")]
 
 
 class Example(NamedTuple):
@@ -21,6 +29,32 @@ class Example(NamedTuple):
     kwargs: dict[str, Any]
 
 
+@contextmanager
+def users_code(doing: str) -> Iterator[None]:
+    """Whatever the user's own code raises inside becomes one line that says what it was doing; the cause has the traceback.
+
+    Raises:
+        DilcompileError: in place of the other error.
+    """
+    try:
+        yield
+    except DilcompileError:
+        raise
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        raise DilcompileError(f"{doing} raised {type(error).__name__}{f': {text[0]}' if text else ''}") from error
+
+
+def failed(error: DilcompileError, with_traceback: bool) -> typer.Exit:
+    """Print the error's line, on request the traceback of what caused it, and give what ends the command."""
+    typer.echo(str(error), err=True)
+    if error.__cause__ is not None and with_traceback:
+        typer.echo("".join(traceback.format_exception(error.__cause__)).rstrip(), err=True)
+    elif error.__cause__ is not None:
+        typer.echo("(--traceback shows where)", err=True)
+    return typer.Exit(1)
+
+
 def load_example(spec: str, argument: str = "--model") -> Example:
     """Call the function that ``spec`` (``package.module:function``) names; ``argument``: what errors call it.
 
@@ -28,7 +62,7 @@ def load_example(spec: str, argument: str = "--model") -> Example:
     keyword arguments, or one tensor. Modules in the working directory are found.
 
     Raises:
-        DilcompileError: if there is no such function, or it returns something else.
+        DilcompileError: if there is no such function, or it raises or returns something else.
     """
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
@@ -36,14 +70,19 @@ def load_example(spec: str, argument: str = "--model") -> Example:
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise DilcompileError(f"{argument} {spec}: {error}") from error
+    with users_code(f"{argument} {spec}: importing {module_name}"):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            # Of a module of that name nothing ran; one that it imports is missing in the user's own code.
+            cause = None if f"{module_name}.".startswith(f"{error.name}.") else error
+            raise DilcompileError(f"{argument} {spec}: {error}") from cause
     function = getattr(module, name, None)
     if not callable(function):
         raise DilcompileError(f"{argument} {spec}: the module {module_name} has no function {name!r}")
-    return _example(f"{argument} {spec}", function())
+    with users_code(f"{argument} {spec}: {name}()"):
+        made = function()
+    return _example(f"{argument} {spec}", made)
 
 
 def _example(which: str, made: Any) -> Example:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dilcompile.cli.model import Traceback, failed
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -27,13 +29,13 @@ def check_policy(
             help="A function that returns (model, inputs): report the rules that match none of its attention.",
         ),
     ] = None,
+    traceback: Traceback = False,
 ) -> None:
     """Report everything that is wrong with a policy; exit code 1 if anything is."""
-    from dilcompile.lowering.select import KERNELS
     from dilcompile.policy.check import check
 
     policy = _load(source)
-    findings = check(policy, _sites(model, policy) if model is not None else None, kernels=tuple(KERNELS))
+    findings = check(policy, _sites(model, policy, traceback) if model is not None else None)
     typer.echo(str(policy))
     for finding in findings:
         typer.echo(str(finding), err=True)
@@ -70,16 +72,16 @@ def _load(source: str) -> Policy:
         raise typer.Exit(1) from None
 
 
-def _sites(spec: str, policy: Policy) -> Sequence[AttentionSite]:
+def _sites(spec: str, policy: Policy, traceback: bool) -> Sequence[AttentionSite]:
     """The attention sites of the user's model."""
-    from dilcompile.cli.model import load_example
+    from dilcompile.cli.model import load_example, users_code
     from dilcompile.errors import DilcompileError
     from dilcompile.inspect import explain
 
     try:
         example = load_example(spec)
+        with users_code(f"--model {spec}: calling the model"):
+            sites: Sequence[AttentionSite] = explain(example.model, *example.args, policy=policy, **example.kwargs).sites
     except DilcompileError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from None
-    sites: Sequence[AttentionSite] = explain(example.model, *example.args, policy=policy, **example.kwargs).sites
+        raise failed(error, traceback) from None
     return sites

@@ -5,13 +5,34 @@ from __future__ import annotations
 import ast
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from dilcompile.errors import FormError
+from dilcompile.errors import FormError, OptionProblem, Place
 from dilcompile.relation import Problem, Relation
 
 if TYPE_CHECKING:
     from dilcompile.site import AttentionSite
+
+
+@dataclass(frozen=True, eq=False)  # by identity: annotations are hashed, and a schema's value may be a dict
+class Says:
+    """What the JSON schema of policies says of an option beyond its type; ``problems`` is what checks it.
+
+    Args:
+        keyword: of JSON Schema, such as ``minimum``.
+        value: what the keyword says.
+    """
+
+    keyword: str
+    value: Any
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        """What pydantic asks of annotations that describe themselves."""
+        return {**handler(core), self.keyword: self.value}
+
+
+Positive = Annotated[int, Says("minimum", 1)]
+NotNegative = Annotated[int, Says("minimum", 0)]
 
 
 @dataclass(frozen=True)
@@ -19,6 +40,17 @@ class Form(ABC):
     """A family of relations. Its fields are its options, its text (``str``) parses back with ``parse_form``."""
 
     name: ClassVar[str]
+    # Options that are lists of one entry a branch, all of them or none.
+    paired: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        found = self.problems()
+        if found:
+            raise FormError(f"form {self.name}: {'; '.join(map(str, found))}", found)
+
+    def problems(self) -> list[OptionProblem]:
+        """Everything that is wrong with the options."""
+        return []
 
     @abstractmethod
     def relation(self, problem: Problem) -> Relation:
@@ -58,16 +90,16 @@ def parse_options(text: str) -> tuple[str, dict[str, object]]:
     return call.func.id, {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
 
 
-def integer(form: str, option: str, value: object, least: int) -> None:
-    """Raise FormError unless ``value`` is an int (bool is not) of at least ``least``."""
+def not_integer(at: Place, value: object, least: int) -> list[OptionProblem]:
+    """The problem, unless ``value`` is an int (bool is not) of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise FormError(f"form {form}: {option} must be a whole number of at least {least}, not {value!r}")
+        return [OptionProblem(at, f"must be a whole number of at least {least}, not {value!r}")]
+    return []
 
 
-def one_of(form: str, option: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raise FormError unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise FormError(f"form {form}: {option} must be one of {', '.join(allowed)}, not {value!r}")
+def not_one_of(at: Place, value: object, allowed: tuple[str, ...]) -> list[OptionProblem]:
+    """The problem, unless ``value`` is one of ``allowed``."""
+    return [] if value in allowed else [OptionProblem(at, f"must be one of {', '.join(allowed)}, not {value!r}")]
 
 
 def unread_mask(site: AttentionSite) -> str | None:

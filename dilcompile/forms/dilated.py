@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from dilcompile.errors import FormError
-from dilcompile.forms.base import Form, cross_site, integer, one_of, unread_mask
+from dilcompile.errors import FormError, OptionProblem
+from dilcompile.forms.base import Form, NotNegative, Positive, Says, cross_site, not_integer, not_one_of, unread_mask
 from dilcompile.relation import Problem, Relation, Segment, Sinks, Term, Window
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 FIRST_AUTO_SEGMENT = 2048
 AUTO_RATIO = 2
+# The options that decide whether every query has keys.
+COVERING = (("rates",), ("offset",), ("heads",), ("sinks",), ("local",), ("coverage",))
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,16 @@ class Dilated(Form):
     """
 
     name: ClassVar[str] = "dilated"
+    paired: ClassVar[tuple[str, ...]] = ("segments", "rates")
 
-    segments: tuple[int | str, ...] | str = "auto"
-    rates: tuple[int, ...] | str = "auto"
+    segments: tuple[Positive | Literal["seq"], ...] | Literal["auto"] = "auto"
+    rates: tuple[Positive, ...] | Literal["auto"] = "auto"
     offset: Literal["head_mod", "head_block", "branch", "zero", "own"] = "head_mod"
     union: Literal["multiset", "set"] = "multiset"
     heads: Literal["all", "grouped"] = "all"
-    output_scale: float | str = 1.0
-    sinks: int = 0
-    local: int = 0
+    output_scale: Annotated[float, Says("not", {"const": 0})] | Literal["1/k"] = 1.0
+    sinks: NotNegative = 0
+    local: NotNegative = 0
     coverage: Literal["require", "zero"] = "require"
     merge_grad: Literal["exact", "detach"] = "exact"
 
@@ -57,16 +60,25 @@ class Dilated(Form):
         for option in ("segments", "rates"):
             if isinstance(getattr(self, option), list):
                 object.__setattr__(self, option, tuple(getattr(self, option)))
-        self._check_branches()
-        one_of(self.name, "offset", self.offset, ("head_mod", "head_block", "branch", "zero", "own"))
-        one_of(self.name, "union", self.union, ("multiset", "set"))
-        one_of(self.name, "heads", self.heads, ("all", "grouped"))
-        one_of(self.name, "coverage", self.coverage, ("require", "zero"))
-        one_of(self.name, "merge_grad", self.merge_grad, ("exact", "detach"))
-        integer(self.name, "sinks", self.sinks, 0)
-        integer(self.name, "local", self.local, 0)
-        self._check_output_scale()
-        self._check_coverage()
+        super().__post_init__()
+
+    def problems(self) -> list[OptionProblem]:
+        """Everything that is wrong with the options, alone and together."""
+        found = [
+            *self._wrong_branches(),
+            *not_one_of(("offset",), self.offset, ("head_mod", "head_block", "branch", "zero", "own")),
+            *not_one_of(("union",), self.union, ("multiset", "set")),
+            *not_one_of(("heads",), self.heads, ("all", "grouped")),
+            *not_one_of(("coverage",), self.coverage, ("require", "zero")),
+            *not_one_of(("merge_grad",), self.merge_grad, ("exact", "detach")),
+            *not_integer(("sinks",), self.sinks, 0),
+            *not_integer(("local",), self.local, 0),
+            *self._wrong_output_scale(),
+        ]
+        # What leaves queries without keys can be told from rates and switches that are right by themselves.
+        if not any(problem.at[:1] in ((), *COVERING) for problem in found):
+            found += self._uncovered()
+        return found
 
     def branches(self, k_len: int) -> tuple[tuple[int, int], ...]:
         """(segment length, dilation rate) of every branch when there are ``k_len`` keys; lengths are not clipped."""
@@ -110,8 +122,8 @@ class Dilated(Form):
         return "exact" if enough else "approximate"
 
     def reject(self, site: AttentionSite) -> str | None:
-        """A mask that could not be read; cross attention, whose two axes have no common positions."""
-        return cross_site(site) or unread_mask(site)
+        """A mask that could not be read; cross attention, whose two axes have no common positions; too few heads."""
+        return cross_site(site) or unread_mask(site) or self._too_few_heads(site)
 
     def notes(self, site: AttentionSite) -> tuple[str, ...]:
         """Rows that see little, and branches that depend on the length."""
@@ -139,6 +151,21 @@ class Dilated(Form):
             return tuple(head // -(-problem.kv_heads // rate) for head in heads)
         return tuple((index % rate if self.offset == "branch" else 0) for _ in heads)
 
+    def _too_few_heads(self, site: AttentionSite) -> str | None:
+        """Why the heads can't be dealt to the branches, or None; asks no more of a symbolic length than it must."""
+        if self.heads == "all":
+            return None
+        if isinstance(self.segments, str):
+            longest = FIRST_AUTO_SEGMENT * AUTO_RATIO ** (site.heads - 1)
+            if site.k_len <= longest:
+                return None
+            found = f"more than {site.heads} branches (segments 'auto' over more than {longest} keys)"
+        else:
+            if len(self.segments) <= site.heads:
+                return None
+            found = f"{len(self.segments)} branches"
+        return f"heads='grouped' gives every branch a group of heads, but there are {found} and it has {site.heads} heads"
+
     def _head_groups(self, heads: int, count: int) -> list[tuple[int, int] | None]:
         if self.heads == "all":
             return [None] * count
@@ -162,58 +189,67 @@ class Dilated(Form):
             for length, rate in zip(self.segments, self.rates, strict=True)
         ]
 
-    def _check_branches(self) -> None:
+    def _wrong_branches(self) -> list[OptionProblem]:
+        both = (("segments",), ("rates",))
         auto = [option for option in ("segments", "rates") if isinstance(getattr(self, option), str)]
-        for option in auto:
-            one_of(self.name, option, getattr(self, option), ("auto",))
+        found = [problem for option in auto for problem in not_one_of((option,), getattr(self, option), ("auto",))]
         if len(auto) == 1:
-            raise FormError(
-                f"form {self.name}: {auto[0]} is 'auto' but the other is a list; give both as lists or both as 'auto'"
-            )
+            text = f"{auto[0]} is 'auto' but the other is a list; give both as lists or both as 'auto'"
+            return found or [OptionProblem((), text, about=both)]
         if auto:
-            return
+            return found
         if not isinstance(self.segments, tuple) or not isinstance(self.rates, tuple):
             came = self.segments if not isinstance(self.segments, tuple) else self.rates
-            raise FormError(f"form {self.name}: segments and rates must be lists of whole numbers or 'auto', not {came!r}")
+            text = f"segments and rates must be lists of whole numbers or 'auto', not {came!r}"
+            return [OptionProblem((), text, about=both)]
         if not self.segments or not self.rates:
-            raise FormError(f"form {self.name}: segments and rates are empty; give at least one segment length and its rate")
+            text = "segments and rates are empty; give at least one segment length and its rate"
+            return [OptionProblem((), text, about=both)]
         if len(self.segments) != len(self.rates):
-            raise FormError(
-                f"form {self.name}: {len(self.segments)} segments {self.segments!r} but {len(self.rates)} rates {self.rates!r}; "
-                f"give one rate a segment"
-            )
-        for index, (length, rate) in enumerate(zip(self.segments, self.rates, strict=True)):
-            self._check_branch(index, length, rate)
+            text = f"segments has {len(self.segments)} entries but rates has {len(self.rates)}; give one rate a segment"
+            found.append(OptionProblem((), text, about=both))
+        for index, length in enumerate(self.segments):
+            found += _wrong_segment(index, length)
+        for index, rate in enumerate(self.rates):
+            found += not_integer(("rates", index), rate, 1)
+        # Of lists that don't pair only the entries that have a partner are compared.
+        for index, (length, rate) in enumerate(zip(self.segments, self.rates, strict=False)):
+            if not isinstance(length, str) and not _wrong_segment(index, length) and not not_integer((), rate, 1):
+                found += _uneven(index, length, rate)
+        return found
 
-    def _check_branch(self, index: int, length: int | str, rate: int) -> None:
-        integer(self.name, f"rates[{index}]", rate, 1)
-        if length == "seq":
-            return
-        if isinstance(length, str):
-            raise FormError(f"form {self.name}: segments[{index}] must be a whole number or 'seq', not {length!r}")
-        integer(self.name, f"segments[{index}]", length, 1)
-        if length % rate:
-            raise FormError(
-                f"form {self.name}: segments[{index}]={length} is not a multiple of rates[{index}]={rate}; "
-                f"use {length // rate * rate or rate}"
-            )
-
-    def _check_output_scale(self) -> None:
+    def _wrong_output_scale(self) -> list[OptionProblem]:
         value = self.output_scale
         if value == "1/k":
-            return
+            return []
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(float(value)) or value == 0:
-            raise FormError(f"form {self.name}: output_scale must be a finite number other than 0, or '1/k', not {value!r}")
+        if number and math.isfinite(float(value)) and value != 0:
+            return []
+        return [OptionProblem(("output_scale",), f"must be a finite number other than 0, or '1/k', not {value!r}")]
 
-    def _check_coverage(self) -> None:
+    def _uncovered(self) -> list[OptionProblem]:
         if self.coverage == "zero" or self.offset == "own" or self.sinks or self.local or isinstance(self.rates, str):
-            return
+            return []
         whole = [rate == 1 for rate in self.rates]
         if all(whole) if self.heads == "grouped" else any(whole):
-            return
-        raise FormError(
-            f"form {self.name}: rates {self.rates!r} leave queries without any key (heads={self.heads!r}, "
-            f"offset={self.offset!r}); "
-            f"add a branch of rate 1, offset='own', sinks or local keys, or accept zeros with coverage='zero'"
+            return []
+        text = (
+            f"rates {self.rates!r} leave queries without any key (heads={self.heads!r}, offset={self.offset!r}); "
+            "add a branch of rate 1, offset='own', sinks or local keys, or accept zeros with coverage='zero'"
         )
+        entries = tuple(("rates", index) for index in range(len(self.rates)))
+        return [OptionProblem((), text, about=(*COVERING, *entries))]
+
+
+def _wrong_segment(index: int, length: object) -> list[OptionProblem]:
+    at = ("segments", index)
+    if isinstance(length, str):
+        return [] if length == "seq" else [OptionProblem(at, f"must be a whole number or 'seq', not {length!r}")]
+    return not_integer(at, length, 1)
+
+
+def _uneven(index: int, length: int, rate: int) -> list[OptionProblem]:
+    if length % rate == 0:
+        return []
+    text = f"is not a multiple of rates[{index}]={rate}; use {length // rate * rate or rate}"
+    return [OptionProblem(("segments", index), text, str(length), (("rates", index),))]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dilcompile.forms.base import Form, cross_site, integer, unread_mask
+from dilcompile.errors import OptionProblem
+from dilcompile.forms.base import Form, NotNegative, Positive, cross_site, not_integer, unread_mask
 from dilcompile.relation import Problem, Relation, Sinks, Term, Window
 
 if TYPE_CHECKING:
@@ -27,14 +28,14 @@ class SlidingWindow(Form):
 
     name: ClassVar[str] = "sliding_window"
 
-    window: int
-    sinks: int = 0
-    step: int = 1
+    window: Positive
+    sinks: NotNegative = 0
+    step: Positive = 1
 
-    def __post_init__(self) -> None:
-        integer(self.name, "window", self.window, 1)
-        integer(self.name, "sinks", self.sinks, 0)
-        integer(self.name, "step", self.step, 1)
+    def problems(self) -> list[OptionProblem]:
+        """Options that are no whole number in their range."""
+        least = {"window": 1, "sinks": 0, "step": 1}
+        return [problem for option in least for problem in not_integer((option,), getattr(self, option), least[option])]
 
     def relation(self, problem: Problem) -> Relation:
         """The window, narrowed to the problem's own, and the sinks that it does not hold."""

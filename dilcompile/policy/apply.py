@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_type_hints
 
-from pydantic import BeforeValidator, Discriminator, Tag, create_model, model_validator
+from pydantic import BeforeValidator, Discriminator, GetJsonSchemaHandler, Tag, create_model, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
-from dilcompile.errors import FormError
+from dilcompile.decision import KernelName
 from dilcompile.forms import FORMS, Form
 from dilcompile.near import hint
-from dilcompile.policy.problems import Misfit
+from dilcompile.policy.problems import Misfit, Path, raise_all
 from dilcompile.policy.section import Section
-from dilcompile.policy.values import shown
+from dilcompile.policy.values import conform, shown
 
 FORM_NAMES = ("keep", *FORMS)
 # Named in the policy language, built in a later version.
 RESERVED = ("block_sparse", "union", "per_head", "ring")
-# Options that are lists of one entry a branch.
-PAIRED = ("segments", "rates")
 
 
 class Apply(Section):
@@ -27,7 +27,7 @@ class Apply(Section):
 
     of: ClassVar[type[Form] | None] = None
     form: str
-    kernel: str | None = None
+    kernel: KernelName | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -39,9 +39,6 @@ class Apply(Section):
 
         Args:
             merge_grad: the policy's ``numerics.merge_grad``, for a rule that doesn't give the option itself.
-
-        Raises:
-            FormError: if the options don't fit together.
         """
         if self.of is None:
             return None
@@ -50,25 +47,66 @@ class Apply(Section):
             options.setdefault("merge_grad", merge_grad)
         return self.of(**options)
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        described = handler(core)
+        paired = cls.of.paired if cls.of is not None else ()
+        if paired:
+            lists = {"properties": {name: {"type": "array"} for name in paired}, "required": list(paired)}
+            words = {"properties": {name: {"type": "string"} for name in paired}}
+            handler.resolve_ref_schema(described)["anyOf"] = [lists, words]
+        return described
+
     @model_validator(mode="after")
     def _options_fit(self) -> Apply:
-        lengths = {name: len(held) for name in PAIRED if isinstance(held := getattr(self, name, None), tuple)}
-        if len(set(lengths.values())) > 1:
-            first, second = PAIRED
-            raise Misfit(f"{first} has {lengths[first]} entries but {second} has {lengths[second]}")
-        try:
-            self.build()
-        except FormError as error:
-            raise _misfit(str(error).removeprefix(f"form {self.form}: "), set(self.options)) from None
+        raise_all(_unfit(type(self), self.options))
         return self
 
 
-def _misfit(message: str, options: set[str]) -> Misfit:
-    """A form's message, at the option that it is about."""
-    about = re.match(r"(\w+)(?:\[(\d+)\])? (?=must )", message)
-    if about is None or about[1] not in options:
-        return Misfit(message)
-    return Misfit(message[about.end() :], (about[1], int(about[2])) if about[2] else (about[1],))
+def _unfit(model: type[Apply], options: Mapping[str, Any], bad: Sequence[Path] = ()) -> list[Misfit]:
+    """What is wrong with these options in their ranges and together.
+
+    Args:
+        bad: places of which nothing more is said, because what stands there is of the wrong type.
+    """
+    if model.of is None:
+        return []
+    # Not built, since it would raise; the form's own checks are asked of what would stand in its fields.
+    form, unknown = object.__new__(model.of), list(bad)
+    for option in dataclasses.fields(model.of):
+        required = option.default is dataclasses.MISSING
+        object.__setattr__(form, option.name, options.get(option.name, None if required else option.default))
+        if required and option.name not in options:
+            unknown.append((option.name,))
+    return [
+        Misfit(f"{problem.held} {problem.message}".strip(), problem.at)
+        for problem in form.problems()
+        if not any(place[: len(start)] == start for place in (problem.at, *problem.about) for start in unknown)
+    ]
+
+
+def also_unfit(apply: object) -> list[Misfit]:
+    """What else is wrong with the options of an ``apply`` in which some are of the wrong type."""
+    name = apply.get("form") if isinstance(apply, dict) else None
+    model = APPLY.get(name) if isinstance(name, str) else None
+    if model is None or model.of is None:
+        return []
+    assert isinstance(apply, dict)
+    options: dict[str, Any] = {}
+    bad: list[Path] = []
+    for option in dataclasses.fields(model.of):
+        if option.name not in apply:
+            continue
+        value = apply[option.name]
+        try:
+            options[option.name] = conform(model.annotation(option.name), value)
+        except Misfit as misfit:
+            bad += [(option.name, *part.path) for part in misfit.parts]
+            # Of a list the entries that are right are still looked at.
+            entries = {part.path[0] for part in misfit.parts if part.path}
+            if entries:
+                options[option.name] = tuple(None if index in entries else entry for index, entry in enumerate(value))
+    return _unfit(model, options, bad)
 
 
 def _model(name: str, form: type[Form] | None) -> type[Apply]:

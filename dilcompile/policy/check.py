@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 
 from dilcompile.decision import Decision
-from dilcompile.near import hint
 from dilcompile.policy import patterns, ranges
 from dilcompile.policy.predicates import PREDICATES
 from dilcompile.policy.resolve import resolve, unused_rules
@@ -34,25 +33,21 @@ class Finding:
         return f"{self.level}: {self.message}"
 
 
-def check(policy: Policy, sites: Sequence[AttentionSite] | None = None, *, kernels: Sequence[str] = ()) -> list[Finding]:
+def check(policy: Policy, sites: Sequence[AttentionSite] | None = None) -> list[Finding]:
     """Every finding, in the order of the rules.
 
     Args:
         policy: as ``Policy.load`` returns it.
         sites: the attention of one model; None: only what the policy alone shows.
-        kernels: the names of all kernels; empty: they are not checked.
     """
     found: list[Finding] = []
     for index, rule in enumerate(policy.rules):
-        reasons = [*_impossible(rule), *_misplaced(policy, rule)]
-        asked = rule.apply.kernel
-        if kernels and asked is not None and asked not in kernels:
-            known = ", ".join(kernels)
-            reasons.append(f"asks for kernel {asked!r}; the kernels are {known}{hint(asked, kernels)}")
+        found += [Finding("error", f"rule {rule.label} {reason}") for reason in (*_impossible(rule), *_misplaced(policy, rule))]
         shadow = next((earlier for earlier in policy.rules[:index] if shadows(earlier, rule)), None)
         if shadow is not None:
-            reasons.append(f"is never reached: rule {shadow.label} takes all of its sites")
-        found += [Finding("error", f"rule {rule.label} {reason}") for reason in reasons]
+            # A file is extended for some of its rules; that others are hidden is how it is used.
+            level: Literal["error", "warning"] = "warning" if rule.extended else "error"
+            found.append(Finding(level, f"rule {rule.label} is never reached: rule {shadow.label} takes all of its sites"))
     if sites is not None:
         found += _on_model(policy, sites)
     return found
@@ -95,13 +90,20 @@ def _impossible(rule: Rule) -> Iterator[str]:
         yield f"can act on no site: {form.name} can't be given to what it matches: {reason}"
 
 
+_MANY_HEADS = 1024
+
+
 def _typical(match: Match) -> AttentionSite:
     """A harmless site of the kind and mask that the rule asks for: what a form refuses here, it always refuses."""
     asked = match.given()
     masks = asked.get("masked")
     unread = "an unread mask" if masks in ("other", ("other",)) else None
     cpu, dtype = torch.device("cpu"), torch.float32
-    site = AttentionSite(0, "", "", "", "self", 1, 1, 1, 4096, 4096, 64, 64, dtype, dtype, cpu, 0.125, MaskSpec(unread=unread))
+    # As many heads as the rule may meet; more than any model has where it doesn't say.
+    heads = int(min(ranges.spans(asked["heads"])[-1][1], _MANY_HEADS)) if "heads" in asked else _MANY_HEADS
+    site = AttentionSite(
+        0, "", "", "", "self", 1, heads, heads, 4096, 4096, 64, 64, dtype, dtype, cpu, 0.125, MaskSpec(unread=unread)
+    )
     return replace(site, kind="cross") if asked.get("kind") == "cross" else site
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from dilcompile.near import closest
 from dilcompile.policy.apply import APPLY
 from dilcompile.policy.problems import Path
@@ -46,14 +44,13 @@ def section_at(path: Path, form: str = "") -> type[Section] | None:
 def key_hint(path: Path, form: str = "") -> str:
     """`` (did you mean 'causal'?)``: the nearest name, or the place where this very key belongs."""
     word, section = str(path[-1]), section_at(path[:-1], form)
+    of_forms = [name for name, model in APPLY.items() if word in model.model_fields]
+    inside = path[-2:-1] == ("apply",)
+    if inside and form and of_forms:
+        return f" (form {form!r} takes no such key; {', '.join(of_forms)} {'does' if len(of_forms) == 1 else 'do'})"
     near = closest(word, section.model_fields) if section is not None else None
-    elsewhere = [place for place in _places() if place.rsplit(".", 1)[-1] == word]
+    elsewhere = [f"{name}.{word}" for name, section in SECTIONS.items() if word in section.model_fields]
+    if of_forms and not inside:
+        elsewhere.append(f"apply.{word}")
     meant = near or (elsewhere[0] if elsewhere else None)
     return f" (did you mean {meant!r}?)" if meant else ""
-
-
-def _places() -> Iterator[str]:
-    for name, section in SECTIONS.items():
-        yield from (f"{name}.{key}" for key in section.model_fields)
-    for model in APPLY.values():
-        yield from (f"apply.{key}" for key in model.model_fields)

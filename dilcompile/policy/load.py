@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from dilcompile.errors import PolicyError
 from dilcompile.near import hint
+from dilcompile.policy.apply import also_unfit
 from dilcompile.policy.document import Document, read_yaml
 from dilcompile.policy.keys import key_hint
 from dilcompile.policy.problems import Misfit, Path, Problem
@@ -26,16 +27,18 @@ PRESETS = {path.stem: path for path in sorted((FilePath(__file__).parent / "pres
 
 @dataclass
 class _Joined:
-    """What a document says together with what it extends."""
+    """What a document says together with what it extends; ``complete``: all of that could be read."""
 
     name: str | None = None
     mesh: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
     rules: list[tuple[dict[str, Any], Document, int]] = field(default_factory=list)
+    complete: bool = True
 
     def under(self, base: _Joined) -> None:
         """Add what ``base`` has and this one doesn't; a rule of a name that is taken is replaced."""
         self.mesh = {**base.mesh, **self.mesh}
+        self.complete = self.complete and base.complete
         for section, keys in base.defaults.items():
             self.defaults[section] = {**keys, **self.defaults.get(section, {})}
         taken = {rule["name"] for rule, _, _ in self.rules if "name" in rule}
@@ -55,6 +58,8 @@ def load(source: str | PathLike[str] | dict[str, Any] | Policy | None = None) ->
     if not isinstance(source, (str, PathLike)):
         raise PolicyError([f"a policy is a path, a preset's name, a dict or a Policy, not {shown(source)}"])
     name = os.fspath(source)
+    if not name.strip():
+        raise PolicyError([f"{whence}a policy is a path, a preset's name, a dict or a Policy, not an empty text"])
     path, reason = _find(name, FilePath())
     if path is None:
         raise PolicyError([f"{whence}{name}: {reason}"])
@@ -102,14 +107,12 @@ def _find(name: str, folder: FilePath) -> tuple[FilePath | None, str]:
 def _finish(document: Document, folder: FilePath, stack: tuple[FilePath, ...] = ()) -> Policy:
     lines: list[str] = []
     joined = _join(document, folder, stack, lines)
+    lines += _mesh_lines(joined)
     if lines:
         raise PolicyError(list(dict.fromkeys(lines)))
-    lines = _mesh_lines(joined)
     if not joined.rules:
         none = Problem((), "no rules: give at least one under 'rules', or extend a preset")
-        lines += document.lines([none])
-    if lines:
-        raise PolicyError(lines)
+        raise PolicyError(document.lines([none]))
     content: dict[str, Any] = {"version": 1}
     if joined.name is not None:
         content["name"] = joined.name
@@ -120,7 +123,7 @@ def _finish(document: Document, folder: FilePath, stack: tuple[FilePath, ...] = 
     content["rules"] = [rule for rule, _, _ in joined.rules]
     policy = Policy.model_validate(content)
     for rule, (_, source, index) in zip(policy.rules, joined.rules, strict=True):
-        rule._cited = source.cite(index)
+        rule._cited, rule._extended = source.cite(index), source is not document
     return policy
 
 
@@ -138,17 +141,24 @@ def _join(document: Document, folder: FilePath, stack: tuple[FilePath, ...], lin
         else:
             bases.append((found, f"preset {name}" if name in PRESETS else _beside(document, name)))
     lines += document.lines(problems)
-    joined = _Joined()
+    joined = _Joined(complete=isinstance(document.data, dict) and len(bases) == len(list(_extends(document.data))))
     if policy is not None:
         plain = policy.plain()
         joined.name, joined.mesh = policy.name, plain.get("mesh", {})
         joined.defaults = plain.get("defaults", {})
         joined.rules = [(rule, document, index) for index, rule in enumerate(plain.get("rules", []))]
+    elif isinstance(document.data, dict):
+        # Not a policy, but what it says of meshes can be checked all the same.
+        joined.mesh = {str(axis): size for axis, size in _mapping(document.data.get("mesh")).items()}
+        rules = document.data.get("rules")
+        entries = enumerate(rules if isinstance(rules, (list, tuple)) else ())
+        joined.rules = [({"shard": rule.get("shard")}, document, index) for index, rule in entries if isinstance(rule, dict)]
     for path, name in bases:
         try:
             base = _read(path, name)
         except PolicyError as error:
             lines += error.problems
+            joined.complete = False
             continue
         joined.under(_join(base, path.parent, (*stack, path.resolve()), lines))
     return joined
@@ -170,11 +180,21 @@ def _validate(document: Document) -> tuple[Policy | None, list[Problem]]:
     try:
         return Policy.model_validate(document.data), problems
     except ValidationError as error:
-        problems += [_problem(entry) for entry in error.errors(include_url=False)]
-        return None, problems
+        problems += [problem for entry in error.errors(include_url=False) for problem in _problems(entry)]
+        return None, list(dict.fromkeys([*problems, *_hidden(document.data)]))
 
 
-def _problem(entry: Any) -> Problem:
+def _hidden(data: dict[str, Any]) -> Iterator[Problem]:
+    """What is wrong with the options of forms beside those of a wrong type, at which pydantic stops."""
+    rules = data.get("rules")
+    for index, rule in enumerate(rules if isinstance(rules, (list, tuple)) else ()):
+        apply = rule.get("apply") if isinstance(rule, dict) else None
+        for misfit in also_unfit(apply):
+            assert isinstance(apply, dict)
+            yield Problem(("rules", index, "apply", *misfit.path), str(misfit), suffix="" if misfit.path else apply["form"])
+
+
+def _problems(entry: Any) -> list[Problem]:
     """One of pydantic's errors in our words, at the path that the user sees."""
     path: Path = tuple(entry["loc"])
     form = ""
@@ -183,20 +203,24 @@ def _problem(entry: Any) -> Problem:
         form, path = str(path[3]), (*path[:3], *path[4:])
     match entry["type"]:
         case "extra_forbidden":
-            return Problem(path, f"unknown key{key_hint(path, form)}", on_key=True)
+            return [Problem(path, f"unknown key{key_hint(path, form)}", on_key=True)]
         case "missing":
-            return Problem(path[:-1], f"key {path[-1]!r} is missing", suffix=form if len(path) == 4 else "")
+            return [Problem(path[:-1], f"key {path[-1]!r} is missing", suffix=form if len(path) == 4 else "")]
         case "value_error":
             reason = entry["ctx"]["error"]
-            inner = reason.path if isinstance(reason, Misfit) else ()
-            whole = form if len(path) == 3 and not inner else ""
-            return Problem((*path, *inner), str(reason), suffix=whole)
+            found = reason.parts if isinstance(reason, Misfit) else (Misfit(str(reason)),)
+            whole = form if len(path) == 3 else ""
+            return [Problem((*path, *one.path), str(one), suffix="" if one.path else whole) for one in found]
         case "model_type" | "model_attributes_type" | "dict_type":
-            return Problem(path, f"expected a mapping, got {shown(entry['input'])}")
+            return [Problem(path, f"expected a mapping, got {shown(entry['input'])}")]
         case "invalid_key" | "string_type":
-            return Problem(path[:-1], f"expected text as a key, got {shown(path[-1])}")
+            return [Problem(path[:-1], f"expected text as a key, got {shown(path[-1])}")]
         case _:
-            return Problem(path, str(entry["msg"]))
+            return [Problem(path, str(entry["msg"]))]
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _extends(data: object) -> Iterator[tuple[Path, str]]:
@@ -225,9 +249,9 @@ def _duplicate_names(data: dict[str, Any]) -> Iterator[Problem]:
 def _mesh_lines(joined: _Joined) -> list[str]:
     """Rules that name a mesh axis which the policy doesn't have."""
     lines: list[str] = []
-    for rule, document, index in joined.rules:
-        name = rule.get("shard", {}).get("mesh")
-        if name is not None and name not in joined.mesh:
+    for rule, document, index in joined.rules if joined.complete else ():
+        name = _mapping(rule.get("shard")).get("mesh")
+        if isinstance(name, str) and name and name not in joined.mesh:
             axes = f"mesh has {', '.join(joined.mesh)}" if joined.mesh else "the policy has no mesh"
             message = f"unknown mesh axis {name!r}: {axes}{hint(name, joined.mesh)}"
             lines += document.lines([Problem(("rules", index, "shard", "mesh"), message)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Path = tuple[str | int, ...]
@@ -20,6 +21,30 @@ class Misfit(ValueError):
         super().__init__(message)
         self.path = path
         self.near = near or bool(path)
+
+    @property
+    def parts(self) -> tuple[Misfit, ...]:
+        """Each by itself, where there are several."""
+        return (self,)
+
+
+class Misfits(Misfit):
+    """Several at once, inside one value."""
+
+    def __init__(self, found: Sequence[Misfit]) -> None:
+        super().__init__("; ".join(map(str, found)), near=True)
+        self._found = tuple(found)
+
+    @property
+    def parts(self) -> tuple[Misfit, ...]:
+        """Each by itself."""
+        return self._found
+
+
+def raise_all(found: Sequence[Misfit]) -> None:
+    """Raise what was found, if anything."""
+    if found:
+        raise found[0] if len(found) == 1 else Misfits(found)
 
 
 @dataclass(frozen=True)

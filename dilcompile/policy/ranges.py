@@ -88,9 +88,13 @@ def satisfies(version: Version, value: str | float) -> bool:
     return all(COMPARE[sign](version, bound) for sign, bound in comparisons(value))
 
 
+# For editors; what a range or a comparison really is, `spans` and `comparisons` say.
+_RANGE, _COMPARISON = r"\s*\d+\s*(-\s*\d*)?\s*", r"\s*(>=|<=|==|>|<)?\s*\d+(\.\d+)?\s*"
+RANGES, COMPARISONS = (rf"^{one}(,{one})*$" for one in (_RANGE, _COMPARISON))
+
 Number = Annotated[int, Check("a whole number of at least 0", lambda value: value >= 0), Field(ge=0)]
-Ranges = Number | Annotated[str, Check("ranges such as '0-3,30-'", spans)] | tuple[Number, ...]
+Ranges = Number | Annotated[str, Check("ranges such as '0-3,30-'", spans), Field(pattern=RANGES)] | tuple[Number, ...]
 Comparison = (
-    Annotated[str, Check("a comparison such as '>=9.0'", comparisons)]
+    Annotated[str, Check("a comparison such as '>=9.0'", comparisons), Field(pattern=COMPARISONS)]
     | Annotated[float, Check("a version such as 9.0", comparisons)]
 )

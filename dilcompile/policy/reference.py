@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+from dilcompile.decision import KERNEL_NAMES
 from dilcompile.forms import FORMS, Form
 from dilcompile.policy.apply import RESERVED
 from dilcompile.policy.load import PRESETS
@@ -32,7 +33,9 @@ def match_keys() -> str:
 def forms() -> str:
     """``keep``, then one section a form with a row an option."""
     parts = [
-        "Every form also takes `kernel`: the name of the kernel to use. Without it the fastest that can is used.",
+        f"Every form also takes `kernel`, the name of the kernel to use: {', '.join(f'`{name}`' for name in KERNEL_NAMES)}. "
+        "Without it the fastest that can is used. A site that the named kernel can't compute is treated as "
+        "`fallback: {unsupported: ...}` says; another kernel never takes its place.",
         "### `form: keep`\n\nThe site stays exactly as the model computes it.",
     ]
     parts += [_form(name, form) for name, form in FORMS.items()]
@@ -44,10 +47,10 @@ def forms() -> str:
 def _form(name: str, form: type[Form]) -> str:
     doc = re.sub(r"``([^`]*)``", r"`\1`", form.__doc__ or "")
     head = f"### `form: {name}`\n\n{' '.join(doc.split(chr(10) * 2)[0].split())}"
-    meanings = dict(re.findall(r"^ {8}(\w+): (.*)$", doc, flags=re.MULTILINE))
+    meanings = dict(re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)$", doc, flags=re.MULTILINE))
     kinds = get_type_hints(form, include_extras=True)
     rows = [
-        (f"`{option.name}`", expected(kinds[option.name]), _default(option.default), meanings[option.name])
+        (f"`{option.name}`", expected(kinds[option.name]), _default(option.default), " ".join(meanings[option.name].split()))
         for option in dataclasses.fields(form)
     ]
     return f"{head}\n\n{_table(('key', 'takes', 'default', 'meaning'), rows)}" if rows else head

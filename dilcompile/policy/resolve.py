@@ -18,6 +18,8 @@ from dilcompile.policy.values import written
 from dilcompile.site import AttentionSite
 
 Verdict = Decision | Rejection
+# Policies and sites of which a warning said that no rule takes them.
+_told: set[tuple[str, frozenset[str]]] = set()
 
 # What a site has where a rule asks for something else.
 HELD: dict[str, Callable[[AttentionSite], object]] = {
@@ -119,10 +121,10 @@ def without_effect(policy: Policy, rule: Rule) -> tuple[str, ...]:
 def _enforce(policy: Policy, verdicts: list[Verdict]) -> None:
     """Warn or raise as the policy's ``fallback`` says."""
     if verdicts and all(verdict.rule is None for verdict in verdicts):
-        unmatched = policy.defaults.fallback.unmatched
-        lines = [f"the policy {policy.name or '(unnamed)'} takes none of the {len(verdicts)} attention sites"]
-        lines += unused_rules(policy, verdicts)
-        _act(unmatched, "\n  ".join(lines))
+        sites = [_with_hints(verdict.site) for verdict in verdicts]
+        consequence = policy.defaults.fallback.unmatched
+        if consequence != "warn" or _is_news(policy, sites):
+            _act(consequence, _unmatched(policy, sites))
     by_label = {rule.label: rule for rule in policy.rules}
     refused: dict[tuple[str, str], list[Rejection]] = {}
     for verdict in verdicts:
@@ -133,6 +135,39 @@ def _enforce(policy: Policy, verdicts: list[Verdict]) -> None:
         stays = f"and {len(found) - 1} more stay as they are" if len(found) > 1 else "stays as it is"
         message = f"rule {label}: {first.site.module or '<top>'} {stays}: {reason}; {first.cure}"
         _act(policy.fallback_of(by_label[label]).unsupported, message)
+
+
+def _is_news(policy: Policy, sites: Sequence[AttentionSite]) -> bool:
+    """Was it not yet said of such sites? The layers of one model may come as a graph each."""
+    entry = (policy.fingerprint, frozenset(_without_place(site) for site in sites))
+    news = entry not in _told
+    _told.add(entry)
+    return news
+
+
+def _without_place(site: AttentionSite) -> str:
+    """What the site computes, wherever it stands."""
+    plain = replace(site, module="")
+    return f"{plain} {site.device} {site.layer_type} {site.phase}"
+
+
+def tell_again() -> None:
+    """Forget which unmatched sites were warned of."""
+    _told.clear()
+
+
+def _unmatched(policy: Policy, sites: list[AttentionSite]) -> str:
+    """That no rule takes any of the sites, the rule that comes nearest to it, and the cure."""
+    rule = min(policy.rules, key=lambda rule: min(_num_failing(rule, site) for site in sites))
+    return (
+        f"no rule of the policy {policy.name or '(unnamed)'} takes any of the {len(sites)} attention sites of this graph: they "
+        f"stay as they are; nearest is rule {rule.label}: {_why_unused(rule, sites)}; change its `match`, or end the policy with "
+        "a rule without `match` (with `form: keep` it leaves them without this message)"
+    )
+
+
+def _num_failing(rule: Rule, site: AttentionSite) -> int:
+    return sum(not PREDICATES[key].holds(site, value) for key, value in rule.match.given().items())
 
 
 def _act(consequence: str, message: str) -> None:

@@ -14,11 +14,13 @@ from dilcompile.policy.apply import AnyApply, Apply
 from dilcompile.policy.document import write_yaml
 from dilcompile.policy.predicates import PREDICATES, satisfied
 from dilcompile.policy.section import Section
+from dilcompile.policy.strict import strict
 from dilcompile.policy.values import Check, Count, Positive, written
 from dilcompile.site import AttentionSite
 
 Order: TypeAlias = Literal["contiguous", "zigzag", "striped"]
 Consequence: TypeAlias = Literal["warn", "keep", "error"]
+SIZE = r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)\s*$"
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
@@ -28,7 +30,7 @@ def num_bytes(size: int | str) -> int:
     Raises:
         ValueError: if the text is not a number and a unit.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)\s*", size) if isinstance(size, str) else None
+    match = re.fullmatch(SIZE, size) if isinstance(size, str) else None
     if isinstance(size, int):
         return size
     if match is None:
@@ -83,8 +85,8 @@ class Memory(Section):
 
     pool: Annotated[Literal["default", "private", "shared"], Field(description="Which arena.")] = "default"
     budget: Annotated[
-        Annotated[int, Check("a number of bytes", lambda value: value > 0)]
-        | Annotated[str, Check("a size such as '6GiB'", num_bytes)]
+        Annotated[int, Check("a number of bytes", lambda value: value > 0), Field(gt=0)]
+        | Annotated[str, Check("a size such as '6GiB'", num_bytes), Field(pattern=SIZE)]
         | None,
         Field(description="Most bytes the pool may hold: a number, or a size such as `6GiB`."),
     ] = None
@@ -125,7 +127,13 @@ class Fallback(Section):
         Consequence,
         Field(description="A form can't be given to a site: keep it and warn, keep it and list it, or stop."),
     ] = "warn"
-    unmatched: Annotated[Consequence, Field(description="A model has attention sites and no rule takes any of them.")] = "keep"
+    unmatched: Annotated[
+        Consequence,
+        Field(
+            description="A graph has attention sites and no rule takes any of them (`defaults` only): keep them and warn, keep "
+            "them quietly, or stop."
+        ),
+    ] = "warn"
     shape: Annotated[
         Consequence,
         Field(description="A later call brings sizes that the form can't take. No effect in this version."),
@@ -158,12 +166,18 @@ class Rule(Section):
     fallback: Annotated[Fallback, Field(description="Over `defaults.fallback`, key by key.")] = Fallback()
 
     _cited: str = PrivateAttr("")
+    _extended: bool = PrivateAttr(False)
 
     @property
     def label(self) -> str:
         """Name and place: ``decoder-self (policy.yaml:8)``."""
         name = self.name or "unnamed rule"
         return f"{name} ({self._cited})" if self._cited else name
+
+    @property
+    def extended(self) -> bool:
+        """It comes from what the policy extends."""
+        return self._extended
 
     def __str__(self) -> str:
         match = ", ".join(f"{key}: {written(value)}" for key, value in self.match.given().items()) or "every site"
@@ -223,8 +237,10 @@ class Policy(Section):
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
         """JSON Schema (draft 2020-12) of the file, for editors."""
-        schema = cls.model_json_schema()
-        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+        schema = strict(cls.model_json_schema())
+        # A file without rules of its own takes those of what it extends.
+        some = {"anyOf": [{"required": ["rules"]}, {"required": ["extends"]}]}
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, **some}
 
     @property
     def fingerprint(self) -> str:
@@ -254,16 +270,16 @@ class Policy(Section):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The models of the forms are made at import; a pickle holds plain values only.
-        return (_restored, (self.plain(), [rule._cited for rule in self.rules]))
+        return (_restored, (self.plain(), [(rule._cited, rule._extended) for rule in self.rules]))
 
     def __str__(self) -> str:
         return "\n".join([f"policy {self.name or '(unnamed)'}", *(f"  {rule}" for rule in self.rules)])
 
 
-def _restored(content: dict[str, Any], cited: list[str]) -> Policy:
+def _restored(content: dict[str, Any], origins: list[tuple[str, bool]]) -> Policy:
     policy = Policy.model_validate(content)
-    for rule, place in zip(policy.rules, cited, strict=True):
-        rule._cited = place
+    for rule, (place, extended) in zip(policy.rules, origins, strict=True):
+        rule._cited, rule._extended = place, extended
     return policy
 
 

@@ -24,11 +24,7 @@ class Section(BaseModel):
     @field_validator("*", mode="wrap")
     @classmethod
     def _conform(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        field = cls.model_fields[str(info.field_name)]
-        kind = _without_none(field.annotation)
-        if field.metadata:
-            parts: Any = (kind, *field.metadata)
-            kind = Annotated[parts]
+        kind = cls.annotation(str(info.field_name))
         if not _holds_sections(kind):
             return conform(kind, value)
         if get_origin(kind) is tuple:
@@ -40,6 +36,16 @@ class Section(BaseModel):
         elif not isinstance(value, (dict, BaseModel)) and not dataclasses.is_dataclass(value):
             raise Misfit(f"expected a mapping, got {shown(value)}")
         return handler(value)
+
+    @classmethod
+    def annotation(cls, name: str) -> Any:
+        """What the key takes, as ``conform`` wants it."""
+        field = cls.model_fields[name]
+        kind = _without_none(field.annotation)
+        if not field.metadata:
+            return kind
+        parts: Any = (kind, *field.metadata)
+        return Annotated[parts]
 
     def given(self) -> dict[str, Any]:
         """The keys that were written, and their values; defaults are left out."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import Field
 
 from dilcompile.near import hint
-from dilcompile.policy.problems import Misfit
+from dilcompile.policy.problems import Misfit, raise_all
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,13 @@ def _conform_list(kind: Any, value: object) -> Any:
         raise Misfit(f"expected {expected(kind)}, got {shown(value)}")
     if not value:
         raise Misfit(f"expected {expected(kind)}, got an empty list", near=True)
-    held = []
+    held, found = [], []
     for index, entry in enumerate(value):
         try:
             held.append(conform(item, entry))
         except Misfit as misfit:
-            raise Misfit(str(misfit), (index, *misfit.path)) from None
+            found += [Misfit(str(part), (index, *part.path)) for part in misfit.parts]
+    raise_all(found)
     return tuple(held)
 
 

@@ -10,6 +10,21 @@ from dilcompile.errors import DilcompileError
 SUFFIXES = (".html", ".json")
 
 
+def report_path(value: object) -> Path:
+    """The path that a user gave for a report.
+
+    Raises:
+        DilcompileError: if it is no path, or no report can be written under this name.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise DilcompileError(
+            f"options: report must be the path of an .html or .json file, not {value!r}; leave it out for no report"
+        )
+    path = Path(value)
+    check_path(path)
+    return path
+
+
 def check_path(path: Path) -> None:
     """Raise DilcompileError if no report can be written under this name."""
     if path.suffix.lower() not in SUFFIXES:

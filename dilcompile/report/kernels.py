@@ -1,19 +1,26 @@
-"""Which kernel a decided site will be computed by: asked from selection, with operands that hold no data."""
+"""Which kernel a decided site will be computed by, if any may: asked from selection, with operands that hold no data."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dilcompile.decision import Decision
+from dilcompile.decision import Decision, Rejection
 from dilcompile.errors import DilcompileError
 from dilcompile.forms import Form
 from dilcompile.relation import Problem
 from dilcompile.report.lengths import problem_of
+from dilcompile.report.record import Verdict
+from dilcompile.site import AttentionSite
+
+if TYPE_CHECKING:
+    from dilcompile.lowering.call import Call
 
 
 @dataclass(frozen=True)
@@ -39,53 +46,124 @@ def kernel_of(decision: Decision) -> Choice:
         return Choice(None, reason="a length is known only when the model runs")
     if site.device.type == "meta":
         return Choice(None, reason="a meta tensor has no device to choose for")
-    present = (site.mask.key_padding, site.mask.documents, site.bias is not None)
-    return _choose(
-        decision.form, problem, site.dtype, site.device, present, site.scale, site.softcap, site.dropout_p,
-        decision.kernel, site.phase == "train",
-    )  # fmt: skip
+    return _choose(decision.form, problem, _Traits.of(site), decision.kernel, site.phase == "train")
+
+
+def able(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """The verdicts, without the decisions for a kernel by name that can't compute the site."""
+    return [_unless_refused(verdict) if isinstance(verdict, Decision) else verdict for verdict in verdicts]
+
+
+def _unless_refused(decision: Decision) -> Verdict:
+    reason = refusal_of(decision)
+    if reason is None:
+        return decision
+    text = f"kernel {decision.kernel} can't compute {decision.form.name} on it: {reason}"
+    return Rejection(decision.site, decision.rule, text, "name a kernel that can, or leave `kernel` out")
+
+
+def refusal_of(decision: Decision) -> str | None:
+    """Why the kernel that the policy asks for by name can't compute this site, whatever it is called with; None if it may.
+
+    What is known only when the model runs is left to the call itself.
+    """
+    if decision.kernel is None:
+        return None
+    site = decision.site
+    problem = problem_of(site)
+    if problem is None or site.device.type == "meta":
+        return None
+    # A place of the queries that isn't fixed: the kernel must take any.
+    fixed = isinstance(site.mask.q_offset, int) and not site.mask.runtime_offset
+    offsets = (problem.q_offset,) if fixed else (problem.q_offset, problem.q_offset + 1)
+    train = site.phase == "train"
+    reasons = (
+        _refused(decision.form, replace(problem, q_offset=offset), _Traits.of(site), decision.kernel, train) for offset in offsets
+    )
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+@dataclass(frozen=True)
+class _Traits:
+    """What selection asks of a site beside its sizes; ``limits`` and ``pairs``: the operands that masks by row become."""
+
+    dtype: torch.dtype
+    device: torch.device
+    scale: float
+    softcap: float | None
+    dropout_p: float
+    padding: bool
+    documents: bool
+    bias: bool
+    limits: bool
+    pairs: bool
+
+    @classmethod
+    def of(cls, site: AttentionSite) -> _Traits:
+        mask = site.mask
+        words = {factor.word for factor in mask.by_row}
+        return cls(
+            dtype=site.dtype,
+            device=site.device,
+            scale=site.scale,
+            softcap=site.softcap,
+            dropout_p=site.dropout_p,
+            padding=mask.key_padding,
+            documents=mask.documents,
+            # A part of the mask that could not be read is added to the scores as a tensor.
+            bias=bool(site.bias) or "other" in words,
+            limits=bool(words & {"chunk", "prefix", "rows"}),
+            pairs=bool(words & {"label", "pairs"}),
+        )
 
 
 @lru_cache(maxsize=256)
-def _choose(
-    form: Form,
-    problem: Problem,
-    dtype: torch.dtype,
-    device: torch.device,
-    present: tuple[bool, bool, bool],
-    scale: float,
-    softcap: float | None,
-    dropout_p: float,
-    asked: str | None,
-    train: bool,
-) -> Choice:
-    from dilcompile.lowering.call import Call, merge_grad
+def _choose(form: Form, problem: Problem, traits: _Traits, asked: str | None, train: bool) -> Choice:
     from dilcompile.lowering.select import KERNELS, select
-
-    padding, documents, bias = present
-    size = problem
-
-    def operand(*shape: int, of: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=of, device=device)
 
     try:
         with FakeTensorMode():
-            call = Call(
-                q=operand(size.batch, size.heads, size.q_len, size.head_dim),
-                k=operand(size.batch, size.kv_heads, size.k_len, size.head_dim),
-                v=operand(size.batch, size.kv_heads, size.k_len, size.v_dim),
-                key_padding=operand(size.batch, size.k_len, of=torch.bool) if padding else None,
-                documents=operand(size.batch, size.k_len, of=torch.int64) if documents else None,
-                bias=operand(size.batch, size.heads, size.q_len, size.k_len) if bias else None,
-                dropout_seed=operand(1, of=torch.int64) if dropout_p > 0 else None,
-                relation=form.relation(problem),
-                scale=scale,
-                softcap=softcap,
-                dropout_p=dropout_p,
-                merge_grad=merge_grad(form),
-            )
+            call = _call(form, problem, traits)
             names = {id(kernel): name for name, kernel in KERNELS.items()}
             forward = names[id(select(call, asked))]
             return Choice(forward, names[id(select(call, asked, backward=True))] if train else None)
     except DilcompileError as error:
         return Choice(None, reason=str(error))
+
+
+@lru_cache(maxsize=256)
+def _refused(form: Form, problem: Problem, traits: _Traits, asked: str, train: bool) -> str | None:
+    from dilcompile.lowering.select import KERNELS, refusal
+
+    with FakeTensorMode():
+        call = _call(form, problem, traits)
+        return refusal(KERNELS[asked], call, False) or (refusal(KERNELS[asked], call, True) if train else None)
+
+
+def _call(form: Form, size: Problem, traits: _Traits) -> Call:
+    """The call as the site will make it, with operands that hold no data."""
+    from dilcompile.lowering.call import Call, merge_grad
+    from dilcompile.lowering.pairs import Pairs
+
+    def operand(*shape: int, of: torch.dtype = traits.dtype) -> Tensor:
+        return torch.empty(shape, dtype=of, device=traits.device)
+
+    def terms(length: int) -> Tensor:
+        return operand(1, 1, length, of=torch.int64)
+
+    return Call(
+        q=operand(size.batch, size.heads, size.q_len, size.head_dim),
+        k=operand(size.batch, size.kv_heads, size.k_len, size.head_dim),
+        v=operand(size.batch, size.kv_heads, size.k_len, size.v_dim),
+        key_padding=operand(size.batch, size.k_len, of=torch.bool) if traits.padding else None,
+        documents=operand(size.batch, size.k_len, of=torch.int64) if traits.documents else None,
+        bias=operand(size.batch, size.heads, size.q_len, size.k_len) if traits.bias else None,
+        dropout_seed=operand(1, of=torch.int64) if traits.dropout_p > 0 else None,
+        relation=form.relation(size),
+        scale=traits.scale,
+        softcap=traits.softcap,
+        dropout_p=traits.dropout_p,
+        merge_grad=merge_grad(form),
+        row_limits=operand(2, 1, size.q_len, of=torch.int64) if traits.limits else None,
+        pairs=Pairs("g0", terms(size.q_len), terms(size.k_len)) if traits.pairs else None,
+    )

@@ -13,7 +13,7 @@ from dilcompile.report.totals import totals_of
 from dilcompile.site import AttentionSite, MaskSpec, Miss
 
 SCHEMA = "dilcompile.report"
-VERSION = 2
+VERSION = 3
 
 
 def plain(report: Record) -> dict[str, Any]:
@@ -108,8 +108,9 @@ def _site(site: AttentionSite) -> dict[str, Any]:
         "scale": site.scale,
         "softcap": site.softcap,
         "dropout_p": site.dropout_p,
-        "bias": site.bias,
+        "bias": [{"word": bias.word, "tensor": bias.tensor, "slopes": list(bias.slopes)} for bias in site.bias],
         "sinks": site.sinks,
+        "multipliers": site.multipliers,
         "operands": dict(zip(("q", "k", "v"), site.operands, strict=False)),
         "mask": _mask(site.mask),
     }

@@ -24,7 +24,7 @@ class Row:
     Args:
         site: module path, source line.
         attention: kind and spelling; sizes; the way of the dtypes; what else the scores go through, where there is any.
-        roles: the tensors that are queries, keys, values, biases and sinks. Sites that differ in them alone are alike.
+        roles: the tensors that are queries, keys, values, biases, sinks, multipliers. Sites that differ in them alone are alike.
         mask: the mask that was read, in words; its formula.
         becomes: the form, or ``kept``; the rule.
         numbers: ``exact``, ``approximate`` or ``unchanged``.
@@ -150,18 +150,20 @@ def dtypes(site: AttentionSite) -> str:
 
 def roles(site: AttentionSite) -> str:
     """The tensors of the graph by what they are: ``q view_1 [2, 4, 48, 16], k ..., v ..., bias ...``."""
-    named = [*zip("qkv", site.operands, strict=False), ("bias", site.bias), ("sinks", site.sinks)]
+    biases = (("bias", bias.tensor) for bias in site.bias)
+    named = [*zip("qkv", site.operands, strict=False), *biases, ("sinks", site.sinks), ("multipliers", site.multipliers)]
     return ", ".join(f"{role} {held}" for role, held in named if held is not None)
 
 
 def besides(site: AttentionSite) -> str:
-    """A scale of its own, soft cap, bias, sinks, dropout; empty if there is none."""
+    """A scale of its own, tensors beside it, soft cap, bias, sinks, dropout; empty if there is none."""
     scale = "" if math.isclose(site.scale, site.head_dim**-0.5, rel_tol=1e-6) else f"scale {site.scale:.6g}"
+    multipliers = "" if site.multipliers is None else "multipliers"
     softcap = "" if site.softcap is None else f"soft cap {site.softcap:g}"
-    bias = "" if site.bias is None else "bias"
+    bias = " + ".join(f"bias {bias}" for bias in site.bias)
     sinks = "" if site.sinks is None else "sinks"
     dropout = f"dropout {site.dropout_p:g}" if site.dropout_p else ""
-    return ", ".join(part for part in (scale, softcap, bias, sinks, dropout) if part)
+    return ", ".join(part for part in (scale, multipliers, softcap, bias, sinks, dropout) if part)
 
 
 def _pairs(costs: Costs | None) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Masks ``(1 - m) * c`` are read as padding because m holds 0 and 1; the rewritten graph makes sure of it when it runs."""
+"""Masks of integers, ``(1 - m) * c``, are read as padding because m holds 0 and 1; the rewritten graph checks it when it runs."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def assert_binary(emit: Emitter, mask: ReadMask, module: str, bring_in: Callable
             aten._assert_async.msg,
             emit(aten.all.default, either),
             f"dilcompile: the padding mask {node.name} of {module or 'the model'} holds other numbers than 0 and 1, which "
-            "(1 - mask) * c makes a bias; give it zeros and ones, or keep this attention as it is by a rule with form: keep",
+            "scale or shift and don't hide; give it zeros and ones, or keep this attention as it is by a rule with form: keep",
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress, pairwise, product
 from typing import Literal
 
@@ -86,6 +86,18 @@ class Emptiness:
 
 
 @dataclass(frozen=True)
+class Floor:
+    """Scores below ``least`` are lifted to it after all masks.
+
+    Args:
+        halves: a score that is equal to it gets half of its gradient.
+    """
+
+    least: float
+    halves: bool
+
+
+@dataclass(frozen=True)
 class _Level:
     """What the score of a key becomes that some operands hide: one number, or the score and a number."""
 
@@ -94,7 +106,9 @@ class _Level:
     gradient: Gradient | None
 
 
-def emptiness_of(hidings: Sequence[Hiding], biases: int, *, zero: bool, training: bool, capped: bool) -> Emptiness:
+def emptiness_of(
+    hidings: Sequence[Hiding], biases: int, *, zero: bool, training: bool, capped: bool, floor: Floor | None = None
+) -> Emptiness:
     """What rows become that see no key.
 
     Args:
@@ -103,14 +117,17 @@ def emptiness_of(hidings: Sequence[Hiding], biases: int, *, zero: bool, training
         zero: rows whose scores are all -inf become 0, not NaN.
         training: gradients are asked for.
         capped: the scores go through a soft cap before they are masked.
+        floor: what hidden scores are lifted to in the end.
     """
     if not hidings:
         return Emptiness("zero")
     other, nothing = Emptiness("other"), Emptiness("zero" if zero else "nan")
     if len(hidings) > _MOST_OPERANDS or any(len(hiding.fills) != 1 for hiding in hidings):
         alike = all(hiding.fills == {-math.inf} for hiding in hidings)
-        return nothing if alike else other
+        return nothing if alike and floor is None else other
     levels = {hidden: _level(list(compress(hidings, hidden)), biases) for hidden in _subsets(hidings)}
+    if floor is not None:
+        levels = {hidden: _lifted(level, floor) for hidden, level in levels.items()}
     if any(level is None for level in levels.values()):
         return other
     reached = {hidden: level for hidden, level in levels.items() if level is not None and level.value != -math.inf}
@@ -188,6 +205,16 @@ def _level(hiding: Sequence[Hiding], biases: int) -> _Level | None:
     if swallowed and value != -math.inf and not absorbs(value / _BEYOND_BIAS, max(one.resolution for one in hiding)):
         return None
     return _Level(value, False, gradient)
+
+
+def _lifted(level: _Level | None, floor: Floor) -> _Level | None:
+    if level is None or (level.is_score and level.value > floor.least / 2) or level.value > floor.least:
+        return level
+    if level.is_score:
+        return None
+    if level.value == floor.least and level.gradient != "none":
+        return replace(level, gradient=None if floor.halves else level.gradient)
+    return _Level(floor.least, False, "none")
 
 
 def _not_just(hidden: tuple[bool, ...], hidings: Sequence[Hiding]) -> Truth:

@@ -52,6 +52,16 @@ def keep_of(value: Number, resolution: float, reader: MaskReader) -> tuple[Truth
     return _scaled_keep(value, resolution, reader)
 
 
+def where_one(value: Number) -> Truth | None:
+    """Where a number is 1 that is 0 everywhere else; None if it may be another."""
+    if isinstance(value, Choice):
+        then, other = where_one(value.then), where_one(value.other)
+        return None if then is None or other is None else if_else(value.when, then, other)
+    if value.is_number and (value.is_zero or value == 1):
+        return bool(value == 1)
+    return None
+
+
 def _scaled_keep(value: Expr, resolution: float, reader: MaskReader) -> tuple[Truth, set[float]]:
     """``(1 - m) * c`` with a huge negative c: visible where m is 1.
 

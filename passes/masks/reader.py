@@ -8,6 +8,7 @@ What each operator does stands in ``rules``. Nothing of size S x S is ever made,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import sympy
@@ -30,6 +31,8 @@ class MaskReader:
         stale: tells whether a tensor was written in place between its making and its use by another node.
         outside: inputs of a checkpoint's body, and the nodes of the graph around it that they stand for.
         carries_gradient: tells whether a tensor's gradient is asked for.
+        writers: gives the in-place writes to a tensor.
+        captured: inputs that are variables around the model's code, with values that may change: good for words alone.
 
     Attributes:
         given: inputs of a mask function, and the index expressions that they are.
@@ -42,6 +45,8 @@ class MaskReader:
         stale: Callable[[Node, Node], bool],
         outside: Mapping[Node, Node] | None = None,
         carries_gradient: Callable[[Node], bool] = lambda node: False,
+        writers: Callable[[Node], Sequence[Node]] = lambda node: (),
+        captured: Mapping[Node, torch.Tensor] = MappingProxyType({}),
     ) -> None:
         self.tables = dict(tables)
         self.outside = dict(outside or {})
@@ -53,6 +58,7 @@ class MaskReader:
         self.binary: set[Node] = set()
         self._numbers: dict[Node, int] = {}
         self.stale = stale
+        self.writers, self.captured = writers, captured
         self._carries_gradient = carries_gradient
         self._memo: dict[tuple[Node, Indices], Number | Truth] = {}
 
@@ -136,6 +142,13 @@ class MaskReader:
         """Does a gradient flow into this tensor?"""
         return self._carries_gradient(node)
 
+    def is_inner(self, element: Expr) -> bool:
+        """Does it stand inside a function of pairs, so that no node of the graph around has it?"""
+        return self._stands_inside(self.elements[int(element.args[0])])
+
+    def _stands_inside(self, node: Node) -> bool:
+        return any(one.graph is node.graph for one in self.given)
+
     def wrapped(self, element: Expr) -> bool:
         """May it be the result of arithmetic that wrapped around?"""
         node = self.elements[int(element.args[0])]
@@ -143,7 +156,8 @@ class MaskReader:
         return computed and node.meta["val"].dtype in WRAPPING
 
     def element(self, node: Node, indices: Indices) -> Number | Truth:
-        """The element kept as data."""
+        """The element kept as data. A number inside a function of pairs is one for each of the indices that it is made of."""
+        indices = (*indices, *self.made_of(node)) if self._stands_inside(node) else indices
         if node not in self._numbers:
             self._numbers[node] = len(self.elements)
             self.elements.append(node)
@@ -151,6 +165,19 @@ class MaskReader:
         kind = Element if dtype.is_floating_point else IntegerElement
         found = kind(sympy.Integer(self._numbers[node]), *indices)
         return Given(found) if dtype is torch.bool else found
+
+    def made_of(self, node: Node) -> list[Expr]:
+        """The given indices that a number inside a function of pairs is computed from."""
+        found: dict[Expr, None] = {}
+        queue, seen = [node], {node}
+        while queue:
+            one = queue.pop()
+            if one in self.given:
+                found[self.given[one]] = None
+            fresh = [source for source in one.all_input_nodes if source not in seen]
+            seen.update(fresh)
+            queue += fresh
+        return sorted(found, key=str)
 
     def _table(self, node: Node, indices: Indices) -> Number | Truth:
         formula = table_formula(self.tables[node], indices)

@@ -13,6 +13,7 @@ from dilcompile.passes.spellings.exp_over_sum import EXP_OVER_SUM
 from dilcompile.passes.spellings.flash import FLASH
 from dilcompile.passes.spellings.flex import FLEX
 from dilcompile.passes.spellings.fused_sdpa import FUSED_SDPA
+from dilcompile.passes.spellings.renormalised import RENORMALISED
 from dilcompile.passes.spellings.sdpa import SDPA
 from dilcompile.passes.spellings.softmax import SOFTMAX
 from dilcompile.passes.spellings.varlen import VARLEN
@@ -23,6 +24,7 @@ SPELLINGS: tuple[Spelling, ...] = (
     FLEX,
     FLASH,
     VARLEN,
+    RENORMALISED,
     SOFTMAX,
     EXP_OF_LOG_SOFTMAX,
     EXP_LESS_LOGSUMEXP,

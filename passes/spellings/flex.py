@@ -7,20 +7,25 @@ nothing needs computing. A block mask whose function lets everything through is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
+import torch
 from torch.fx import Graph, GraphModule, Node
 
-from dilcompile.passes.anchors import Attention, Spelling
+from dilcompile.passes.anchors import Attention, MaskOperand, Spelling
 from dilcompile.passes.facts import Facts
 from dilcompile.passes.masks.arithmetic import as_truth
 from dilcompile.passes.masks.bounds import Bounds
 from dilcompile.passes.masks.symbols import B, H, K, Lengths, Q
 from dilcompile.passes.masks.terms import Choice, Expr, Truth, conjunction, elements_of, negation
 from dilcompile.passes.operators import CASTS, is_tensor, op_name, shape_of
+from dilcompile.passes.pair_function import PairFunction
 from dilcompile.passes.spellings.arguments import first_output
 from dilcompile.passes.unproven import Unproven
+from dilcompile.site import Length
 
 _STAYS = "it stays as it is"
 # The block size of a call without a block mask.
@@ -40,37 +45,71 @@ def _read(node: Node, facts: Facts) -> Attention | None:
     assert isinstance(v, Node)
     batch, heads, rows, _ = shape_of(q)
     facts.reader.set_sizes(Lengths(batch, heads, rows, shape_of(k)[2]).bounds)
-    mask = _Body(node, blocks[-1], (B, H, Q, K), mask_buffers, facts)  # type: ignore[index, arg-type]
+    sizes = dict(zip((B, H, Q, K), (batch, heads, rows, shape_of(k)[2]), strict=True))
+    mask = _Body(node, blocks[-1], (B, H, Q, K), mask_buffers, sizes, facts)  # type: ignore[index, arg-type]
     seen = mask.truth(mask.result)
     if seen is True and blocks[-2] != _WHOLE:  # type: ignore[index]
         raise Unproven(node, "the block mask's tables alone say what is hidden", "give the block mask its mask_mod")
-    scores = _Body(node, score_mod, (None, B, H, Q, K), score_buffers, facts)  # type: ignore[arg-type]
-    factor, softcap, kept = _modified(scores)
+    hides: tuple[MaskOperand, ...] = ()
+    if seen is not True and mask.function.refusal(mask.result) is None:
+        # What has no formula is a tensor for all pairs.
+        hides, seen = (MaskOperand(mask.result, output, "keep", function=mask.function),), True
+    scores = _Body(node, score_mod, (None, B, H, Q, K), score_buffers, sizes, facts)  # type: ignore[arg-type]
+    modified = _modified(scores)
     return Attention(
-        q, k, v, output, number * factor,
-        seen=conjunction(seen, kept),
-        softcap=softcap,
+        q, k, v, output, number * modified.factor,
+        masks=(*hides, *(scores.added(other, factor, output) for other, factor in modified.added)),
+        seen=conjunction(seen, modified.seen),
+        softcap=modified.softcap,
         enable_gqa=True,
     )  # fmt: skip
+
+
+@dataclass
+class _Modified:
+    """What ``score_mod`` makes of the scores.
+
+    Args:
+        factor, softcap: on the scores.
+        seen: what it lets through.
+        added: biases, each with the factor on it.
+    """
+
+    factor: float = 1.0
+    softcap: float | None = None
+    seen: Truth = True
+    added: list[tuple[Node, float]] = field(default_factory=list)
 
 
 class _Body:
     """One of the two functions: a graph whose inputs are indices (None: the score) and buffers of the graph around it."""
 
-    def __init__(self, call: Node, held: Node, indices: Sequence[Expr | None], buffers: Sequence[Any], facts: Facts) -> None:
+    def __init__(
+        self,
+        call: Node,
+        held: Node,
+        indices: Sequence[Expr | None],
+        buffers: Sequence[Any],
+        sizes: Mapping[Expr, Length],
+        facts: Facts,
+    ) -> None:
         module = getattr(call.graph.owning_module, str(held.target))
         assert isinstance(module, GraphModule)
         self.call, self.facts = call, facts
         self.graph: Graph = module.graph
         inputs = list(self.graph.find_nodes(op="placeholder"))
         self.score = next((own for own, index in zip(inputs, indices, strict=False) if index is None), None)
-        for own, index in zip(inputs, indices, strict=False):
-            if index is not None:
-                facts.reader.given[own] = index
+        given = [(own, index) for own, index in zip(inputs, indices, strict=False) if index is not None]
+        facts.reader.given.update(given)
+        output = first_output(call) or call
         for own, buffer in zip(inputs[len(indices) :], buffers, strict=True):
-            if not isinstance(buffer, Node) or (is_tensor(buffer) and facts.mutations.stale(buffer, call)):
+            if not isinstance(buffer, Node) or (is_tensor(buffer) and facts.mutations.writes(buffer, buffer, output)):
                 raise Unproven(call, "a buffer of mask_mod or score_mod is written in place", "write it out of place")
             facts.reader.outside[own] = buffer
+        # Scores are computed in float32 at least.
+        dtype = torch.promote_types(call.args[0].meta["val"].dtype, torch.float32)  # type: ignore[union-attr]
+        outer = tuple((own, facts.reader.outside[own]) for own in inputs[len(indices) :])
+        self.function = PairFunction(tuple((own, sizes[index]) for own, index in given), outer, dtype)
 
     @property
     def result(self) -> Node:
@@ -78,6 +117,17 @@ class _Body:
         found = output.args[0]
         assert isinstance(found, Node)
         return found
+
+    def added(self, node: Node, factor: float, output: Node) -> MaskOperand:
+        """A value of the function that is added to the scores.
+
+        Raises:
+            Unproven: if it can't be computed for all pairs.
+        """
+        reason = self.function.refusal(node)
+        if reason is not None:
+            raise Unproven(self.call, f"score_mod adds a bias, and {reason}", _STAYS)
+        return MaskOperand(node, output, "add", factor, function=self.function)
 
     def truth(self, node: Node) -> Truth:
         """A boolean of the function over (b, h, q, k).
@@ -93,15 +143,13 @@ class _Body:
         return found
 
 
-def _modified(body: _Body) -> tuple[float, float | None, Truth]:
-    """``score_mod`` as (factor on the scores, soft cap, what it lets through).
+def _modified(body: _Body) -> _Modified:
+    """``score_mod``, read from its result back to the score.
 
     Raises:
-        Unproven: if it does anything else (adds a bias ...).
+        Unproven: if it does anything else than scale, cap, hide and add.
     """
-    factor: float = 1.0
-    cap: float | None = None
-    seen: Truth = True
+    found = _Modified()
     node: Any = body.result
     made_of_scores = _made_of(body)
     while node is not body.score:
@@ -115,24 +163,26 @@ def _modified(body: _Body) -> tuple[float, float | None, Truth]:
             value = body.facts.scalar(other, node)
             if not value or other in made_of_scores or (name == "div" and path is not sides[0]):
                 raise Unproven(body.call, "score_mod scales the scores by something computed", _STAYS)
-            factor *= 1 / value if name == "div" else value
+            found.factor *= 1 / value if name == "div" else value
             node = path
-        elif name == "tanh" and cap is None:
-            cap, factor, node = factor, 1.0, sides[0]
-        elif cap is not None:
+        elif name == "tanh" and found.softcap is None:
+            found.softcap, found.factor, node = found.factor, 1.0, sides[0]
+        elif found.softcap is not None:
             raise Unproven(body.call, f"score_mod computes {name} of the scores before its soft cap", "cap first")
         elif name == "where":
-            node, kept = _chosen(node, body, made_of_scores, factor)
-            seen = conjunction(seen, kept)
+            node, kept = _chosen(node, body, made_of_scores, found.factor)
+            found.seen = conjunction(found.seen, kept)
         elif name in ("add", "sub"):
             path, other = sides if sides[0] in made_of_scores else reversed(sides)
-            if cap is not None or (path is not sides[0] and name == "sub") or other in made_of_scores:
-                raise Unproven(body.call, "score_mod adds something before its soft cap", _STAYS)
-            seen = conjunction(seen, _hiding(other, body))
+            if (path is not sides[0] and name == "sub") or other in made_of_scores or node.kwargs.get("alpha", 1) != 1:
+                raise Unproven(body.call, f"score_mod computes {name} of the scores twice", _STAYS)
+            if isinstance(other, Node):  # a plain number cancels in the softmax
+                _add(other, -found.factor if name == "sub" else found.factor, body, found)
             node = path
         else:
             raise Unproven(body.call, f"score_mod computes {name} of the scores", _STAYS)
-    return factor * (1.0 if cap is None else cap), cap, seen
+    found.factor *= 1.0 if found.softcap is None else found.softcap
+    return found
 
 
 def _made_of(body: _Body) -> set[Any]:
@@ -154,18 +204,16 @@ def _chosen(node: Node, body: _Body, made_of_scores: set[Any], factor: float) ->
     return path, negation(kept) if swap else kept
 
 
-def _hiding(other: Any, body: _Body) -> Truth:
-    """What an added number lets through, if it is 0 or -inf; a plain number cancels in the softmax."""
-    if not isinstance(other, Node):
-        return True
-    value = body.facts.reader.number(other, ())
-    if isinstance(value, Choice) and value.then == 0 and value.other == -math.inf:
-        return value.when
-    if isinstance(value, Choice) and value.other == 0 and value.then == -math.inf:
-        return negation(value.when)
-    if not isinstance(value, Choice) and value.is_number and value.is_finite:
-        return True
-    raise Unproven(body.call, "score_mod adds a bias", "no form takes the formula of a bias; it stays as it is")
+def _add(other: Node, factor: float, body: _Body, found: _Modified) -> None:
+    """Note what is added to the scores: 0 or -inf hides, anything else is a bias."""
+    reader = body.facts.reader
+    value = reader.number(other, ())
+    if isinstance(value, Choice) and factor > 0 and {value.then, value.other} == {sympy.Integer(0), -sympy.oo}:
+        kept = value.when if value.then == 0 else negation(value.when)
+        if not any(reader.is_inner(element) for element in elements_of(kept)):
+            found.seen = conjunction(found.seen, Bounds(reader.sizes).settle(kept))
+            return
+    found.added.append((other, factor))
 
 
 FLEX = Spelling("flex", frozenset(("higher_order::flex_attention",)), _read, order="bhsd")

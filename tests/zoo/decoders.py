@@ -35,6 +35,7 @@ LATENT: Options = {
 
 MODELS = (
     decoder("gpt2", "GPT2", gpt()),
+    decoder("openai_gpt", "OpenAIGPT", gpt(), inputs=calls.text, ways=WRITTEN, note="a mask that scores are multiplied with"),
     decoder(
         "gpt_neo",
         "GPTNeo",

@@ -103,6 +103,7 @@ MODELS: tuple[Model, ...] = (
     vision("data2vec_vision", "Data2VecVision", vit(use_relative_position_bias=True), note="bias table"),
     vision("yolos", "Yolos", vit(image_size=[32, 32], num_detection_tokens=5)),
     vision("swin", "Swin", SWIN, note="windows in the batch, bias table"),
+    vision("swinv2", "Swinv2", SWIN, ways=WRITTEN, note="cosine scores, learned scale"),
     vision("donut_swin", "DonutSwin", SWIN, ways=WRITTEN),
     vision(
         "swin2sr",

@@ -18,7 +18,7 @@ from dilcompile.passes.masks.terms import (
     Number,
     Truth,
 )
-from dilcompile.passes.operators import is_tensor, shape_of
+from dilcompile.passes.operators import indexed, is_tensor, shape_of
 from dilcompile.site import Length
 
 if TYPE_CHECKING:
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 
 def _indexed(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
-    source, chosen = node.args[0], list(node.args[1])  # type: ignore[arg-type]
-    assert isinstance(source, Node)
+    found = indexed(node)
+    if found is None:
+        raise Unreadable("a function that is applied as it is")
+    source, chosen = found
     rank = len(shape_of(source))
     chosen += [None] * (rank - len(chosen))
     positions = [i for i, index in enumerate(chosen) if index is not None]
@@ -64,5 +66,6 @@ def place(reader: MaskReader, index: Number, size: Length) -> Expr:
 
 INDEXING: dict[str, Rule] = {
     "index": _indexed,
+    "flat_apply": _indexed,
     "gather": _gathered,
 }
