@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dilcompile.errors import KernelError
-from dilcompile.lowering import cpu, flash, native, reference, sdpa
+from dilcompile.lowering import cpu, flash, native, reference, sdpa, triton
 from dilcompile.lowering.call import Call, Kernel
 from dilcompile.near import hint
 
@@ -11,6 +11,7 @@ from dilcompile.near import hint
 KERNELS: dict[str, Kernel] = {
     "native": native,
     "sdpa": sdpa,
+    "triton": triton,
     "flash": flash,
     "cpu": cpu,
     "reference": reference,

@@ -34,7 +34,8 @@ FORMS: list[Form] = [
     Dilated([8, 16], [2, 4], coverage="zero", output_scale="1/k"),
     Dilated([6, 16], [1, 1], heads="grouped"),
 ]
-ON_CPU = [name for name in KERNELS if name != "flash"]
+# flash needs a CUDA device; triton is tested in its interpreter (test_triton).
+ON_CPU = [name for name in KERNELS if name not in ("flash", "triton")]
 SCALE = 0.4
 
 
@@ -435,12 +436,16 @@ def test_uninitialised_memory_never_shows() -> None:
 def test_choosing_a_kernel() -> None:
     q, k, v = drawn(kv_heads=4)
     at = setting_of(q, k)
-    with pytest.raises(KernelError, match="kernel 'quick' is unknown; the kernels are native, sdpa, flash, cpu, reference"):
+    with pytest.raises(
+        KernelError, match="kernel 'quick' is unknown; the kernels are native, sdpa, triton, flash, cpu, reference"
+    ):
         run(q, k, v, Dense(), "quick", at)
     with pytest.raises(KernelError, match="kernel 'sdpa' can't compute this attention: softcap; kernel 'native' can"):
         run(q, k, v, Dense(), "sdpa", at, softcap=1.0)
     with pytest.raises(KernelError, match="kernel 'flash' can't compute this attention: the tensors are on cpu"):
         run(q, k, v, Dense(), "flash", at)
+    with pytest.raises(KernelError, match="kernel 'triton' can't compute this attention: the tensors are on cpu, not on a CUDA"):
+        run(q, k, v, Dense(), "triton", at)
     with pytest.raises(KernelError, match="not every key"):
         run(q, k, v, SlidingWindow(4), "sdpa", at)
 
@@ -568,7 +573,7 @@ def test_every_mutation_is_noticed(mutation: Callable[[pytest.MonkeyPatch], None
 
 
 def test_every_kernel_is_in_the_matrix() -> None:
-    assert set(ON_CPU) | {"flash"} == set(select.KERNELS)
+    assert set(ON_CPU) | {"flash", "triton"} == set(select.KERNELS)
 
 
 def test_policies_know_every_kernel_by_name() -> None:

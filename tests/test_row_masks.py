@@ -19,7 +19,7 @@ from dilcompile.lowering.pairs import parse
 
 BATCH, ROWS, KEYS = 2, 23, 31
 FORMS: list[Form] = [Dense(), SlidingWindow(6, sinks=2), Dilated([8, 16], [1, 2], union="set", sinks=1, local=2)]
-KERNELS = [name for name, kernel in select.KERNELS.items() if kernel.TAKES_ROW_MASKS and name != "flash"]
+KERNELS = [name for name, kernel in select.KERNELS.items() if kernel.TAKES_ROW_MASKS and name not in ("flash", "triton")]
 
 
 def _limits(batch: int = BATCH, whole: bool = False) -> Tensor:

@@ -1,0 +1,163 @@
+"""The forward kernel: one tile of queries, one running softmax over the keys of all terms."""
+
+import triton
+import triton.language as tl
+
+from dilcompile.lowering.triton.scores import LN_2, capped, facts_of_keys, facts_of_queries, load_rows, masked, rows_of_tile
+from dilcompile.lowering.triton.walk import FAR, block_at, blocks_of, bounds, part_of_term, reach_of_all
+
+
+@triton.jit
+def attend(
+    total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
+    TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
+    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap,
+    begin, end, full_from, full_to, start, high, rate,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some blocks of keys joined to the sum of exponentials, the maximum and the weighted sum of values."""
+    for n in range(begin, end):
+        k = start + (block_at(n, full_from, full_to, MASKED) * BLOCK_N + tl.arange(0, BLOCK_N)) * rate
+        inside = k < high
+        offset = k.to(tl.int64)
+        keys = load_rows(K, offset * k_row, inside, dims, HEAD_DIM, BLOCK_D, MASKED).to(q.dtype)
+        values = load_rows(V, offset * v_row, inside, v_dims, V_DIM, BLOCK_DV, MASKED)
+        s = tl.dot(q, tl.trans(keys), input_precision=PRECISION, out_dtype=sums.dtype)
+        s, _ = capped(s, scale, softcap, CAPPED)
+        if MASKED:
+            y, k_document, _ = facts_of_keys(k, inside, STARTS, PADDING, padding_stride)
+            s = masked(
+                s, TERMS, RESIDUES, num_terms, term, kv_head, kv_heads, row_low, row_high, t, y, h[:, None], document, k_document,
+                k[None, :], limit_low[:, None], limit_high[:, None], STARTS, LIMITS, HEADS, DEDUPE, COUNTED, False,
+            )  # fmt: skip
+        elif PADDING is not None:
+            _, _, keep = facts_of_keys(k, inside, STARTS, PADDING, padding_stride)
+            s = tl.where(keep[None, :], s, -float("inf"))
+        higher = tl.maximum(top, tl.max(s, 1))
+        shift = higher
+        if MASKED or PADDING is not None:
+            # A row that has seen no key yet: anything finite keeps its weights 0 instead of not a number.
+            shift = tl.where(higher == -float("inf"), 0.0, higher)
+        weights = tl.exp2(s - shift[:, None])
+        fade = tl.exp2(top - shift)
+        total = total * fade + tl.sum(weights, 1)
+        sums = sums * fade[:, None]
+        weights = weights.to(V.dtype.element_ty).to(q.dtype)
+        sums = tl.dot(weights, values.to(q.dtype), sums, input_precision=PRECISION, out_dtype=sums.dtype)
+        top = higher
+    return total, top, sums
+
+
+@triton.jit(do_not_specialize=["q_len", "k_len", "q_offset", "num_terms", "num_tiles", "kv_heads"])
+def attention(
+    Q, K, V, OUT, LSE, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
+    document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
+    q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, scale, softcap,
+    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
+    PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
+):  # fmt: skip
+    """One program a tile of queries, key head (or part of its query heads) and batch row.
+
+    PRODUCTS: dtype of the operands of matrix products; SCORES: of scores and sums.
+    """
+    kv_head, batch = tl.program_id(1) // (GROUP // PACK), tl.program_id(2).to(tl.int64)
+    first_head = kv_head * GROUP + tl.program_id(1) % (GROUP // PACK) * PACK
+    last_head = first_head + PACK - 1
+    tile = TILES + (tl.load(PATTERNS + kv_head) * num_tiles + tl.program_id(0)) * 2
+    first, stride = tl.load(tile), tl.load(tile + 1)
+    if first == FAR:
+        return
+    end = q_offset + q_len
+    last = tl.minimum(first + (BLOCK_M // PACK - 1) * stride, first + (end - 1 - first) // stride * stride)
+    position, member, there = rows_of_tile(first, stride, end, PACK, BLOCK_M)
+    h = first_head + member
+    dims, v_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    K += batch * k_batch + kv_head.to(tl.int64) * k_head
+    V += batch * v_batch + kv_head.to(tl.int64) * v_head
+    if STARTS is not None:
+        STARTS, ENDS = STARTS + batch * document_batch, ENDS + batch * document_batch
+    if LIMITS is not None:
+        LIMITS += batch * limit_batch
+    if PADDING is not None:
+        PADDING += batch * padding_batch
+    row, head = (position - q_offset).to(tl.int64), h.to(tl.int64)
+    q = load_rows(Q + batch * q_batch, row * q_row + head * q_head, there, dims, HEAD_DIM, BLOCK_D, True).to(PRODUCTS)
+    t, document, limit_low, limit_high = facts_of_queries(position, there, STARTS, LIMITS, q_offset, limit_stride, k_len)
+    total = tl.zeros([BLOCK_M], SCORES)
+    top = tl.full([BLOCK_M], -float("inf"), SCORES)
+    sums = tl.zeros([BLOCK_M, BLOCK_DV], SCORES)
+    if COUNTED:
+        low, high = reach_of_all(
+            TERMS,
+            RESIDUES,
+            STARTS,
+            ENDS,
+            num_terms,
+            kv_head,
+            kv_heads,
+            first_head,
+            last_head,
+            first,
+            last,
+            0,
+            k_len,
+            k_len,
+            False,
+        )
+        blocks = tl.cdiv(tl.maximum(0, high - low), BLOCK_N)
+        total, top, sums = attend(
+            total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
+            TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, 0, kv_head, kv_heads,
+            t, document, h, limit_low, limit_high, t, t, scale, softcap, 0, blocks, 0, 0, low, high, 1,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, True, PRECISION,
+        )  # fmt: skip
+    else:
+        PARTS: tl.constexpr = 2 if DEDUPE else 1
+        for step in range(num_terms * PARTS):
+            term = step // PARTS
+            low, high, inner_low, inner_high, rate = part_of_term(
+                TERMS,
+                RESIDUES,
+                term,
+                step % PARTS,
+                kv_head,
+                kv_heads,
+                first_head,
+                last_head,
+                first,
+                last,
+                0,
+                k_len,
+                False,
+                DEDUPE,
+            )
+            if LIMITS is not None:
+                inner_high = inner_low
+            start, blocks, full_from, full_to = blocks_of(low, high, inner_low, inner_high, rate, first, BLOCK_N)
+            row_low, row_high, _, _ = bounds(TERMS, RESIDUES, term, kv_head, kv_heads, t, False)
+            total, top, sums = attend(
+                total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
+                TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
+                t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, full_from, full_to, 0, 0,
+                start, high, rate,
+                HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, False, PRECISION,
+            )  # fmt: skip
+            total, top, sums = attend(
+                total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
+                TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
+                t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap,
+                0, blocks - (full_to - full_from), full_from, full_to, start, high, rate,
+                HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, True, PRECISION,
+            )  # fmt: skip
+    seen = total > 0
+    out = sums / tl.where(seen, total, 1.0)[:, None]
+    pointers = OUT + batch * out_batch + (row * out_row + head * out_head)[:, None] + v_dims[None, :]
+    tl.store(pointers, out.to(OUT.dtype.element_ty), mask=there[:, None] & (v_dims < V_DIM)[None, :])
+    lse = (top + tl.log2(tl.where(seen, total, 1.0))) * LN_2
+    heads = kv_heads * GROUP
+    tl.store(LSE + (batch * heads + head) * q_len + row, lse, mask=there)

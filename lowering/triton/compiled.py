@@ -1,0 +1,236 @@
+"""The kernels compiled ahead of time, without a GPU, and what they take of one: the table ``compiled.txt``.
+
+``python -m dilcompile.lowering.triton.compiled`` prints the table; with ``--write`` it is written beside this file.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dilcompile.lowering.triton.config import Masks, Pass, Tile, tile_of
+
+TABLE = Path(__file__).with_name("compiled.txt")
+ARCHS = ("sm80", "sm90", "sm100", "gfx942", "gfx950")
+# The tensor core instructions of each architecture, its own first; tiles of fewer than 64 rows get the older ones.
+_PRODUCTS = {
+    "sm80": ("mma.sync",),
+    "sm90": ("wgmma.mma_async", "mma.sync"),
+    "sm100": ("tcgen05.mma", "mma.sync"),
+    "gfx942": ("v_mfma",),
+    "gfx950": ("v_mfma",),
+}
+TITLES = (
+    "kernel",
+    "arch",
+    "dtype",
+    "D",
+    "Dv",
+    "switches",
+    "tile",
+    "warps",
+    "stages",
+    "registers",
+    "stack",
+    "shared",
+    "products",
+    "instruction",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel as it is compiled for one architecture.
+
+    Args:
+        switches: of ``causal`` (nothing more), ``padding``, ``documents``, ``softcap``, ``dedupe`` (terms that count
+            only what is new), ``grouped`` (4 query heads a key head).
+    """
+
+    step: Pass
+    arch: str
+    dtype: torch.dtype
+    head_dim: int
+    v_dim: int
+    switches: tuple[str, ...] = ()
+
+    @property
+    def masks(self) -> Masks:
+        """Which tiles its switches need."""
+        if "documents" in self.switches:
+            return "counted"
+        return "some" if set(self.switches) - {"grouped"} else "none"
+
+    @property
+    def tile(self) -> Tile:
+        """The tile sizes that a call of this kind gets."""
+        return tile_of(self.step, self.arch, max(_block(self.head_dim), _block(self.v_dim)), self.dtype, self.masks)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes.
+
+    Args:
+        registers: of a thread. stack: bytes of a thread, in which spilled registers would lie. shared: bytes of a program.
+        products: tensor core instructions; instruction: which.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    products: int
+    instruction: str
+
+
+def cases() -> Iterator[Case]:
+    """The rows of the table."""
+    steps: tuple[Pass, ...] = ("forward", "queries", "keys")
+    for arch in ARCHS:
+        for dim in (64, 128):
+            for step in steps:
+                yield Case(step, arch, torch.bfloat16, dim, dim)
+    for step in steps:
+        for dim in (32, 80, 96, 256):
+            yield Case(step, "sm90", torch.bfloat16, dim, dim)
+        yield Case(step, "sm90", torch.bfloat16, 192, 128)
+        yield Case(step, "sm90", torch.float16, 64, 64)
+        yield Case(step, "sm90", torch.float32, 64, 64)
+        for dim in (64, 128):
+            for switch in ("padding", "documents", "softcap", "dedupe", "grouped"):
+                yield Case(step, "sm90", torch.bfloat16, dim, dim, (switch,))
+
+
+def compile_case(case: Case, tile: Tile | None = None) -> Resources:
+    """Compile for an architecture that need not be there.
+
+    Raises:
+        RuntimeError: if Triton's compiler fails.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from dilcompile.lowering.triton.attend import attention
+    from dilcompile.lowering.triton.gradients import gradient_of_keys, gradient_of_queries
+
+    kernel = {"forward": attention, "queries": gradient_of_queries, "keys": gradient_of_keys}[case.step]
+    tile = tile or case.tile
+    fixed = _fixed(case, tile)
+    signature = {name: "constexpr" if name in fixed else _type(name, case.dtype) for name in kernel.arg_names}
+    aligned = [name for name in kernel.arg_names if name.isupper() or name.endswith(("_batch", "_head", "_row"))]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in fixed}
+    amd = case.arch.startswith("gfx")
+    target = GPUTarget("hip", case.arch, 64) if amd else GPUTarget("cuda", int(case.arch.removeprefix("sm")), 32)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
+    made = triton.compile(source, target=target, options=tile.options)
+    return _amd(case.arch, made) if amd else _nvidia(case.arch, made)
+
+
+def _block(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def _fixed(case: Case, tile: Tile) -> dict[str, object]:
+    import triton.language as tl
+
+    own, other = ("BLOCK_N", "BLOCK_M") if case.step == "keys" else ("BLOCK_M", "BLOCK_N")
+    element = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[case.dtype]
+    group = 4 if "grouped" in case.switches else 1
+    fixed: dict[str, object] = {
+        "GROUP": group, "PACK": group, "HEAD_DIM": case.head_dim, "V_DIM": case.v_dim, "BLOCK_D": _block(case.head_dim),
+        "BLOCK_DV": _block(case.v_dim), own: tile.own, other: tile.other, "CAPPED": "softcap" in case.switches,
+        "COUNTED": "documents" in case.switches, "HEADS": False, "DEDUPE": "dedupe" in case.switches,
+        "PRECISION": "ieee", "PRODUCTS": element, "SCORES": tl.float32, "LIMITS": None,
+    }  # fmt: skip
+    if "padding" not in case.switches:
+        fixed["PADDING"] = None
+    if "documents" not in case.switches:
+        fixed |= {"STARTS": None, "ENDS": None}
+    return fixed
+
+
+def _type(name: str, dtype: torch.dtype) -> str:
+    if name in ("LSE", "DELTA"):
+        return "*fp32"
+    if name in ("TERMS", "RESIDUES", "TILES", "PATTERNS", "STARTS", "ENDS"):
+        return "*i32"
+    if name == "PADDING":
+        return "*u8"
+    if name.isupper():
+        return "*" + {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    return "fp32" if name in ("scale", "softcap", "grad_scale") else "i32"
+
+
+def _nvidia(arch: str, made: Any) -> Resources:
+    from triton.backends.nvidia import compiler
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        tool = Path(compiler.__file__).parent / "bin" / "cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(_found(rf"{word}:(\d+)", usage)) for word in ("REG", "STACK"))
+    return Resources(registers, stack, made.metadata.shared, *_products(made.asm["ptx"], arch))
+
+
+def _amd(arch: str, made: Any) -> Resources:
+    text = made.asm["amdgcn"]
+    registers, stack = (int(_found(rf"\.{word}:\s+(\d+)", text)) for word in ("vgpr_count", "private_segment_fixed_size"))
+    return Resources(registers, stack, made.metadata.shared, *_products(text, arch))
+
+
+def _products(text: str, arch: str) -> tuple[int, str]:
+    found = [(text.count(instruction), instruction) for instruction in _PRODUCTS[arch]]
+    return next(((count, instruction) for count, instruction in found if count), (0, "-"))
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    assert match is not None, f"the compiler's output has no {pattern!r}"
+    return match[1]
+
+
+def row(case: Case, found: Resources) -> str:
+    """A case's line of the table."""
+    tile = case.tile
+    shown = (
+        case.step, case.arch, str(case.dtype).removeprefix("torch."), case.head_dim, case.v_dim, ",".join(case.switches) or "-",
+        f"{tile.own}x{tile.other}", tile.warps, tile.stages,
+        found.registers, found.stack, found.shared, found.products, found.instruction,
+    )  # fmt: skip
+    return _line(shown)
+
+
+def _line(words: tuple[object, ...]) -> str:
+    widths = (8, 7, 9, 4, 4, 10, 8, 6, 7, 10, 6, 7, 9, 11)
+    return "".join(str(word).ljust(width) for word, width in zip(words, widths, strict=True)).rstrip()
+
+
+def header() -> str:
+    """The first lines of the table."""
+    import triton
+
+    return f"# Triton {triton.__version__}; python -m dilcompile.lowering.triton.compiled --write\n{_line(TITLES)}\n"
+
+
+def main(words: list[str]) -> None:
+    """Print the table, or write it."""
+    text = header()
+    for case in cases():
+        text += row(case, compile_case(case)) + "\n"
+        print(text.splitlines()[-1], flush=True)
+    if "--write" in words:
+        TABLE.write_text(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,118 @@
+"""Tile sizes, proven by compiling ahead of time (``compiled.txt``): no register spills, tensor cores used.
+
+Nothing here imports Triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Pass = Literal["forward", "queries", "keys"]
+Masks = Literal["none", "some", "counted"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows of the tile's own side and of a block of the other side, and how a program is run."""
+
+    own: int
+    other: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """What Triton's compiler is told."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+INTERPRETED = Tile(16, 16, 4, 1)
+
+
+def tile_of(step: Pass, arch: str, head: int, dtype: torch.dtype, masks: Masks) -> Tile:
+    """The tile sizes of a pass.
+
+    Args:
+        step: the forward, the gradient of the queries, or that of keys and values.
+        arch: ``sm80``, ``sm90``, ..., or ``gfx942`` and the like.
+        head: the larger head size, a power of two.
+        masks: ``counted``: documents; ``some``: a softcap, padding, limits by row, or keys that count only once. They take
+            registers.
+    """
+    size = max(64, head)
+    if dtype == torch.float32:
+        return _FLOAT32[step, size]
+    if masks != "none" and size <= 128:
+        return (_COUNTED if masks == "counted" else _MASKED)[step, size]
+    return _PLAIN[_family(arch) if size <= 128 else "sm90", step, size]
+
+
+def _family(arch: str) -> str:
+    """The architecture whose tensor cores and shared memory are most alike."""
+    if arch.startswith("gfx"):
+        return "gfx942"
+    return {"sm90": "sm90", "sm100": "sm100", "sm103": "sm100"}.get(arch, "sm80")
+
+
+_FLOAT32: dict[tuple[Pass, int], Tile] = {
+    ("forward", 64): Tile(32, 32, 4, 1),
+    ("forward", 128): Tile(16, 32, 8, 1),
+    ("queries", 64): Tile(32, 32, 4, 1),
+    ("queries", 128): Tile(32, 32, 8, 1),
+    ("keys", 64): Tile(32, 32, 8, 1),
+    ("keys", 128): Tile(16, 16, 8, 1),
+    ("forward", 256): Tile(16, 16, 4, 1),
+    ("queries", 256): Tile(16, 16, 4, 1),
+    ("keys", 256): Tile(16, 16, 4, 1),
+}
+
+_MASKED: dict[tuple[Pass, int], Tile] = {
+    ("forward", 64): Tile(128, 64, 8, 3),
+    ("forward", 128): Tile(128, 32, 8, 3),
+    ("queries", 64): Tile(64, 64, 8, 2),
+    ("queries", 128): Tile(64, 32, 8, 2),
+    ("keys", 64): Tile(64, 32, 4, 2),
+    ("keys", 128): Tile(64, 32, 8, 2),
+}
+
+_COUNTED: dict[tuple[Pass, int], Tile] = {
+    ("forward", 64): Tile(128, 32, 8, 3),
+    ("forward", 128): Tile(128, 32, 8, 3),
+    ("queries", 64): Tile(64, 64, 8, 2),
+    ("queries", 128): Tile(64, 32, 8, 2),
+    ("keys", 64): Tile(64, 32, 4, 2),
+    ("keys", 128): Tile(32, 32, 4, 1),
+}
+
+_PLAIN: dict[tuple[str, Pass, int], Tile] = {
+    ("sm80", "forward", 64): Tile(128, 64, 8, 3),
+    ("sm80", "forward", 128): Tile(128, 32, 8, 3),
+    ("sm80", "queries", 64): Tile(64, 64, 8, 2),
+    ("sm80", "queries", 128): Tile(64, 64, 8, 2),
+    ("sm80", "keys", 64): Tile(64, 32, 4, 2),
+    ("sm80", "keys", 128): Tile(64, 64, 8, 2),
+    ("sm90", "forward", 64): Tile(128, 64, 8, 3),
+    ("sm90", "forward", 128): Tile(128, 64, 8, 2),
+    ("sm90", "forward", 256): Tile(64, 32, 8, 2),
+    ("sm90", "queries", 64): Tile(64, 64, 4, 2),
+    ("sm90", "queries", 128): Tile(64, 64, 8, 2),
+    ("sm90", "queries", 256): Tile(32, 32, 8, 1),
+    ("sm90", "keys", 64): Tile(64, 64, 4, 2),
+    ("sm90", "keys", 128): Tile(64, 32, 8, 2),
+    ("sm90", "keys", 256): Tile(32, 32, 8, 1),
+    ("sm100", "forward", 64): Tile(128, 64, 8, 3),
+    ("sm100", "forward", 128): Tile(128, 32, 8, 3),
+    ("sm100", "queries", 64): Tile(64, 64, 8, 2),
+    ("sm100", "queries", 128): Tile(64, 64, 8, 2),
+    ("sm100", "keys", 64): Tile(64, 64, 4, 2),
+    ("sm100", "keys", 128): Tile(64, 64, 8, 2),
+    ("gfx942", "forward", 64): Tile(128, 64, 8, 3),
+    ("gfx942", "forward", 128): Tile(128, 32, 8, 3),
+    ("gfx942", "queries", 64): Tile(64, 64, 4, 2),
+    ("gfx942", "queries", 128): Tile(64, 32, 4, 2),
+    ("gfx942", "keys", 64): Tile(64, 32, 4, 2),
+    ("gfx942", "keys", 128): Tile(64, 32, 4, 2),
+}

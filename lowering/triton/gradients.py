@@ -1,0 +1,335 @@
+"""The backward kernels: scores are computed again, and the joint log-sum-exp makes every gradient exact.
+
+Each program owns the rows that it writes, so nothing is added atomically and nothing depends on timing.
+"""
+
+import triton
+import triton.language as tl
+
+from dilcompile.lowering.triton.scores import LOG2_E, capped, facts_of_keys, facts_of_queries, load_rows, masked, rows_of_tile
+from dilcompile.lowering.triton.walk import FAR, block_at, blocks_of, bounds, part_of_term, reach_of_all
+
+
+@triton.jit
+def row_sums(
+    OUT, GRAD_OUT, GRAD_LSE, DELTA, out_batch, out_head, out_row, grad_batch, grad_head, grad_row, rows, heads,
+    V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """DELTA = sum over dims of out * grad_out, less the gradient of the LSE; a row each of [B, H, Sq]."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    dims, there = tl.arange(0, BLOCK_DV), row < rows
+    at, grad_at = batch * out_batch + head * out_head, batch * grad_batch + head * grad_head
+    out = load_rows(OUT + at, row * out_row, there, dims, V_DIM, BLOCK_DV, True).to(DELTA.dtype.element_ty)
+    grad = load_rows(GRAD_OUT + grad_at, row * grad_row, there, dims, V_DIM, BLOCK_DV, True).to(DELTA.dtype.element_ty)
+    delta = tl.sum(out * grad, 1)
+    place = (batch * heads + head) * rows + row
+    if GRAD_LSE is not None:
+        delta -= tl.load(GRAD_LSE + place, mask=there, other=0.0)
+    tl.store(DELTA + place, delta, mask=there)
+
+
+@triton.jit
+def load_lse(LSE, place, there):
+    """The LSE in base 2. Rows without keys, and rows that are none, get infinity, which makes every weight 0."""
+    lse = tl.load(LSE + place, mask=there, other=float("inf"))
+    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
+
+
+@triton.jit
+def descend(
+    sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
+    TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
+    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap,
+    begin, end, full_from, full_to, start, high, rate,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some blocks of keys added to the gradient of a tile of queries."""
+    for n in range(begin, end):
+        k = start + (block_at(n, full_from, full_to, MASKED) * BLOCK_N + tl.arange(0, BLOCK_N)) * rate
+        inside = k < high
+        offset = k.to(tl.int64)
+        keys = load_rows(K, offset * k_row, inside, dims, HEAD_DIM, BLOCK_D, MASKED).to(q.dtype)
+        values = load_rows(V, offset * v_row, inside, v_dims, V_DIM, BLOCK_DV, MASKED).to(q.dtype)
+        s = tl.dot(q, tl.trans(keys), input_precision=PRECISION, out_dtype=sums.dtype)
+        s, slope = capped(s, scale, softcap, CAPPED)
+        if MASKED:
+            y, k_document, _ = facts_of_keys(k, inside, STARTS, PADDING, padding_stride)
+            s = masked(
+                s, TERMS, RESIDUES, num_terms, term, kv_head, kv_heads, row_low, row_high, t, y, h[:, None], document, k_document,
+                k[None, :], limit_low[:, None], limit_high[:, None], STARTS, LIMITS, HEADS, DEDUPE, COUNTED, False,
+            )  # fmt: skip
+        elif PADDING is not None:
+            _, _, keep = facts_of_keys(k, inside, STARTS, PADDING, padding_stride)
+            s = tl.where(keep[None, :], s, -float("inf"))
+        weights = tl.exp2(s - lse[:, None])
+        d_weights = tl.dot(grad, tl.trans(values), input_precision=PRECISION, out_dtype=sums.dtype)
+        d_scores = weights * (d_weights - delta[:, None])
+        if CAPPED:
+            d_scores *= slope
+        d_scores = d_scores.to(K.dtype.element_ty).to(q.dtype)
+        sums = tl.dot(d_scores, keys, sums, input_precision=PRECISION, out_dtype=sums.dtype)
+    return sums
+
+
+@triton.jit(do_not_specialize=["q_len", "k_len", "q_offset", "num_terms", "num_tiles", "kv_heads"])
+def gradient_of_queries(
+    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_Q, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    out_batch, out_head, out_row, grad_batch, grad_head, grad_row,
+    document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
+    q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, scale, softcap, grad_scale,
+    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
+    PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
+):  # fmt: skip
+    """One program a tile of queries, as in the forward; ``out_*`` are the strides of GRAD_OUT."""
+    kv_head, batch = tl.program_id(1) // (GROUP // PACK), tl.program_id(2).to(tl.int64)
+    first_head = kv_head * GROUP + tl.program_id(1) % (GROUP // PACK) * PACK
+    last_head = first_head + PACK - 1
+    tile = TILES + (tl.load(PATTERNS + kv_head) * num_tiles + tl.program_id(0)) * 2
+    first, stride = tl.load(tile), tl.load(tile + 1)
+    if first == FAR:
+        return
+    end = q_offset + q_len
+    last = tl.minimum(first + (BLOCK_M // PACK - 1) * stride, first + (end - 1 - first) // stride * stride)
+    position, member, there = rows_of_tile(first, stride, end, PACK, BLOCK_M)
+    h = first_head + member
+    dims, v_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    K += batch * k_batch + kv_head.to(tl.int64) * k_head
+    V += batch * v_batch + kv_head.to(tl.int64) * v_head
+    if STARTS is not None:
+        STARTS, ENDS = STARTS + batch * document_batch, ENDS + batch * document_batch
+    if LIMITS is not None:
+        LIMITS += batch * limit_batch
+    if PADDING is not None:
+        PADDING += batch * padding_batch
+    row, head = (position - q_offset).to(tl.int64), h.to(tl.int64)
+    q = load_rows(Q + batch * q_batch, row * q_row + head * q_head, there, dims, HEAD_DIM, BLOCK_D, True).to(PRODUCTS)
+    grad_at = row * out_row + head * out_head
+    grad = load_rows(GRAD_OUT + batch * out_batch, grad_at, there, v_dims, V_DIM, BLOCK_DV, True).to(PRODUCTS)
+    place = (batch * kv_heads * GROUP + head) * q_len + row
+    lse = load_lse(LSE, place, there)
+    delta = tl.load(DELTA + place, mask=there, other=0.0)
+    t, document, limit_low, limit_high = facts_of_queries(position, there, STARTS, LIMITS, q_offset, limit_stride, k_len)
+    sums = tl.zeros([BLOCK_M, BLOCK_D], SCORES)
+    if COUNTED:
+        low, high = reach_of_all(
+            TERMS,
+            RESIDUES,
+            STARTS,
+            ENDS,
+            num_terms,
+            kv_head,
+            kv_heads,
+            first_head,
+            last_head,
+            first,
+            last,
+            0,
+            k_len,
+            k_len,
+            False,
+        )
+        blocks = tl.cdiv(tl.maximum(0, high - low), BLOCK_N)
+        sums = descend(
+            sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
+            TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, 0, kv_head, kv_heads,
+            t, document, h, limit_low, limit_high, t, t, scale, softcap, 0, blocks, 0, 0, low, high, 1,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, True, PRECISION,
+        )  # fmt: skip
+    else:
+        PARTS: tl.constexpr = 2 if DEDUPE else 1
+        for step in range(num_terms * PARTS):
+            term = step // PARTS
+            low, high, inner_low, inner_high, rate = part_of_term(
+                TERMS,
+                RESIDUES,
+                term,
+                step % PARTS,
+                kv_head,
+                kv_heads,
+                first_head,
+                last_head,
+                first,
+                last,
+                0,
+                k_len,
+                False,
+                DEDUPE,
+            )
+            if LIMITS is not None:
+                inner_high = inner_low
+            start, blocks, full_from, full_to = blocks_of(low, high, inner_low, inner_high, rate, first, BLOCK_N)
+            row_low, row_high, _, _ = bounds(TERMS, RESIDUES, term, kv_head, kv_heads, t, False)
+            sums = descend(
+                sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
+                TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
+                t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, full_from, full_to, 0, 0,
+                start, high, rate,
+                HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, False, PRECISION,
+            )  # fmt: skip
+            sums = descend(
+                sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
+                TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
+                t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap,
+                0, blocks - (full_to - full_from), full_from, full_to, start, high, rate,
+                HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, True, PRECISION,
+            )  # fmt: skip
+    pointers = GRAD_Q + batch * grad_batch + (row * grad_row + head * grad_head)[:, None] + dims[None, :]
+    tl.store(pointers, (sums * grad_scale).to(GRAD_Q.dtype.element_ty), mask=there[:, None] & (dims < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def gather(
+    k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
+    TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
+    k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale, softcap,
+    begin, end, full_from, full_to, start, high, rate,
+    PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
+    PADDED: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some blocks of queries added to the gradients of a tile of keys and values; scores are held [keys, queries]."""
+    for n in range(begin, end):
+        block = start + block_at(n, full_from, full_to, MASKED) * (BLOCK_M // PACK) * rate
+        position, member, there = rows_of_tile(block, rate, high, PACK, BLOCK_M)
+        h = first_head + member
+        row, head = (position - q_offset).to(tl.int64), h.to(tl.int64)
+        partly: tl.constexpr = MASKED or BLOCK_M % PACK != 0
+        q = load_rows(Q, row * q_row + head * q_head, there, dims, HEAD_DIM, BLOCK_D, partly).to(keys.dtype)
+        grad = load_rows(GRAD_OUT, row * out_row + head * out_head, there, v_dims, V_DIM, BLOCK_DV, partly).to(keys.dtype)
+        place = head * q_len + row
+        lse = load_lse(LSE, place, there)
+        delta = tl.load(DELTA + place, mask=there, other=0.0)
+        s = tl.dot(keys, tl.trans(q), input_precision=PRECISION, out_dtype=k_sums.dtype)
+        s, slope = capped(s, scale, softcap, CAPPED)
+        if MASKED:
+            t, document, limit_low, limit_high = facts_of_queries(position, there, STARTS, LIMITS, q_offset, limit_stride, k_len)
+            y = tl.where(there, t, FAR)
+            s = masked(
+                s, TERMS, RESIDUES, num_terms, term, kv_head, kv_heads, row_low, row_high, relative, y, h[None, :],
+                k_document, document,
+                k[:, None], limit_low[None, :], limit_high[None, :], STARTS, LIMITS, HEADS, DEDUPE, COUNTED, True,
+            )  # fmt: skip
+            if PADDED:
+                s = tl.where(keep[:, None], s, -float("inf"))
+        elif PADDED:
+            s = tl.where(keep[:, None], s, -float("inf"))
+        weights = tl.exp2(s - lse[None, :])
+        v_sums = tl.dot(
+            weights.to(GRAD_OUT.dtype.element_ty).to(keys.dtype), grad, v_sums, input_precision=PRECISION, out_dtype=v_sums.dtype
+        )
+        d_weights = tl.dot(values, tl.trans(grad), input_precision=PRECISION, out_dtype=k_sums.dtype)
+        d_scores = weights * (d_weights - delta[None, :])
+        if CAPPED:
+            d_scores *= slope
+        d_scores = d_scores.to(Q.dtype.element_ty).to(keys.dtype)
+        k_sums = tl.dot(d_scores, q, k_sums, input_precision=PRECISION, out_dtype=k_sums.dtype)
+    return k_sums, v_sums
+
+
+@triton.jit(do_not_specialize=["q_len", "k_len", "q_offset", "num_terms", "num_tiles", "kv_heads"])
+def gradient_of_keys(
+    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_K, GRAD_V, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
+    grad_k_batch, grad_k_head, grad_k_row, grad_v_batch, grad_v_head, grad_v_row,
+    document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
+    q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, scale, softcap, grad_scale,
+    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
+    PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
+):  # fmt: skip
+    """One program a tile of keys of a key head: it walks the queries of all heads of the group."""
+    kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile = TILES + (tl.load(PATTERNS + kv_head) * num_tiles + tl.program_id(0)) * 2
+    first, stride = tl.load(tile), tl.load(tile + 1)
+    if first == FAR:
+        return
+    end = q_offset + q_len
+    last = tl.minimum(first + (BLOCK_N - 1) * stride, first + (k_len - 1 - first) // stride * stride)
+    k, _, inside = rows_of_tile(first, stride, k_len, 1, BLOCK_N)
+    dims, v_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    at_head, k_at = kv_head.to(tl.int64), k.to(tl.int64)
+    keys = load_rows(K + batch * k_batch + at_head * k_head, k_at * k_row, inside, dims, HEAD_DIM, BLOCK_D, True).to(PRODUCTS)
+    values = load_rows(V + batch * v_batch + at_head * v_head, k_at * v_row, inside, v_dims, V_DIM, BLOCK_DV, True).to(PRODUCTS)
+    Q += batch * q_batch
+    GRAD_OUT += batch * out_batch
+    LSE += batch * kv_heads * GROUP * q_len
+    DELTA += batch * kv_heads * GROUP * q_len
+    if STARTS is not None:
+        STARTS, ENDS = STARTS + batch * document_batch, ENDS + batch * document_batch
+    if LIMITS is not None:
+        LIMITS += batch * limit_batch
+    if PADDING is not None:
+        PADDING += batch * padding_batch
+    relative, k_document, keep = facts_of_keys(k, inside, STARTS, PADDING, padding_stride)
+    k_sums, v_sums = tl.zeros([BLOCK_N, BLOCK_D], SCORES), tl.zeros([BLOCK_N, BLOCK_DV], SCORES)
+    for part in range(GROUP // PACK):
+        first_head = kv_head * GROUP + part * PACK
+        last_head = first_head + PACK - 1
+        if COUNTED:
+            low, high = reach_of_all(
+                TERMS, RESIDUES, STARTS, ENDS, num_terms, kv_head, kv_heads, first_head, last_head,
+                first, last, q_offset, end, k_len, True,
+            )  # fmt: skip
+            blocks = tl.cdiv(tl.maximum(0, high - low), BLOCK_M // PACK)
+            k_sums, v_sums = gather(
+                k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
+                TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, 0, kv_head, kv_heads,
+                k, relative, k_document, keep, k, k, first_head, q_len, k_len, q_offset, scale, softcap,
+                0, blocks, 0, 0, low, high, 1,
+                PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, CAPPED, HEADS, DEDUPE, COUNTED, PADDING is not None,
+                True, PRECISION,
+            )  # fmt: skip
+        else:
+            PARTS: tl.constexpr = 2 if DEDUPE else 1
+            for step in range(num_terms * PARTS):
+                term = step // PARTS
+                low, high, inner_low, inner_high, rate = part_of_term(
+                    TERMS,
+                    RESIDUES,
+                    term,
+                    step % PARTS,
+                    kv_head,
+                    kv_heads,
+                    first_head,
+                    last_head,
+                    first,
+                    last,
+                    q_offset,
+                    end,
+                    True,
+                    DEDUPE,
+                )
+                if LIMITS is not None:
+                    inner_high = inner_low
+                start, blocks, full_from, full_to = blocks_of(low, high, inner_low, inner_high, rate, first, BLOCK_M // PACK)
+                row_low, row_high, _, _ = bounds(TERMS, RESIDUES, term, kv_head, kv_heads, k, True)
+                k_sums, v_sums = gather(
+                    k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
+                    TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
+                    k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale, softcap,
+                    full_from, full_to, 0, 0, start, high, rate,
+                    PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, CAPPED, HEADS, DEDUPE, COUNTED,
+                    PADDING is not None, False, PRECISION,
+                )  # fmt: skip
+                k_sums, v_sums = gather(
+                    k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
+                    TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
+                    k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale, softcap,
+                    0, blocks - (full_to - full_from), full_from, full_to, start, high, rate,
+                    PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, CAPPED, HEADS, DEDUPE, COUNTED,
+                    PADDING is not None, True, PRECISION,
+                )  # fmt: skip
+    at = batch * grad_k_batch + at_head * grad_k_head
+    pointers = GRAD_K + at + (k_at * grad_k_row)[:, None] + dims[None, :]
+    tl.store(pointers, (k_sums * grad_scale).to(GRAD_K.dtype.element_ty), mask=inside[:, None] & (dims < HEAD_DIM)[None, :])
+    at = batch * grad_v_batch + at_head * grad_v_head
+    pointers = GRAD_V + at + (k_at * grad_v_row)[:, None] + v_dims[None, :]
+    tl.store(pointers, v_sums.to(GRAD_V.dtype.element_ty), mask=inside[:, None] & (v_dims < V_DIM)[None, :])

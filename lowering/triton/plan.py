@@ -1,0 +1,221 @@
+"""What the Triton kernels know of a relation: its terms as numbers, and rows cut into tiles of one residue class.
+
+Queries whose residues are alike in every term read the same keys with the same stride. Such a residue class is an arithmetic
+progression of positions, a tile is a run of it. Classes refine only as far as the terms need: with rates 1, 2, 4 and a fixed
+offset they are the odd positions (only rate 1 is active), every fourth one (rates 1 and 2) and every fourth one (all).
+
+    rates 1, 2, 4, offset 0:   position  0 1 2 3 4 5 6 7        rates 1, 2, 4, offset own:   0 1 2 3 4 5 6 7
+                               class     C A B A C A B A                                     A B C D A B C D
+
+Nothing here imports Triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from dilcompile.relation import Everything, Problem, Relation, Segment, Sinks, Term, Window
+
+# Stands for "no limit"; positions stay below it, and sums of two fit in 32 bits.
+FAR = 1 << 30
+# The columns of ``Plan.terms``.
+TERM_COLUMNS = ("length", "rate", "left", "right", "stop", "head_start", "head_stop", "dedupe")
+# Classes may leave rows of tiles empty. Where more than this share of rows is for nobody, rows are not cut into classes.
+_MOST_ROWS_PER_QUERY = 4
+_LARGEST_RATE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The positions of one side, from ``begin`` to before ``end``, cut into tiles of ``count`` positions each.
+
+    Args:
+        tiles: int32 [patterns, tiles, 2], the first position of each tile and the distance of its positions. ``FAR`` where a
+            pattern has fewer tiles than another.
+    """
+
+    tiles: Tensor
+    begin: int
+    end: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A relation as the kernels read it.
+
+    Args:
+        terms: int32 [terms, 8], see ``TERM_COLUMNS``. Keys of a term: in the segment of ``length`` (0: none) of the query, at
+            most ``left`` before and ``right`` behind it, below ``stop``, of its residue class modulo ``rate``.
+        residues: int32 [terms, key heads]; -1: the query's own class.
+        patterns: int32 [key heads], which row of ``Rows.tiles`` a key head has.
+        counted: tiles are runs of neighbouring rows and walk their keys once, counting each pair by all terms. Otherwise
+            tiles are of one class and walk the keys of term after term.
+        dedupes: some term counts only what earlier ones don't hold.
+        by_head: some term is not one of all query heads.
+    """
+
+    terms: Tensor
+    residues: Tensor
+    patterns: Tensor
+    queries: Rows
+    keys: Rows
+    counted: bool
+    dedupes: bool
+    by_head: bool
+
+
+def unplannable(relation: Relation) -> str | None:
+    """Why positions of this relation can't be cut into residue classes, or None."""
+    size = relation.problem
+    if max(size.k_len, size.q_len + abs(size.q_offset)) >= FAR // 2:
+        return f"{size.k_len} keys and {size.q_len} queries from {size.q_offset}: positions are held in 32 bits, below {FAR // 2}"
+    for term in relation.terms:
+        generator = term.generator
+        if _rate(term) > _LARGEST_RATE:
+            return f"a rate of {_rate(term)}, more than {_LARGEST_RATE}"
+        if isinstance(generator, Segment) and generator.length % generator.rate and generator.length < size.k_len:
+            return f"segments of {generator.length} with rate {generator.rate}: lengths must be multiples of their rates"
+    return None
+
+
+@lru_cache(maxsize=256)
+def plan_of(relation: Relation, queries: int, keys: int, by_document: bool, device: torch.device) -> Plan:
+    """The plan of a relation.
+
+    Args:
+        queries, keys: positions in a tile of each side.
+        by_document: positions count from the start of each document, which only the device knows.
+        device: where its tensors are.
+    """
+    size = relation.problem
+    rates = [_rate(term) for term in relation.terms]
+    residues = [_residues(term, size.kv_heads) for term in relation.terms]
+    of_head = list(zip(*residues, strict=True))
+    patterns = sorted(set(of_head))
+    spans = ((size.q_offset, size.q_offset + size.q_len, queries), (0, size.k_len, keys))
+    classes = None if by_document else _classes(tuple(rates), patterns, spans)
+    counted = classes is None
+    if classes is None:
+        patterns, classes = [of_head[0]], [[(0, 1)]]
+    # Causal queries have the more keys the later they stand, keys the more queries the earlier: the longest work goes first.
+    sides = [
+        Rows(_tiles(classes, *span, backwards).to(device), *span)
+        for span, backwards in zip(spans, (size.right is not None, False), strict=True)
+    ]
+    return Plan(
+        terms=torch.tensor([_columns(term, size) for term in relation.terms], dtype=torch.int32, device=device),
+        residues=torch.tensor(residues, dtype=torch.int32, device=device),
+        patterns=torch.tensor([0 if counted else patterns.index(x) for x in of_head], dtype=torch.int32, device=device),
+        queries=sides[0],
+        keys=sides[1],
+        counted=counted,
+        # The first term has no earlier one.
+        dedupes=any(term.dedupe for term in relation.terms[1:]),
+        by_head=any(isinstance(term.generator, Segment) and term.generator.heads is not None for term in relation.terms),
+    )
+
+
+Class = tuple[int, int]
+Span = tuple[int, int, int]
+
+
+def _classes(rates: tuple[int, ...], patterns: list[tuple[int, ...]], spans: tuple[Span, Span]) -> list[list[Class]] | None:
+    """The classes of each pattern, or None if they are too fine to fill tiles of both sides."""
+    found = []
+    for pattern in patterns:
+        classes = residue_classes(
+            tuple(zip(rates, pattern, strict=True)), _MOST_ROWS_PER_QUERY * max(span[1] - span[0] for span in spans)
+        )
+        if classes is None:
+            return None
+        for begin, end, count in spans:
+            rows = sum(-(-(end - begin) // (stride * count)) * count for _, stride in classes)
+            if rows > _MOST_ROWS_PER_QUERY * max(end - begin, count):
+                return None
+        found.append(classes)
+    return found
+
+
+def residue_classes(wanted: tuple[tuple[int, int], ...], most: int = 1 << 16) -> list[Class] | None:
+    """Progressions (start, stride) that part the whole numbers, such that no class is split by any of the terms.
+
+    Args:
+        wanted: (rate, residue) of each term; residue -1: every residue is a class of its own.
+        most: with more classes than this the answer is None.
+
+    >>> residue_classes(((1, 0), (2, 0), (4, 0)))
+    [(0, 4), (2, 4), (1, 2)]
+    >>> residue_classes(((1, -1), (2, -1)))
+    [(0, 2), (1, 2)]
+    """
+    found: list[Class] = [(0, 1)]
+    for rate, residue in wanted:
+        if residue < 0 and sum(rate // gcd(stride, rate) for _, stride in found) > max(1, most):
+            return None
+        found = [part for each in found for part in _split(each, rate, residue)]
+    return found
+
+
+def _split(each: Class, rate: int, residue: int) -> list[Class]:
+    start, stride = each
+    common = gcd(stride, rate)
+    never = residue >= 0 and start % common != residue % common
+    if common == rate or never:
+        return [each]
+    prime = next(p for p in range(2, rate + 1) if rate // common % p == 0)
+    return [part for n in range(prime) for part in _split((start + n * stride, stride * prime), rate, residue)]
+
+
+def _tiles(classes: list[list[Class]], begin: int, end: int, count: int, backwards: bool) -> Tensor:
+    lists = []
+    for found in classes:
+        tiles = []
+        for start, stride in found:
+            first = begin + (start - begin) % stride
+            tiles += [(t, stride) for t in range(first, end, stride * count)]
+        lists.append(sorted(tiles, reverse=backwards))
+    longest = max(1, *(len(tiles) for tiles in lists))
+    return torch.tensor([tiles + [(FAR, 1)] * (longest - len(tiles)) for tiles in lists], dtype=torch.int32)
+
+
+def _rate(term: Term) -> int:
+    generator = term.generator
+    if isinstance(generator, Segment):
+        return generator.rate
+    return generator.step if isinstance(generator, Window) else 1
+
+
+def _residues(term: Term, kv_heads: int) -> tuple[int, ...]:
+    generator = term.generator
+    if isinstance(generator, Segment) and generator.residues is not None:
+        return generator.residues
+    return (-1,) * kv_heads
+
+
+def _columns(term: Term, size: Problem) -> tuple[int, ...]:
+    generator = term.generator
+    length, left, right, stop, heads = 0, size.left, size.right, size.k_len, (0, size.heads)
+    if isinstance(generator, Segment):
+        # A longer segment would be this one too: there are no keys behind.
+        length, heads = min(generator.length, FAR // 2), generator.heads or heads
+    elif isinstance(generator, Window):
+        left, right = _nearer(left, generator.left), _nearer(right, generator.right)
+    elif isinstance(generator, Sinks):
+        stop = min(stop, generator.count)
+    else:
+        assert isinstance(generator, Everything), generator
+    return length, _rate(term), _limit(left), _limit(right), stop, *heads, int(term.dedupe)
+
+
+def _nearer(one: int | None, other: int | None) -> int | None:
+    return other if one is None else one if other is None else min(one, other)
+
+
+def _limit(distance: int | None) -> int:
+    return FAR if distance is None else max(-FAR, min(FAR, distance))

@@ -1,0 +1,119 @@
+"""Scores of a block of pairs, as every kernel computes them: scaled, capped, masked, in base 2."""
+
+import triton
+import triton.language as tl
+
+from dilcompile.lowering.triton.walk import COLUMNS, FAR, bounds, floor_mod, has_heads
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tanh(x):
+    """The quotient of exponentials loses digits near 0, where the series has them: the nearer the more digits there are."""
+    near: tl.constexpr = 0.4 if x.dtype == tl.float32 else 0.1
+    square = x * x
+    tail = -0.05396825396825397 + square * (0.021869488536155203 - square * 0.008863235529902197)
+    series = x + x * square * (-0.3333333333333333 + square * (0.13333333333333333 + square * tail))
+    return tl.where(tl.abs(x) < near, series, 1 - 2 / (tl.exp2(x * (2 * LOG2_E)) + 1))
+
+
+@triton.jit
+def rows_of_tile(first, stride, end, PACK: tl.constexpr, SIZE: tl.constexpr):
+    """(t, member, there): positions of a tile's rows; PACK query heads stand beside each other at each position."""
+    row = tl.arange(0, SIZE)
+    number = row // PACK
+    t = first + number * stride
+    return t, row % PACK, (number < SIZE // PACK) & (t < end)
+
+
+@triton.jit
+def load_rows(base, row_offset, there, dims, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Rows [rows, BLOCK] with zeros where there are none; 64-bit offsets."""
+    pointers = base + row_offset[:, None] + dims[None, :]
+    if MASKED:
+        if DIM == BLOCK:
+            return tl.load(pointers, mask=there[:, None], other=0.0)
+        return tl.load(pointers, mask=there[:, None] & (dims < DIM)[None, :], other=0.0)
+    if DIM == BLOCK:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(dims < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def facts_of_queries(t, there, STARTS, LIMITS, q_offset, limit_stride, k_len):
+    """(position in its document, start of that, first key, end of keys) of query positions t; what is not asked for is t."""
+    relative, document, limit_low, limit_high = t, t, t, t
+    if STARTS is not None:
+        known = there & (t >= 0) & (t < k_len)
+        document = tl.load(STARTS + t, mask=known, other=-2)
+        relative = t - tl.maximum(document, 0)
+    if LIMITS is not None:
+        limit_low = tl.load(LIMITS + (t - q_offset), mask=there, other=0)
+        limit_high = tl.load(LIMITS + limit_stride + (t - q_offset), mask=there, other=0)
+    return relative, document, limit_low, limit_high
+
+
+@triton.jit
+def facts_of_keys(k, inside, STARTS, PADDING, padding_stride):
+    """(position in its document, start of that, whether it is kept) of key positions k; the first of hidden keys is ``FAR``."""
+    relative, document, keep = k, k, inside
+    if PADDING is not None:
+        keep = tl.load(PADDING + k.to(tl.int64) * padding_stride, mask=inside, other=0) != 0
+    if STARTS is not None:
+        document = tl.load(STARTS + k, mask=inside, other=-1)
+        relative = k - document
+    return tl.where(keep, relative, FAR), document, keep
+
+
+@triton.jit
+def capped(s, scale, softcap, CAPPED: tl.constexpr):
+    """Scores in base 2 from products, and the slope of the cap: ``scale`` is that of base 2, without a cap."""
+    if CAPPED:
+        bent = tanh(s * scale)
+        return bent * softcap, 1 - bent * bent
+    return s * scale, s
+
+
+@triton.jit
+def masked(
+    s, TERMS, RESIDUES, num_terms, term, kv_head, kv_heads, low, high, x, y, h, x_document, y_document, key, limit_low,
+    limit_high,
+    STARTS, LIMITS, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Scores [x, y] of a tile's rows x and a block's positions y, minus infinity where a pair does not count.
+
+    y is ``FAR`` where there is nothing. low, high: ``bounds`` of the rows in this term. h, limit_low and limit_high are those of
+    the queries and broadcast with s, like key, the position of the keys. COUNTED: all terms at once, plus the logarithm of how
+    often each pair counts.
+    """
+    if COUNTED:
+        found = tl.zeros(s.shape, tl.int32)
+        for each in range(num_terms):
+            low, high, rate, residue = bounds(TERMS, RESIDUES, each, kv_head, kv_heads, x, TRANSPOSED)
+            held = (y[None, :] >= low[:, None]) & (y[None, :] < high[:, None])
+            held = held & (floor_mod(y, rate)[None, :] == residue[:, None])
+            if HEADS:
+                held = held & has_heads(TERMS, each, h)
+            if DEDUPE:
+                held = held & ((found == 0) | (tl.load(TERMS + each * COLUMNS + 7) == 0))
+            found += held.to(tl.int32)
+        s = tl.where(found > 0, s + tl.log2(tl.maximum(found, 1).to(s.dtype)), -float("inf"))
+    else:
+        s = tl.where((y[None, :] >= low[:, None]) & (y[None, :] < high[:, None]), s, -float("inf"))
+        if HEADS:
+            s = tl.where(has_heads(TERMS, term, h), s, -float("inf"))
+        if DEDUPE:
+            for each in range(term * tl.load(TERMS + term * COLUMNS + 7)):
+                low, high, rate, residue = bounds(TERMS, RESIDUES, each, kv_head, kv_heads, x, TRANSPOSED)
+                held = (y[None, :] >= low[:, None]) & (y[None, :] < high[:, None])
+                held = held & (floor_mod(y, rate)[None, :] == residue[:, None])
+                if HEADS:
+                    held = held & has_heads(TERMS, each, h)
+                s = tl.where(held, -float("inf"), s)
+    if STARTS is not None:
+        s = tl.where(x_document[:, None] == y_document[None, :], s, -float("inf"))
+    if LIMITS is not None:
+        s = tl.where((key >= limit_low) & (key < limit_high), s, -float("inf"))
+    return s

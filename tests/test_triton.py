@@ -1,0 +1,207 @@
+"""The Triton kernel without a GPU: its numbers in the interpreter, its plan, what it refuses, and its compiled code."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dilcompile.errors import KernelError
+from dilcompile.forms import Dense, Dilated, Form
+from dilcompile.lowering import ops, triton
+from dilcompile.lowering.triton import compiled, plan
+from dilcompile.lowering.triton.compiled import Case
+from dilcompile.relation import Problem, Relation, Segment, Term
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+
+@needs_triton
+@pytest.mark.timeout(600)
+def test_the_numbers_in_the_interpreter() -> None:
+    """See ``triton_interpreted.py``: it needs a process in which Triton is imported to interpret."""
+    tests = Path(__file__).with_name("triton_interpreted.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider", str(tests)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+def test_without_triton_everything_imports_and_says_so() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, dilcompile.lowering.ops as ops, dilcompile.lowering.select\n"
+        "x = torch.ones(1, 1, 4, 8)\n"
+        "try:\n"
+        "    ops.attention(x, x, x, None, None, None, None, 'dense()', False, None, None, 0, 1.0, None, 0.0, 'triton')\n"
+        "except Exception as error:\n"
+        "    print(error)\n"
+    )
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert "Triton is not installed (pip install dilcompile[triton])" in done.stdout, done.stderr
+
+
+def test_no_kernel_is_imported_before_a_call() -> None:
+    code = (
+        "import sys, dilcompile, dilcompile.lowering.select\n"
+        "print(sorted(name for name in sys.modules if name.startswith('dilcompile.lowering.triton.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['dilcompile.lowering.triton.config', 'dilcompile.lowering.triton.plan']"
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, q: torch.Tensor, form: Form = Dense(), **more: Any) -> str:  # noqa: B008
+    """What the kernel says when it is asked for by name, as if it interpreted."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton, "find_spec", lambda name: name)
+    with pytest.raises(KernelError) as error:
+        ops.attention(
+            q, q, q, None, None, more.get("bias"), more.get("seed"), str(form), False, None, None, more.get("q_offset", 0),
+            more.get("scale", 1.0), None, more.get("dropout_p", 0.0), "triton", **more.get("masks", {}),
+        )  # fmt: skip
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"bias": torch.zeros(1)}, "a bias over all pairs; kernel 'cpu' can"),
+        ({"dropout_p": 0.5, "seed": torch.tensor([1])}, "dropout by position; kernel 'cpu' can"),
+        ({"scale": math.inf}, "scale inf"),
+        ({"masks": {"flat": True}}, "flat scores"),
+        ({"q_offset": 1 << 29}, "4 keys and 4 queries from 536870912: positions are held in 32 bits, below 536870912"),
+    ],
+    ids=str,
+)
+def test_what_it_refuses(more: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = refusal(monkeypatch, torch.ones(1, 1, 4, 8), **more)
+    assert f"kernel 'triton' can't compute this attention: {reason}" in found
+
+
+def test_head_sizes_and_dtypes_that_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = torch.ones(1, 1, 4, 8).expand(70000, 1, 4, 8)
+    assert "70000 batch rows of 1 heads, more than 65535" in refusal(monkeypatch, many)
+    assert "head size 260, more than 256" in refusal(monkeypatch, torch.ones(1, 1, 4, 260))
+    call = refusal(monkeypatch, torch.ones(1, 1, 4, 8).to(torch.float8_e4m3fn))
+    assert "dtype torch.float8_e4m3fn" in call
+
+
+def test_segments_that_are_no_multiple_of_their_rate_are_refused() -> None:
+    problem = Problem(1, 1, 1, 20, 20, 8, 8)
+    reason = plan.unplannable(Relation(problem, (Term(Segment(5, 2)),)))
+    assert reason == "segments of 5 with rate 2: lengths must be multiples of their rates"
+    assert plan.unplannable(Relation(problem, (Term(Segment(21, 2)),))) is None
+    reason = plan.unplannable(Relation(problem, (Term(Segment(1 << 17, 1 << 17)),)))
+    assert reason == "a rate of 131072, more than 65536"
+
+
+def test_classes_that_would_be_too_many_are_not_listed() -> None:
+    assert plan.residue_classes(((1 << 16, -1), (3, -1)), 1 << 16) is None
+    assert plan.residue_classes(((1 << 16, 5),)) is not None
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(1, 12).flatmap(lambda rate: st.tuples(st.just(rate), st.integers(-1, rate - 1))), min_size=1, max_size=4)
+)
+def test_classes_part_the_positions_and_no_term_splits_one(wanted: list[tuple[int, int]]) -> None:
+    classes = plan.residue_classes(tuple(wanted))
+    assert classes is not None
+    period = math.lcm(*(stride for _, stride in classes))
+    members = [list(range(start, start + period, stride)) for start, stride in classes]
+    assert Counter(x % period for own in members for x in own) == Counter(range(period))
+    for own in members:
+        for rate, residue in wanted:
+            residues = {x % rate for x in own}
+            assert len(residues) == 1 or (residue >= 0 and residue not in residues)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_tiles_hold_every_position_once(data: st.DataObject) -> None:
+    rates = data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 8]), min_size=1, max_size=3))
+    form = Dilated([24] * len(rates), rates, offset=data.draw(st.sampled_from(["own", "head_mod", "branch"])), coverage="zero")
+    q_len, k_len, offset = (data.draw(st.integers(low, 90)) for low in (1, 1, -20))
+    problem = Problem(1, 4, 2, q_len, k_len, 8, 8, q_offset=offset, is_causal=data.draw(st.booleans()))
+    made = plan.plan_of(form.relation(problem), data.draw(st.integers(1, 9)), 16, False, torch.device("cpu"))
+    for rows, first, end in ((made.queries, offset, offset + q_len), (made.keys, 0, k_len)):
+        for pattern in rows.tiles.tolist():
+            held = [t + n * stride for t, stride in pattern if t != plan.FAR for n in range(rows.count)]
+            assert Counter(x for x in held if x < end) == Counter(range(first, end))
+
+
+OWN = {"sm80": "mma.sync", "sm90": "wgmma.mma_async", "sm100": "tcgen05.mma", "gfx942": "v_mfma", "gfx950": "v_mfma"}
+
+
+def listed() -> list[str]:
+    return compiled.TABLE.read_text().splitlines()[2:]
+
+
+def columns(line: str) -> dict[str, str]:
+    return dict(zip(compiled.TITLES, line.split(), strict=True))
+
+
+def proven(case: Case) -> bool:
+    """The cases that must not spill and must use the architecture's own tensor core instruction."""
+    return case.head_dim in (64, 128) and not case.switches and case.arch.startswith("sm") and case.dtype == torch.bfloat16
+
+
+def test_the_table_lists_every_case_without_spills() -> None:
+    cases = list(compiled.cases())
+    assert len(listed()) == len(cases)
+    for case, line in zip(cases, listed(), strict=True):
+        found = columns(line)
+        key = (case.step, case.arch, str(case.dtype).removeprefix("torch."), str(case.head_dim), str(case.v_dim))
+        assert tuple(found[title] for title in ("kernel", "arch", "dtype", "D", "Dv")) == key
+        assert found["tile"] == f"{case.tile.own}x{case.tile.other}", "run python -m dilcompile.lowering.triton.compiled --write"
+        assert found["stack"] == "0" or not proven(case), line
+        assert found["instruction"] == OWN[case.arch] or not proven(case), line
+        assert int(found["products"]) > 0 or case.dtype == torch.float32, line
+
+
+def assert_compiles_as_listed(case: Case) -> None:
+    import triton as package
+
+    found = compiled.compile_case(case)
+    assert found.instruction == OWN[case.arch] or not proven(case)
+    assert found.products > 0 or case.dtype == torch.float32
+    if package.__version__ in compiled.TABLE.read_text().splitlines()[0]:
+        assert compiled.row(case, found) in listed(), "run python -m dilcompile.lowering.triton.compiled --write"
+    elif proven(case):
+        assert found.stack == 0
+
+
+ALL = list(compiled.cases())
+QUICK = [case for case in ALL if proven(case) and (case.arch != "sm100" or (case.step == "forward" and case.head_dim == 64))]
+
+
+@needs_triton
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_compiled_ahead_of_time(case: Case) -> None:
+    assert_compiles_as_listed(case)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in ALL if case not in QUICK], ids=str)
+def test_compiled_ahead_of_time_for_every_row_of_the_table(case: Case) -> None:
+    assert_compiles_as_listed(case)
+
+
+def test_a_tile_that_spills_would_be_seen() -> None:
+    """The check reads what the compiler says: this tile is too large for its registers."""
+    pytest.importorskip("triton")
+    case = Case("forward", "sm90", torch.bfloat16, 128, 128)
+    assert compiled.compile_case(case, compiled.Tile(128, 128, 4, 2)).stack > 0
