@@ -31,7 +31,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
 def test_the_numbers_in_the_interpreter() -> None:
     """See ``triton_interpreted.py``: it needs a process in which Triton is imported to interpret."""
     tests = Path(__file__).with_name("triton_interpreted.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider", str(tests)]
+    command = [sys.executable, "-m", "pytest", "-x", "--tb=short", "-p", "no:cacheprovider", str(tests)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

@@ -68,20 +68,22 @@ def test_everything_at_once() -> None:
     assert_grads("triton", FORMS[6], setting_of(q, k, causal=True, left=14), q, k, v, **operands)
 
 
+PLACES: list[dict[str, Any]] = [
+    {"causal": True, "left": 6},
+    {"left": 6, "right": 3},
+    {"causal": True, "right": -1},
+    {"right": 2},
+    {"causal": True, "q_offset": 10},
+    {"q_offset": -3, "causal": True},
+    {"q_offset": 25},
+]
+
+
 @pytest.mark.parametrize(
-    "mask",
-    [
-        {"causal": True, "left": 6},
-        {"left": 6, "right": 3},
-        {"causal": True, "right": -1},
-        {"right": 2},
-        {"causal": True, "q_offset": 10},
-        {"q_offset": -3, "causal": True},
-        {"q_offset": 25},
-    ],
+    ("form", "mask"),
+    [*((form, mask) for form in (Dense(), FORMS[3]) for mask in PLACES), (FORMS[4], PLACES[0]), (FORMS[4], PLACES[5])],
     ids=str,
 )
-@pytest.mark.parametrize("form", [Dense(), FORMS[3], FORMS[4]], ids=str)
 def test_the_sites_own_window_and_offsets(form: Form, mask: dict[str, Any]) -> None:
     q, k, v = drawn(batch=1, heads=2, kv_heads=1, q_len=23, k_len=31)
     assert_grads("triton", form, setting_of(q, k, **mask), q, k, v)
