@@ -78,7 +78,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, q: torch.Tensor, form: Form = Dense
     ("more", "reason"),
     [
         ({"bias": torch.zeros(1)}, "a bias over all pairs; kernel 'cpu' can"),
-        ({"dropout_p": 0.5, "seed": torch.tensor([1])}, "dropout by position; kernel 'cpu' can"),
+        ({"dropout_p": 1.0, "seed": torch.tensor([1])}, "dropout of 1.0, which keeps nothing; kernel 'cpu' can"),
         ({"scale": math.inf}, "scale inf"),
         ({"masks": {"flat": True}}, "flat scores"),
         ({"q_offset": 1 << 29}, "4 keys and 4 queries from 536870912: positions are held in 32 bits, below 536870912"),
@@ -155,7 +155,13 @@ def columns(line: str) -> dict[str, str]:
 
 def proven(case: Case) -> bool:
     """The cases that must not spill and must use the architecture's own tensor core instruction."""
-    return case.head_dim in (64, 128) and not case.switches and case.arch.startswith("sm") and case.dtype == torch.bfloat16
+    return (
+        case.step != "sums"
+        and case.head_dim in (64, 128)
+        and not case.switches
+        and case.arch.startswith("sm")
+        and case.dtype == torch.bfloat16
+    )
 
 
 def test_the_table_lists_every_case_without_spills() -> None:
@@ -168,7 +174,7 @@ def test_the_table_lists_every_case_without_spills() -> None:
         assert found["tile"] == f"{case.tile.own}x{case.tile.other}", "run python -m dilcompile.lowering.triton.compiled --write"
         assert found["stack"] == "0" or not proven(case), line
         assert found["instruction"] == OWN[case.arch] or not proven(case), line
-        assert int(found["products"]) > 0 or case.dtype == torch.float32, line
+        assert int(found["products"]) > 0 or case.dtype == torch.float32 or case.step == "sums", line
 
 
 def assert_compiles_as_listed(case: Case) -> None:
@@ -176,7 +182,7 @@ def assert_compiles_as_listed(case: Case) -> None:
 
     found = compiled.compile_case(case)
     assert found.instruction == OWN[case.arch] or not proven(case)
-    assert found.products > 0 or case.dtype == torch.float32
+    assert found.products > 0 or case.dtype == torch.float32 or case.step == "sums"
     if package.__version__ in compiled.TABLE.read_text().splitlines()[0]:
         assert compiled.row(case, found) in listed(), "run python -m dilcompile.lowering.triton.compiled --write"
     elif proven(case):

@@ -31,7 +31,6 @@ _OLDEST = (8, 0)
 _MOST_PACKED = 16
 # What a launch may have of the dims but the first.
 _MOST_PROGRAMS = 65535
-_ROWS_SUMMED = 16
 LOG2_E = math.log2(math.e)
 
 
@@ -60,8 +59,8 @@ def supports(call: Call, backward: bool) -> str | None:
 
 
 def _unsupported_scores(call: Call, backward: bool) -> str | None:
-    if call.dropout_p > 0:
-        return "dropout by position"
+    if call.dropout_p >= 1:
+        return f"dropout of {call.dropout_p}, which keeps nothing"
     if call.bias is not None:
         return "a bias over all pairs"
     if call.pairs is not None:
@@ -88,7 +87,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     q, k, v = (_dense_rows(x) for x in (call.q, call.k, call.v))
     with _current(q.device):
         kernel[bound.grid(plan.queries)](
-            q, k, v, out, lse, plan.terms, plan.residues, plan.queries.tiles, plan.patterns, *bound.masks,
+            q, k, v, out, lse, plan.terms, plan.residues, plan.queries.tiles, plan.patterns, *bound.masks, bound.seed,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *bound.mask_strides,
             *bound.sizes(plan.queries), **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other,
             **tile.options,
@@ -106,17 +105,18 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
     bound, size = _bind(call), call.problem
     q, k, v, out, grad_out = (_dense_rows(x) for x in (call.q, call.k, call.v, out, grad_out))
     lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
-    block = _block(size.v_dim)
+    block, tile = _block(size.v_dim), _tile(call, "sums")
     with _current(q.device):
-        row_sums[(-(-size.q_len // _ROWS_SUMMED), size.heads, size.batch)](
+        row_sums[(-(-size.q_len // tile.own), size.heads, size.batch)](
             out, grad_out, None if grad_lse is None else grad_lse.contiguous(), delta, *out.stride()[:3], *grad_out.stride()[:3],
-            size.q_len, size.heads, V_DIM=size.v_dim, BLOCK_DV=block, BLOCK_M=_ROWS_SUMMED,
+            size.q_len, size.heads, V_DIM=size.v_dim, BLOCK_DV=block, BLOCK_M=tile.own, **tile.options,
         )  # fmt: skip
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3])
         tile = _tile(call, "queries")
         plan = bound.plan(tile.own // bound.pack, tile.other)
         gradient_of_queries[bound.grid(plan.queries)](
-            q, k, v, grad_out, lse, delta, grad_q, plan.terms, plan.residues, plan.queries.tiles, plan.patterns, *bound.masks,
+            q, k, v, grad_out, lse, delta, grad_q, plan.terms, plan.residues, plan.queries.tiles, plan.patterns,
+            *bound.masks, bound.seed,
             *strides, *grad_q.stride()[:3], *bound.mask_strides, *bound.sizes(plan.queries), call.scale, **bound.switches(plan),
             BLOCK_M=tile.own, BLOCK_N=tile.other, **tile.options,
         )  # fmt: skip
@@ -124,7 +124,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
         plan = bound.plan(tile.other // bound.pack, tile.own)
         gradient_of_keys[(plan.keys.tiles.shape[1], size.kv_heads, size.batch)](
             q, k, v, grad_out, lse, delta, grad_k, grad_v, plan.terms, plan.residues, plan.keys.tiles,
-            plan.patterns, *bound.masks,
+            plan.patterns, *bound.masks, bound.seed,
             *strides, *grad_k.stride()[:3], *grad_v.stride()[:3], *bound.mask_strides, *bound.sizes(plan.keys), call.scale,
             **bound.switches(plan), BLOCK_M=tile.other, BLOCK_N=tile.own, **tile.options,
         )  # fmt: skip
@@ -146,6 +146,14 @@ class _Bound:
     masks: tuple[Tensor | None, ...]
     mask_strides: tuple[int, ...]
 
+    @property
+    def seed(self) -> Tensor | None:
+        """The seed of dropout, or None without."""
+        if self.call.dropout_p == 0:
+            return None
+        assert self.call.dropout_seed is not None, "dropout needs a seed"
+        return self.call.dropout_seed
+
     def plan(self, queries: int, keys: int) -> Plan:
         """The relation, with this many positions in the tiles of each side."""
         return plan_of(self.call.relation, queries, keys, self.masks[0] is not None, self.call.q.device)
@@ -156,18 +164,11 @@ class _Bound:
         return rows.tiles.shape[1], size.heads // self.pack, size.batch
 
     def sizes(self, rows: Rows) -> tuple[float, ...]:
-        """The numbers behind the strides: lengths, counts, factors of the scores."""
-        size, scale, softcap = self.call.problem, self.call.scale, self.call.softcap
+        """What comes after the strides: lengths, counts, factors of the scores, the least draw kept (less 2**31), its factor."""
+        size, scale, softcap, p = self.call.problem, self.call.scale, self.call.softcap, self.call.dropout_p
         factors = (scale * LOG2_E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2_E)
-        return (
-            size.q_len,
-            size.k_len,
-            size.q_offset,
-            len(self.call.relation.terms),
-            rows.tiles.shape[1],
-            size.kv_heads,
-            *factors,
-        )
+        counts = (size.q_len, size.k_len, size.q_offset, len(self.call.relation.terms), rows.tiles.shape[1], size.kv_heads)
+        return (*counts, *factors, round(p * 2**32) - 2**31, 1 / (1 - p))
 
     def switches(self, plan: Plan) -> dict[str, object]:
         """The kernels' compile-time arguments but the tile sizes."""
@@ -226,7 +227,7 @@ def _tile(call: Call, step: Pass) -> Tile:
 def _masks(call: Call) -> Masks:
     if call.documents is not None:
         return "counted"
-    masked = any(mask is not None for mask in (call.softcap, call.key_padding, call.row_limits))
+    masked = any(mask is not None for mask in (call.softcap, call.key_padding, call.row_limits)) or call.dropout_p > 0
     return "some" if masked or any(term.dedupe for term in call.relation.terms[1:]) else "none"
 
 

@@ -3,7 +3,17 @@
 import triton
 import triton.language as tl
 
-from dilcompile.lowering.triton.scores import LN_2, capped, facts_of_keys, facts_of_queries, load_rows, masked, rows_of_tile
+from dilcompile.lowering.triton.scores import (
+    LN_2,
+    capped,
+    dropped,
+    facts_of_keys,
+    facts_of_queries,
+    load_rows,
+    masked,
+    row_state,
+    rows_of_tile,
+)
 from dilcompile.lowering.triton.walk import FAR, block_at, blocks_of, bounds, part_of_term, reach_of_all
 
 
@@ -11,7 +21,7 @@ from dilcompile.lowering.triton.walk import FAR, block_at, blocks_of, bounds, pa
 def attend(
     total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
     TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
-    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap,
+    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, SEED, state, least_drawn,
     begin, end, full_from, full_to, start, high, rate,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, MASKED: tl.constexpr,
@@ -44,18 +54,20 @@ def attend(
         fade = tl.exp2(top - shift)
         total = total * fade + tl.sum(weights, 1)
         sums = sums * fade[:, None]
+        if SEED is not None:
+            weights = dropped(weights, state[:, None], k[None, :], least_drawn)
         weights = weights.to(V.dtype.element_ty).to(q.dtype)
         sums = tl.dot(weights, values.to(q.dtype), sums, input_precision=PRECISION, out_dtype=sums.dtype)
         top = higher
     return total, top, sums
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "q_offset", "num_terms", "num_tiles", "kv_heads"])
+@triton.jit(do_not_specialize=["q_len", "k_len", "q_offset", "num_terms", "num_tiles", "kv_heads", "least_drawn"])
 def attention(
-    Q, K, V, OUT, LSE, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING,
+    Q, K, V, OUT, LSE, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, SEED,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
     document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
-    q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, scale, softcap,
+    q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, scale, softcap, least_drawn, kept_factor,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
@@ -91,6 +103,9 @@ def attention(
     total = tl.zeros([BLOCK_M], SCORES)
     top = tl.full([BLOCK_M], -float("inf"), SCORES)
     sums = tl.zeros([BLOCK_M, BLOCK_DV], SCORES)
+    state = position
+    if SEED is not None:
+        state = row_state(SEED, batch, h, position)
     if COUNTED:
         low, high = reach_of_all(
             TERMS,
@@ -113,7 +128,7 @@ def attention(
         total, top, sums = attend(
             total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
             TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, 0, kv_head, kv_heads,
-            t, document, h, limit_low, limit_high, t, t, scale, softcap, 0, blocks, 0, 0, low, high, 1,
+            t, document, h, limit_low, limit_high, t, t, scale, softcap, SEED, state, least_drawn, 0, blocks, 0, 0, low, high, 1,
             HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, True, PRECISION,
         )  # fmt: skip
     else:
@@ -143,19 +158,22 @@ def attention(
             total, top, sums = attend(
                 total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
                 TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
-                t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, full_from, full_to, 0, 0,
+                t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, SEED, state, least_drawn,
+                full_from, full_to, 0, 0,
                 start, high, rate,
                 HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, False, PRECISION,
             )  # fmt: skip
             total, top, sums = attend(
                 total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
                 TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
-                t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap,
+                t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, SEED, state, least_drawn,
                 0, blocks - (full_to - full_from), full_from, full_to, start, high, rate,
                 HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, True, PRECISION,
             )  # fmt: skip
     seen = total > 0
     out = sums / tl.where(seen, total, 1.0)[:, None]
+    if SEED is not None:
+        out *= kept_factor
     pointers = OUT + batch * out_batch + (row * out_row + head * out_head)[:, None] + v_dims[None, :]
     tl.store(pointers, out.to(OUT.dtype.element_ty), mask=there[:, None] & (v_dims < V_DIM)[None, :])
     lse = (top + tl.log2(tl.where(seen, total, 1.0))) * LN_2

@@ -51,8 +51,8 @@ class Case:
     """One kernel as it is compiled for one architecture.
 
     Args:
-        switches: of ``causal`` (nothing more), ``padding``, ``documents``, ``softcap``, ``dedupe`` (terms that count
-            only what is new), ``grouped`` (4 query heads a key head).
+        switches: of ``padding``, ``documents``, ``limits`` (by row), ``softcap``, ``dropout``, ``dedupe`` (terms that count only
+            what is new), ``heads`` (terms of some query heads), ``grouped`` (4 query heads a key head); none: causal or not.
     """
 
     step: Pass
@@ -67,7 +67,7 @@ class Case:
         """Which tiles its switches need."""
         if "documents" in self.switches:
             return "counted"
-        return "some" if set(self.switches) - {"grouped"} else "none"
+        return "some" if set(self.switches) - {"grouped", "heads"} else "none"
 
     @property
     def tile(self) -> Tile:
@@ -98,6 +98,7 @@ def cases() -> Iterator[Case]:
         for dim in (64, 128):
             for step in steps:
                 yield Case(step, arch, torch.bfloat16, dim, dim)
+        yield Case("sums", arch, torch.bfloat16, 128, 128)
     for step in steps:
         for dim in (32, 80, 96, 256):
             yield Case(step, "sm90", torch.bfloat16, dim, dim)
@@ -105,7 +106,7 @@ def cases() -> Iterator[Case]:
         yield Case(step, "sm90", torch.float16, 64, 64)
         yield Case(step, "sm90", torch.float32, 64, 64)
         for dim in (64, 128):
-            for switch in ("padding", "documents", "softcap", "dedupe", "grouped"):
+            for switch in ("padding", "documents", "softcap", "dropout", "dedupe", "grouped"):
                 yield Case(step, "sm90", torch.bfloat16, dim, dim, (switch,))
 
 
@@ -120,11 +121,11 @@ def compile_case(case: Case, tile: Tile | None = None) -> Resources:
     from triton.compiler import ASTSource
 
     from dilcompile.lowering.triton.attend import attention
-    from dilcompile.lowering.triton.gradients import gradient_of_keys, gradient_of_queries
+    from dilcompile.lowering.triton.gradients import gradient_of_keys, gradient_of_queries, row_sums
 
-    kernel = {"forward": attention, "queries": gradient_of_queries, "keys": gradient_of_keys}[case.step]
-    tile = tile or case.tile
-    fixed = _fixed(case, tile)
+    kernels = {"forward": attention, "sums": row_sums, "queries": gradient_of_queries, "keys": gradient_of_keys}
+    kernel, tile = kernels[case.step], tile or case.tile
+    fixed = {name: value for name, value in _fixed(case, tile).items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in fixed else _type(name, case.dtype) for name in kernel.arg_names}
     aligned = [name for name in kernel.arg_names if name.isupper() or name.endswith(("_batch", "_head", "_row"))]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in fixed}
@@ -148,9 +149,13 @@ def _fixed(case: Case, tile: Tile) -> dict[str, object]:
     fixed: dict[str, object] = {
         "GROUP": group, "PACK": group, "HEAD_DIM": case.head_dim, "V_DIM": case.v_dim, "BLOCK_D": _block(case.head_dim),
         "BLOCK_DV": _block(case.v_dim), own: tile.own, other: tile.other, "CAPPED": "softcap" in case.switches,
-        "COUNTED": "documents" in case.switches, "HEADS": False, "DEDUPE": "dedupe" in case.switches,
-        "PRECISION": "ieee", "PRODUCTS": element, "SCORES": tl.float32, "LIMITS": None,
+        "COUNTED": "documents" in case.switches, "HEADS": "heads" in case.switches, "DEDUPE": "dedupe" in case.switches,
+        "PRECISION": "ieee", "PRODUCTS": element, "SCORES": tl.float32,
     }  # fmt: skip
+    if "dropout" not in case.switches:
+        fixed["SEED"] = None
+    if "limits" not in case.switches:
+        fixed["LIMITS"] = None
     if "padding" not in case.switches:
         fixed["PADDING"] = None
     if "documents" not in case.switches:
@@ -159,15 +164,15 @@ def _fixed(case: Case, tile: Tile) -> dict[str, object]:
 
 
 def _type(name: str, dtype: torch.dtype) -> str:
-    if name in ("LSE", "DELTA"):
+    if name in ("LSE", "DELTA", "GRAD_LSE"):
         return "*fp32"
-    if name in ("TERMS", "RESIDUES", "TILES", "PATTERNS", "STARTS", "ENDS"):
+    if name in ("TERMS", "RESIDUES", "TILES", "PATTERNS", "STARTS", "ENDS", "LIMITS"):
         return "*i32"
-    if name == "PADDING":
-        return "*u8"
+    if name in ("PADDING", "SEED"):
+        return {"PADDING": "*u8", "SEED": "*i64"}[name]
     if name.isupper():
         return "*" + {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-    return "fp32" if name in ("scale", "softcap", "grad_scale") else "i32"
+    return "fp32" if name in ("scale", "softcap", "grad_scale", "kept_factor") else "i32"
 
 
 def _nvidia(arch: str, made: Any) -> Resources:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-Pass = Literal["forward", "queries", "keys"]
+Pass = Literal["forward", "sums", "queries", "keys"]
 Masks = Literal["none", "some", "counted"]
 
 
@@ -36,12 +36,14 @@ def tile_of(step: Pass, arch: str, head: int, dtype: torch.dtype, masks: Masks) 
     """The tile sizes of a pass.
 
     Args:
-        step: the forward, the gradient of the queries, or that of keys and values.
+        step: the forward, the sums by row that the backward starts from, the gradient of the queries, that of keys and values.
         arch: ``sm80``, ``sm90``, ..., or ``gfx942`` and the like.
         head: the larger head size, a power of two.
-        masks: ``counted``: documents; ``some``: a softcap, padding, limits by row, or keys that count only once. They take
-            registers.
+        masks: ``counted``: documents; ``some``: a softcap, dropout, padding, limits by row, or keys that count only
+            once. They take registers.
     """
+    if step == "sums":
+        return Tile(16, 1, 4, 1)
     size = max(64, head)
     if dtype == torch.float32:
         return _FLOAT32[step, size]
@@ -75,7 +77,7 @@ _MASKED: dict[tuple[Pass, int], Tile] = {
     ("queries", 64): Tile(64, 64, 8, 2),
     ("queries", 128): Tile(64, 32, 8, 2),
     ("keys", 64): Tile(64, 32, 4, 2),
-    ("keys", 128): Tile(64, 32, 8, 2),
+    ("keys", 128): Tile(64, 16, 8, 2),
 }
 
 _COUNTED: dict[tuple[Pass, int], Tile] = {

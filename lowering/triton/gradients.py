@@ -6,7 +6,17 @@ Each program owns the rows that it writes, so nothing is added atomically and no
 import triton
 import triton.language as tl
 
-from dilcompile.lowering.triton.scores import LOG2_E, capped, facts_of_keys, facts_of_queries, load_rows, masked, rows_of_tile
+from dilcompile.lowering.triton.scores import (
+    LOG2_E,
+    capped,
+    dropped,
+    facts_of_keys,
+    facts_of_queries,
+    load_rows,
+    masked,
+    row_state,
+    rows_of_tile,
+)
 from dilcompile.lowering.triton.walk import FAR, block_at, blocks_of, bounds, part_of_term, reach_of_all
 
 
@@ -40,7 +50,7 @@ def load_lse(LSE, place, there):
 def descend(
     sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
     TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
-    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap,
+    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, SEED, state, least_drawn, kept_factor,
     begin, end, full_from, full_to, start, high, rate,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, MASKED: tl.constexpr,
@@ -66,6 +76,8 @@ def descend(
             s = tl.where(keep[None, :], s, -float("inf"))
         weights = tl.exp2(s - lse[:, None])
         d_weights = tl.dot(grad, tl.trans(values), input_precision=PRECISION, out_dtype=sums.dtype)
+        if SEED is not None:
+            d_weights = dropped(d_weights * kept_factor, state[:, None], k[None, :], least_drawn)
         d_scores = weights * (d_weights - delta[:, None])
         if CAPPED:
             d_scores *= slope
@@ -74,13 +86,13 @@ def descend(
     return sums
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "q_offset", "num_terms", "num_tiles", "kv_heads"])
+@triton.jit(do_not_specialize=["q_len", "k_len", "q_offset", "num_terms", "num_tiles", "kv_heads", "least_drawn"])
 def gradient_of_queries(
-    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_Q, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING,
+    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_Q, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, SEED,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     out_batch, out_head, out_row, grad_batch, grad_head, grad_row,
     document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
-    q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, scale, softcap, grad_scale,
+    q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, scale, softcap, least_drawn, kept_factor, grad_scale,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
@@ -116,6 +128,9 @@ def gradient_of_queries(
     delta = tl.load(DELTA + place, mask=there, other=0.0)
     t, document, limit_low, limit_high = facts_of_queries(position, there, STARTS, LIMITS, q_offset, limit_stride, k_len)
     sums = tl.zeros([BLOCK_M, BLOCK_D], SCORES)
+    state = position
+    if SEED is not None:
+        state = row_state(SEED, batch, h, position)
     if COUNTED:
         low, high = reach_of_all(
             TERMS,
@@ -138,7 +153,8 @@ def gradient_of_queries(
         sums = descend(
             sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
             TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, 0, kv_head, kv_heads,
-            t, document, h, limit_low, limit_high, t, t, scale, softcap, 0, blocks, 0, 0, low, high, 1,
+            t, document, h, limit_low, limit_high, t, t, scale, softcap, SEED, state, least_drawn, kept_factor,
+            0, blocks, 0, 0, low, high, 1,
             HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, True, PRECISION,
         )  # fmt: skip
     else:
@@ -168,14 +184,15 @@ def gradient_of_queries(
             sums = descend(
                 sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
                 TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
-                t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, full_from, full_to, 0, 0,
+                t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, SEED, state, least_drawn,
+                kept_factor, full_from, full_to, 0, 0,
                 start, high, rate,
                 HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, False, PRECISION,
             )  # fmt: skip
             sums = descend(
                 sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
                 TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
-                t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap,
+                t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, SEED, state, least_drawn, kept_factor,
                 0, blocks - (full_to - full_from), full_from, full_to, start, high, rate,
                 HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, True, PRECISION,
             )  # fmt: skip
@@ -187,7 +204,8 @@ def gradient_of_queries(
 def gather(
     k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
     TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
-    k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale, softcap,
+    k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale, softcap, SEED,
+    batch, least_drawn, kept_factor,
     begin, end, full_from, full_to, start, high, rate,
     PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
@@ -221,10 +239,16 @@ def gather(
         elif PADDED:
             s = tl.where(keep[:, None], s, -float("inf"))
         weights = tl.exp2(s - lse[None, :])
+        kept = weights
+        if SEED is not None:
+            state = row_state(SEED, batch, h, position)
+            kept = dropped(weights * kept_factor, state[None, :], k[:, None], least_drawn)
         v_sums = tl.dot(
-            weights.to(GRAD_OUT.dtype.element_ty).to(keys.dtype), grad, v_sums, input_precision=PRECISION, out_dtype=v_sums.dtype
+            kept.to(GRAD_OUT.dtype.element_ty).to(keys.dtype), grad, v_sums, input_precision=PRECISION, out_dtype=v_sums.dtype
         )
         d_weights = tl.dot(values, tl.trans(grad), input_precision=PRECISION, out_dtype=k_sums.dtype)
+        if SEED is not None:
+            d_weights = dropped(d_weights * kept_factor, state[None, :], k[:, None], least_drawn)
         d_scores = weights * (d_weights - delta[None, :])
         if CAPPED:
             d_scores *= slope
@@ -233,13 +257,13 @@ def gather(
     return k_sums, v_sums
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "q_offset", "num_terms", "num_tiles", "kv_heads"])
+@triton.jit(do_not_specialize=["q_len", "k_len", "q_offset", "num_terms", "num_tiles", "kv_heads", "least_drawn"])
 def gradient_of_keys(
-    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_K, GRAD_V, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING,
+    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_K, GRAD_V, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, SEED,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
     grad_k_batch, grad_k_head, grad_k_row, grad_v_batch, grad_v_head, grad_v_row,
     document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
-    q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, scale, softcap, grad_scale,
+    q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, scale, softcap, least_drawn, kept_factor, grad_scale,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
@@ -282,7 +306,8 @@ def gradient_of_keys(
             k_sums, v_sums = gather(
                 k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
                 TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, 0, kv_head, kv_heads,
-                k, relative, k_document, keep, k, k, first_head, q_len, k_len, q_offset, scale, softcap,
+                k, relative, k_document, keep, k, k, first_head, q_len, k_len, q_offset, scale, softcap, SEED, batch,
+                least_drawn, kept_factor,
                 0, blocks, 0, 0, low, high, 1,
                 PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, CAPPED, HEADS, DEDUPE, COUNTED, PADDING is not None,
                 True, PRECISION,
@@ -314,7 +339,8 @@ def gradient_of_keys(
                 k_sums, v_sums = gather(
                     k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
                     TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
-                    k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale, softcap,
+                    k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale,
+                    softcap, SEED, batch, least_drawn, kept_factor,
                     full_from, full_to, 0, 0, start, high, rate,
                     PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, CAPPED, HEADS, DEDUPE, COUNTED,
                     PADDING is not None, False, PRECISION,
@@ -322,7 +348,8 @@ def gradient_of_keys(
                 k_sums, v_sums = gather(
                     k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
                     TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
-                    k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale, softcap,
+                    k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale,
+                    softcap, SEED, batch, least_drawn, kept_factor,
                     0, blocks - (full_to - full_from), full_from, full_to, start, high, rate,
                     PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, CAPPED, HEADS, DEDUPE, COUNTED,
                     PADDING is not None, True, PRECISION,

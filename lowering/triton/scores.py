@@ -117,3 +117,31 @@ def masked(
     if LIMITS is not None:
         s = tl.where((key >= limit_low) & (key < limit_high), s, -float("inf"))
     return s
+
+
+@triton.jit
+def mixed(x):
+    """The mixer of ``lowering/dropout.py``, in the arithmetic modulo 2**32 of uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def row_state(SEED, batch, h, t):
+    """What the queries (batch, h, t) put into the draws of their pairs: uint32, like h and t."""
+    seed = tl.load(SEED)
+    state = mixed(seed.to(tl.uint32)) ^ mixed((seed >> 32).to(tl.uint32) + 0x9E3779B9)
+    state = mixed(state + batch.to(tl.uint32) * 0x85EBCA6B)
+    state = mixed(state + h.to(tl.uint32) * 0xC2B2AE35)
+    return mixed(state + t.to(tl.uint32))
+
+
+@triton.jit
+def dropped(x, state, k, least):
+    """x with 0 for the pairs that are drawn to be dropped; ``row_state`` and keys k broadcast to its shape.
+
+    least: the least draw that is kept, less 2**31, so that it fits in 32 bits.
+    """
+    drawn = mixed(state ^ mixed(k.to(tl.uint32) + 0x27D4EB2F))
+    return tl.where(drawn.to(tl.int64) - 0x80000000 >= least, x, 0.0)
