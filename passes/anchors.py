@@ -109,6 +109,7 @@ class Softmax:
             lost in rounding.
         masks: what hides exponentials.
         sinks: what else is in the sum.
+        base: of the exponentials.
     """
 
     scores: Node
@@ -120,6 +121,7 @@ class Softmax:
     empty: EmptyRule = "plain"
     masks: tuple[MaskOperand, ...] = ()
     sinks: tuple[Sink, ...] = ()
+    base: float = math.e
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,12 @@ class LooseEnds:
         Raises:
             Unproven: if it is summed or divided and stands between two products, as a softmax would.
         """
-        if op_name(node) != "exp" or node in self._read or node not in self.facts.scores or node not in self._feeding:
+        if (
+            op_name(node) not in ("exp", "exp2")
+            or node in self._read
+            or node not in self.facts.scores
+            or node not in self._feeding
+        ):
             return
         if any(op_name(user) == "sum" or (op_name(user) == "div" and user.args[0] is node) for user in node.users):
             raise Unproven(node, "the exponentials of the scores are not divided by their own sum", "write torch.softmax")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -48,7 +49,7 @@ def walk_scores(softmax: Softmax, product: Node, facts: Facts) -> ScorePath:
         Unproven: naming the operator at which the proof ended.
     """
     node, reader = softmax.scores, softmax.reader
-    stages = Stages(facts.axes[node][softmax.dim], product, ends=largest(reader), limit=softmax.limit)
+    stages = Stages(facts.axes[node][softmax.dim], product, math.log(softmax.base), ends=largest(reader), limit=softmax.limit)
     stages.masks += softmax.masks
     stages.sinks += softmax.sinks
     while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -165,6 +166,10 @@ CASES: dict[str, list[Case]] = {
         ("found: clamped without effect", written(lambda s: (lambda e: e / e.sum(-1, keepdim=True).clamp(min=1e-6))(shifted(s))), qkv, "causal (zero)"),
         ("found: a number in the sum", padded(lambda s: (lambda e: e / (e.sum(-1, keepdim=True) + 1e-3))(s.exp())), with_padding(empty=True), "padding (zero)"),
         ("found: softmax1", written(lambda s: (lambda e: e / (1 + e.sum(-1, keepdim=True)))(s.exp())), qkv, "causal (zero)"),
+        ("found: base 2", written(lambda s: over_sum((s - s.amax(-1, keepdim=True)).exp2())), qkv, "causal (zero)"),
+        ("found: base 2, filled with a number", padded(lambda s: over_sum((s * math.log2(math.e)).exp2()), -1e4), with_padding(), "padding (nan)"),
+        ("found: base 2, softmax1", written(lambda s: (lambda e: e / (1 + e.sum(-1, keepdim=True)))(s.exp2())), qkv, "causal (zero)"),
+        ("not found: base 2 over base e", written(lambda s: s.exp2() / s.exp().sum(-1, keepdim=True)), qkv, "miss: the exponentials of the scores are not divided by their own sum"),
         ("found: masked exponentials", lambda q, k, v, m: over_sum((q @ k.mT).exp() * m) @ v, with_padding(), "padding (nan)"),
         ("found: filled exponentials", lambda q, k, v, m: over_sum(shifted(q @ k.mT).masked_fill(~m, 0.0)) @ v, with_padding(), "padding (nan)"),
         ("found: rows that see nothing, the maximum taken off", padded(lambda s: over_sum(shifted(s)), -1e30), with_padding(empty=True), "padding (uniform)"),

@@ -146,7 +146,7 @@ GATES: list[Case] = [
     ("a bias in between", times(lambda s: s * lower() + torch.linspace(-1, 1, S) - 1e30 * (1 - lower())), no_tensor, "causal + bias (zero)"),
     ("padding in it", _padded_and_causal, with_padding(), "causal & padding (uniform)"),
     ("keys alone", _keys_alone, with_padding(torch.int64), "padding (zero)"),
-    ("not: padding beside it in training", GPT1(), with_padding(left=False), "kept: causal & padding (other)"),
+    ("padding beside it in training", GPT1(), with_padding(left=False), "causal & padding (others)"),
     ("not: nothing is filled", times(lambda s: s * lower()), no_tensor, "miss: scores are set to zero by a mask, which does not hide them"),
     ("not: too small a fill", times(lambda s: s * lower() - 10 * (1 - lower())), no_tensor, "miss: scores are set to zero by a mask, which does not hide them"),
     ("not: filled inside", times(lambda s: s * lower() - 1e9 * lower()), no_tensor, "miss: scores are set to zero by a mask, which does not hide them"),
@@ -217,7 +217,7 @@ WEIGHTS: list[Case] = [
     ("not: a gate made of the scores", lambda q, k, v, t: (lambda s: s.softmax(-1) * s.mean((2, 3), keepdim=True))(q @ k.mT) @ v, with_tensor(), "miss: a weight of the probabilities is computed from the scores themselves"),
     ("not: divided by the weights", weighed(lambda p, t: t / p), with_tensor(H, 1, 1), "miss: aten.div stands between the softmax and the values"),
     ("not: something added", weighed(lambda p, t: p + t), with_tensor(H, 1, 1), "miss: aten.add stands between the softmax and the values"),
-    ("not: returned too", lambda q, k, v, t: (lambda p: (p @ v, p))((q @ k.mT).softmax(-1) * t), with_tensor(H, 1, 1), "miss: the attention weights are used elsewhere too"),
+    ("not: returned too", lambda q, k, v, t: (lambda p: (p @ v, p))((q @ k.mT).softmax(-1) * t), with_tensor(H, 1, 1), "miss: the attention weights are returned"),
 ]  # fmt: skip
 
 

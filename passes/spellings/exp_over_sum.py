@@ -1,4 +1,4 @@
-"""``e / e.sum()`` with ``e = exp(scores)``: the maximum taken off or not, exponentials masked, a number added to the sum."""
+"""``e / e.sum()``, ``e = exp(scores)`` or ``exp2``: the maximum taken off or not, exponentials masked, the sum made larger."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def _read(node: Node, facts: Facts) -> Softmax | None:
         _check(total, user, shifted, bool(masks))
         sinks = (Sink(math.log(total.added), node, total.dim),) if total.added > 0 else ()
         limit = math.inf if shifted else _NOTHING
-        return Softmax(exponent, node, total.dim, user, user.meta["val"].dtype, limit, masks=masks, sinks=sinks)
+        base = 2.0 if op_name(node) == "exp2" else math.e
+        return Softmax(exponent, node, total.dim, user, user.meta["val"].dtype, limit, masks=masks, sinks=sinks, base=base)
     return None
 
 
@@ -57,4 +58,4 @@ def _is_shifted(exponent: Node, columns: object, facts: Facts) -> bool:
     return is_row_number(number, scores, columns, facts)  # type: ignore[arg-type]
 
 
-EXP_OVER_SUM = Spelling("exp over sum", frozenset(("aten::exp",)), _read)
+EXP_OVER_SUM = Spelling("exp over sum", frozenset(("aten::exp", "aten::exp2")), _read)
