@@ -1,8 +1,19 @@
-"""Lanes: tests marked ``slow`` run only with ``--slow``."""
+"""Lanes: tests marked ``slow`` run only with ``--slow``. One thread a worker where several run; no width from the terminal."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _plain_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
