@@ -96,8 +96,9 @@ def read_site_mask(
     empty = emptiness_of(hidings, plain, zero=zero, training=training, capped=capped, floor=floor)
     data = any(one.kind == "drown" for one in bias)
     if data:
-        # What its -inf is lifted to is not known.
-        empty = _drowned(empty, hidings) if floor is None else Emptiness("other")
+        # What its -inf is lifted to, and which of its numbers a later cast makes -inf, is not known.
+        cut = any(one.kind == "drown" and one.ends < torch.finfo(one.dtype).max for one in bias)
+        empty = Emptiness("other") if cut or floor is not None else _drowned(empty, hidings)
     if rule == "cleared" and training and (data or any(not one.replaces for one in hidings)) and empty.rows in ("zero", "others"):
         # The gradient of such a row is NaN, and goes wherever its mask was added.
         empty = Emptiness("other")
