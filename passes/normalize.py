@@ -53,9 +53,21 @@ def normalize(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     traced.meta = dict(gm.meta)
     _keep_inputs(gm, traced)
     _check_constants(traced)
-    traced.graph.eliminate_dead_code(lambda node: node.is_impure() or bounds_vmap(node))
-    traced.recompile()
+    _drop_unused(traced)
     return traced
+
+
+def _drop_unused(traced: GraphModule) -> None:
+    """Erase what nobody reads. ``Graph.eliminate_dead_code`` would do so in bodies that were not retraced too, where writing in
+    place by a method looks as if it did nothing.
+    """
+    own = custom_gradients.bodies(traced)
+    for part in traced.modules():
+        if isinstance(part, GraphModule) and part.graph not in own:
+            for node in reversed(part.graph.nodes):
+                if not node.users and not node.is_impure() and not bounds_vmap(node):
+                    part.graph.erase_node(node)
+            part.recompile()
 
 
 def vmap_depth(node: Node) -> int:

@@ -38,6 +38,21 @@ class Pair(torch.autograd.Function):
         return first * ctx.factor * 3 + second * x.cos(), None
 
 
+class Written(torch.autograd.Function):
+    """A backward that writes in place by a method whose result nobody reads (PhiMoE's router)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        found = grad * 3
+        found.mul_(0.5)
+        found[..., 0] = 0.0
+        return found
+
+
 class Model(nn.Module):
     def __init__(self, function: str) -> None:
         super().__init__()
@@ -48,12 +63,14 @@ class Model(nn.Module):
         if self.function == "pair":
             a, b = Pair.apply(x, 0.5)
             x = a * b
+        elif self.function == "written":
+            x = Written.apply(x)
         else:
             x = Doubled.apply(x)
         return self.after(x)
 
 
-@pytest.mark.parametrize("function", ["doubled", "pair"])
+@pytest.mark.parametrize("function", ["doubled", "pair", "written"])
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_gradients_are_the_users_own(function: str, dynamic: bool, inner: str) -> None:

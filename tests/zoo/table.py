@@ -28,6 +28,7 @@ PYTHONPATH=tests python -m zoo
 - `true`: attention sites counted while the model runs eagerly (`tests/zoo/truth.py`), independent of the finder.
 - A cell of the table is `true/listed/rewritten`, or one number where the three are the same. *Listed* is every site that the
   report speaks of: rewritten, refused, or a miss with its reason. `-`: the regime makes no difference to the model.
+- `in graphs`: those of the true sites that reach a backend: not cut in two by a graph break, and their result is used.
 - `Inductor`: what Inductor's own `fuse_attention` takes of the same model in the same regime (`counters["inductor"]`).
 - `forward`, `gradient`: the largest difference over all regimes in float64 between the rewritten and the plain model, over
   the size of the tensor where that is above 1. Above {bound:.0e} there is a cause, found by taking things away on both sides
@@ -73,6 +74,7 @@ def table(rows: Sequence[Row]) -> str:
         _totals(rows),
         *_families(rows),
         _reasons(rows),
+        _out_of_reach(rows),
         _causes(rows),
         _errors(rows),
     ]
@@ -89,8 +91,8 @@ def _totals(rows: Sequence[Row]) -> str:
     lines = [
         "## Sums",
         "",
-        "| regime | rows | true | listed | rewritten | refused | missed | Inductor |",
-        "|---|---|---|---|---|---|---|---|",
+        "| regime | rows | true | in graphs | listed | rewritten | refused | missed | Inductor |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in REGIMES:
         held = [row for row in rows if row.regime == name and not row.error]
@@ -102,6 +104,7 @@ def _totals(rows: Sequence[Row]) -> str:
         numbers = (
             len(held),
             sum(r.true for r in held),
+            sum(r.reached for r in held),
             sum(r.listed for r in held),
             sum(r.rewritten for r in held),
             refused,
@@ -159,6 +162,18 @@ def _reasons(rows: Sequence[Row]) -> str:
     for (kind, reason), models in sorted(found.items(), key=lambda item: -item[1].total()):
         names = sorted({name.removesuffix(" native") for name in models})
         lines.append(f"| {kind} | {reason.replace('|', chr(92) + '|')} | {models.total()} | {', '.join(names)} |")
+    return "\n".join([*lines, ""])
+
+
+def _out_of_reach(rows: Sequence[Row]) -> str:
+    found: dict[tuple[str, int, int], list[str]] = defaultdict(list)
+    for row in rows:
+        if row.reached < row.true:
+            found[f"{row.model} {row.implementation}", row.true, row.reached].append(row.regime)
+    if not found:
+        return ""
+    lines = ["## Sites that are in no graph", "", "| model | true | in graphs | regimes |", "|---|---|---|---|"]
+    lines += [f"| {name} | {true} | {reached} | {', '.join(regimes)} |" for (name, true, reached), regimes in found.items()]
     return "\n".join([*lines, ""])
 
 
