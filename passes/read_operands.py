@@ -70,6 +70,7 @@ def read_site_mask(
     keep = seen
     hidings: list[Hiding] = []
     bias: list[MaskOperand] = []
+    swallowed = False
     operands = gates_as_fills(operands, lambda one: _value(one, _indices(one, roles, axes, places.of), reader), reader)
     for summand in summands(operands, reader):
         operand, binary = summand.operand, set(reader.binary)
@@ -77,7 +78,9 @@ def read_site_mask(
             visible, hiding = _visible(summand, _indices(operand, roles, axes, places.of), reader)
         except NotAMask:
             reader.binary = binary
-            data = not _follows_gradient(operand, reader) and may_drown(operand.node, operand.dtype, axes, reader)
+            learned, drowns = _follows_gradient(operand, reader), may_drown(operand.node, operand.dtype, axes, reader)
+            lost = drowns and learned and training
+            data, swallowed = lost or (drowns and not learned), swallowed or lost
             indices = _indices(operand, roles, axes, places.of)
             spec = bias_spec(operand.node, _number(operand, indices, reader), lengths, axes, reader)
             bias.append(replace(operand, kind="drown" if data else operand.kind, spec=spec))
@@ -101,6 +104,9 @@ def read_site_mask(
         empty = Emptiness("other") if cut or floor is not None else _drowned(empty, hidings)
     if rule == "cleared" and training and (data or any(not one.replaces for one in hidings)) and empty.rows in ("zero", "others"):
         # The gradient of such a row is NaN, and goes wherever its mask was added.
+        empty = Emptiness("other")
+    if swallowed:
+        # A log-sum-exp of nothing but giant fills has lost how many there are: weights made from it again are wrong.
         empty = Emptiness("other")
     if rule == "odd" and empty.rows in ("uniform", "shifted", "others"):
         empty = Emptiness("other")

@@ -17,6 +17,7 @@ from zoo.runs import Numbers, apart, run
 
 BOUND = 1e-9
 UNEXPLAINED = "UNEXPLAINED"
+_OWN_NAN = "the model's own float32 makes it NaN in float64"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def cause_of(trial: Trial, found: Numbers, eager: Numbers) -> tuple[str, float]:
     """
     if says_nothing(eager):
         left = _widened_apart(trial)
-        return ("the model's own float32 makes it NaN in float64" if left <= BOUND else UNEXPLAINED), left
+        return (_OWN_NAN if left <= BOUND else UNEXPLAINED), left
     left = max(apart(trial.run(trial.net), eager))
     if left > BOUND:
         return "the model differs from itself at the same seed", left
@@ -64,9 +65,23 @@ def cause_of(trial: Trial, found: Numbers, eager: Numbers) -> tuple[str, float]:
         if left <= BOUND:
             return "torch.compile without any rewriting differs alike", left
         left = _widened_apart(trial)
-    # Rounding makes no number infinite or undefined.
-    explained = left <= BOUND and math.isfinite(max(apart(found, eager)))
-    return ("own float32" if explained else UNEXPLAINED), left
+    # Rounding makes no number infinite or undefined; the model's own NaN spreads to what comes after it.
+    if left > BOUND or not math.isfinite(max(apart(_where_finite(found, eager), eager))):
+        return UNEXPLAINED, left
+    return ("own float32" if math.isfinite(max(apart(found, eager))) else _OWN_NAN), left
+
+
+def _where_finite(found: Numbers, eager: Numbers) -> Numbers:
+    """What was found where the plain model has numbers, and its own elsewhere."""
+    outputs = [
+        torch.where(wanted.isfinite(), got, wanted) if got.shape == wanted.shape else got
+        for got, wanted in zip(found.outputs, eager.outputs, strict=False)
+    ]
+    gradients = {
+        name: torch.where(eager.gradients[name].isfinite(), got, eager.gradients[name]) if name in eager.gradients else got
+        for name, got in found.gradients.items()
+    }
+    return Numbers([*outputs, *found.outputs[len(outputs) :]], gradients)
 
 
 def _widened_apart(trial: Trial) -> float:
