@@ -17,8 +17,12 @@ _MOST_NODES = 200
 _GIANT = 1e8
 
 
-def may_drown(node: Node, dtype: torch.dtype, axes: Axes, reader: MaskReader) -> bool:
-    """May a bias hold fills? It may if it is made of a float input of the model, or of a number that swallows such scores."""
+def may_drown(node: Node, dtype: torch.dtype, axes: Axes, reader: MaskReader, *, inputs: bool = True) -> bool:
+    """May a bias hold fills? It may if it is made of a float input of the model, or of a number that swallows such scores.
+
+    Args:
+        inputs: float inputs may hold fills; what is learned doesn't.
+    """
     least = min(_GIANT, -swallows(dtype))
     queue, seen = [node], {node}
     while queue:
@@ -27,7 +31,9 @@ def may_drown(node: Node, dtype: torch.dtype, axes: Axes, reader: MaskReader) ->
         if not is_tensor(one) or one in axes.parametric or (one.op == "call_function" and op_name(one) in _PRODUCTS):
             continue
         if one.op == "placeholder" and one not in reader.tables and one.meta["val"].dtype.is_floating_point:
-            return True
+            if inputs:
+                return True
+            continue
         if _fills(one, reader, least) or len(seen) > _MOST_NODES:
             return True
         fresh = [source for source in one.all_input_nodes if source not in seen]

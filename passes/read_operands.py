@@ -78,7 +78,8 @@ def read_site_mask(
             visible, hiding = _visible(summand, _indices(operand, roles, axes, places.of), reader)
         except NotAMask:
             reader.binary = binary
-            learned, drowns = _follows_gradient(operand, reader), may_drown(operand.node, operand.dtype, axes, reader)
+            learned = _follows_gradient(operand, reader)
+            drowns = may_drown(operand.node, operand.dtype, axes, reader, inputs=not learned)
             lost = drowns and learned and training
             data, swallowed = lost or (drowns and not learned), swallowed or lost
             indices = _indices(operand, roles, axes, places.of)

@@ -308,7 +308,7 @@ ADDED: list[Case] = [
     ("positions beside data", add(lambda m: m[:, None, None] * -10000.0 + torch.arange(S) * 2000.0), _with(lambda: padding(torch.int64)), "padding + bias (zero)"),
     ("a constant", add(lambda: torch.where(later(), -1e30, 1.0)), qkv, "other(float masks that are data) + bias (others)"),
     ("data that the softmax's float32 can't hold", lambda q, k, v, m, a: ((q @ k.mT + a.detach() * torch.where(m, 1.0, LEAST)[:, None, None]).softmax(-1, torch.float32).double() @ v), lambda: (*qkv(), padding(empty=True), torch.randn(B, H, S, S)), "kept: other(float masks that are data) + bias (other)"),
-    ("learned numbers and fills in one", lambda q, k, v, m, a: attend(q @ k.mT + (a * 2).masked_fill(~m[:, None, None], LEAST), v), lambda: (*qkv(), padding(empty=True), torch.randn(B, H, S, S)), "kept: other(float masks that are data) & padding + bias (other)"),
+    ("learned numbers and fills in one", lambda q, k, v, m, a: attend(q @ k.mT + (a * 2).masked_fill(~m[:, None, None], LEAST), v), lambda: (*qkv(), padding(empty=True), torch.randn(B, H, S, S)), "padding + bias (others)"),
     ("causal and padding in one", lambda q, k, v, m: attend(torch.where(~later() & m[:, None, None], q @ k.mT, LEAST), v), _with(lambda: padding(left=True)), "causal & padding (uniform)"),
     ("causal and padding by one addition", add(lambda m: torch.where(~later() & m[:, None, None], 0.0, LEAST)), _with(lambda: padding(left=True)), "causal & padding (shifted)"),
     ("causal and padding by a small number", add(lambda m: (1 - (~later() & m[:, None, None]).to(torch.float64)) * -1e4), _with(lambda: padding(left=True)), "causal & padding (others)"),
