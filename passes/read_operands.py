@@ -70,7 +70,6 @@ def read_site_mask(
     keep = seen
     hidings: list[Hiding] = []
     bias: list[MaskOperand] = []
-    swallowed = False
     operands = gates_as_fills(operands, lambda one: _value(one, _indices(one, roles, axes, places.of), reader), reader)
     for summand in summands(operands, reader):
         operand, binary = summand.operand, set(reader.binary)
@@ -78,13 +77,10 @@ def read_site_mask(
             visible, hiding = _visible(summand, _indices(operand, roles, axes, places.of), reader)
         except NotAMask:
             reader.binary = binary
-            learned = _follows_gradient(operand, reader)
-            drowns = may_drown(operand.node, operand.dtype, axes, reader, inputs=not learned)
-            lost = drowns and learned and training
-            data, swallowed = lost or (drowns and not learned), swallowed or lost
             indices = _indices(operand, roles, axes, places.of)
             spec = bias_spec(operand.node, _number(operand, indices, reader), lengths, axes, reader)
-            bias.append(replace(operand, kind="drown" if data else operand.kind, spec=spec))
+            kind = "drown" if _drowns(operand, training, axes, reader) else operand.kind
+            bias.append(replace(operand, kind=kind, spec=spec))
             continue
         keep = conjunction(keep, visible)
         if hiding is not None:
@@ -95,19 +91,13 @@ def read_site_mask(
             bias.append(replace(operand, kind="below" if operand.kind == "add" else operand.kind))
     if seen is not True and (hidings or any(one.kind == "drown" for one in bias)):
         hidings.append(Hiding(seen, frozenset((-math.inf,)), True, torch.float32))
-    plain = sum(one.kind == "add" for one in bias)
     zero = rule in ("zero", "cleared")
+    plain, data = sum(one.kind == "add" for one in bias), any(one.kind == "drown" for one in bias)
     empty = emptiness_of(hidings, plain, zero=zero, training=training, capped=capped, floor=floor)
-    data = any(one.kind == "drown" for one in bias)
     if data:
-        # What its -inf is lifted to, and which of its numbers a later cast makes -inf, is not known.
-        cut = any(one.kind == "drown" and one.ends < torch.finfo(one.dtype).max for one in bias)
-        empty = Emptiness("other") if cut or floor is not None else _drowned(empty, hidings)
+        empty = _drowned(bias, floor, reader) or _by_its_own_numbers(empty, hidings)
     if rule == "cleared" and training and (data or any(not one.replaces for one in hidings)) and empty.rows in ("zero", "others"):
         # The gradient of such a row is NaN, and goes wherever its mask was added.
-        empty = Emptiness("other")
-    if swallowed:
-        # A log-sum-exp of nothing but giant fills has lost how many there are: weights made from it again are wrong.
         empty = Emptiness("other")
     if rule == "odd" and empty.rows in ("uniform", "shifted", "others"):
         empty = Emptiness("other")
@@ -120,7 +110,23 @@ def read_site_mask(
     return _with_others(read, empty, zero, data, reader, lengths, places), tuple(bias)
 
 
-def _drowned(empty: Emptiness, hidings: Sequence[Hiding]) -> Emptiness:
+def _drowns(operand: MaskOperand, training: bool, axes: Axes, reader: MaskReader) -> bool:
+    """May it swallow scores? In evaluation what is learned is a bias like any other: nothing is computed from the row again."""
+    learned = _follows_gradient(operand, reader)
+    return (training or not learned) and may_drown(operand.node, operand.dtype, axes, reader, inputs=not learned)
+
+
+def _drowned(bias: Sequence[MaskOperand], floor: Floor | None, reader: MaskReader) -> Emptiness | None:
+    """What rows whose scores are swallowed become, if that is not known; None if it is."""
+    drowning = [one for one in bias if one.kind == "drown"]
+    # A log-sum-exp of nothing but giant fills has lost how many there are: weights made from it again are wrong.
+    learned = any(_follows_gradient(one, reader) for one in drowning)
+    # Which numbers a later cast makes -inf.
+    cut = any(one.ends < torch.finfo(one.dtype).max for one in drowning)
+    return Emptiness("other") if learned or cut or floor is not None else None
+
+
+def _by_its_own_numbers(empty: Emptiness, hidings: Sequence[Hiding]) -> Emptiness:
     """A float mask that is data may swallow all scores of a row, whose keys then weigh by its own numbers."""
     if empty.rows not in ("zero", "nan") or any(hiding.fills != {-math.inf} for hiding in hidings):
         return Emptiness("other")

@@ -294,7 +294,10 @@ def test_bfloat16_scores_are_read_as_float32() -> None:
     attend, found = compiled(call)
     inputs = [(3 * x).to(torch.bfloat16) for x in qkv()]
     with torch.no_grad():
-        torch.testing.assert_close(attend(*inputs), call(*inputs), rtol=2e-2, atol=2e-2)
+        ours, eager = attend(*inputs), call(*inputs)
+        # Float32 of the same numbers stands for the truth: in float64 the scores beside -3e3 would not be lost.
+        truth = call(*(x.float() for x in inputs))
+    assert (ours - truth).abs().max() <= 2 * (eager - truth).abs().max()
     assert len(found.sites) == 1
 
 

@@ -7,7 +7,6 @@ running softmax per query, no output per branch, nothing gathered but the block 
 from __future__ import annotations
 
 import ctypes
-import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from dilcompile.lowering.native.build import (
     TermStruct,
     library,
 )
+from dilcompile.lowering.union import beyond_union
 from dilcompile.relation import Everything, Relation, Segment, Sinks, Window
 
 TAKES_ROW_MASKS = True
@@ -41,19 +41,9 @@ def supports(call: Call, backward: bool) -> str | None:
         return f"dtype {call.q.dtype}"
     if call.dropout_p > 0:
         return "dropout by position"
-    if call.bias is not None:
-        return "a bias over all pairs"
-    if call.pairs is not None:
-        return "a formula over pairs"
-    if call.flat:
-        return "flat scores"
-    if backward and call.merge_grad == "detach":
-        return "merge_grad 'detach', which needs each branch's own output"
-    if not math.isfinite(call.scale):
-        return f"scale {call.scale}"
     if call.problem.k_len > _MOST_KEYS:
         return f"{call.problem.k_len} keys: positions are held in 32 bits"
-    reason = _unequal_counts(call.relation)
+    reason = beyond_union(call, backward) or _unequal_counts(call.relation)
     if reason is not None:
         return reason
     built = library(call.q.dtype)

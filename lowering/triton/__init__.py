@@ -19,6 +19,7 @@ from torch import Tensor
 from dilcompile.lowering.call import Call, Gradients, empty_output
 from dilcompile.lowering.triton.config import INTERPRETED, Masks, Pass, Tile, tile_of
 from dilcompile.lowering.triton.plan import Plan, Rows, plan_of, unplannable
+from dilcompile.lowering.union import beyond_union
 
 TAKES_ROW_MASKS = True
 # A tile of queries for one key head: with fewer rows most of it would be empty.
@@ -55,21 +56,9 @@ def supports(call: Call, backward: bool) -> str | None:
         return f"head size {largest}, more than {_LARGEST_HEAD}"
     if max(call.problem.batch, call.problem.heads) > _MOST_PROGRAMS:
         return f"{call.problem.batch} batch rows of {call.problem.heads} heads, more than {_MOST_PROGRAMS}"
-    return _unsupported_scores(call, backward) or unplannable(call.relation)
-
-
-def _unsupported_scores(call: Call, backward: bool) -> str | None:
     if call.dropout_p >= 1:
         return f"dropout of {call.dropout_p}, which keeps nothing"
-    if call.bias is not None:
-        return "a bias over all pairs"
-    if call.pairs is not None:
-        return "a formula over pairs"
-    if call.flat:
-        return "flat scores"
-    if backward and call.merge_grad == "detach":
-        return "merge_grad 'detach', which needs each branch's own output"
-    return None if math.isfinite(call.scale) else f"scale {call.scale}"
+    return beyond_union(call, backward) or unplannable(call.relation)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
