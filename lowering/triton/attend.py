@@ -5,16 +5,14 @@ import triton.language as tl
 
 from dilcompile.lowering.triton.scores import (
     LN_2,
-    capped,
     dropped,
-    facts_of_keys,
     facts_of_queries,
     load_rows,
-    masked,
     row_state,
-    rows_of_tile,
+    scores_of_keys,
+    tile_of_queries,
 )
-from dilcompile.lowering.triton.walk import FAR, block_at, blocks_of, bounds, part_of_term, reach_of_all
+from dilcompile.lowering.triton.walk import FAR, blocks_of, bounds, part_of_term, reach_of_all, turns
 
 
 @triton.jit
@@ -22,29 +20,20 @@ def attend(
     total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
     TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
     t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, SEED, state, least_drawn,
-    begin, end, full_from, full_to, start, high, rate,
+    blocks, full_from, full_to, start, high, rate,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some blocks of keys joined to the sum of exponentials, the maximum and the weighted sum of values."""
+    begin, end = turns(blocks, full_from, full_to, MASKED)
     for n in range(begin, end):
-        k = start + (block_at(n, full_from, full_to, MASKED) * BLOCK_N + tl.arange(0, BLOCK_N)) * rate
-        inside = k < high
-        offset = k.to(tl.int64)
-        keys = load_rows(K, offset * k_row, inside, dims, HEAD_DIM, BLOCK_D, MASKED).to(q.dtype)
-        values = load_rows(V, offset * v_row, inside, v_dims, V_DIM, BLOCK_DV, MASKED)
-        s = tl.dot(q, tl.trans(keys), input_precision=PRECISION, out_dtype=sums.dtype)
-        s, _ = capped(s, scale, softcap, CAPPED)
-        if MASKED:
-            y, k_document, _ = facts_of_keys(k, inside, STARTS, PADDING, padding_stride)
-            s = masked(
-                s, TERMS, RESIDUES, num_terms, term, kv_head, kv_heads, row_low, row_high, t, y, h[:, None], document, k_document,
-                k[None, :], limit_low[:, None], limit_high[:, None], STARTS, LIMITS, HEADS, DEDUPE, COUNTED, False,
-            )  # fmt: skip
-        elif PADDING is not None:
-            _, _, keep = facts_of_keys(k, inside, STARTS, PADDING, padding_stride)
-            s = tl.where(keep[None, :], s, -float("inf"))
+        s, _, k, _, values = scores_of_keys(
+            n, q, K, V, k_row, v_row, dims, v_dims,
+            TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
+            t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, full_from, full_to, start, high, rate,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, MASKED, PRECISION, sums.dtype,
+        )  # fmt: skip
         higher = tl.maximum(top, tl.max(s, 1))
         shift = higher
         if MASKED or PADDING is not None:
@@ -77,17 +66,11 @@ def attention(
 
     PRODUCTS: dtype of the operands of matrix products; SCORES: of scores and sums.
     """
-    kv_head, batch = tl.program_id(1) // (GROUP // PACK), tl.program_id(2).to(tl.int64)
-    first_head = kv_head * GROUP + tl.program_id(1) % (GROUP // PACK) * PACK
-    last_head = first_head + PACK - 1
-    tile = TILES + (tl.load(PATTERNS + kv_head) * num_tiles + tl.program_id(0)) * 2
-    first, stride = tl.load(tile), tl.load(tile + 1)
+    kv_head, batch, first_head, last_head, first, last, position, h, there = tile_of_queries(
+        TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M
+    )
     if first == FAR:
         return
-    end = q_offset + q_len
-    last = tl.minimum(first + (BLOCK_M // PACK - 1) * stride, first + (end - 1 - first) // stride * stride)
-    position, member, there = rows_of_tile(first, stride, end, PACK, BLOCK_M)
-    h = first_head + member
     dims, v_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     K += batch * k_batch + kv_head.to(tl.int64) * k_head
     V += batch * v_batch + kv_head.to(tl.int64) * v_head
@@ -108,27 +91,14 @@ def attention(
         state = row_state(SEED, batch, h, position)
     if COUNTED:
         low, high = reach_of_all(
-            TERMS,
-            RESIDUES,
-            STARTS,
-            ENDS,
-            num_terms,
-            kv_head,
-            kv_heads,
-            first_head,
-            last_head,
-            first,
-            last,
-            0,
-            k_len,
-            k_len,
+            TERMS, RESIDUES, STARTS, ENDS, num_terms, kv_head, kv_heads, first_head, last_head, first, last, 0, k_len, k_len,
             False,
-        )
+        )  # fmt: skip
         blocks = tl.cdiv(tl.maximum(0, high - low), BLOCK_N)
         total, top, sums = attend(
             total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
             TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, 0, kv_head, kv_heads,
-            t, document, h, limit_low, limit_high, t, t, scale, softcap, SEED, state, least_drawn, 0, blocks, 0, 0, low, high, 1,
+            t, document, h, limit_low, limit_high, t, t, scale, softcap, SEED, state, least_drawn, blocks, 0, 0, low, high, 1,
             HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, True, PRECISION,
         )  # fmt: skip
     else:
@@ -136,40 +106,21 @@ def attention(
         for step in range(num_terms * PARTS):
             term = step // PARTS
             low, high, inner_low, inner_high, rate = part_of_term(
-                TERMS,
-                RESIDUES,
-                term,
-                step % PARTS,
-                kv_head,
-                kv_heads,
-                first_head,
-                last_head,
-                first,
-                last,
-                0,
-                k_len,
-                False,
+                TERMS, RESIDUES, term, step % PARTS, kv_head, kv_heads, first_head, last_head, first, last, 0, k_len, False,
                 DEDUPE,
-            )
+            )  # fmt: skip
             if LIMITS is not None:
                 inner_high = inner_low
             start, blocks, full_from, full_to = blocks_of(low, high, inner_low, inner_high, rate, first, BLOCK_N)
             row_low, row_high, _, _ = bounds(TERMS, RESIDUES, term, kv_head, kv_heads, t, False)
-            total, top, sums = attend(
-                total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
-                TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
-                t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, SEED, state, least_drawn,
-                full_from, full_to, 0, 0,
-                start, high, rate,
-                HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, False, PRECISION,
-            )  # fmt: skip
-            total, top, sums = attend(
-                total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
-                TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
-                t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, SEED, state, least_drawn,
-                0, blocks - (full_to - full_from), full_from, full_to, start, high, rate,
-                HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, True, PRECISION,
-            )  # fmt: skip
+            for masks in tl.static_range(2):
+                total, top, sums = attend(
+                    total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
+                    TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
+                    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, SEED, state, least_drawn,
+                    blocks, full_from, full_to, start, high, rate,
+                    HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, masks == 1, PRECISION,
+                )  # fmt: skip
     seen = total > 0
     out = sums / tl.where(seen, total, 1.0)[:, None]
     if SEED is not None:

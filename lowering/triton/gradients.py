@@ -16,8 +16,10 @@ from dilcompile.lowering.triton.scores import (
     masked,
     row_state,
     rows_of_tile,
+    scores_of_keys,
+    tile_of_queries,
 )
-from dilcompile.lowering.triton.walk import FAR, block_at, blocks_of, bounds, part_of_term, reach_of_all
+from dilcompile.lowering.triton.walk import FAR, block_at, blocks_of, bounds, part_of_term, reach_of_all, turns
 
 
 @triton.jit
@@ -51,31 +53,22 @@ def descend(
     sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
     TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
     t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, SEED, state, least_drawn, kept_factor,
-    begin, end, full_from, full_to, start, high, rate,
+    blocks, full_from, full_to, start, high, rate,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some blocks of keys added to the gradient of a tile of queries."""
+    begin, end = turns(blocks, full_from, full_to, MASKED)
     for n in range(begin, end):
-        k = start + (block_at(n, full_from, full_to, MASKED) * BLOCK_N + tl.arange(0, BLOCK_N)) * rate
-        inside = k < high
-        offset = k.to(tl.int64)
-        keys = load_rows(K, offset * k_row, inside, dims, HEAD_DIM, BLOCK_D, MASKED).to(q.dtype)
-        values = load_rows(V, offset * v_row, inside, v_dims, V_DIM, BLOCK_DV, MASKED).to(q.dtype)
-        s = tl.dot(q, tl.trans(keys), input_precision=PRECISION, out_dtype=sums.dtype)
-        s, slope = capped(s, scale, softcap, CAPPED)
-        if MASKED:
-            y, k_document, _ = facts_of_keys(k, inside, STARTS, PADDING, padding_stride)
-            s = masked(
-                s, TERMS, RESIDUES, num_terms, term, kv_head, kv_heads, row_low, row_high, t, y, h[:, None], document, k_document,
-                k[None, :], limit_low[:, None], limit_high[:, None], STARTS, LIMITS, HEADS, DEDUPE, COUNTED, False,
-            )  # fmt: skip
-        elif PADDING is not None:
-            _, _, keep = facts_of_keys(k, inside, STARTS, PADDING, padding_stride)
-            s = tl.where(keep[None, :], s, -float("inf"))
+        s, slope, k, keys, values = scores_of_keys(
+            n, q, K, V, k_row, v_row, dims, v_dims,
+            TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
+            t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, full_from, full_to, start, high, rate,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, MASKED, PRECISION, sums.dtype,
+        )  # fmt: skip
         weights = tl.exp2(s - lse[:, None])
-        d_weights = tl.dot(grad, tl.trans(values), input_precision=PRECISION, out_dtype=sums.dtype)
+        d_weights = tl.dot(grad, tl.trans(values.to(q.dtype)), input_precision=PRECISION, out_dtype=sums.dtype)
         if SEED is not None:
             d_weights = dropped(d_weights * kept_factor, state[:, None], k[None, :], least_drawn)
         d_scores = weights * (d_weights - delta[:, None])
@@ -99,17 +92,11 @@ def gradient_of_queries(
     PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries, as in the forward; ``out_*`` are the strides of GRAD_OUT."""
-    kv_head, batch = tl.program_id(1) // (GROUP // PACK), tl.program_id(2).to(tl.int64)
-    first_head = kv_head * GROUP + tl.program_id(1) % (GROUP // PACK) * PACK
-    last_head = first_head + PACK - 1
-    tile = TILES + (tl.load(PATTERNS + kv_head) * num_tiles + tl.program_id(0)) * 2
-    first, stride = tl.load(tile), tl.load(tile + 1)
+    kv_head, batch, first_head, last_head, first, last, position, h, there = tile_of_queries(
+        TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M
+    )
     if first == FAR:
         return
-    end = q_offset + q_len
-    last = tl.minimum(first + (BLOCK_M // PACK - 1) * stride, first + (end - 1 - first) // stride * stride)
-    position, member, there = rows_of_tile(first, stride, end, PACK, BLOCK_M)
-    h = first_head + member
     dims, v_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     K += batch * k_batch + kv_head.to(tl.int64) * k_head
     V += batch * v_batch + kv_head.to(tl.int64) * v_head
@@ -133,28 +120,15 @@ def gradient_of_queries(
         state = row_state(SEED, batch, h, position)
     if COUNTED:
         low, high = reach_of_all(
-            TERMS,
-            RESIDUES,
-            STARTS,
-            ENDS,
-            num_terms,
-            kv_head,
-            kv_heads,
-            first_head,
-            last_head,
-            first,
-            last,
-            0,
-            k_len,
-            k_len,
+            TERMS, RESIDUES, STARTS, ENDS, num_terms, kv_head, kv_heads, first_head, last_head, first, last, 0, k_len, k_len,
             False,
-        )
+        )  # fmt: skip
         blocks = tl.cdiv(tl.maximum(0, high - low), BLOCK_N)
         sums = descend(
             sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
             TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, 0, kv_head, kv_heads,
             t, document, h, limit_low, limit_high, t, t, scale, softcap, SEED, state, least_drawn, kept_factor,
-            0, blocks, 0, 0, low, high, 1,
+            blocks, 0, 0, low, high, 1,
             HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, True, PRECISION,
         )  # fmt: skip
     else:
@@ -162,40 +136,21 @@ def gradient_of_queries(
         for step in range(num_terms * PARTS):
             term = step // PARTS
             low, high, inner_low, inner_high, rate = part_of_term(
-                TERMS,
-                RESIDUES,
-                term,
-                step % PARTS,
-                kv_head,
-                kv_heads,
-                first_head,
-                last_head,
-                first,
-                last,
-                0,
-                k_len,
-                False,
+                TERMS, RESIDUES, term, step % PARTS, kv_head, kv_heads, first_head, last_head, first, last, 0, k_len, False,
                 DEDUPE,
-            )
+            )  # fmt: skip
             if LIMITS is not None:
                 inner_high = inner_low
             start, blocks, full_from, full_to = blocks_of(low, high, inner_low, inner_high, rate, first, BLOCK_N)
             row_low, row_high, _, _ = bounds(TERMS, RESIDUES, term, kv_head, kv_heads, t, False)
-            sums = descend(
-                sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
-                TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
-                t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, SEED, state, least_drawn,
-                kept_factor, full_from, full_to, 0, 0,
-                start, high, rate,
-                HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, False, PRECISION,
-            )  # fmt: skip
-            sums = descend(
-                sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
-                TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
-                t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, SEED, state, least_drawn, kept_factor,
-                0, blocks - (full_to - full_from), full_from, full_to, start, high, rate,
-                HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, True, PRECISION,
-            )  # fmt: skip
+            for masks in tl.static_range(2):
+                sums = descend(
+                    sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
+                    TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
+                    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, SEED, state, least_drawn,
+                    kept_factor, blocks, full_from, full_to, start, high, rate,
+                    HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, masks == 1, PRECISION,
+                )  # fmt: skip
     pointers = GRAD_Q + batch * grad_batch + (row * grad_row + head * grad_head)[:, None] + dims[None, :]
     tl.store(pointers, (sums * grad_scale).to(GRAD_Q.dtype.element_ty), mask=there[:, None] & (dims < HEAD_DIM)[None, :])
 
@@ -206,13 +161,14 @@ def gather(
     TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
     k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale, softcap, SEED,
     batch, least_drawn, kept_factor,
-    begin, end, full_from, full_to, start, high, rate,
+    blocks, full_from, full_to, start, high, rate,
     PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
     PADDED: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some blocks of queries added to the gradients of a tile of keys and values; scores are held [keys, queries]."""
+    begin, end = turns(blocks, full_from, full_to, MASKED)
     for n in range(begin, end):
         block = start + block_at(n, full_from, full_to, MASKED) * (BLOCK_M // PACK) * rate
         position, member, there = rows_of_tile(block, rate, high, PACK, BLOCK_M)
@@ -308,7 +264,7 @@ def gradient_of_keys(
                 TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, 0, kv_head, kv_heads,
                 k, relative, k_document, keep, k, k, first_head, q_len, k_len, q_offset, scale, softcap, SEED, batch,
                 least_drawn, kept_factor,
-                0, blocks, 0, 0, low, high, 1,
+                blocks, 0, 0, low, high, 1,
                 PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, CAPPED, HEADS, DEDUPE, COUNTED, PADDING is not None,
                 True, PRECISION,
             )  # fmt: skip
@@ -317,43 +273,22 @@ def gradient_of_keys(
             for step in range(num_terms * PARTS):
                 term = step // PARTS
                 low, high, inner_low, inner_high, rate = part_of_term(
-                    TERMS,
-                    RESIDUES,
-                    term,
-                    step % PARTS,
-                    kv_head,
-                    kv_heads,
-                    first_head,
-                    last_head,
-                    first,
-                    last,
-                    q_offset,
-                    end,
-                    True,
-                    DEDUPE,
-                )
+                    TERMS, RESIDUES, term, step % PARTS, kv_head, kv_heads, first_head, last_head, first, last, q_offset, end,
+                    True, DEDUPE,
+                )  # fmt: skip
                 if LIMITS is not None:
                     inner_high = inner_low
                 start, blocks, full_from, full_to = blocks_of(low, high, inner_low, inner_high, rate, first, BLOCK_M // PACK)
                 row_low, row_high, _, _ = bounds(TERMS, RESIDUES, term, kv_head, kv_heads, k, True)
-                k_sums, v_sums = gather(
-                    k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
-                    TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
-                    k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale,
-                    softcap, SEED, batch, least_drawn, kept_factor,
-                    full_from, full_to, 0, 0, start, high, rate,
-                    PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, CAPPED, HEADS, DEDUPE, COUNTED,
-                    PADDING is not None, False, PRECISION,
-                )  # fmt: skip
-                k_sums, v_sums = gather(
-                    k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
-                    TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
-                    k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale,
-                    softcap, SEED, batch, least_drawn, kept_factor,
-                    0, blocks - (full_to - full_from), full_from, full_to, start, high, rate,
-                    PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, CAPPED, HEADS, DEDUPE, COUNTED,
-                    PADDING is not None, True, PRECISION,
-                )  # fmt: skip
+                for masks in tl.static_range(2):
+                    k_sums, v_sums = gather(
+                        k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
+                        TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
+                        k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale,
+                        softcap, SEED, batch, least_drawn, kept_factor, blocks, full_from, full_to, start, high, rate,
+                        PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, CAPPED, HEADS, DEDUPE, COUNTED,
+                        PADDING is not None, masks == 1, PRECISION,
+                    )  # fmt: skip
     at = batch * grad_k_batch + at_head * grad_k_head
     pointers = GRAD_K + at + (k_at * grad_k_row)[:, None] + dims[None, :]
     tl.store(pointers, (k_sums * grad_scale).to(GRAD_K.dtype.element_ty), mask=inside[:, None] & (dims < HEAD_DIM)[None, :])

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dilcompile.lowering.triton.walk import COLUMNS, FAR, bounds, floor_mod, has_heads
+from dilcompile.lowering.triton.walk import COLUMNS, FAR, block_at, bounds, floor_mod, has_heads
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -26,6 +26,19 @@ def rows_of_tile(first, stride, end, PACK: tl.constexpr, SIZE: tl.constexpr):
     number = row // PACK
     t = first + number * stride
     return t, row % PACK, (number < SIZE // PACK) & (t < end)
+
+
+@triton.jit
+def tile_of_queries(TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(key head, batch row, first and last query head, first and last position, positions, query heads, which there are) of this
+    program's tile; the first position of a tile that is none is ``FAR``."""
+    kv_head, batch = tl.program_id(1) // (GROUP // PACK), tl.program_id(2).to(tl.int64)
+    first_head = kv_head * GROUP + tl.program_id(1) % (GROUP // PACK) * PACK
+    tile = TILES + (tl.load(PATTERNS + kv_head) * num_tiles + tl.program_id(0)) * 2
+    first, stride, end = tl.load(tile), tl.load(tile + 1), q_offset + q_len
+    last = tl.minimum(first + (BLOCK_M // PACK - 1) * stride, first + (end - 1 - first) // stride * stride)
+    position, member, there = rows_of_tile(first, stride, end, PACK, BLOCK_M)
+    return kv_head, batch, first_head, first_head + PACK - 1, first, last, position, first_head + member, there
 
 
 @triton.jit
@@ -117,6 +130,35 @@ def masked(
     if LIMITS is not None:
         s = tl.where((key >= limit_low) & (key < limit_high), s, -float("inf"))
     return s
+
+
+@triton.jit
+def scores_of_keys(
+    n, q, K, V, k_row, v_row, dims, v_dims,
+    TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
+    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, full_from, full_to, start, high, rate,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr,
+):  # fmt: skip
+    """(scores, slope of the cap, k, keys, values) of a tile of queries and the n-th block of keys, at positions k."""
+    k = start + (block_at(n, full_from, full_to, MASKED) * BLOCK_N + tl.arange(0, BLOCK_N)) * rate
+    inside = k < high
+    offset = k.to(tl.int64)
+    keys = load_rows(K, offset * k_row, inside, dims, HEAD_DIM, BLOCK_D, MASKED).to(q.dtype)
+    values = load_rows(V, offset * v_row, inside, v_dims, V_DIM, BLOCK_DV, MASKED)
+    s = tl.dot(q, tl.trans(keys), input_precision=PRECISION, out_dtype=SCORES)
+    s, slope = capped(s, scale, softcap, CAPPED)
+    if MASKED:
+        y, k_document, _ = facts_of_keys(k, inside, STARTS, PADDING, padding_stride)
+        s = masked(
+            s, TERMS, RESIDUES, num_terms, term, kv_head, kv_heads, row_low, row_high, t, y, h[:, None], document, k_document,
+            k[None, :], limit_low[:, None], limit_high[:, None], STARTS, LIMITS, HEADS, DEDUPE, COUNTED, False,
+        )  # fmt: skip
+    elif PADDING is not None:
+        _, _, keep = facts_of_keys(k, inside, STARTS, PADDING, padding_stride)
+        s = tl.where(keep[None, :], s, -float("inf"))
+    return s, slope, k, keys, values
 
 
 @triton.jit

@@ -129,6 +129,14 @@ def blocks_of(low, high, inner_low, inner_high, rate, first, SIZE: tl.constexpr)
 
 
 @triton.jit
+def turns(blocks, full_from, full_to, MASKED: tl.constexpr):
+    """(begin, end): numbers of a tile's blocks that need a mask (see ``block_at``), or of those that need none."""
+    if MASKED:
+        return 0, blocks - (full_to - full_from)
+    return full_from, full_to
+
+
+@triton.jit
 def block_at(n, full_from, full_to, MASKED: tl.constexpr):
     """The n-th block among those with a mask, or among those without."""
     if MASKED:
