@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from zoo.causes import BOUND, Trial, cause_of, says_nothing
 from zoo.compiling import Tally, as_it_is, fusions, rewriting, watching
 from zoo.model import Model, quiet
 from zoo.regimes import Regime
-from zoo.runs import apart, run
+from zoo.runs import Numbers, apart, run
 
 OTHER_LENGTH = 40
 
@@ -87,34 +87,41 @@ def _measured(model: Model, implementation: str, regime: Regime, inductor: bool)
     tally = Tally()
     trial = Trial(net, inputs, regime.train, True if regime.dynamic else None)
     compiled = trial.compiled(rewriting(tally))
-    eager, found = trial.run(net), trial.run(compiled)
-    forward, gradient = apart(found, eager)
-    cause, after = "", None
-    if regime.dtype is torch.float64 and (max(forward, gradient) > BOUND or says_nothing(eager)):
-        cause, after = cause_of(trial, found, eager)
-    if regime.dynamic:
-        forward = max(forward, _at_another_length(model, regime, net, compiled))
-    refused, missed = tally.refused, tally.missed
+    calls = [(trial, trial.run(compiled), trial.run(net))]
+    # Counted here: another length and the search for causes run graphs again.
+    listed, rewritten, graphs = tally.listed, tally.rewritten, tally.executed
+    refused, missed, masks, notes = (dict(held) for held in (tally.refused, tally.missed, tally.masks, tally.notes))
+    calls += _at_another_length(model, regime, trial, compiled)
+    forward, gradient = (max(column) for column in zip(*(apart(found, eager) for _, found, eager in calls), strict=True))
+    cause, after = _first_cause(calls) if regime.dtype is torch.float64 else ("", None)
     return Row(
         model=model.name,
         family=model.family,
         implementation=implementation,
         regime=regime.name,
         true=true,
-        reached=true if tally.listed == true else _reached(trial),
-        found=tally.rewritten + refused.total(),
-        rewritten=tally.rewritten,
-        refused=dict(refused),
-        missed=dict(missed),
-        masks=dict(tally.masks),
-        notes=dict(tally.notes),
-        graphs=tally.executed,
+        reached=true if listed == true else _reached(trial),
+        found=rewritten + sum(refused.values()),
+        rewritten=rewritten,
+        refused=refused,
+        missed=missed,
+        masks=masks,
+        notes=notes,
+        graphs=graphs,
         fused=_fused(model, implementation, regime) if inductor and regime.fusions else None,
         forward=forward,
         gradient=gradient if regime.train else None,
         cause=cause,
         after=after,
     )
+
+
+def _first_cause(calls: Sequence[tuple[Trial, Numbers, Numbers]]) -> tuple[str, float | None]:
+    """What makes the first of these calls differ, and what is left without it; nothing where they agree."""
+    for trial, found, eager in calls:
+        if max(apart(found, eager)) > BOUND or says_nothing(eager):
+            return cause_of(trial, found, eager)
+    return "", None
 
 
 def compiles(model: Model, implementation: str, regime: Regime) -> bool:
@@ -159,14 +166,18 @@ def without_dropout(net: nn.Module) -> nn.Module:
     return net
 
 
-def _at_another_length(model: Model, regime: Regime, net: nn.Module, compiled: Callable[..., Any]) -> float:
-    """The difference at a length that the graph was not compiled at; 0 where the model takes no other."""
-    inputs = model.call(replace(regime.setting, seq=OTHER_LENGTH), regime.dtype)
+def _at_another_length(
+    model: Model, regime: Regime, trial: Trial, compiled: Callable[..., Any]
+) -> Iterator[tuple[Trial, Numbers, Numbers]]:
+    """The same at a length that the graph was not compiled at, if the model takes one."""
+    if not regime.dynamic:
+        return
+    other = replace(trial, inputs=model.call(replace(regime.setting, seq=OTHER_LENGTH), regime.dtype))
     try:
-        eager = run(net, net, inputs, gradients=False)
+        eager = other.run(trial.net)
     except (RuntimeError, ValueError, IndexError):
-        return 0.0
-    return apart(run(net, compiled, inputs, gradients=False), eager)[0]
+        return
+    yield other, other.run(compiled), eager
 
 
 def _reached(trial: Trial) -> int:
