@@ -1,15 +1,18 @@
 # make demo   the main job on a real pretrained model
 # make test   linters, types, import rules, tests
 # make bench  the measurements of benchmarks/
+# make gpu    where a CUDA device is: the kernels against float64, then their speed, into benchmarks/results. It installs nothing:
+#             PYTHON is one that has torch, Triton, PyYAML, sympy and pytest with xdist
 #
 # Settings, all optional: PYTHON (the python3 that makes the environment), VENV (where), TORCH_SPEC (what pip is asked for
-# instead of the pinned torch, e.g. TORCH_SPEC=torch==2.11.0), PIP_ARGS (added to every pip install), PYTEST_ARGS, DEMO_ARGS.
+# instead of the pinned torch, e.g. TORCH_SPEC=torch==2.11.0), PIP_ARGS (added to every pip install), PYTEST_ARGS, GPU_ARGS, DEMO_ARGS.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_SPEC ?= -r requirements/torch.txt
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist worksteal
+GPU_ARGS ?= -n 8 --dist worksteal
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -18,7 +21,7 @@ PINS := requirements/constraints.txt
 say = @printf '%s  %s\n' "$$(date +%T)" $(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint venv bench clean
+.PHONY: help demo test lint venv bench gpu clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -37,7 +40,15 @@ lint: $(VENV)/.dev
 venv: $(VENV)/.dev
 
 bench: $(VENV)/.demo
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	@set -e; for file in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
+
+gpu: export PYTHONPATH := $(CURDIR)
+gpu:
+	$(PYTHON) -m pytest --gpu tests/test_gpu.py $(GPU_ARGS)
+	@if command -v compute-sanitizer > /dev/null; then \
+	  compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest --gpu tests/test_gpu.py -k nothing_outside; \
+	else echo "no compute-sanitizer found: reads outside the tensors are checked by their numbers only"; fi
+	$(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -100,7 +100,7 @@ def _case(
     }  # fmt: skip
     if gather_seconds:
         row |= {"gather_over_forward": gather_seconds[0] / seconds, "gather_over_ideal": gather_seconds[0] / ideal}
-    row |= _accuracy(relation, q, k, v, out, dense_out, causal)
+    row |= accuracy(relation, q, k, v, out, dense_out, causal)
     row |= _memory(forward)
     if backward:
         row |= _backward(relation, (q, k, v), few, options, (out, lse), (dense_out, dense_lse), dense_pairs, repeats)
@@ -167,7 +167,7 @@ def _in_turns(functions: Sequence[Callable[[], object]], repeats: int) -> list[f
     return [statistics.median(taken) for taken in times]
 
 
-def _accuracy(
+def accuracy(
     relation: Relation, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense_out: Tensor, causal: bool
 ) -> dict[str, Any]:
     """Largest error of some rows against float64, dilated and dense; correct: at most twice dense's.

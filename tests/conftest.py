@@ -1,4 +1,4 @@
-"""Lanes: tests marked ``slow`` run only with ``--slow``. One thread a worker where several run; no width from the terminal."""
+"""Lanes: tests marked ``slow`` run only with ``--slow``; with ``--gpu`` those marked ``gpu`` run, and no others. One thread a worker where several run; no width from the terminal."""
 
 from __future__ import annotations
 
@@ -18,12 +18,23 @@ def _plain_width(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--gpu", action="store_true", help="run the tests that need a CUDA device, and no others")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("slow")]
+    gpu, slow = config.getoption("--gpu"), config.getoption("--slow")
+    if gpu:
+        _need_a_device()
+    left_out = [
+        item for item in items if bool(item.get_closest_marker("gpu")) != gpu or (item.get_closest_marker("slow") and not slow)
+    ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+def _need_a_device() -> None:
+    import torch
+
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError("--gpu: torch finds no CUDA device here")

@@ -34,7 +34,7 @@ def main() -> None:
     if missing:
         print(f"{missing} of {len(wanted)} rows are not measured yet", file=sys.stderr)
     save(options.json, rows)
-    options.table.write_text(table(rows))
+    options.table.write_text(table(options.json))
     print(f"{options.table}: {len(rows)} rows")
 
 

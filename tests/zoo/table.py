@@ -51,7 +51,7 @@ _REGIMES = {
 
 
 def save(path: Path, rows: Sequence[Row]) -> None:
-    """All rows, one a line."""
+    """All rows, one a line, under what they were measured with."""
     kept = [{name: held for name, held in row.to_dict().items() if held not in ({}, "", None)} for row in rows]
     lines = ",\n".join(json.dumps(row) for row in kept)
     head = json.dumps(
@@ -60,17 +60,17 @@ def save(path: Path, rows: Sequence[Row]) -> None:
     path.write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
 
 
-def table(rows: Sequence[Row]) -> str:
-    """docs/zoo.md."""
+def load(path: Path) -> tuple[dict[str, str], list[Row]]:
+    """What ``save`` wrote: what the rows were measured with, and the rows."""
+    held = json.loads(path.read_text())
+    return {name: text for name, text in held.items() if name != "rows"}, [Row(**row) for row in held["rows"]]
+
+
+def table(path: Path) -> str:
+    """docs/zoo.md, from what ``save`` wrote."""
+    measured_with, rows = load(path)
     parts = [
-        _HEAD.format(
-            bound=BOUND,
-            regimes="; ".join(f"`{name}` {text}" for name, text in _REGIMES.items()),
-            torch=torch.__version__,
-            transformers=_transformers(),
-            machine=platform.machine(),
-            code=code(),
-        ),
+        _HEAD.format(bound=BOUND, regimes="; ".join(f"`{name}` {text}" for name, text in _REGIMES.items()), **measured_with),
         _totals(rows),
         *_families(rows),
         _reasons(rows),

@@ -1,0 +1,224 @@
+"""Attention on a CUDA device: the union kernel against the best dense flash and compiled FlexAttention, and a million keys.
+
+    PYTHONPATH=. python benchmarks/gpu.py
+
+In one process and in turns; medians of times between device events. TFLOP/s count 4 D a pair and head forward, 10 D backward,
+of the pairs that the relation holds. Writes benchmarks/results/<device>-<date>.json and prints the table. ``make gpu`` runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dilcompile.bench import accuracy, geometric
+from dilcompile.forms import Dilated
+from dilcompile.functional import attention
+from dilcompile.relation import Problem, Relation
+
+HEADS = 8
+DENSE = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+# FlexAttention's block mask is made from all pairs.
+FLEX_UP_TO = 16384
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536])
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--longest", type=int, default=1 << 20, help="keys of the one long run; 0: none")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    asked = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device here")
+    rows: list[dict[str, Any]] = []
+    path = asked.results / _file_name()
+    for length in asked.lengths:
+        for head_dim in asked.head_dims:
+            for causal in (False, True):
+                rows.append(_case(length, head_dim, causal, asked.repeats))
+                _save(path, rows, {})
+                print(_line(rows[-1]), flush=True)
+    long = _longest(asked.longest) if asked.longest else {}
+    _save(path, rows, long)
+    print(json.dumps(long))
+    print(path)
+
+
+def _case(length: int, head_dim: int, causal: bool, repeats: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    form = geometric(length)
+    problem = Problem(1, HEADS, HEADS, length, length, head_dim, head_dim, 0, causal)
+    relation = form.relation(problem)
+    shape = (1, length, HEADS, head_dim)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for _ in range(3))
+    grad = torch.randn_like(q)
+    calls: dict[str, Callable[[], Tensor]] = {"union": lambda: attention(q, k, v, form, is_causal=causal, kernel="triton")}
+    for name, backend in DENSE.items():
+        if _dense_runs(backend, q, k, v, causal):
+            calls[name] = _dense(backend, q, k, v, causal)
+    if length <= FLEX_UP_TO:
+        as_set = replace(form, union="set")
+        calls["set"] = lambda: attention(q, k, v, as_set, is_causal=causal, kernel="triton")
+        calls["flex"] = _flex(as_set, q, k, v, causal)
+    forward = _in_turns(calls, repeats)
+    outs = {name: call() for name, call in calls.items()}
+    backward = _in_turns(
+        {name: lambda out=out: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True) for name, out in outs.items()},
+        repeats,
+    )
+    dense_pairs = HEADS * (length * (length + 1) // 2 if causal else length * length)
+    pairs = dict.fromkeys(calls, dense_pairs) | {"union": relation.pairs()}
+    if "set" in calls:
+        pairs["set"] = pairs["flex"] = replace(form, union="set").relation(problem).pairs()
+    rates = {
+        name: {
+            "forward_ms": forward[name] * 1e3,
+            "backward_ms": backward[name] * 1e3,
+            "forward_tflops": 4 * head_dim * pairs[name] / forward[name] / 1e12,
+            "backward_tflops": 10 * head_dim * pairs[name] / backward[name] / 1e12,
+        }
+        for name in calls
+    }
+    best = {way: max(rates[name][f"{way}_tflops"] for name in DENSE if name in rates) for way in ("forward", "backward")}
+    row: dict[str, Any] = {
+        "length": length, "head_dim": head_dim, "causal": causal, "heads": HEADS, "dtype": "bfloat16",
+        "density": relation.density(), "rates": rates,
+        "forward_over_best_dense": rates["union"]["forward_tflops"] / best["forward"],
+        "backward_over_best_dense": rates["union"]["backward_tflops"] / best["backward"],
+    }  # fmt: skip
+    if "flex" in rates:
+        row |= {f"{way}_flex_over_set": rates["flex"][f"{way}_ms"] / rates["set"][f"{way}_ms"] for way in ("forward", "backward")}
+    on_cpu = (x.detach().cpu() for x in (q, k, v, outs["union"], outs[next(name for name in DENSE if name in outs)]))
+    return row | _memory(calls["union"]) | accuracy(relation, *on_cpu, causal)
+
+
+def _dense(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    return call
+
+
+def _dense_runs(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
+    some = (x[:, :, :256] for x in (q, k, v))
+    try:
+        _dense(backend, *some, causal)()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _flex(form: Dilated, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Callable[[], Tensor]:
+    """The same pairs for compiled FlexAttention; its block mask is not timed."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    length = q.shape[2]
+    branches = form.branches(length)
+
+    def held(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        seen = torch.zeros_like(row + key, dtype=torch.bool)
+        for segment, rate in branches:
+            seen = seen | ((row // segment == key // segment) & (row % rate == h % rate) & (key % rate == h % rate))
+        return seen & (key <= row) if causal else seen
+
+    mask = create_block_mask(held, None, HEADS, length, length, device="cuda", _compile=True)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(q, k, v, block_mask=mask)
+
+
+def _in_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, between device events, after two calls to warm up."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 2):
+        for name, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            if turn >= 2:
+                taken[name].append(start.elapsed_time(end) / 1e3)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def _memory(forward: Callable[[], Tensor]) -> dict[str, Any]:
+    """Peak device bytes of a forward beyond what was there and the output and its LSE."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = forward()
+    torch.cuda.synchronize()
+    lse_bytes = 4 * out[..., 0].numel()
+    return {"extra_peak_bytes": torch.cuda.max_memory_allocated() - before - out.nbytes - lse_bytes, "output_bytes": out.nbytes}
+
+
+def _longest(length: int, heads: int = 32, head_dim: int = 128) -> dict[str, Any]:
+    """Forward and backward over a million keys, 32 heads of 128, on one card."""
+    form = geometric(length)
+    relation: Relation = form.relation(Problem(1, heads, heads, length, length, head_dim, head_dim, 0, True))
+    shape = (1, length, heads, head_dim)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for _ in range(3))
+    seconds = []
+    out = None
+    for _ in range(2):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        del out
+        marks[0].record()
+        out = attention(q, k, v, form, is_causal=True, kernel="triton")
+        marks[1].record()
+        grads = torch.autograd.grad(out, (q, k, v), out.detach())
+        marks[2].record()
+        torch.cuda.synchronize()
+        del grads
+        seconds = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
+    flops = 4 * head_dim * relation.pairs()
+    return {
+        "length": length, "heads": heads, "head_dim": head_dim, "causal": True, "density": relation.density(),
+        "forward_s": seconds[0], "backward_s": seconds[1], "forward_tflops": flops / seconds[0] / 1e12,
+        "backward_tflops": 2.5 * flops / seconds[1] / 1e12, "peak_bytes": torch.cuda.max_memory_allocated(),
+        "operand_bytes": q.nbytes,
+    }  # fmt: skip
+
+
+def _line(row: dict[str, Any]) -> str:
+    rates = "  ".join(f"{name} {held['forward_tflops']:.0f}/{held['backward_tflops']:.0f}" for name, held in row["rates"].items())
+    where = f"S {row['length']} D {row['head_dim']} causal {row['causal']!s:5}"
+    share = f"{row['forward_over_best_dense']:.2f} forward, {row['backward_over_best_dense']:.2f} backward of the best dense"
+    return f"{where}: {share}; correct {row['correct']}; TFLOP/s {rates}"
+
+
+def _file_name() -> str:
+    device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    return f"{device}-{datetime.date.today().isoformat()}.json"
+
+
+def _save(path: Path, rows: Sequence[dict[str, Any]], longest: dict[str, Any]) -> None:
+    import triton
+
+    machine = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+    }
+    held = {"command": "python benchmarks/gpu.py", "machine": machine, "rows": list(rows), "longest": longest}
+    path.write_text(json.dumps(held, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""The kernels on a CUDA device, against float64: every form, dtype and head size, addresses beyond 32 bits, graphs, streams.
+
+``make gpu`` runs these (``pytest --gpu``). With ``TRITON_INTERPRET=1`` and no device they run in Triton's interpreter, which shows
+that the tests themselves are sound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracles import Setting
+from test_kernels import FORMS, SCALE, assert_as_good_as_eager, drawn, expected, loss_of, operands_of, refuses, run, setting_of
+from torch import Tensor
+
+from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
+from dilcompile.functional import attention
+from dilcompile.lowering import ops
+from dilcompile.lowering.select import KERNELS
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+on_device_only = pytest.mark.skipif(DEVICE == "cpu", reason="asks for the device itself")
+LENGTH = 333 if DEVICE == "cuda" else 45
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Segments that cross tiles of 128 rows.
+WIDE = Dilated([64, 256], [1, 2])
+
+
+def inputs_of(dim: int, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v whose scores are of the size that a model's are: ``run`` scales by ``SCALE`` for every head size."""
+    q, k, v = drawn(dim=dim, **more)
+    return q * (dim**-0.5 / SCALE), k, v
+
+
+def there(value: Any) -> Any:
+    return value.to(DEVICE) if isinstance(value, Tensor) else value
+
+
+def results(
+    call: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Tensor, ...], *arguments: Any, **operands: Any
+) -> tuple[Tensor, ...]:
+    """Output, LSE and the gradients of all inputs, on the CPU."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out, lse = (x.cpu() for x in call(*leaves, *arguments, **operands))
+    return (out.detach(), lse.detach(), *(x.cpu() for x in torch.autograd.grad(loss_of(out, lse, True), leaves)))
+
+
+def check(kernel: str, form: Form, inputs: tuple[Tensor, ...], at: Setting, **operands: Any) -> None:
+    """No error is larger than twice that of eager attention in the same dtype."""
+    dtype = inputs[0].dtype
+    placed = {name: there(value) for name, value in operands.items()}
+    found = results(run, tuple(x.to(DEVICE) for x in inputs), form, kernel, at, **placed)
+    eager = results(expected, inputs, form, at, dtype, **operands)
+    exact = results(expected, tuple(x.double() for x in inputs), form, at, **operands)
+    assert (found[0].dtype, found[1].dtype) == (dtype, torch.float32)
+    for mine, theirs, true in zip(found, eager, exact, strict=True):
+        assert_as_good_as_eager(mine, theirs, true, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("form", [*FORMS, WIDE, SlidingWindow(150, sinks=3)], ids=str)
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "native"])
+def test_every_form(kernel: str, form: Form, causal: bool, dtype: torch.dtype) -> None:
+    inputs = inputs_of(
+        kv_heads=4 if kernel in ("sdpa", "flash") else 2, q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, dtype=dtype
+    )
+    at = setting_of(inputs[0], inputs[1], causal=causal)
+    if kernel not in ("triton", "reference") and refuses(kernel, form, *(x.to(DEVICE) for x in inputs), at):
+        return
+    check(kernel, form, inputs, at)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dim", "v_dim"), [(32, 32), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (40, 24)]
+)
+def test_every_head_size(dim: int, v_dim: int, dtype: torch.dtype) -> None:
+    inputs = inputs_of(batch=1, heads=2, kv_heads=1, q_len=LENGTH, k_len=LENGTH, dim=dim, v_dim=v_dim, dtype=dtype)
+    check("triton", WIDE, inputs, setting_of(inputs[0], inputs[1], causal=True))
+
+
+OPERANDS: list[dict[str, Any]] = [
+    {"softcap": 2.0},
+    {"key_padding": True},
+    {"documents": "shared"},
+    {"documents": "own"},
+    {"softcap": 1.5, "key_padding": True, "documents": "own"},
+]
+
+
+@pytest.mark.parametrize("asked", OPERANDS, ids=str)
+@pytest.mark.parametrize("form", [Dense(), WIDE, FORMS[6], FORMS[7]], ids=str)
+def test_caps_padding_and_documents(form: Form, asked: dict[str, Any]) -> None:
+    inputs = inputs_of(q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, dtype=torch.bfloat16)
+    check("triton", form, inputs, setting_of(inputs[0], inputs[1], causal=True), **operands_of(asked, length=LENGTH))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 1), (6, 2), (17, 1), (3, 3)])
+def test_grouped_query_heads(heads: int, kv_heads: int) -> None:
+    inputs = inputs_of(batch=1, heads=heads, kv_heads=kv_heads, q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, dtype=torch.float32)
+    check("triton", WIDE, inputs, setting_of(inputs[0], inputs[1], causal=True))
+
+
+@pytest.mark.parametrize("length", [1, 16, 127, 128, 129])
+@pytest.mark.parametrize(
+    "mask", [{"causal": True}, {"causal": True, "left": 60}, {"q_offset": 25}, {"q_offset": -3, "causal": True}]
+)
+def test_lengths_windows_and_offsets(length: int, mask: dict[str, Any]) -> None:
+    inputs = inputs_of(batch=1, heads=2, kv_heads=1, q_len=length, k_len=length + 30, dim=64, v_dim=64, dtype=torch.float32)
+    check("triton", WIDE, inputs, setting_of(inputs[0], inputs[1], **mask))
+
+
+def test_dropout_draws_as_the_reference_does() -> None:
+    inputs = inputs_of(batch=1, heads=2, kv_heads=1, q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, dtype=torch.float32)
+    at = setting_of(inputs[0], inputs[1], causal=True)
+    operands = {"dropout_p": 0.3, "seed": torch.tensor([(7 << 40) + 11])}
+    placed = {name: there(value) for name, value in operands.items()}
+    found = results(run, tuple(x.to(DEVICE) for x in inputs), WIDE, "triton", at, **placed)
+    exact = results(run, tuple(x.double() for x in inputs), WIDE, "reference", at, **operands)
+    eager = results(run, inputs, WIDE, "reference", at, **operands)
+    for mine, theirs, true in zip(found, eager, exact, strict=True):
+        assert_as_good_as_eager(mine, theirs, true, torch.float32)
+
+
+def test_the_same_numbers_every_time() -> None:
+    inputs = tuple(x.to(DEVICE) for x in inputs_of(q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, dtype=torch.bfloat16))
+    at = setting_of(inputs[0], inputs[1], causal=True)
+    for one, other in zip(*(results(run, inputs, WIDE, "triton", at) for _ in range(2)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_nothing_outside_the_tensors_is_read() -> None:
+    """Operands that lie in not-a-number; compute-sanitizer watches this test where it is installed."""
+
+    def framed(x: Tensor) -> Tensor:
+        around = torch.full((x.shape[0] + 2, x.shape[1] + 2, x.shape[2] + 40, x.shape[3] + 8), torch.nan, dtype=x.dtype)
+        around = around.to(DEVICE)
+        return around[1:-1, 1:-1, 20:-20, : x.shape[3]].copy_(x)
+
+    inputs = inputs_of(batch=1, heads=2, kv_heads=1, q_len=75, k_len=83, dim=40, v_dim=24, dtype=torch.float32)
+    at = setting_of(inputs[0], inputs[1], causal=True)
+    for form in (Dense(), FORMS[3], FORMS[7]):
+        found = results(run, tuple(framed(x) for x in inputs), form, "triton", at)
+        eager = results(expected, inputs, form, at, torch.float32)
+        exact = results(expected, tuple(x.double() for x in inputs), form, at)
+        for mine, theirs, true in zip(found, eager, exact, strict=True):
+            assert_as_good_as_eager(mine, theirs, true, torch.float32)
+
+
+@on_device_only
+def test_offsets_beyond_32_bits() -> None:
+    """Queries and outputs of more than 2**31 elements; rows at both ends against float64."""
+    length, heads, dim, window = (1 << 22) + 3, 8, 64, 100
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    draw = {"dtype": torch.bfloat16, "device": DEVICE, "generator": generator}
+    q = torch.randn(1, length, heads, dim, **draw).transpose(1, 2)
+    k, v = (torch.randn(1, 1, length, dim, **draw) for _ in range(2))
+    at = setting_of(q, k, causal=True)
+    out, lse = run(q, k, v, SlidingWindow(window), "triton", at)
+    for begin in (0, length // 2, length - 300):
+        rows, keys = slice(begin, begin + 300), slice(max(0, begin - window), begin + 300)
+        part = setting_of(q[:, :, rows], k[:, :, keys], causal=True, q_offset=begin - keys.start)
+        some = [x.cpu() for x in (q[:, :, rows], k[:, :, keys], v[:, :, keys])]
+        exact = expected(*some, SlidingWindow(window), part)
+        eager = expected(*some, SlidingWindow(window), part, torch.bfloat16)
+        assert_as_good_as_eager(out[:, :, rows].cpu(), eager[0], exact[0], torch.bfloat16)
+        assert_as_good_as_eager(lse[:, :, rows].cpu(), eager[1], exact[1], torch.bfloat16)
+
+
+@on_device_only
+def test_a_captured_graph_gives_the_same() -> None:
+    q, k, v = (x.to(DEVICE) for x in inputs_of(q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, dtype=torch.bfloat16))
+    attend = lambda: attention(q, k, v, WIDE, is_causal=True, kernel="triton")  # noqa: E731
+    wanted = attend()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = attend()
+    q.copy_(q.flip(0))
+    graph.replay()
+    assert torch.equal(found, attend())
+    assert not torch.equal(found, wanted)
+
+
+@on_device_only
+def test_several_streams() -> None:
+    inputs = [
+        tuple(x.to(DEVICE) for x in inputs_of(q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, seed=n, dtype=torch.float16))
+        for n in range(4)
+    ]
+    wanted = [attention(*qkv, WIDE, is_causal=True, kernel="triton") for qkv in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    found = []
+    for stream, qkv in zip(streams, inputs, strict=True):
+        with torch.cuda.stream(stream):
+            found.append(attention(*qkv, WIDE, is_causal=True, kernel="triton"))
+    torch.cuda.synchronize()
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@on_device_only
+def test_under_inductor() -> None:
+    q, k, v = (x.to(DEVICE) for x in inputs_of(q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, dtype=torch.bfloat16))
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = attention(2 * q, k, v, WIDE, is_causal=True, kernel="triton", return_lse=True)
+        return out + 1, lse
+
+    wanted = results(layer, (q, k, v))
+    for mine, theirs in zip(results(torch.compile(layer, fullgraph=True), (q, k, v)), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=torch.finfo(torch.bfloat16).eps, atol=torch.finfo(torch.bfloat16).eps)
+
+
+@on_device_only
+def test_the_ops_pass_their_checks() -> None:
+    q, k, v = (x.to(DEVICE) for x in inputs_of(batch=1, q_len=70, k_len=70, dim=64, v_dim=64, dtype=torch.float32))
+    arguments = (q, k, v, None, None, None, None, str(WIDE), True, None, None, 0, SCALE, None, 0.0, "triton")
+    torch.library.opcheck(torch.ops.dilcompile.attention.default, arguments)
+    assert ops.attention(*arguments)[0].is_cuda
