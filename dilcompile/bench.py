@@ -167,9 +167,7 @@ def _in_turns(functions: Sequence[Callable[[], object]], repeats: int) -> list[f
     return [statistics.median(taken) for taken in times]
 
 
-def accuracy(
-    relation: Relation, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense_out: Tensor, causal: bool
-) -> dict[str, Any]:
+def accuracy(relation: Relation, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense_out: Tensor, causal: bool) -> dict[str, Any]:
     """Largest error of some rows against float64, dilated and dense; correct: at most twice dense's.
 
     Fewer keys average less away, so each row's error is taken relative to the largest number of its own exact output.

@@ -12,6 +12,7 @@ Length = int | torch.SymInt
 Kind = Literal["self", "cross"]
 Phase = Literal["train", "prefill", "decode"]
 BiasWord = Literal["alibi", "t5 buckets", "relative table", "tensor"]
+Narrowed = Literal["no", "softmax", "scores"]
 EmptyRows = Literal["zero", "uniform", "shifted", "others", "nan", "other"]
 
 
@@ -150,7 +151,8 @@ class AttentionSite:
 
     Lengths may be symbolic (``torch.SymInt``). ``operands`` are the tensors of the graph that were proven to be queries, keys and
     values, in this order, each as its node's name and its shape: where the attention begins. ``multipliers`` is what
-    queries, keys, values and output are multiplied with beside the scale.
+    queries, keys, values and output are multiplied with beside the scale. ``narrowed``: a float64 attention that computes its
+    ``softmax`` in float32, or its ``scores`` too, as models do that name a dtype.
     """
 
     index: int
@@ -179,6 +181,7 @@ class AttentionSite:
     sinks: str | None = None
     multipliers: str | None = None
     operands: tuple[str, ...] = ()
+    narrowed: Narrowed = "no"
 
     @property
     def group(self) -> int:

@@ -28,6 +28,8 @@ class Call:
         dropout_seed: int64 with one element.
         row_limits: int64 [2, B or 1, Sq]: row (b, q) sees the keys from ``row_limits[0]`` up to before ``row_limits[1]``.
         pairs: a formula that lets pairs through.
+        narrow: the softmax is computed in float32 though the scores are float64, as a model does that names the dtype; digit by
+            digit, for what must equal the model.
         bias_grad: the gradient of the bias is asked for.
         flat: the products count as 0, so that all weights of a row are alike; their gradient is that of ordinary scores.
     """
@@ -47,6 +49,7 @@ class Call:
     row_limits: Tensor | None = None
     pairs: Pairs | None = None
     flat: bool = False
+    narrow: bool = False
     bias_grad: bool = True
 
     @property

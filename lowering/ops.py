@@ -26,7 +26,7 @@ _OPERANDS = (
     "Tensor q, Tensor k, Tensor v, Tensor? key_padding, Tensor? documents, Tensor? bias, Tensor? dropout_seed, str form, "
     "bool is_causal, int? window_left, int? window_right, SymInt q_offset, float scale, float? softcap, float dropout_p, "
     "str? kernel, Tensor? q_start=None, Tensor? row_limits=None, Tensor? row_terms=None, Tensor? key_terms=None, "
-    "str? pairs=None, bool flat=False"
+    "str? pairs=None, bool flat=False, bool narrow=False"
 )
 
 
@@ -54,6 +54,7 @@ def attention(
     key_terms: Tensor | None = None,
     pairs: str | None = None,
     flat: bool = False,
+    narrow: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the relation that ``form`` means here.
 
@@ -66,7 +67,7 @@ def attention(
         kernel: name of a kernel, or None for the fastest.
         q_start: int64 with one element, added to ``q_offset``: a position that is known when the model runs.
         row_limits: see ``Call``.
-        flat: see ``Call``.
+        flat, narrow: see ``Call``.
         row_terms, key_terms, pairs: the formula over pairs and its terms, see ``Pairs``.
 
     Returns:
@@ -82,7 +83,7 @@ def attention(
     scaled = q if factor == 1.0 else q * factor
     call = _call(
         scaled, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
-        scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs, flat,
+        scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs, flat, narrow,
     )  # fmt: skip
     out, lse = select(call, kernel).forward(call)
     of_output = output_scale(form_of(form), k.shape[2])
@@ -125,6 +126,7 @@ def attention_backward(
     key_terms: Tensor | None = None,
     pairs: str | None = None,
     flat: bool = False,
+    narrow: bool = False,
     bias_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v [as their operand, laid out [B, S, H, D]] and of the bias (an empty tensor without one)."""
@@ -134,7 +136,7 @@ def attention_backward(
     scaled = q if factor == 1.0 else q * factor
     call = _call(
         scaled, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
-        scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs, flat, bias_grad,
+        scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs, flat, narrow, bias_grad,
     )  # fmt: skip
     of_output = output_scale(form_of(form), k.shape[2])
     if of_output != 1.0:
@@ -181,6 +183,7 @@ def _call(
     key_terms: Tensor | None,
     pairs: str | None,
     flat: bool,
+    narrow: bool,
     bias_grad: bool = True,
 ) -> Call:
     first = q_offset if q_start is None else q_offset + int(q_start)
@@ -192,7 +195,7 @@ def _call(
         formula = Pairs(pairs, row_terms, key_terms)
     return Call(
         q, k, v, key_padding, documents, bias, dropout_seed, relation_of(form_of(form), problem),
-        scale, softcap, dropout_p, merge_grad(form_of(form)), row_limits, formula, flat, bias_grad,
+        scale, softcap, dropout_p, merge_grad(form_of(form)), row_limits, formula, flat, narrow, bias_grad,
     )  # fmt: skip
 
 
@@ -232,7 +235,7 @@ def _(
 
 
 # Where the backward's last argument stands among those after the bias.
-_BIAS_GRAD = 16
+_BIAS_GRAD = 17
 
 
 def _register_autocast() -> torch.library.Library:

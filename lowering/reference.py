@@ -43,7 +43,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     out = empty_output(call.q, problem.v_dim)
     lse = call.q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=call.score_dtype)
     for chunk in _chunks(call):
-        weights, chunk_lse = _softmax(chunk.scores, sum(chunk.counts[1:], chunk.counts[0]))
+        weights, chunk_lse = _softmax(chunk.scores, sum(chunk.counts[1:], chunk.counts[0]), call.narrow)
         weights = weights if chunk.keep is None else weights * chunk.keep
         out[chunk.b, :, chunk.rows] = (weights @ chunk.v).to(out.dtype)
         lse[chunk.b, :, chunk.rows] = chunk_lse
@@ -139,17 +139,18 @@ def _starts(document: Tensor) -> Tensor:
     return torch.where(opens, position, 0).cummax(0).values
 
 
-def _softmax(scores: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax(scores: Tensor, count: Tensor, narrow: bool) -> tuple[Tensor, Tensor]:
     """Weights [H, R, K] and LSE [H, R]; rows without keys give 0 and -inf."""
     logits = torch.where(count > 0, scores + count.log(), -torch.inf)
     lse = logits.logsumexp(dim=-1)
-    return logits.softmax(dim=-1).masked_fill((lse == -torch.inf)[..., None], 0), lse
+    weights = logits.float().softmax(dim=-1).to(logits.dtype) if narrow else logits.softmax(dim=-1)
+    return weights.masked_fill((lse == -torch.inf)[..., None], 0), lse
 
 
 def _score_gradient(call: Call, chunk: _Chunk, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients of the values [H, K, Dv] and of the scores [H, R, K]."""
     total = sum(chunk.counts[1:], chunk.counts[0])
-    weights, lse = _softmax(chunk.scores, total)
+    weights, lse = _softmax(chunk.scores, total, call.narrow)
     d_weights = d_out @ chunk.v.mT
     kept = weights if chunk.keep is None else weights * chunk.keep
     if chunk.keep is not None:
@@ -157,12 +158,21 @@ def _score_gradient(call: Call, chunk: _Chunk, d_out: Tensor, d_lse: Tensor | No
     d_value = kept.mT @ d_out
     d_scores = torch.zeros_like(weights)
     for count in chunk.counts:
-        part, part_lse = _softmax(chunk.scores, count)
+        part, part_lse = _softmax(chunk.scores, count, call.narrow)
         share = (part_lse - torch.where(lse == -torch.inf, 0, lse)).exp()[..., None]
-        d_scores += share * part * (d_weights - (part * d_weights).sum(-1, keepdim=True))
+        d_scores += share * _softmax_gradient(part, d_weights, call.narrow)
     if d_lse is not None:
         d_scores += weights * d_lse[..., None]
     return d_value, d_scores
+
+
+def _softmax_gradient(weights: Tensor, d_weights: Tensor, narrow: bool) -> Tensor:
+    """Gradient of the scores from that of the weights."""
+    if narrow:
+        single = torch.float32
+        found = torch._softmax_backward_data(d_weights.to(single), weights.to(single), -1, single)
+        return found.to(weights.dtype)
+    return weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True))
 
 
 def _bias_rows(bias: Tensor, b: int, rows: slice) -> Tensor:

@@ -18,13 +18,15 @@ from dilcompile.site import AttentionSite, MaskSpec
 
 @dataclass(frozen=True)
 class Inputs:
-    """Operands of ``dilcompile::attention`` but for the mask: q, k, v [B, H or Hkv, S, D], biases, dropout seed."""
+    """Operands of ``dilcompile::attention`` but for the mask: q, k, v [B, H or Hkv, S, D], biases, dropout seed, the softmax's
+    own narrower dtype."""
 
     q: Node
     k: Node
     v: Node
     biases: Biases
     seed: Node | None
+    narrow: bool = False
 
 
 def attend(
@@ -61,7 +63,7 @@ def attend(
         mask.row_terms,
         mask.key_terms,
         mask.pairs,
-        *((flat,) if flat else ()),
+        *((flat, inputs.narrow) if flat or inputs.narrow else ()),
     )
 
 
@@ -87,12 +89,21 @@ def rows_without_keys(emit: Emitter, out: Node, lse: Node, inputs: Inputs, match
     empty = emit(aten.unsqueeze.default, empty, -1)
     if site.mask.empty_rows == "nan":
         return emit(aten.masked_fill.Scalar, out, empty, float("nan"))
-    mean = emit(aten.mean.dim, inputs.v, [2], True)
+    mean = _uniform_mean(emit, inputs, site)
     if site.group > 1:
         mean = emit(aten.repeat_interleave.self_int, mean, site.group, 1)
     if site.mask.empty_rows == "shifted":
         mean = emit(aten.add.Tensor, mean, _uniform_slope(emit, inputs.q, inputs.k, inputs.v, site))
     return emit(aten.where.self, empty, mean, out)
+
+
+def _uniform_mean(emit: Emitter, inputs: Inputs, site: AttentionSite) -> Node:
+    """The values [B, Hkv, 1, Dv] by weights that are all alike."""
+    if not inputs.narrow:
+        return emit(aten.mean.dim, inputs.v, [2], True)
+    length = emit(aten.full.default, [], emit.size(site.k_len), dtype=torch.float32, device=site.device)
+    weight = emit(aten.to.dtype, emit(aten.reciprocal.default, length), torch.float64)
+    return emit(aten.mul.Tensor, emit(aten.sum.dim_IntList, inputs.v, [2], True), weight)
 
 
 def _by_others(

@@ -24,7 +24,7 @@ from dilcompile.passes.score_path import ScorePath, walk_scores
 from dilcompile.passes.spellings import BY_ANCHOR
 from dilcompile.passes.unproven import Unproven
 from dilcompile.passes.value_path import ValuePath, walk_values
-from dilcompile.site import Miss
+from dilcompile.site import Miss, Narrowed
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,16 @@ def _of_softmax(node: Node, spelling: Spelling, softmax: Softmax, facts: Facts, 
         weights=values.multipliers,
         factor=values.factor,
         floor=path.floor,
+        narrowed=_narrowed(node, softmax, path, roles),
     )
+
+
+def _narrowed(node: Node, softmax: Softmax, path: ScorePath, roles: Roles) -> Narrowed:
+    """Where a float64 attention rounds to fewer digits on its way."""
+    if roles.output.meta["val"].dtype is not torch.float64 or path.dtypes | {softmax.dtype} == {torch.float64}:
+        return "no"
+    whole = op_name(node) == "softmax" and softmax.dtype is torch.float32 and not softmax.masks and not path.sinks
+    return "softmax" if whole and path.dtypes == {torch.float64} else "scores"
 
 
 def _rows_without_keys(softmax: Softmax, values: ValuePath) -> EmptyRule:

@@ -21,7 +21,7 @@ from dilcompile.passes.read_operands import Sinks, read_site_mask
 from dilcompile.passes.regions import Graph
 from dilcompile.passes.roles import Roles
 from dilcompile.passes.unproven import Unproven
-from dilcompile.site import AttentionSite, Kind, Length, Phase
+from dilcompile.site import AttentionSite, Kind, Length, Narrowed, Phase
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Proof:
         multipliers, weights: tensors that scores and probabilities are multiplied with; the latter by ``factor``, too.
         floor: what the scores are lifted to after all masks.
         starts: where the sequences start that rows and columns are packed from.
+        narrowed: see ``AttentionSite``, but for the biases.
     """
 
     anchor: Node
@@ -74,6 +75,7 @@ class Proof:
     factor: float = 1.0
     floor: Floor | None = None
     starts: Node | None = None
+    narrowed: Narrowed = "no"
 
 
 def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
@@ -130,6 +132,7 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
         v_dim=int(_size(roles.v_features)),
         dtype=at.meta["val"].dtype,
         softmax_dtype=proof.softmax_dtype,
+        narrowed=_narrowed(proof, bias),
         device=at.meta["val"].device,
         scale=proof.scale * q.factor * k.factor,
         mask=spec,
@@ -144,6 +147,13 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
     )
     tables = frozenset(facts.reader.used_tables & graph.tables.keys())
     return Match(site, roles, q, k, v, mask, bias, proof.sinks, multipliers, proof.starts, tables)
+
+
+def _narrowed(proof: Proof, bias: tuple[MaskOperand, ...]) -> Narrowed:
+    """A bias that is added in fewer digits than the site has rounds the scores once more."""
+    wide = proof.roles.output.meta["val"].dtype
+    rounds = proof.narrowed == "softmax" and any(operand.dtype is not wide for operand in bias)
+    return "scores" if rounds else proof.narrowed
 
 
 def _sinks(sinks: tuple[Sink, ...], facts: Facts) -> Sinks:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from dilcompile.decision import Decision
+from dilcompile.decision import Decision, repeats_rounding
 from dilcompile.passes.anchors import Sink
 from dilcompile.passes.atoms import Atom, Leaves, flat, leaves, same_size
 from dilcompile.passes.axes import Axes
@@ -61,7 +61,7 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
         mask = replace(mask, documents=_documents(emit, match.starts, site.k_len))
     biases = emit_biases(emit, match.bias, roles, axes)
     seed = _seed(emit, q) if site.dropout_p > 0 else None
-    inputs = Inputs(q, k, v, biases, seed)
+    inputs = Inputs(q, k, v, biases, seed, repeats_rounding(decision))
     call = attend(emit, inputs, mask, spec, site, str(decision.form), decision.kernel)
     out = emit.item(call, 0)
     if decision.fidelity == "exact" and spec.empty_rows != "zero":

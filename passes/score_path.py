@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from dilcompile.passes.anchors import MaskOperand, Multiplier, Sink, Softmax
@@ -27,7 +28,11 @@ _SHAPE_ONLY = frozenset(
 
 @dataclass(frozen=True)
 class ScorePath:
-    """``softmax([softcap(scale * multipliers * product) + masks, sinks])`` over ``columns``."""
+    """``softmax([softcap(scale * multipliers * product) + masks, sinks])`` over ``columns``.
+
+    Args:
+        dtypes: what product, scalings and cap are computed in.
+    """
 
     product: Product
     columns: Leaves
@@ -37,6 +42,7 @@ class ScorePath:
     sinks: tuple[Sink, ...]
     multipliers: tuple[Multiplier, ...]
     floor: Floor | None = None
+    dtypes: frozenset[torch.dtype] = frozenset()
 
 
 def walk_scores(softmax: Softmax, product: Node, facts: Facts) -> ScorePath:
@@ -82,6 +88,7 @@ def walk_scores(softmax: Softmax, product: Node, facts: Facts) -> ScorePath:
         tuple(stages.sinks),
         tuple(stages.multipliers),
         stages.floor,
+        frozenset((*stages.dtypes, product.meta["val"].dtype)),
     )
 
 

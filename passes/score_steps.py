@@ -39,6 +39,7 @@ class Stages:
         limit: beyond it an exponential is zero, until a maximum is taken off.
         cap_outer: c in ``c * tanh(...)``, once the tanh was met.
         floor: what the scores are lifted to last of all.
+        dtypes: what was computed in on the way, where it rounds.
     """
 
     columns: Leaves
@@ -52,6 +53,7 @@ class Stages:
     sinks: list[Sink] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     multipliers: list[Multiplier] = field(default_factory=list)
+    dtypes: set[torch.dtype] = field(default_factory=set)
 
     def on_path(self, value: Any, facts: Facts) -> bool:
         """Is it made of the product, element by element?"""
@@ -193,6 +195,7 @@ def _negation(node: Node, stages: Stages, facts: Facts) -> Node:
 
 
 def _scaling(node: Node, stages: Stages, facts: Facts) -> Node:
+    stages.dtypes.add(node.meta["val"].dtype)
     path, other = _sides(node, stages, facts)
     divides = op_name(node) in ("div", "true_divide")
     if divides and path is not node.args[0]:
@@ -232,6 +235,7 @@ def _addition(node: Node, stages: Stages, facts: Facts) -> Node:
         raise Unproven(node, "a number is added to the scores, but not to the sinks", STAYS)
     else:
         unweighed(node, stages)
+        stages.dtypes.add(node.meta["val"].dtype)
     # A constant on every score of a row cancels in the softmax.
     stages.factor *= of_path
     return path
@@ -273,6 +277,7 @@ def _tanh(node: Node, stages: Stages, facts: Facts) -> Node:
     if stages.cap_outer is not None:
         raise Unproven(node, "two soft caps", STAYS)
     unscaled(node, stages)
+    stages.dtypes.add(node.meta["val"].dtype)
     stages.cap_outer, stages.factor = stages.factor, 1.0
     return first(node)
 

@@ -268,7 +268,7 @@ def _without_chance(node: Node) -> None:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return
-    neutral: dict[str, Any] = {"dropout_p": 0.0, "kernel": "reference", "half_to_float": False}
+    neutral: dict[str, Any] = {"dropout_p": 0.0, "kernel": "reference", "half_to_float": False, "narrow": False}
     if "dropout" in schema.name:
         neutral["p"] = 0.0
     for i, argument in enumerate(schema.arguments):

@@ -29,10 +29,13 @@ class Dense(Form):
         return "exact"
 
     def reject(self, site: AttentionSite) -> str | None:
-        """A mask that could not be read, or one that leaves rows whose result only the model's own spelling has."""
+        """A mask that could not be read, or one that leaves rows whose result only the model's own spelling has; rounding that
+        only the model's own operators repeat."""
         if site.mask.unread is None and site.mask.empty_rows == "other":
             return (
                 "a row may see no key, and what it is then depends on the model's own spelling (several fills, "
                 "or one so small that the scores show through)"
             )
+        if site.narrowed == "scores":
+            return "a float64 attention that computes its scores in fewer digits: no other kernel repeats its rounding"
         return unread_mask(site)

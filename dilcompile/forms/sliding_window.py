@@ -51,7 +51,7 @@ class SlidingWindow(Form):
 
     def fidelity(self, site: AttentionSite) -> Literal["exact", "approximate"]:
         """Exact where the window is at least as wide as the site's own or as the keys are long."""
-        if self.step != 1:
+        if self.step != 1 or site.narrowed == "scores":
             return "approximate"
         if isinstance(site.k_len, int) and self.window >= site.k_len and site.kind == "self":
             return "exact"

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dilcompile.decision import Decision, Rejection
+from dilcompile.decision import Decision, Rejection, repeats_rounding
 from dilcompile.errors import DilcompileError
 from dilcompile.forms import Form
 from dilcompile.relation import Problem
 from dilcompile.report.lengths import problem_of
 from dilcompile.report.record import Verdict
-from dilcompile.site import AttentionSite
 
 if TYPE_CHECKING:
     from dilcompile.lowering.call import Call
@@ -46,7 +45,7 @@ def kernel_of(decision: Decision) -> Choice:
         return Choice(None, reason="a length is known only when the model runs")
     if site.device.type == "meta":
         return Choice(None, reason="a meta tensor has no device to choose for")
-    return _choose(decision.form, problem, _Traits.of(site), decision.kernel, site.phase == "train")
+    return _choose(decision.form, problem, _Traits.of(decision), decision.kernel, site.phase == "train")
 
 
 def able(verdicts: Sequence[Verdict]) -> list[Verdict]:
@@ -78,7 +77,8 @@ def refusal_of(decision: Decision) -> str | None:
     offsets = (problem.q_offset,) if fixed else (problem.q_offset, problem.q_offset + 1)
     train = site.phase == "train"
     reasons = (
-        _refused(decision.form, replace(problem, q_offset=offset), _Traits.of(site), decision.kernel, train) for offset in offsets
+        _refused(decision.form, replace(problem, q_offset=offset), _Traits.of(decision), decision.kernel, train)
+        for offset in offsets
     )
     return next((reason for reason in reasons if reason is not None), None)
 
@@ -97,10 +97,11 @@ class _Traits:
     bias: bool
     limits: bool
     pairs: bool
+    narrow: bool
 
     @classmethod
-    def of(cls, site: AttentionSite) -> _Traits:
-        mask = site.mask
+    def of(cls, decision: Decision) -> _Traits:
+        site, mask = decision.site, decision.site.mask
         words = {factor.word for factor in mask.by_row}
         return cls(
             dtype=site.dtype,
@@ -114,6 +115,7 @@ class _Traits:
             bias=bool(site.bias) or "other" in words,
             limits=bool(words & {"chunk", "prefix", "rows"}),
             pairs=bool(words & {"label", "pairs"}),
+            narrow=repeats_rounding(decision),
         )
 
 
@@ -166,4 +168,5 @@ def _call(form: Form, size: Problem, traits: _Traits) -> Call:
         merge_grad=merge_grad(form),
         row_limits=operand(2, 1, size.q_len, of=torch.int64) if traits.limits else None,
         pairs=Pairs("g0", terms(size.q_len), terms(size.k_len)) if traits.pairs else None,
+        narrow=traits.narrow,
     )
