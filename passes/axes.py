@@ -181,9 +181,10 @@ class Axes:
                     atoms = tuple(Atom(atom.size, atom.role, atom.broadcast, atom, placed=atom.placed) for atom in atoms)
                 layout[out] = atoms
         if self._is_layer(product):
-            free = product.lhs_free if product.lhs in self.weights else product.rhs_free
-            kept = product.rhs_free if product.lhs in self.weights else product.lhs_free
-            for _, out in free:
+            # Where both are weights (learned tokens) the second one projects, as in ``linear``.
+            first = product.lhs in self.weights and product.rhs not in self.weights
+            made, kept = (product.lhs_free, product.rhs_free) if first else (product.rhs_free, product.lhs_free)
+            for _, out in made:
                 layout[out] = self.fresh(shape[out], "feature")
             for _, out in kept:
                 layout[out] = tuple(atom.as_places() for atom in layout[out])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,7 +66,7 @@ def parse_product(node: Node) -> Product | None:
         return _inner(node, *node.args[:2])
     if name == "linalg_vecdot":
         return _vecdot(node)
-    if name == "sum":
+    if name in ("sum", "mean"):
         return _multiplied_and_summed(node)
     if name == "linear":
         return _linear(node)
@@ -167,13 +168,19 @@ def _vecdot(node: Node) -> Product | None:
 
 
 def _multiplied_and_summed(node: Node) -> Product | None:
-    """``(a * b).sum(dims)``."""
+    """``(a * b).sum(dims)`` or their mean."""
     summed = node.args[1] if len(node.args) > 1 else None
     factors = _factors(node.args[0], node)
     if factors is None or not isinstance(summed, (int, list, tuple)):
         return None
-    rank = len(shape_of(node.args[0]))  # type: ignore[arg-type]
+    shape = shape_of(node.args[0])  # type: ignore[arg-type]
+    rank = len(shape)
     over = {int(dim) % rank for dim in ([summed] if isinstance(summed, int) else summed)}
+    if op_name(node) == "mean":
+        sizes = [size for dim in over if isinstance(size := shape[dim], int)]
+        if len(sizes) < len(over):
+            return None
+        factors = replace(factors, alpha=factors.alpha / math.prod(sizes))
     return _broadcast(factors, rank, over, bool(len(node.args) > 2 and node.args[2]))
 
 

@@ -12,7 +12,7 @@ from dilcompile.passes.atoms import Leaves, flat
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.facts import Facts
 from dilcompile.passes.operators import CASTS, REORDERS, is_tensor, op_name
-from dilcompile.passes.products import Product
+from dilcompile.passes.products import Product, parse_product
 from dilcompile.passes.score_path import independent, unwritten
 from dilcompile.passes.score_steps import STAYS, keeps_all, multiplier, uncast
 from dilcompile.passes.unproven import Unproven
@@ -175,7 +175,7 @@ def _through(user: Node, columns: Leaves, axes: Axes) -> float:
         return 1.0 - float(p) if train else 1.0  # type: ignore[arg-type]
     if name == "getitem" and op_name(user.args[0]) == "native_dropout":  # type: ignore[arg-type]
         return 1.0
-    if name in ("matmul", "bmm", "einsum", "linear", "conv2d"):
+    if name == "conv2d" or parse_product(user) is not None:
         raise Unproven(
             user, "the probabilities are mixed by a learned product (talking heads)", "no form covers it; it stays as it is"
         )

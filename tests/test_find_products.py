@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dilcompile.passes import atoms, products, value_path
 
 B, H, S, D = 2, 3, 7, 4
+TALKING = "miss: heads are mixed by a learned product (talking heads)"
 ADDED = "miss: something is added to the output of the value product"
 
 
@@ -67,6 +68,30 @@ class Router(nn.Module):
         return (self.gate(x).softmax(-1)[..., None] * self.experts(x).unflatten(-1, (5, D))).sum(-2)
 
 
+class Memory(nn.Module):
+    """Keys and values are projected from learned tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots, self.key, self.value = nn.Parameter(torch.randn(5, D).double()), *(nn.Linear(D, D).double() for _ in range(2))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ self.key(self.slots).T).softmax(-1) @ self.value(self.slots)
+
+
+class Talking(nn.Module):
+    """Heads are mixed by weights that are broadcast, multiplied and summed."""
+
+    def __init__(self, after: bool) -> None:
+        super().__init__()
+        self.after, self.mix = after, nn.Parameter(torch.randn(H, H, 1, 1).double())
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mixed = lambda x: (x[:, :, None] * self.mix).sum(1)  # noqa: E731
+        scores = q @ k.mT
+        return (mixed(scores.softmax(-1)) if self.after else mixed(scores).softmax(-1)) @ v
+
+
 class Mixer(nn.Module):
     """Self-attention over tokens that a projection along the token axis has made; with ``channels`` over the features instead."""
 
@@ -102,6 +127,7 @@ CASES: list[Case] = [
     ("scaled in place", lambda q, k, v: (q[..., :, None, :] * k[..., None, :, :]).mul_(0.3).sum(-1).softmax(-1) @ v, qkv, "none (zero)"),
     ("heads summed too", lambda q, k, v: mixed((q[..., :, None, :] * k[..., None, :, :]).sum((-1, 1)).softmax(-1)[:, None], v), qkv, "none (zero)"),
     ("one key head", lambda q, k, v: mixed(by_broadcast(q, k[:, :1]).softmax(-1), v[:, :1]), qkv, "none (zero)"),
+    ("means in place of sums", lambda q, k, v: ((q[:, :, :, None] * k[:, :, None]).mean(-1).softmax(-1)[..., None] * v[:, :, None]).mean(3), qkv, "none (zero)"),
     ("vecdot", lambda q, k, v: torch.linalg.vecdot(q[..., None, :], k[..., None, :, :]).softmax(-1) @ v, qkv, "none (zero)"),
     ("not: over the queries", lambda q, k, v: mixed(by_broadcast(q, k).softmax(-2), v), qkv, "miss: the value product does not sum over the key axis"),
     ("not: values by the rows", lambda q, k, v: (by_broadcast(q, k).softmax(-1)[..., None] * v[..., None, :]).sum(-3), qkv, "miss: the value product does not sum over the key axis"),
@@ -111,6 +137,9 @@ CASES: list[Case] = [
     ("a router behind one is none", Router(), qkv, "none (zero)"),
     ("tokens that were mixed before", Mixer(channels=False), qkv, "none (zero)"),
     ("not: channels of tokens that were mixed before", Mixer(channels=True), qkv, "miss: the softmax runs over a feature axis (channel attention)"),
+    ("tokens that are weights", Memory(), qkv, "none (zero)"),
+    ("not: heads mixed by broadcasting", Talking(after=False), qkv, TALKING),
+    ("not: heads mixed by broadcasting after the softmax", Talking(after=True), qkv, TALKING),
     ("addmm", lambda q, k, v: torch.addmm(torch.zeros(S, S + 2), q, k.T, alpha=0.3).softmax(-1) @ v, one_head, "none (zero)"),
     ("addmm, a bias", lambda q, k, v: torch.addmm(q[:, :1] * k[:, 0], q, k.T, beta=0.5, alpha=0.3).softmax(-1) @ v, one_head, "none + bias (zero)"),
     ("addmm, nothing of what is added", lambda q, k, v: torch.addmm(torch.full((S, S + 2), float("nan")), q, k.T, beta=0).softmax(-1) @ v, one_head, "none (zero)"),
