@@ -93,6 +93,21 @@ class Multiplier:
 
 
 @dataclass(frozen=True)
+class Division:
+    """Where weights are divided by their own sum once they have met the values.
+
+    Args:
+        at: the node that divides.
+        by: what it divides by: the sum of each row, and what was added to it.
+        total: the node that sums the weights.
+    """
+
+    at: Node
+    by: Node
+    total: Node
+
+
+@dataclass(frozen=True)
 class Softmax:
     """A softmax, however it is written.
 
@@ -110,6 +125,7 @@ class Softmax:
         masks: what hides exponentials.
         sinks: what else is in the sum.
         base: of the exponentials.
+        division: where the probabilities are weights that sum up to one only once the values are summed.
     """
 
     scores: Node
@@ -122,6 +138,7 @@ class Softmax:
     masks: tuple[MaskOperand, ...] = ()
     sinks: tuple[Sink, ...] = ()
     base: float = math.e
+    division: Division | None = None
 
 
 @dataclass(frozen=True)

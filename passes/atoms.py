@@ -27,13 +27,14 @@ class Atom:
         broadcast: the tensor does not vary along it (it came from ``expand`` or ``repeat``).
         origin: the axis it is a copy, slice or extension of.
         moved: it is a slice or an extension, so that its positions are not those of its origin.
+        placed: a later projection has treated all positions along it alike, as it does tokens or heads.
 
     Attributes:
         parts: the two that some view split it into.
         segments: the lengths and axes that it was concatenated from.
     """
 
-    __slots__ = ("broadcast", "moved", "origin", "parts", "role", "segments", "size")
+    __slots__ = ("broadcast", "moved", "origin", "parts", "placed", "role", "segments", "size")
 
     def __init__(
         self,
@@ -42,21 +43,32 @@ class Atom:
         broadcast: bool = False,
         origin: Atom | None = None,
         moved: bool = False,
+        placed: bool = False,
     ) -> None:
         self.size = size
         self.role = role
         self.broadcast = broadcast
         self.origin = origin
         self.moved = moved
+        self.placed = placed
         self.parts: Leaves | None = None
         self.segments: tuple[tuple[Length, Leaves], ...] = ()
 
     def split(self, outer: Length, inner: Length) -> Leaves:
         self.parts = (
-            Atom(outer, self.role, self.broadcast),
-            Atom(inner, self.role, self.broadcast),
+            Atom(outer, self.role, self.broadcast, placed=self.placed),
+            Atom(inner, self.role, self.broadcast, placed=self.placed),
         )
         return self.parts
+
+    @property
+    def is_channel(self) -> bool:
+        """Does it come out of a projection, and no other has taken it for tokens or heads since?"""
+        return self.role == "feature" and not self.placed
+
+    def as_places(self) -> Atom:
+        """The same axis behind a projection of another one."""
+        return Atom(self.size, self.role, self.broadcast, self, placed=True) if self.is_channel else self
 
     @property
     def root(self) -> Atom:

@@ -40,6 +40,7 @@ class Axes:
 
     Attributes:
         products: the products of two activations.
+        reading: the products by the nodes that read their operands.
         of_products: they, and what is made of them element by element.
         parametric: anything made of parameters alone.
     """
@@ -47,6 +48,7 @@ class Axes:
     def __init__(self, nodes: Sequence[Node], weights: frozenset[Node], calls: Mapping[str, str] = _NO_CALLS) -> None:
         self.weights, self.calls = weights, calls
         self.products: dict[Node, Product] = {}
+        self.reading: dict[Node, Product] = {}
         self._layouts: dict[Node, Layout] = {}
         self.of_products: set[Node] = set()
         self.parametric = set(weights)
@@ -67,6 +69,7 @@ class Axes:
         product = parse_product(node)
         if product is not None and not self._is_layer(product):
             self.products[node] = product
+            self.reading.update(dict.fromkeys(product.inner or (node,), product))
         layout = None
         if node.op == "call_function":
             rule = RULES.get(op_name(node))
@@ -85,10 +88,10 @@ class Axes:
             self.of_products.add(node)
 
     def _is_layer(self, product: Product) -> bool:
-        """A projection by weights; ``linear`` is one too where its weights are anything made of parameters alone."""
+        """A projection by weights; for ``linear`` and ``addmm`` those may be anything made of parameters alone."""
         if product.rhs in self.weights or product.lhs in self.weights:
             return True
-        return op_name(product.node) == "linear" and product.rhs in self.parametric
+        return op_name(product.node) in ("linear", "addmm") and product.rhs in self.parametric
 
     def _carries_scores(self, node: Node) -> bool:
         """Is it scores, moved or changed element by element?"""
@@ -114,7 +117,8 @@ class Axes:
         if constant and not any(id(atom) in spread for atom in atoms):
             return layout
         return tuple(
-            tuple(Atom(atom.size, atom.role, origin=atom) if atom.broadcast else atom for atom in leaves(dim)) for dim in layout
+            tuple(Atom(atom.size, atom.role, origin=atom, placed=atom.placed) if atom.broadcast else atom for atom in leaves(dim))
+            for dim in layout
         )
 
     def _constant_along(self, node: Node, position: int, dim: Leaves) -> bool:
@@ -174,12 +178,16 @@ class Axes:
                 atoms = leaves(operand[dim])
                 if any(id(atom) in others for atom in atoms):
                     # Self-attention: one token axis on both sides becomes a row axis and a column axis.
-                    atoms = tuple(Atom(atom.size, atom.role, atom.broadcast, atom) for atom in atoms)
+                    atoms = tuple(Atom(atom.size, atom.role, atom.broadcast, atom, placed=atom.placed) for atom in atoms)
                 layout[out] = atoms
         if self._is_layer(product):
-            free = product.lhs_free if product.lhs in self.weights else product.rhs_free
-            for _, out in free:
+            # Where both are weights (learned tokens) the second one projects, as in ``linear``.
+            first = product.lhs in self.weights and product.rhs not in self.weights
+            made, kept = (product.lhs_free, product.rhs_free) if first else (product.rhs_free, product.lhs_free)
+            for _, out in made:
                 layout[out] = self.fresh(shape[out], "feature")
+            for _, out in kept:
+                layout[out] = tuple(atom.as_places() for atom in layout[out])
         return tuple(layout)
 
 

@@ -219,12 +219,6 @@ def _stack(axes: Axes, node: Node) -> Layout | None:
     return tuple(after)
 
 
-def _addmm(axes: Axes, node: Node) -> Layout | None:
-    x = node.args[1]
-    assert isinstance(x, Node)
-    return (*axes[x][:1], axes.fresh(shape_of(node)[-1], "feature"))
-
-
 def _conv(axes: Axes, node: Node) -> Layout | None:
     before, shape = _input(axes, node), shape_of(node)
     if len(before) != len(shape) or len(shape) < 3:
@@ -233,7 +227,11 @@ def _conv(axes: Axes, node: Node) -> Layout | None:
     assert isinstance(weight, Node)
     # A kernel of size 1 mixes channels alone.
     alone = all(same_size(size, 1) for size in shape_of(weight)[2:]) and all(map(spans, before[2:], shape[2:]))
-    spatial = before[2:] if alone else tuple(axes.fresh(size, "token") for size in shape[2:])
+    spatial = (
+        tuple(tuple(atom.as_places() for atom in dim) for dim in before[2:])
+        if alone
+        else tuple(axes.fresh(size, "token") for size in shape[2:])
+    )
     return (before[0], axes.fresh(shape[1], "feature"), *spatial)
 
 
@@ -263,7 +261,10 @@ def _reduce(axes: Axes, node: Node) -> Layout | None:
     before, shape = _input(axes, node), shape_of(node)
     if len(shape) == len(before):
         return tuple(() if same_size(size, 1) else dim for size, dim in zip(shape, before, strict=True))
-    return None
+    asked = node.args[1] if len(node.args) > 1 else None
+    dims = [asked] if isinstance(asked, int) else list(asked) if isinstance(asked, (list, tuple)) else range(len(before))
+    gone = {int(dim) % len(before) for dim in dims}
+    return tuple(dim for i, dim in enumerate(before) if i not in gone)
 
 
 def _view_as_complex(axes: Axes, node: Node) -> Layout:
@@ -302,7 +303,6 @@ RULES: dict[str, Rule] = {
     "pad": _pad,
     "constant_pad_nd": _pad,
     "stack": _stack,
-    "addmm": _addmm,
     "conv1d": _conv,
     "conv2d": _conv,
     "conv3d": _conv,

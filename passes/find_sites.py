@@ -118,8 +118,8 @@ def _of_softmax(node: Node, spelling: Spelling, softmax: Softmax, facts: Facts, 
         seen=True,
         empty=_rows_without_keys(softmax, values),
         softmax_dtype=softmax.dtype,
-        scored_at=path.product.node,
-        valued_at=values.product.node,
+        scored_at=path.product.reader,
+        valued_at=values.product.reader,
         multipliers=path.multipliers,
         weights=values.multipliers,
         factor=values.factor,
@@ -144,7 +144,7 @@ def _rows_without_keys(softmax: Softmax, values: ValuePath) -> EmptyRule:
     """
     if not values.cleared or softmax.empty == "zero":
         return softmax.empty
-    if softmax.empty == "odd" or softmax.masks:
+    if softmax.empty == "odd" or softmax.masks or softmax.division is not None:
         reason = "NaN becomes 0 after a softmax that is written out"
         raise Unproven(values.probabilities, reason, "write torch.softmax")
     return "cleared"
@@ -160,7 +160,7 @@ def _between(node: Node, softmax: Softmax, facts: Facts) -> tuple[ScorePath, Val
     for product in sorted(facts.scores[softmax.scores], key=facts.mutations.position.__getitem__):
         try:
             path = walk_scores(softmax, product, facts)
-            values = walk_values(softmax.probabilities, path.columns, product, facts)
+            values = walk_values(softmax, path.columns, product, facts)
             return path, values, roles_of_products(path.product, node, path.columns, values, facts.axes)
         except Unproven as end:
             ends.append(end)

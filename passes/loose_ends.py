@@ -12,6 +12,7 @@ from dilcompile.passes.atoms import flat
 from dilcompile.passes.facts import Facts
 from dilcompile.passes.labels import LAYERS, Labels, carries_elements, carries_something, feeding, reached_from
 from dilcompile.passes.operators import full_name, op_name
+from dilcompile.passes.products import parse_product
 from dilcompile.passes.unproven import Unproven
 
 # Made like another tensor, and then written to.
@@ -47,7 +48,7 @@ class LooseEnds:
             at, between = self._first(weights, _users, self._leaves_elements), "softmax and the values"
         else:
             at, between = self._first(scores, _inputs, self._is_past_scores), "product and the softmax"
-        if op_name(at) in LAYERS:
+        if op_name(at) in LAYERS or parse_product(at) is not None:
             raise Unproven(at, "heads are mixed by a learned product (talking heads)", "no form covers it; it stays as it is")
         if op_name(at) in _BLANKS:
             reason = "the scores are copied part by part into another tensor (blocks or sliding chunks)"

@@ -91,7 +91,7 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
     for operand, reader in (
         (q, proof.scored_at),
         (k, proof.scored_at),
-        (v, proof.anchor if proof.scored_at is proof.anchor else at),
+        (v, proof.valued_at),
     ):
         if facts.mutations.writes(operand.source, reader, at):
             raise Unproven(operand.source, "it is written in place before the attention ends", "write it out of place")

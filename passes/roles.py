@@ -99,7 +99,7 @@ def roles_of_products(scores: Product, softmax: Node, columns: Leaves, values: V
         raise Unproven(
             softmax, "the softmax does not run over the key axis of the product", "it is not token attention; it stays as it is"
         )
-    if any(atom.role == "feature" for atom in columns):
+    if any(atom.is_channel for atom in columns):
         raise Unproven(softmax, "the softmax runs over a feature axis (channel attention)", "it is not token attention")
     shared = _shared_of_scores(scores, axes, flip)
     k_columns, extra = _column_side(axes, k, k_free, scores.node, columns)
@@ -151,6 +151,9 @@ def _row_side(
     pairs = [(atom, out) for dim, at in free for atom, out in zip(axes[q][dim], axes[scores][at], strict=True)]
     rows = [(atom, out) for atom, out in pairs if atom.role != "feature"]
     heads = [(atom, out) for atom, out in pairs if atom.role == "feature"]
+    if not rows and len(heads) == 1 and heads[0][0].placed:
+        # Tokens that a projection along their own axis has made (a mixer's).
+        rows, heads = heads, []
     if not rows and heads:
         if len(heads) > 1 or len(free) > 1:
             raise Unproven(scores, "the query axis can't be told from the heads", "it stays as it is")
@@ -222,7 +225,7 @@ def _with_values(
         raise Unproven(values.node, "the query axis does not reach the output", "it is not token attention")
     joined = tuple(Shared(s.out, s.q, s.k, matched.get(id(s.out)), s.is_head) for s in shared)
     return Roles(
-        q, k, v, joined, rows, k_columns, v_columns, result_rows, q_features, k_features, v_features, columns, values.node
+        q, k, v, joined, rows, k_columns, v_columns, result_rows, q_features, k_features, v_features, columns, path.output
     )  # fmt: skip
 
 

@@ -65,6 +65,7 @@ def walk_scores(softmax: Softmax, product: Node, facts: Facts) -> ScorePath:
             break
         node, reader = step(node, stages, facts), node
     found, cap = facts.axes.products[product], stages.cap_outer
+    unwritten(found, facts)
     # c * tanh(a * s) is the operator's softcap * tanh(scale * s / softcap) at scale a * c.
     scale = stages.factor * found.alpha * (1.0 if cap is None else cap)
     if found.addend is not None and not _is_zero(found.addend, node, facts):
@@ -90,6 +91,13 @@ def walk_scores(softmax: Softmax, product: Node, facts: Facts) -> ScorePath:
         stages.floor,
         frozenset((*stages.dtypes, product.meta["val"].dtype)),
     )
+
+
+def unwritten(product: Product, facts: Facts) -> None:
+    """Raises: Unproven: if what a product is computed by is written in place before it is read."""
+    for node in product.inner:
+        if not set(product.inner).issuperset(facts.mutations.writes(node, node, product.node)):
+            raise Unproven(node, "a part of the product is written through another view", "write it out of place")
 
 
 def _is_zero(addend: Node, at: Node, facts: Facts) -> bool:

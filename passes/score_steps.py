@@ -18,6 +18,7 @@ from dilcompile.passes.atoms import Leaves, same_size
 from dilcompile.passes.facts import Facts
 from dilcompile.passes.masks.emptiness import Floor
 from dilcompile.passes.operators import CASTS, REORDERS, is_tensor, op_name, shape_of
+from dilcompile.passes.products import parse_product
 from dilcompile.passes.unproven import Unproven
 
 STAYS = "it stays as it is"
@@ -84,6 +85,8 @@ def step(node: Node, stages: Stages, facts: Facts) -> Node:
     rule = STEPS.get(op_name(node))
     if rule is not None:
         return rule(node, stages, facts)
+    if parse_product(node) is not None:
+        return _mixed(node, stages, facts)
     raise Unproven(node, f"aten.{op_name(node)} stands between the product and the softmax", STAYS)
 
 
@@ -378,5 +381,5 @@ STEPS: dict[str, Step] = {
     **dict.fromkeys(("max", "maximum", "clamp", "clamp_min"), _lifted),
     **dict.fromkeys(("cat", "concat"), _cat),
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
-    **dict.fromkeys(("matmul", "bmm", "mm", "einsum", "linear", "conv2d", "baddbmm"), _mixed),
+    "conv2d": _mixed,
 }

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from dilcompile.passes.anchors import Multiplier
-from dilcompile.passes.atoms import Leaves
+from dilcompile.passes.anchors import Division, Multiplier, Softmax
+from dilcompile.passes.atoms import Leaves, flat
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.facts import Facts
 from dilcompile.passes.operators import CASTS, REORDERS, is_tensor, op_name
-from dilcompile.passes.products import Product
-from dilcompile.passes.score_path import independent
+from dilcompile.passes.products import Product, parse_product
+from dilcompile.passes.score_path import independent, unwritten
 from dilcompile.passes.score_steps import STAYS, keeps_all, multiplier, uncast
 from dilcompile.passes.unproven import Unproven
 
@@ -29,6 +29,7 @@ class ValuePath:
     Args:
         probabilities: the operand of the product.
         cleared: NaN among the probabilities becomes 0.
+        output: the node that holds the result.
     """
 
     product: Product
@@ -37,31 +38,33 @@ class ValuePath:
     factor: float
     multipliers: tuple[Multiplier, ...]
     cleared: bool
+    output: Node
 
 
-def walk_values(probabilities: Node, columns: Leaves, scores: Node, facts: Facts) -> ValuePath:
+def walk_values(softmax: Softmax, columns: Leaves, scores: Node, facts: Facts) -> ValuePath:
     """From the probabilities to the one product that consumes them.
 
     Args:
+        softmax: where the probabilities are.
         columns: the axis that is left when the sinks are dropped.
         scores: the product that the probabilities are made of.
 
     Raises:
         Unproven: if the probabilities are changed, or used by anything else too.
     """
-    node, kept, factor, axes = probabilities, 1.0, 1.0, facts.axes
+    node, kept, factor, axes = softmax.probabilities, 1.0, 1.0, facts.axes
+    division = softmax.division
     multipliers: list[Multiplier] = []
     cleared = False
     while True:
-        users = [user for user in node.users if user.op != "call_function" or _matters(user)]
+        users = [user for user in node.users if _matters(user) and (division is None or user is not division.total)]
         if len(users) != 1:
             raise Unproven(node, _said_of(users), _CURE)
         user = users[0]
-        if user in axes.products:
-            product = axes.products[user]
-            if product.alpha != 1.0 or product.addend is not None:
-                raise Unproven(user, "something is added to the output of the value product", STAYS)
-            return ValuePath(product, node, 1.0 - kept, factor, tuple(multipliers), cleared)
+        if user in axes.reading:
+            product = _unadded(axes.reading[user], facts)
+            output = product.node if division is None else _divided(product, node, division, facts)
+            return ValuePath(product, node, 1.0 - kept, factor * product.alpha, tuple(multipliers), cleared, output)
         if op_name(user) in _SCALINGS:
             weight = _weight(user, node, columns, scores, facts)
             if isinstance(weight, Multiplier):
@@ -76,6 +79,46 @@ def walk_values(probabilities: Node, columns: Leaves, scores: Node, facts: Facts
         node = user
 
 
+def _divided(product: Product, weights: Node, division: Division, facts: Facts) -> Node:
+    """The node that divides the product by the sum of the weights, each row by its own.
+
+    Raises:
+        Unproven: if the product is changed before, used by anything else, or meets the sums of other rows.
+    """
+    node, axes = product.node, facts.axes
+    while node is not division.at:
+        users = [user for user in node.users if _matters(user)]
+        if len(users) != 1 or (users[0] is not division.at and not _moves(users[0])):
+            reason = "the product of weights and values is used before it is divided by the sum of the weights"
+            raise Unproven(node, reason, "divide the weights first")
+        if facts.mutations.stale(node, users[0]):
+            raise Unproven(node, "it is written in place before the attention ends", "write it out of place")
+        node = users[0]
+    of_values = product.lhs_free if product.rhs is weights else product.rhs_free
+    features = {id(atom) for _, out in of_values for atom in axes[product.node][out]}
+    found, by = axes[node], axes[division.by]
+    fits = all(all(atom.broadcast for atom in own) or own == dim for dim, own in zip(reversed(found), reversed(by), strict=False))
+    rows = {id(atom) for atom in flat(found)} - features
+    if not fits or len(by) > len(found) or {id(atom) for atom in flat(by) if not atom.broadcast} != rows:
+        raise Unproven(division.at, "the rows are divided by the sums of others", "divide the weights first")
+    if sorted(map(id, flat(found))) != sorted(map(id, flat(axes[product.node]))):
+        raise Unproven(division.at, "the axes of the output can't be told", "divide the weights first")
+    return node
+
+
+def _moves(user: Node) -> bool:
+    return op_name(user) in REORDERS or (op_name(user) in CASTS and bool(user.meta["val"].dtype.is_floating_point))
+
+
+def _unadded(product: Product, facts: Facts) -> Product:
+    """Raises: Unproven: if something but zero is added to the product, or a part of it is written before it is read."""
+    addend, node = product.addend, product.node
+    if addend is not None and (facts.constant(addend) != 0 or facts.mutations.stale(addend, node)):
+        raise Unproven(node, "something is added to the output of the value product", STAYS)
+    unwritten(product, facts)
+    return product
+
+
 def _said_of(users: list[Node]) -> str:
     if any(map(_returned, users)):
         return "the attention weights are returned"
@@ -87,7 +130,7 @@ def _returned(user: Node) -> bool:
 
 
 def _matters(user: Node) -> bool:
-    return op_name(user) not in ("sym_size", "_assert_tensor_metadata")
+    return user.op != "call_function" or op_name(user) not in ("sym_size", "_assert_tensor_metadata")
 
 
 def _weight(user: Node, node: Node, columns: Leaves, scores: Node, facts: Facts) -> float | Multiplier:
@@ -132,7 +175,7 @@ def _through(user: Node, columns: Leaves, axes: Axes) -> float:
         return 1.0 - float(p) if train else 1.0  # type: ignore[arg-type]
     if name == "getitem" and op_name(user.args[0]) == "native_dropout":  # type: ignore[arg-type]
         return 1.0
-    if name in ("matmul", "bmm", "einsum", "linear", "conv2d"):
+    if name == "conv2d" or parse_product(user) is not None:
         raise Unproven(
             user, "the probabilities are mixed by a learned product (talking heads)", "no form covers it; it stays as it is"
         )

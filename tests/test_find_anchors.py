@@ -76,6 +76,10 @@ def over_sum(e: Tensor, dim: int = -1) -> Tensor:
     return e / e.sum(dim, keepdim=True)
 
 
+def divided_after(e: Tensor, v: Tensor) -> Tensor:
+    return e @ v / e.sum(-1, keepdim=True)
+
+
 def shifted(s: Tensor, dim: int = -1) -> Tensor:
     return (s - s.amax(dim, keepdim=True)).exp()
 
@@ -130,6 +134,7 @@ CASES: dict[str, list[Case]] = {
         ("found: without a mask, rows that see nothing", padded(lambda s: over_sum(s.softmax(-1)), -1e30), with_padding(empty=True), "padding (uniform)"),
         ("found: without a mask, safe", padded(lambda s: over_sum(aten._safe_softmax(s, -1))), with_padding(), "padding (nan)"),
         ("found: dropout after", lambda q, k, v, m: F.dropout(over_sum((q @ k.mT).softmax(-1) * m), 0.5, False) @ v, with_padding(), "padding (nan)"),
+        ("found: divided after the values", lambda q, k, v, m: divided_after((q @ k.mT).softmax(-1) * m, v), with_padding(), "padding (nan)"),
         ("kept: rows that a number keeps for the second mask", lambda q, k, v, m: over_sum((q @ k.mT).masked_fill(~m, -1e4).softmax(-1) * (torch.arange(S) > 2)) @ v, with_padding(), "kept: padding (other)"),
         ("not found: a number in the sum", lambda q, k, v, m: (lambda p: p / (p.sum(-1, keepdim=True) + 1e-6))((q @ k.mT).softmax(-1) * m) @ v, with_padding(), "miss: the sum that the probabilities are divided by is made larger: they don't sum up to one"),
         ("not found: a router's weights", lambda q, k, v: (lambda p: p / (p.sum(-1, keepdim=True) + 1e-6))(q.flatten(2).softmax(-1)) * v.flatten(2), qkv, "nothing"),
@@ -178,7 +183,31 @@ CASES: dict[str, list[Case]] = {
         ("not found: clamped where the maximum may be masked", lambda q, k, v, m: (lambda e: e / e.sum(-1, keepdim=True).clamp(min=0.5))(shifted(q @ k.mT) * m) @ v, with_padding(), "miss: the sum of exponentials is clamped"),
         ("not found: over the column's sum", lambda q, k, v: over_sum((q @ k.mT).exp(), -2) @ v, qkv, "miss: the value product does not sum over the key axis"),
         ("not found: over another's sum", lambda q, k, v: (lambda s: s.exp() / (2 * s).exp().sum(-1, keepdim=True))(q @ k.mT) @ v, qkv, "miss: the exponentials of the scores are not divided by their own sum"),
-        ("not found: divided after the values", lambda q, k, v: (lambda e: e @ v / e.sum(-1, keepdim=True))((q @ k.mT).exp()), qkv, "miss: the exponentials of the scores are not divided by their own sum"),
+        ("found: divided after the values", lambda q, k, v: divided_after((q @ k.mT).exp(), v), qkv, "none (zero)"),
+        ("found: divided after the values, the maximum taken off", lambda q, k, v: divided_after(shifted((q @ k.mT).masked_fill(later(), -INF)), v), qkv, "causal (zero)"),
+        ("found: divided after the values, as rows", lambda q, k, v: (lambda e: e @ v / e.sum(-1)[..., None])(shifted(q @ k.mT)), qkv, "none (zero)"),
+        ("found: divided after the values, in another layout", lambda q, k, v: (lambda e: torch.einsum("bhqk,bhkd->bqhd", e, v) / e.sum(-1).transpose(1, 2)[..., None])(shifted(q @ k.mT)), qkv, "none (zero)"),
+        ("found: divided after the values, moved", lambda q, k, v: (lambda e: torch.bmm(e, v.flatten(0, 1)).view(B, H, S, D) / e.sum(-1).view(B, H, S, 1))(shifted(torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT))), qkv, "none (zero)"),
+        ("found: divided after the values, inverted", lambda q, k, v: (lambda e: (e @ v) * (1 / e.sum(-1, keepdim=True)))(shifted(q @ k.mT)), qkv, "none (zero)"),
+        ("found: divided after the values, in place", lambda q, k, v: (lambda e: (e @ v).div_(e.sum(-1, keepdim=True)))(shifted(q @ k.mT)), qkv, "none (zero)"),
+        ("found: divided after the values, softmax1", lambda q, k, v: (lambda e: e @ v / (1 + e.sum(-1))[..., None])((q @ k.mT).exp()), qkv, "none (zero)"),
+        ("found: divided after the values, clamped without effect", lambda q, k, v: (lambda e: e @ v / e.sum(-1, keepdim=True).clamp(min=1e-9))(shifted(q @ k.mT)), qkv, "none (zero)"),
+        ("found: divided after the values, masked", lambda q, k, v, m: divided_after((q @ k.mT).exp() * m, v), with_padding(), "padding (nan)"),
+        ("found: divided after the values, rows that see nothing", lambda q, k, v, m: divided_after(shifted((q @ k.mT).masked_fill(~m, -1e9)), v), with_padding(empty=True), "padding (uniform)"),
+        ("found: divided after the values, one query", lambda q, k, v: divided_after(shifted(q[:, :, :1] @ k.mT), v), qkv, "none (zero)"),
+        ("found: divided after the values, by broadcasting", lambda q, k, v: (lambda e: (e[..., None] * v[:, :, None]).sum(-2) / e.sum(-1, keepdim=True))(shifted(q @ k.mT)), qkv, "none (zero)"),
+        ("not found: divided after the values, by the columns' sums", lambda q, k, v: (lambda e: (e.mT @ v) / e.sum(-1, keepdim=True))(shifted(q @ k.mT)), qkv, "miss: the rows are divided by the sums of others"),
+        ("not found: divided after the values, features by the rows' sums", lambda q, k, v: (lambda e: e @ torch.cat((v, v), -1)[..., :S] / e.sum(-1)[:, :, None])(shifted(q @ k.mT)), qkv, "miss: the rows are divided by the sums of others"),
+        ("not found: divided after the values, heads by others' sums", lambda q, k, v: (lambda e: e @ v / e.sum(-1, keepdim=True).transpose(0, 1))(shifted(q @ k.mT)), lambda: tuple(torch.randn(3, 3, S, D) for _ in range(3)), "miss: the rows are divided by the sums of others"),
+        ("not found: divided after the values, used before", lambda q, k, v: (lambda e: (lambda o: o / e.sum(-1, keepdim=True) + o)(e @ v))(shifted(q @ k.mT)), qkv, "miss: the product of weights and values is used before it is divided by the sum of the weights"),
+        ("not found: divided after the values, changed before", lambda q, k, v: (lambda e: (e @ v).relu() / e.sum(-1, keepdim=True))(shifted(q @ k.mT)), qkv, "miss: the product of weights and values is used before it is divided by the sum of the weights"),
+        ("not found: divided after the values, the sum is used", lambda q, k, v: (lambda e: (lambda n: e @ v / n + n)(e.sum(-1, keepdim=True)))(shifted(q @ k.mT)), qkv, "miss: the exponentials of the scores are not divided by their own sum"),
+        ("not found: divided after the values, by twice the sum", lambda q, k, v: (lambda e: e @ v / (2 * e.sum(-1, keepdim=True)))(shifted(q @ k.mT)), qkv, "miss: the exponentials of the scores are not divided by their own sum"),
+        ("not found: divided after the values, multiplied", lambda q, k, v: (lambda e: (e @ v) * e.sum(-1, keepdim=True))(shifted(q @ k.mT)), qkv, "miss: the exponentials of the scores are not divided by their own sum"),
+        ("not found: divided after the values, a number in the shifted sum", lambda q, k, v: (lambda e: e @ v / (e.sum(-1, keepdim=True) + 1))(shifted(q @ k.mT)), qkv, "miss: a number is added to the sum after the row's maximum was taken off: it weighs differently in every row"),
+        ("not found: divided after the values, NaN cleared before", lambda q, k, v: (lambda e: e.nan_to_num() @ v / e.sum(-1, keepdim=True))(shifted((q @ k.mT).masked_fill(later(), -INF))), qkv, "miss: NaN becomes 0 after a softmax that is written out"),
+        ("not found: divided after the values, in two parts", lambda q, k, v: (lambda a, b: (a @ v[:, :, :3] + b @ v[:, :, 3:]) / (a.sum(-1, keepdim=True) + b.sum(-1, keepdim=True)))((q @ k[:, :, :3].mT).exp(), (q @ k[:, :, 3:].mT).exp()), qkv, "; ".join(["miss: something computed is added to the sum that weights are divided by"] * 2)),
+        ("not found: linear attention", lambda q, k, v: (lambda q, k: q @ (k.mT @ v) / (q @ k.sum(-2)[..., None]))(q.exp(), k.exp()), qkv, "nothing"),
         ("found: twice as much", lambda q, k, v: _twice(q @ k.mT) @ v, qkv, "none (zero)"),
         ("not found: the sum of masked ones under the others", lambda q, k, v, m: (lambda e: e / (e * m).sum(-1, keepdim=True))((q @ k.mT).exp()) @ v, with_padding(), "miss: the exponentials of the scores are not divided by their own sum"),
     ],
@@ -262,8 +291,30 @@ def test_queries_written_between_scores_and_output_are_refused() -> None:
         check(("written", call, qkv, "miss: it is written in place before the attention ends"), gradients=False)
 
 
+def test_what_is_divided_later_must_still_hold_what_it_held() -> None:
+    def writes_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        v, e = v * 1, (q @ k.mT).exp()
+        out = e @ v
+        v.view(-1).mul_(2)
+        return out / e.sum(-1, keepdim=True) + v
+
+    def writes_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        e = (q @ k.mT).exp()
+        out = e @ v
+        out.view(-1).mul_(2)
+        return out / e.sum(-1, keepdim=True)
+
+    used = "the product of weights and values is used before it is divided by the sum of the weights"
+    for call, reason in ((writes_values, "it is written in place before the attention ends"), (writes_product, used)):
+        with torch.no_grad():
+            check(("written", call, qkv, f"miss: {reason}"), gradients=False)
+
+
 def test_rows_without_keys_under_infinity() -> None:
     """What exp / sum gives there is NaN whatever the fill, unless the maximum was taken off."""
+    after = lambda q, k, v, m: divided_after((q @ k.mT).masked_fill(~m, -INF).exp(), v)  # noqa: E731
+    with torch.no_grad():
+        check(("divided after the values", after, with_padding(empty=True), "padding (nan)"), gradients=False)
     for weights, fill in ((lambda s: over_sum(s.exp()), -1e30), (lambda s: s.log_softmax(-1).exp(), -INF)):
         with torch.no_grad():
             check(("nan", padded(weights, fill), with_padding(empty=True), "padding (nan)"), gradients=False)

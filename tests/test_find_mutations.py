@@ -74,8 +74,11 @@ def _crossed() -> None:
 
 
 def _without_more(*given: Any) -> Any:
-    total = own_sum.sum_below(*given)
-    return None if total is None else own_sum.Sum(total.dim)
+    return ((quotient, own_sum.Sum(total.dim), division) for quotient, total, division in own_sum.divisions(*given))
+
+
+def _undivided(product: Any, weights: Any, division: Any, facts: Any) -> Any:
+    return division.at
 
 
 # name, where, attribute, what it becomes, the test that must turn red.
@@ -94,8 +97,12 @@ MUTATIONS: list[Mutation] = [
     ("sinks are data", match, "_sinks", lambda *_: "none", sinks.test_a_sink_of_data_beside_rows_without_keys_is_kept),
     ("any slice drops the sinks", value_path, "keeps_all", lambda node: True, sunk("the wrong column dropped")),
     ("any sum will do", own_sum, "reduced_dim", lambda *_: 3, anchored("not found: over another's sum")),
-    ("a number in the sum is lost", renormalised, "sum_below", _without_more, anchored("not found: a number in the sum")),
+    ("a number in the sum is lost", renormalised, "divisions", _without_more, anchored("not found: a number in the sum")),
     ("any mask holds 0 and 1", facts.Facts, "zeros_and_ones", lambda *_: "surely", anchored("not found: a mask of other numbers")),
+    ("any row's sum will do", value_path, "_divided", _undivided, anchored("not found: divided after the values, heads by others' sums")),
+    ("values may be changed before they are divided", value_path, "_moves", lambda user: True, anchored("not found: divided after the values, changed before")),
+    ("twice the sum is the sum", own_sum, "_MOVES", own_sum._MOVES | {"mul"}, anchored("not found: divided after the values, by twice the sum")),
+    ("values may be written before they are divided", mutations.Mutations, "writes", lambda *_: [], lambda: anchors.test_what_is_divided_later_must_still_hold_what_it_held()),
     ("a clamp never acts", exp_over_sum, "_check", lambda *_: None, anchored("not found: clamped")),
     ("a finite number keeps its weight", exp_over_sum, "_NOTHING", 1e300, lambda: anchors.test_rows_without_keys_under_infinity()),
     ("soft caps let masks through", flex, "_modified", lambda body: (1.0, None, True), lambda: flexes.test_score_mods(flexes.SCORE_MODS[0])),

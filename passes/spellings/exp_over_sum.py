@@ -1,4 +1,7 @@
-"""``e / e.sum()``, ``e = exp(scores)`` or ``exp2``: the maximum taken off or not, exponentials masked, the sum made larger."""
+"""``e / e.sum()``, ``e = exp(scores)`` or ``exp2``: the maximum taken off or not, exponentials masked, the sum made larger.
+
+The values may be summed before they are divided: ``e @ v / e.sum()``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from dilcompile.passes.anchors import Sink, Softmax, Spelling
 from dilcompile.passes.facts import Facts
 from dilcompile.passes.operators import op_name
 from dilcompile.passes.score_steps import is_row_number
-from dilcompile.passes.spellings.own_sum import Sum, masked, sum_below
+from dilcompile.passes.spellings.own_sum import Sum, divisions, masked
 from dilcompile.passes.unproven import Unproven
 
 _STAYS = "write torch.softmax, or leave it as it is"
@@ -22,18 +25,24 @@ def _read(node: Node, facts: Facts) -> Softmax | None:
     if node not in facts.scores:
         return None
     weights, masks = masked(node, facts)
-    for user in weights.users:
-        total = sum_below(user, weights, facts)
-        if total is None:
-            continue
+    for quotient, total, division in divisions(weights, facts):
         exponent = node.args[0]
         assert isinstance(exponent, Node)
         shifted = _is_shifted(exponent, facts.axes[node][total.dim], facts)
-        _check(total, user, shifted, bool(masks))
+        _check(total, quotient, shifted, bool(masks))
         sinks = (Sink(math.log(total.added), node, total.dim),) if total.added > 0 else ()
-        limit = math.inf if shifted else _NOTHING
-        base = 2.0 if op_name(node) == "exp2" else math.e
-        return Softmax(exponent, node, total.dim, user, user.meta["val"].dtype, limit, masks=masks, sinks=sinks, base=base)
+        return Softmax(
+            exponent,
+            node,
+            total.dim,
+            weights if division is not None else quotient,
+            quotient.meta["val"].dtype,
+            limit=math.inf if shifted else _NOTHING,
+            masks=masks,
+            sinks=sinks,
+            base=2.0 if op_name(node) == "exp2" else math.e,
+            division=division,
+        )
     return None
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Node
 
-from dilcompile.passes.anchors import MaskOperand
+from dilcompile.passes.anchors import Division, MaskOperand
 from dilcompile.passes.facts import Facts
-from dilcompile.passes.operators import is_tensor, op_name, shape_of
+from dilcompile.passes.operators import CASTS, REORDERS, is_tensor, op_name, shape_of
 from dilcompile.passes.spellings.reductions import reduced_dim
 from dilcompile.passes.unproven import Unproven
 
+# They put numbers at other places, which the axes tell (see ``value_path``).
+_MOVES = REORDERS | CASTS | frozenset(("expand", "expand_as"))
+_ON_THE_WAY = _MOVES | frozenset("add clamp clamp_min maximum reciprocal mul".split())
 _STAYS = "write torch.softmax, or leave it as it is"
 
 
@@ -65,41 +69,98 @@ def _is_zero(value: Any, at: Node, facts: Facts) -> bool:
     return number == 0
 
 
-def sum_below(quotient: Node, weights: Node, facts: Facts) -> Sum | None:
-    """What ``weights`` are divided by, if it is their own sum."""
+def divisions(weights: Node, facts: Facts) -> Iterator[tuple[Node, Sum, Division | None]]:
+    """Where weights are divided by their own sum: the quotient, what it divides by, and how, if the values came first."""
+    for user in weights.users:
+        over = _over(user, weights)
+        if over is not None and not facts.mutations.stale(weights, user):
+            below = _total(over, user, facts, lambda number: reduced_dim(number, ("sum",), weights, facts))
+            if below is not None:
+                yield user, below, None
+    for total in weights.users if len(weights.users) > 1 else ():
+        division = _division(total, weights, facts)
+        if division is not None:
+            below = _total(division.by, division.at, facts, lambda number: _dim_summed(number, weights, facts), _MOVES)
+            if below is not None:
+                yield division.at, below, division
+
+
+def _over(quotient: Node, numerator: Node) -> Node | None:
+    """What ``numerator`` is divided by at a node."""
     if op_name(quotient) not in ("div", "true_divide", "mul") or quotient.kwargs.get("rounding_mode") is not None:
         return None
-    if facts.mutations.stale(weights, quotient):
-        return None
-    over = quotient.args[1]
+    first, second = quotient.args[:2]
     if op_name(quotient) == "mul":
-        over = over if quotient.args[0] is weights else quotient.args[0]
-        if not isinstance(over, Node) or op_name(over) != "reciprocal":
-            return None
-        over = over.args[0]
-    elif quotient.args[0] is not weights:
+        return _inverted(second if first is numerator else first)
+    return second if first is numerator and isinstance(second, Node) else None
+
+
+def _inverted(number: Any) -> Node | None:
+    """x of ``1 / x``, which torch writes as the reciprocal times 1."""
+    if isinstance(number, Node) and op_name(number) == "mul" and number.args[1] == 1:
+        number = number.args[0]
+    if not isinstance(number, Node) or op_name(number) != "reciprocal":
         return None
-    return _total(over, weights, quotient, facts)
+    found = number.args[0]
+    assert isinstance(found, Node)
+    return found
 
 
-def _total(number: object, weights: Node, at: Node, facts: Facts) -> Sum | None:
+def _division(total: Node, weights: Node, facts: Facts) -> Division | None:
+    """What is divided by ``total`` alone, the sum of ``weights``, be it moved, cast, made larger or inverted on the way."""
+    if _dim_summed(total, weights, facts) is None:
+        return None
+    node = total
+    while len(node.users) == 1:
+        (user,) = node.users
+        for numerator in user.all_input_nodes:
+            over = _over(user, numerator) if numerator is not node and is_tensor(numerator) else None
+            if over is not None and numerator is not over:
+                return Division(user, over, total)
+        if op_name(user) not in _ON_THE_WAY:
+            break
+        node = user
+    return None
+
+
+def _dim_summed(number: object, weights: Node, facts: Facts) -> int | None:
+    """The one dim of ``weights`` that a number a row sums over, wherever it is moved."""
+    while isinstance(number, Node) and op_name(number) in _MOVES:
+        if facts.mutations.stale(number.args[0], number):  # type: ignore[arg-type]
+            return None
+        number = number.args[0]
+    if not isinstance(number, Node) or op_name(number) != "sum" or number.args[0] is not weights or len(number.args) < 2:
+        return None
+    dims: Any = number.args[1]
+    listed = [dims] if isinstance(dims, int) else list(dims or ())
+    if len(listed) != 1 or facts.mutations.stale(weights, number):
+        return None
+    return int(listed[0]) % len(shape_of(weights))
+
+
+def _total(
+    number: object, at: Node, facts: Facts, dim_of: Callable[[Node], int | None], moves: Collection[str] = ()
+) -> Sum | None:
+    """A sum over ``dim_of``, made larger or not, and moved by operators of ``moves``."""
     if not isinstance(number, Node) or facts.mutations.stale(number, at):
         return None
-    dim = reduced_dim(number, ("sum",), weights, facts)
+    dim = dim_of(number)
     if dim is not None:
         return Sum(dim)
     name = op_name(number)
+    if name in moves:
+        return _total(number.args[0], number, facts, dim_of, moves)
     if name == "add":
         first, second = number.args[:2]
-        inner, constant = (first, second) if _total(first, weights, number, facts) else (second, first)
-        below, added = _total(inner, weights, number, facts), facts.scalar(constant, number)
+        inner, constant = (first, second) if _total(first, number, facts, dim_of, moves) else (second, first)
+        below, added = _total(inner, number, facts, dim_of, moves), facts.scalar(constant, number)
         if below is None or below.least or number.kwargs.get("alpha", 1) != 1:
             return None
         if added is None:
             raise Unproven(number, "something computed is added to the sum that weights are divided by", _STAYS)
         return Sum(below.dim, below.added + added)
     if name in ("clamp", "clamp_min", "maximum"):
-        below, least = _total(number.args[0], weights, number, facts), facts.scalar(number.args[1], number)
+        below, least = _total(number.args[0], number, facts, dim_of, moves), facts.scalar(number.args[1], number)
         if below is None or below.added or least is None or (name == "clamp" and len(number.args) > 2):
             return None
         return Sum(below.dim, least=max(below.least, least))

@@ -9,7 +9,7 @@ from torch.fx import Node
 from dilcompile.passes.anchors import Softmax, Spelling
 from dilcompile.passes.facts import Facts
 from dilcompile.passes.operators import CASTS, op_name
-from dilcompile.passes.spellings.own_sum import masked, sum_below
+from dilcompile.passes.spellings.own_sum import divisions, masked
 from dilcompile.passes.spellings.softmax import SOFTMAX
 from dilcompile.passes.unproven import Unproven
 
@@ -19,18 +19,18 @@ def _read(node: Node, facts: Facts) -> Softmax | None:
     if not isinstance(plain, Softmax) or plain.scores not in facts.scores:
         return None
     weights, masks = masked(_cast(node), facts)
-    for user in weights.users:
-        total = sum_below(user, weights, facts)
-        if total is None or total.dim != plain.dim:
+    for quotient, total, division in divisions(weights, facts):
+        if total.dim != plain.dim:
             continue
         if total.added or total.least:
             reason = "the sum that the probabilities are divided by is made larger: they don't sum up to one"
-            raise Unproven(user, reason, "divide by the sum alone")
+            raise Unproven(quotient, reason, "divide by the sum alone")
+        found = replace(plain, probabilities=weights if division is not None else quotient, division=division)
         if not masks:
             # They sum up to one: nothing is done to them, but for rows of zeros, which become NaN.
-            return replace(plain, probabilities=user, empty="plain")
+            return replace(found, empty="plain")
         # A row is empty where the two masks leave no key: then the sum is 0, whatever number the first one filled in.
-        return replace(plain, probabilities=user, empty="odd", masks=masks)
+        return replace(found, empty="odd", masks=masks)
     return None
 
 
