@@ -19,7 +19,7 @@ from dilcompile.passes.dead_code import erase_dead, unused
 from dilcompile.passes.find_sites import Findings
 from dilcompile.passes.match import Match
 from dilcompile.passes.regions import Graph
-from dilcompile.passes.rewrite import rewrite_site
+from dilcompile.passes.rewrite import redirect, rewrite_site
 from dilcompile.passes.strict_views import relax_views
 from dilcompile.passes.trial import Probe, Trial, cut_out, probe, take_back
 from dilcompile.passes.validate import MOST_PAIRS, Finding, tried_at_random
@@ -39,6 +39,7 @@ class Rewritten:
         verdicts: one a site, in their order.
         tables: inputs whose values masks were read from.
         trials: of the sites that are to be compared when the graph runs, with their decisions.
+        outputs: what each rewritten site computed, and what computes it now.
         probe: gives what these trials need; None without trials.
         check_seconds: what the comparisons took.
     """
@@ -47,6 +48,7 @@ class Rewritten:
     verdicts: list[Verdict] = field(default_factory=list)
     tables: dict[Node, torch.Tensor] = field(default_factory=dict)
     trials: list[tuple[Decision, Trial]] = field(default_factory=list)
+    outputs: dict[Node, Node] = field(default_factory=dict)
     probe: Probe | None = None
     check_seconds: float = 0.0
 
@@ -121,7 +123,7 @@ def _rewrite_one(
     """The decision if the rewrite went through; else the graph as it was, and the reason."""
     try:
         if decision.check.when == "off":
-            rewrite_site(part, match, decision, findings.axes)
+            _rewrite(part, findings, match, decision, done)
             return decision
         return _tried(part, findings, match, decision, known, done)
     except Refused as refused:
@@ -137,6 +139,18 @@ def _rewrite_one(
     return Rejection(decision.site, decision.rule, reason, cure)
 
 
+def _rewrite(part: Graph, findings: Findings, match: Match, decision: Decision, done: Rewritten) -> None:
+    done.outputs[match.roles.output] = _inserted(part, findings, match, decision, done)
+
+
+def _inserted(part: Graph, findings: Findings, match: Match, decision: Decision, done: Rewritten) -> Node:
+    """The site's new output. Sites before it were found, and are read, as they were before: what they are now is read instead."""
+    result = rewrite_site(part, match, decision, findings.axes)
+    for before, now in done.outputs.items():
+        redirect(before, now)
+    return result
+
+
 def _tried(
     part: Graph, findings: Findings, match: Match, decision: Decision, known: Mapping[Node, Any], done: Rewritten
 ) -> Decision:
@@ -147,14 +161,14 @@ def _tried(
     """
     problem = _not_tried(decision)
     if problem:
-        rewrite_site(part, match, decision, findings.axes)
+        _rewrite(part, findings, match, decision, done)
         return replace(decision, notes=(*decision.notes, f"{NOTE} not compared: {problem}"))
     start = time.perf_counter()
     # An approximate form differs by intent: what is proven is the reading of the site, which its dense form shows.
     stand_in = replace(decision, form=Dense(), fidelity="exact", kernel=None)
     output = match.roles.output
     mark = output.prev
-    result = rewrite_site(part, match, stand_in, findings.axes)
+    result = _inserted(part, findings, match, stand_in, done)
     trial = cut_out(part, mark, output, result)
     now = decision.check.when == "compile" or trial.inside or not done.runs_later
     finding = tried_at_random(trial, known) if now else Finding()
@@ -162,7 +176,7 @@ def _tried(
     done.check_seconds += time.perf_counter() - start
     if now and finding.runs and finding.rel_l2 > decision.check.rel_l2:
         raise Refused(difference(decision, finding), MISREAD)
-    rewrite_site(part, match, decision, findings.axes)
+    _rewrite(part, findings, match, decision, done)
     if not now:
         done.trials.append((decision, trial))
     return replace(decision, notes=(*decision.notes, f"{NOTE} {_said(decision, finding, now)}"))

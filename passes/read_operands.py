@@ -71,7 +71,11 @@ def read_site_mask(
     hidings: list[Hiding] = []
     bias: list[MaskOperand] = []
     operands = gates_as_fills(operands, lambda one: _value(one, _indices(one, roles, axes, places.of), reader), reader)
-    for summand in summands(operands, reader):
+
+    def hides_only(operand: MaskOperand) -> bool:
+        return _hides_only(operand, _indices(operand, roles, axes, places.of), reader)
+
+    for summand in summands(operands, reader, hides_only):
         operand, binary = summand.operand, set(reader.binary)
         try:
             visible, hiding = _visible(summand, _indices(operand, roles, axes, places.of), reader)
@@ -177,6 +181,18 @@ def _visible(summand: Summand, indices: tuple[Expr, ...], reader: MaskReader) ->
     if visible is True:
         return True, None
     return visible, Hiding(visible, frozenset(fills), False, dtype, operand.ends)
+
+
+def _hides_only(operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader) -> bool:
+    """Does it add nothing but 0 where it lets through?"""
+    binary = set(reader.binary)
+    try:
+        keep_of(_value(operand, indices, reader), torch.finfo(operand.dtype).eps, reader)
+    except (NotAMask, Unreadable):
+        return False
+    finally:
+        reader.binary = binary
+    return True
 
 
 def _follows_gradient(operand: MaskOperand, reader: MaskReader) -> bool:

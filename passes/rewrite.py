@@ -72,8 +72,13 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
         out = emit(aten.mul.Scalar, out, match.multipliers.factor)
     out = multiplied(emit, out, match.multipliers.output, roles, axes)
     result = _output(emit, out, roles, axes)
-    roles.output.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
+    redirect(roles.output, result)
     return result
+
+
+def redirect(output: Node, result: Node) -> None:
+    """Whoever reads a site's output reads what it was rewritten to."""
+    output.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
 
 
 def _groups(roles: Roles, operand: str) -> tuple[list[Atom | None], list[Length], list[Leaves], list[Length]]:

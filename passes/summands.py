@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch.fx import Node
@@ -30,11 +30,17 @@ class Summand:
     cuts: bool = False
 
 
-def summands(operands: Sequence[MaskOperand], reader: MaskReader) -> Iterator[Summand]:
-    """The operands, those that hold a bias and a mask in parts."""
+def summands(operands: Sequence[MaskOperand], reader: MaskReader, hides_only: Callable[[MaskOperand], bool]) -> Iterator[Summand]:
+    """The operands, those that hold a bias and a mask in parts.
+
+    Args:
+        hides_only: tells whether an operand adds nothing but 0 where it lets through.
+    """
     for operand in operands:
         node = _uncopied(operand.node)
         parts = [] if operand.kind != "add" else _of_sum(operand, node) or _of_choice(operand, node, reader)
+        if len(parts) == 2 and parts[0].cuts and hides_only(operand):
+            parts = []
         nodes = (operand.node, node, *(part.operand.node for part in parts))
         if not parts or any(reader.stale(one, operand.on) for one in nodes):
             yield Summand(operand)
@@ -43,7 +49,7 @@ def summands(operands: Sequence[MaskOperand], reader: MaskReader) -> Iterator[Su
             if part.adds:
                 yield part
             else:
-                yield from summands([part.operand], reader)
+                yield from summands([part.operand], reader, hides_only)
 
 
 def _uncopied(node: Node) -> Node:

@@ -120,6 +120,16 @@ KINDS: list[Case] = [
     ("a mask turned by einsum", seen(lambda q, k, m: torch.einsum("ijbn->bnij", m.mT[None, :, :, None].expand(LENGTH, -1, -1, 1))), long(keep), "padding (uniform)"),
     ("each second key", seen(lambda q, k, n: (k <= q) & (_keys_of(n) % 2 == 0)), long(numbers), "causal & padding (uniform)"),
     ("not the own key", seen(lambda q, k: k != q), long(), "pairs (uniform)"),
+    ("not the own key, by eye", seen(lambda q, k: ~torch.eye(LENGTH, dtype=torch.bool)), long(), "pairs (uniform)"),
+    ("each third key", seen(lambda q, k: (k <= q) & ((q - k) % 3 == 0)), long(), "causal & label (zero)"),
+    ("each third key but one", seen(lambda q, k: (q - k + 1) % 3 != 2), long(), "pairs (zero)"),
+    ("strides and a window", seen(lambda q, k: (k <= q) & (((q - k) % 4 == 0) | (q - k < 4))), long(), "causal & pairs (zero)"),
+    ("round a circle", seen(lambda q, k: torch.minimum((q - k).abs(), LENGTH - (q - k).abs()) <= 2), long(), "pairs (zero)"),
+    ("the lesser of two masks", seen(lambda q, k, m: torch.min((k <= q).long(), _keys_of(m).long()) > 0), long(keep), "causal & padding (uniform)"),
+    ("the greater of two masks", seen(lambda q, k: torch.maximum((k <= q).long(), (k < 4).long()) > 0), long(), "pairs (zero)"),
+    ("a grid of positions", seen(lambda q, k: (lambda at: at[1] <= at[0])(torch.meshgrid(q[:, 0], k[0], indexing="ij"))), long(), "causal (zero)"),
+    ("a grid of positions, turned", seen(lambda q, k: (lambda at: at[0] <= at[1])(torch.meshgrid(k[0], q[:, 0], indexing="xy"))), long(), "causal (zero)"),
+    ("an outer product", seen(lambda q, k, m: torch.einsum("bi,bj->bij", m.long(), m.long())[:, None] != 0), long(keep), "rows & padding (uniform)"),
 ]  # fmt: skip
 
 

@@ -84,6 +84,10 @@ MUTATIONS: list[Mutation] = [
     ("gradients flow through fills", empty_rows, "_kept", lambda emit, inputs, instead: inputs, kind("fills of two sizes")),
     ("nothing swallows", biases, "swallows", lambda dtype: float("-inf"), kind("a float mask")),
     ("masks are read at the end", rewrite, "place_of", lambda mask, output, mutations: output, case("padding, after it was used")),
+    ("remainders are not taken apart", separable, "_apart", lambda truth: sympy.expand(truth.expr), kind("each third key")),
+    ("the lesser of two is the greater", reader, "READ", {**reader.READ, "min": reader.READ["max"]}, kind("the lesser of two masks")),
+    ("eye is all ones", reader, "READ", {**reader.READ, "eye": reader.READ["ones"]}, kind("not the own key, by eye")),
+    ("what is hidden may be a bias", terms, "_where_true", lambda number, known: number, case("turned round and filled")),
     ("every zero is one", arithmetic, "nonzero", lambda value: True, spelt(mask="padding")),
 ]  # fmt: skip
 

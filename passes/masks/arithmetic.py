@@ -74,7 +74,7 @@ def lift(op: Callable[[Expr, Expr], Any], a: Number, b: Number) -> Number:
     if isinstance(b, Choice):
         return choice(b.when, lift(op, a, b.then), lift(op, a, b.other))
     result = op(a, b)
-    if not isinstance(result, sympy.Expr) or result is sympy.nan or _half_infinite(result):
+    if not isinstance(result, sympy.Expr) or result in (sympy.nan, sympy.zoo) or _half_infinite(result):
         raise Unreadable("arithmetic without a value")
     return result
 
@@ -127,10 +127,10 @@ def at_least_zero(gap: Expr) -> Truth:
     """``gap >= 0``; a bound on an absolute value becomes a bound on either side."""
     for term in sympy.Add.make_args(gap):
         sign, inner = term.as_coeff_Mul()
-        if isinstance(inner, sympy.Abs) and sign in (1, -1):
+        if isinstance(inner, sympy.Abs) and sign.is_Integer:
             rest = gap - term
             both = (Ge0(sympy.expand(rest + sign * inner.args[0])), Ge0(sympy.expand(rest - sign * inner.args[0])))
-            return conjunction(*both) if sign == -1 else disjunction(*both)
+            return conjunction(*both) if sign < 0 else disjunction(*both)
     return Ge0(gap)
 
 

@@ -42,7 +42,7 @@ class Separated:
         if not truth.expr.is_integer:
             return None
         by_row, by_key = sympy.Integer(0), sympy.Integer(0)
-        for term in sympy.Add.make_args(sympy.expand(truth.expr)):
+        for term in sympy.Add.make_args(_apart(truth)):
             if K not in term.free_symbols:
                 by_row += term
             elif Q not in term.free_symbols:
@@ -69,6 +69,22 @@ def compares_labels(truth: Truth) -> Expr | None:
     """The f of ``f(b, q) == f(b, k)``, or None."""
     if not isinstance(truth, Eq0) or not {Q, K} <= symbols_of(truth):
         return None
-    expr = sympy.expand(truth.expr)
+    expr = _apart(truth)
     by_key = sympy.Add(*(term for term in sympy.Add.make_args(expr) if K in term.free_symbols))
     return by_key if sympy.expand(expr - by_key + by_key.subs(K, Q)) == 0 else None
+
+
+def _apart(truth: Ge0 | Eq0) -> Expr:
+    """The compared sum, where ``(row + key) mod n == r`` is ``(row - r) mod n == -key mod n``."""
+    expr = sympy.expand(truth.expr)
+    for term in sympy.Add.make_args(expr) if isinstance(truth, Eq0) else ():
+        sign, inner = term.as_coeff_Mul()
+        if not isinstance(inner, sympy.Mod) or sign not in (1, -1) or not {Q, K} <= inner.free_symbols:
+            continue
+        whole, by = inner.args
+        rest = -sign * (expr - term)
+        by_key = sympy.Add(*(part for part in sympy.Add.make_args(sympy.expand(whole)) if K in part.free_symbols))
+        if Q in by_key.free_symbols or not (rest.is_Integer and by.is_Integer and 0 <= rest < by):
+            continue
+        return sympy.Mod(sympy.expand(whole - by_key - rest), by) - sympy.Mod(-by_key, by)
+    return expr

@@ -185,9 +185,29 @@ def mapped(truth: Truth, change: Callable[[Expr], Expr]) -> Truth:
 
 
 def choice(when: Truth, then: Number, other: Number) -> Number:
-    if when is True or then == other:
-        return then
-    return other if when is False else Choice(when, then, other)
+    if isinstance(when, bool):
+        return then if when else other
+    then, other = _where_true(then, when), _where_true(other, negation(when))
+    return then if then == other else Choice(when, then, other)
+
+
+def _where_true(number: Number, known: Truth) -> Number:
+    """The number where a truth value is known to hold."""
+    if isinstance(number, Choice):
+        if number.when == known:
+            return number.then
+        return number.other if number.when == negation(known) else number
+    if isinstance(known, Eq0) and not number.is_number and _ratio(number, known.expr) is not None:
+        return sympy.Integer(0)
+    return number
+
+
+def _ratio(number: Expr, unit: Expr) -> Expr | None:
+    """The constant that a number is of another, if it is one."""
+    (share, one), (of, other) = (sympy.factor_terms(expr).as_coeff_Mul() for expr in (number, unit))
+    if not (share.is_finite and of.is_finite and of.is_nonzero):
+        return None
+    return share / of if one == other else -share / of if sympy.expand(one + other) == 0 else None
 
 
 def numbers_of(truth: Truth) -> tuple[Expr, ...]:

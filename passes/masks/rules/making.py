@@ -1,16 +1,16 @@
-"""Operators that make a tensor from positions or along a dim: ranges, constants, triangles, sums and differences."""
+"""Operators that make a tensor from positions or along a dim: ranges, grids, constants, triangles, sums and differences."""
 
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
 from torch.fx import Node
 
 from dilcompile.passes.atoms import same_size
-from dilcompile.passes.masks.arithmetic import Unreadable, as_expr, as_number, as_truth, lift
+from dilcompile.passes.masks.arithmetic import Unreadable, as_expr, as_number, as_truth, lift, nonzero
 from dilcompile.passes.masks.rules.rule import WRAPPING, Rule
 from dilcompile.passes.masks.terms import (
     Choice,
@@ -21,8 +21,9 @@ from dilcompile.passes.masks.terms import (
     Truth,
     choice,
     conjunction,
+    negation,
 )
-from dilcompile.passes.operators import is_tensor, shape_of
+from dilcompile.passes.operators import is_tensor, op_name, shape_of
 
 if TYPE_CHECKING:
     from dilcompile.passes.masks.reader import MaskReader
@@ -68,6 +69,29 @@ def _triangular(lower: bool) -> Rule:
     return rule
 
 
+def _identity(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
+    row, column = indices
+    inside = negation(nonzero(sympy.expand(row - column)))
+    return inside if node.meta["val"].dtype is torch.bool else as_number(inside)
+
+
+def _from_grid(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
+    """One tensor of ``meshgrid``: the vector that it was made of, along its own dim."""
+    grid: Any
+    number: Any
+    grid, number = node.args[:2]
+    if not isinstance(grid, Node) or op_name(grid) != "meshgrid":
+        raise Unreadable("one of several results")
+    parts: Any = grid.args[0]
+    order = list(range(len(parts)))
+    if grid.kwargs.get("indexing") == "xy" and len(order) > 1:
+        order[:2] = [1, 0]
+    part = parts[number]
+    if reader.stale(part, grid):
+        raise Unreadable("it was written in place")
+    return reader.value(part, (indices[order[number]],) * len(shape_of(part)))
+
+
 def _cumsum(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
     source = node.args[0]
     assert isinstance(source, Node)
@@ -111,6 +135,8 @@ MAKING: dict[str, Rule] = {
     **dict.fromkeys(("ones", "new_ones", "ones_like"), _constant(None, 1)),
     "cumsum": _cumsum,
     "diff": _diff,
+    "eye": _identity,
+    "getitem": _from_grid,
     "tril": _triangular(lower=True),
     "triu": _triangular(lower=False),
 }

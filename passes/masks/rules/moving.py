@@ -1,4 +1,4 @@
-"""Operators that only move elements: views, transposes, repeats, slices, concatenations."""
+"""Operators that only move elements: views, transposes, repeats, slices, concatenations, outer products."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dilcompile.passes.atoms import same_size
 from dilcompile.passes.masks.arithmetic import Unreadable, as_expr
 from dilcompile.passes.masks.bounds import Bounds
 from dilcompile.passes.masks.rules.rule import Rule
-from dilcompile.passes.masks.rules.values import select_value
+from dilcompile.passes.masks.rules.values import product, select_value
 from dilcompile.passes.masks.terms import (
     Expr,
     Ge0,
@@ -173,17 +173,21 @@ def _cat(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
     return value
 
 
-def _renamed(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
-    """An einsum of one operand without sums: ``ijbn->bnij``."""
+def _einsum(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
+    """An einsum without sums: ``ijbn->bnij``, ``bi,bj->bij``."""
     equation, operands = node.args[:2]
     given, _, made = str(equation).replace(" ", "").partition("->")
-    if not isinstance(operands, (list, tuple)) or len(operands) != 1 or sorted(given) != sorted(made) or not made.isalpha():
+    parts = given.split(",")
+    if not isinstance(operands, (list, tuple)) or set(given) - {","} != set(made) or not made.isalpha():
         raise Unreadable("a product")
-    if len(set(made)) != len(made):
+    if any(len(set(part)) != len(part) for part in (made, *parts)):
         raise Unreadable("a diagonal")
-    (source,) = operands
-    assert isinstance(source, Node)
-    return reader.value(source, tuple(indices[made.index(letter)] for letter in given))
+    factors = [
+        reader.value(source, tuple(indices[made.index(letter)] for letter in part))
+        for source, part in zip(operands, parts, strict=True)
+        if isinstance(source, Node)
+    ]
+    return factors[0] if len(factors) == 1 else product(factors, node)
 
 
 MOVING: dict[str, Rule] = {
@@ -199,5 +203,5 @@ MOVING: dict[str, Rule] = {
     "select": _selected,
     "slice": _sliced,
     "cat": _cat,
-    "einsum": _renamed,
+    "einsum": _einsum,
 }

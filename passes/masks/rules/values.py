@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -25,7 +26,7 @@ from dilcompile.passes.masks.terms import (
     if_else,
     negation,
 )
-from dilcompile.passes.operators import op_name
+from dilcompile.passes.operators import is_tensor, op_name
 
 if TYPE_CHECKING:
     from dilcompile.passes.masks.reader import MaskReader
@@ -56,6 +57,19 @@ def _arithmetic(op: Callable[[Expr, Expr], Any]) -> Rule:
     return rule
 
 
+def product(factors: Sequence[Number | Truth], node: Node) -> Number:
+    """The product of numbers that an operator multiplies, in its own dtype."""
+    exact_arithmetic(node)
+    found = as_number(factors[0])
+    for factor in factors[1:]:
+        if node.meta["val"].dtype is torch.int32 and _is_data(found) and _is_data(factor):
+            raise Unreadable("a product that may wrap around to zero")
+        found = result(lift(operator.mul, found, as_number(factor)), node)
+    if width(found) > _WIDEST_CHOICE:
+        raise Unreadable("a choice with too many cases")
+    return found
+
+
 def _is_data(value: Number | Truth) -> bool:
     return isinstance(value, sympy.Basic) and bool(value.has(Element))
 
@@ -76,6 +90,58 @@ def _divide(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
     if mode == "trunc":
         raise Unreadable("division that truncates")
     return result(lift((lambda x, y: sympy.floor(x / y)) if floor else operator.truediv, a, b), node)
+
+
+def _remainder(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
+    exact_arithmetic(node)
+    a, b = numbers(reader, node, indices)
+    if isinstance(b, Choice) or not (b.is_Integer and b.is_positive) or node.meta["val"].dtype.is_floating_point:
+        raise Unreadable("a remainder of another number")
+
+    def of(leaf: Expr) -> Expr:
+        if not leaf.is_integer:
+            raise Unreadable("a remainder of fractions")
+        return sympy.Mod(leaf, b)
+
+    return over_cases(of, a)
+
+
+def _logarithm(function: Callable[[torch.Tensor], torch.Tensor]) -> Rule:
+    def rule(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
+        dtype = node.meta["val"].dtype
+
+        def of(leaf: Expr) -> Expr:
+            found = function(torch.tensor(float(leaf), dtype=dtype)).item() if leaf.is_number else math.nan
+            if math.isnan(found):
+                raise Unreadable("a logarithm of data")
+            return as_expr(found)
+
+        return over_cases(of, as_number(reader.operand(node.args[0], indices, len(indices))))
+
+    return rule
+
+
+def _extreme(op: str) -> Rule:
+    """The one of two numbers that compares so with the other."""
+
+    def of(a: Expr, b: Expr) -> Expr:
+        if not (a.is_number and b.is_number):
+            raise Unreadable("an extreme of data")
+        return a if compare(op, a, b) else b
+
+    def rule(reader: MaskReader, node: Node, indices: Indices) -> Number | Truth:
+        if len(node.args) != 2 or not is_tensor(node.args[1]):
+            raise Unreadable("an extreme along a dim")
+        a, b = numbers(reader, node, indices)
+        try:
+            found = lift(of, a, b)
+        except Unreadable:
+            found = choice(compare(op, a, b), a, b)
+        if width(found) > _WIDEST_CHOICE:
+            raise Unreadable("a choice with too many cases")
+        return found if node.meta["val"].dtype is not torch.bool else as_truth(found)
+
+    return rule
 
 
 def _comparison(op: str) -> Rule:
@@ -192,6 +258,11 @@ VALUES: dict[str, Rule] = {
     "mul": _arithmetic(operator.mul),
     "div": _divide,
     "floor_divide": _divide,
+    "remainder": _remainder,
+    "log": _logarithm(torch.log),
+    "log2": _logarithm(torch.log2),
+    **dict.fromkeys(("min", "minimum"), _extreme("le")),
+    **dict.fromkeys(("max", "maximum"), _extreme("ge")),
     "neg": _negated,
     "abs": _absolute,
     **{op: _comparison(op) for op in ("le", "lt", "ge", "gt", "eq", "ne")},
