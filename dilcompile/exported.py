@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.fx import Node
 
 from dilcompile.errors import DilcompileError
@@ -31,7 +32,7 @@ def rewrite_exported(
     """A program with the attentions of ``ep`` rewritten by policy; ``ep`` and its weights are not changed.
 
     Args:
-        ep: as ``torch.export.export`` gives it (before ``run_decompositions``).
+        ep: as ``torch.export.export`` gives it, or after ``run_decompositions``.
         policy: path, dict, ``Policy`` or preset name; None: ``DILCOMPILE_POLICY``, else ``longnet``.
         report: path of an .html or .json file to write.
 
@@ -69,7 +70,20 @@ def rewrite_exported(
     name = f"exported {next(_numbers)}"
     outcome = rewrite_exported_graph(Graph(gm, frozenset(weights), tables, training=False), loaded, name)
     publish(outcome.report, loaded, report)
+    if outcome.gm is None:
+        return _copied(ep)
+    rewritten._graph_signature = _with_outputs(rewritten)
     return rewritten
+
+
+def _with_outputs(ep: ExportedProgram) -> ExportGraphSignature:
+    """The signature with the names that the graph's outputs have now."""
+    (output,) = ep.graph.find_nodes(op="output")
+    specs = []
+    for spec, node in zip(ep.graph_signature.output_specs, output.args[0], strict=True):
+        named = isinstance(node, Node) and spec.arg.name != node.name
+        specs.append(replace(spec, arg=replace(spec.arg, name=node.name)) if named else spec)
+    return ExportGraphSignature(ep.graph_signature.input_specs, specs)
 
 
 def _copied(ep: ExportedProgram) -> ExportedProgram:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 import dilcompile.traceable as _registered  # noqa: F401  (before Dynamo traces anything for us)
 from dilcompile.decision import Decision
 from dilcompile.errors import RewriteError
+from dilcompile.passes.expand_fused_layers import expand_fused_layers
 from dilcompile.passes.find_sites import find_sites
 from dilcompile.passes.match import Match
 from dilcompile.passes.normalize import NormalizeError, normalize
@@ -106,6 +107,7 @@ def rewrite_exported_graph(graph: Graph, policy: Policy, name: str) -> Outcome:
     if strange:
         why = f"it computes with tensor subclasses ({strange})"
         return _left(graph.gm, name, why, policy, _Clock(), enforce=True)
+    expand_fused_layers(graph.gm)
     return rewrite_normal(graph, policy, name)
 
 

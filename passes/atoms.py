@@ -83,6 +83,11 @@ def same_size(a: Length, b: Length) -> bool:
     return statically_known_true(a == b)
 
 
+def same_shape(a: Sequence[Length], b: Sequence[Length]) -> bool:
+    """Without a guard: lengths that may turn out to be the same are not."""
+    return len(a) == len(b) and all(map(same_size, a, b))
+
+
 def leaves(dim: Leaves) -> Leaves:
     """The dim's atoms with every later split applied."""
     found: list[Atom] = []

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
-from dilcompile.passes.trial import Trial
+from dilcompile.passes.trial import Trial, passed_number
 
 Size = tuple[int, ...]
 Draw = Callable[[Size, torch.Generator], Tensor]
@@ -72,7 +72,8 @@ def draws(trial: Trial, known: Mapping[Node, Any]) -> Iterator[Values]:
         known: values of the graph's inputs; fake ones count as not known.
     """
     given = trial.cuts | trial.tables.keys()
-    asked = [leaf for leaf in trial.leaves if leaf not in given and isinstance(leaf.meta.get("val"), Tensor)]
+    drawn = [leaf for leaf in trial.leaves if leaf not in given and passed_number(leaf) is None]
+    asked = [leaf for leaf in drawn if isinstance(leaf.meta.get("val"), Tensor)]
     kinds = list(DRAWS) if asked else ["activations"]
     if asked and all(_real(known.get(leaf)) for leaf in asked):
         kinds.insert(0, "as given")
@@ -89,6 +90,9 @@ def _value(leaf: Node, kind: str, trial: Trial, known: Mapping[Node, Any], gener
     fake = leaf.meta.get("val")
     if not isinstance(fake, Tensor):
         return _number(known.get(leaf, fake))
+    number = passed_number(leaf)
+    if number is not None:
+        return torch.tensor(number, dtype=torch.float64)
     shape = tuple(_number(size) for size in fake.shape)
     if leaf in trial.cuts:
         return torch.randn(shape, generator=generator, dtype=torch.float64)

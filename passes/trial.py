@@ -17,7 +17,7 @@ from torch.fx import Graph as FxGraph
 from torch.fx import GraphModule, Node
 
 from dilcompile.passes.mutations import storage, written
-from dilcompile.passes.operators import is_tensor
+from dilcompile.passes.operators import is_tensor, op_name
 from dilcompile.passes.regions import Graph
 
 _NARROW = (torch.float16, torch.bfloat16, torch.float32)
@@ -43,6 +43,18 @@ class Trial:
     tables: Mapping[Node, torch.Tensor]
     training: bool
     inside: bool
+
+
+def passed_number(node: Node) -> float | None:
+    """The number that an input is, where Dynamo passes a number of the model's own as a tensor (``dynamic=True``); else None.
+
+    The graph is guarded to hold for that number alone once a rule has read it.
+    """
+    if node.op != "placeholder" or not is_tensor(node) or node.meta["val"].dim() != 0 or not node.users:
+        return None
+    read = [user.meta.get("val") for user in node.users if op_name(user) == "item"]
+    hints = [value.node.hint for value in read if isinstance(value, torch.SymFloat)]
+    return float(hints[0]) if len(hints) == len(node.users) and None not in hints else None
 
 
 def emitted(mark: Node, output: Node) -> list[Node]:
@@ -153,7 +165,7 @@ class _Cutter:
         return self._active[node]
 
     def _is_source(self, node: Node) -> bool:
-        if node.op != "placeholder" or not is_tensor(node):
+        if node.op != "placeholder" or not is_tensor(node) or passed_number(node) is not None:
             return False
         return bool(node.meta["val"].dtype.is_floating_point) and self.table(node) is None
 

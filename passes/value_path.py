@@ -170,6 +170,8 @@ def _through(user: Node, columns: Leaves, axes: Axes) -> float:
         return 1.0
     if name in ("slice", "narrow") and (keeps_all(user) or columns in axes[user]):
         return 1.0  # the sinks' columns are cut off
+    if name in ("expand", "expand_as") and keeps_all(user):
+        return 1.0
     if name in _DROPOUT:
         p, train = user.args[1], user.args[2]
         return 1.0 - float(p) if train else 1.0  # type: ignore[arg-type]

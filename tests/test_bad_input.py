@@ -92,6 +92,43 @@ def test_shapes_that_depend_on_data(model: nn.Module, given: Tensor, captured: b
     assert len(found.sites) + len(found.misses) == 1
 
 
+def _renormalised(s: Tensor) -> Tensor:
+    p = s.softmax(-1) * torch.ones(s.shape[-2:], dtype=s.dtype).tril()
+    return p / p.sum(-1, keepdim=True)
+
+
+def _for_more_heads(s: Tensor) -> Tensor:
+    """As many heads as there are tokens: whether that is more than one, only the run knows."""
+    return s.softmax(-1).masked_fill(torch.zeros(s.shape[-1], 1, 1, dtype=torch.bool), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "sites"),
+    [
+        (lambda s: s.softmax(-1), 1),
+        (lambda s: s.softmax(-1).masked_fill((s == -torch.inf).all(-1, keepdim=True), 0.0), 1),
+        (_renormalised, 1),
+        (_for_more_heads, 0),
+    ],
+)
+def test_spellings_are_compared_without_guards(weights: Callable[[Tensor], Tensor], sites: int) -> None:
+    """Lengths that only the run knows can't be asked for; a length that is a symbol must not become a number."""
+
+    def call(x: Tensor, keep: Tensor) -> Tensor:
+        q = x[:, keep.nonzero()[:, 0]][:, None]
+        return weights(q @ q.mT / 4) @ q
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+        found = same(call, numbers(), torch.tensor([1, 1, 0, 1, 1, 0, 1, 1]))
+    assert not [miss.reason for miss in found.misses if "the finder failed" in miss.reason]
+    assert (len(found.sites), len(found.misses)) == (sites, 1 - sites)
+    torch._dynamo.reset()
+    run, found = compiled(lambda x: weights(x[:, None] @ x[:, None].mT) @ x[:, None], dynamic=True)
+    for length in (7, 9, 12):
+        run(torch.randn(2, length, 16, dtype=torch.float64))
+    assert len(found.outcomes) == 1
+
+
 def branch(x: Tensor) -> Tensor:
     return torch.cond(x.sum() > 0, attend, lambda x: x[:, None] * 2, (x,))
 

@@ -325,6 +325,35 @@ def test_symbolic_lengths() -> None:
         torch.testing.assert_close(run(x), model(x))
 
 
+class Scaled(nn.Module):
+    """Its scale is a number of its own, which ``dynamic=True`` makes an input of the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 0.3
+
+    def forward(self, q: Tensor, keep: Tensor) -> Tensor:
+        return (q @ q.mT * self.scale).masked_fill(keep[:, None, None, :] == 0, -1e9).softmax(-1) @ q
+
+
+@pytest.mark.parametrize("check", ["compile", "first_call"])
+@pytest.mark.parametrize("training", [False, True])
+def test_numbers_of_the_model_under_dynamic_shapes(check: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are what they are in the trial, too; a replacement with another scale is refused all the same."""
+    model, keep = Scaled(), torch.ones(2, 12, dtype=torch.int64)
+    keep[1, :3] = 0
+    q = torch.randn(2, 2, 12, 8, dtype=torch.float64, requires_grad=training)
+    options = {"policy": policy(check, quality="error"), "inner": "eager"}
+    run = torch.compile(model, backend="dilated", dynamic=True, options=options)
+    for scale in (0.3, 0.7):
+        model.scale = scale
+        torch.testing.assert_close(run(q, keep), model(q, keep), rtol=1e-9, atol=1e-9)
+    torch._dynamo.reset()
+    _broken(monkeypatch, MUTATIONS["scale"])
+    with pytest.raises(Exception, match=r"numerics\.check: its replacement differs"):
+        run(q, keep)
+
+
 def test_exported_programs_are_tried_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = CausalAttention().eval(), torch.randn(2, 16, 32)
     for check in ("compile", "first_call"):

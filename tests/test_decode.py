@@ -81,6 +81,27 @@ def test_a_loop_compiles_twice_and_every_step_is_exact(name: str, attention: str
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_window_that_fills_compiles_no_more_often_than_without_us(kind: str) -> None:
+    """The cache's own branches are what Dynamo compiles anew for, whatever the backend."""
+    model = _model("mistral", "sdpa")
+    ids = torch.randint(0, 97, (2, 5), generator=torch.Generator().manual_seed(1))
+    wanted = _decode(model, _cache(kind, model), ids)
+    plain: list[int] = []
+
+    def counting(gm: Any, example_inputs: Any) -> Any:
+        plain.append(1)
+        return gm.forward
+
+    torch._dynamo.reset()
+    _decode(torch.compile(model, backend=counting), _cache(kind, model), ids)
+    run, found = compiled(model)
+    got = _decode(run, _cache(kind, model), ids)
+    assert len(found.outcomes) == len(plain)
+    assert (found.misses, found.refusals, found.rewritten) == ([], [], 2 * len(found.outcomes))
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
 def test_a_cache_of_fixed_size_places_its_queries() -> None:
     """The step's position is data: no mask over the cache is built, and a form of distances counts from that position."""
     model = _model("llama", "sdpa")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from finding import Call
 from models import CausalAttention, NoAttention, SdpaAttention, Stack, llama
+from torch import nn
 from torch.export import Dim, export
 
 from dilcompile import rewrite_exported
@@ -58,6 +62,141 @@ def test_no_attention() -> None:
     x = torch.randn(2, 8, 32)
     ep = export(NoAttention(), (x,))
     assert torch.equal(rewrite_exported(ep, "exact").module()(x), ep.module()(x))
+
+
+def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Two query heads share a key head."""
+    return F.scaled_dot_product_attention(q, k[:, ::2], v[:, ::2], is_causal=True, enable_gqa=True)
+
+
+def padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The last keys of the second sample are hidden, all of the first one's: its rows are 0."""
+    keep = torch.arange(k.shape[2])[None, :] < torch.tensor([0, 7])[:, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None, None])
+
+
+def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
+    return (q @ k.mT * 0.3).masked_fill(later, float("-inf")).softmax(-1) @ v
+
+
+class Projected(nn.Module):
+    """Four heads of queries, keys and values."""
+
+    def __init__(self, attend: Any) -> None:
+        super().__init__()
+        self.qkv, self.attend = nn.Linear(32, 96), attend
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return self.attend(q, k, v)
+
+
+@pytest.mark.parametrize(("attend", "mask"), [(grouped, "causal"), (padded, "padding"), (written_out, "causal")])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+def test_decomposed_to_core_aten(attend: Any, mask: str, dynamic: bool, strict: bool, tmp_path: Any) -> None:
+    """``run_decompositions`` leaves products and a softmax with rows of zeros; the same is found in them."""
+    model, x = Projected(attend).double(), torch.randn(2, 12, 32, dtype=torch.float64)
+    shapes = ({1: Dim("length", min=8, max=48)},) if dynamic else None
+    core = export(model, (x,), dynamic_shapes=shapes, strict=strict).run_decompositions()
+    assert not core.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
+    path = tmp_path / "report.json"
+    defaults = {"numerics": {"check": "compile"}, "fallback": {"quality": "error"}}
+    policy = {"version": 1, "defaults": defaults, "rules": [{"name": "all", "apply": {"form": "dense"}}]}
+    rewritten = rewrite_exported(core, policy, report=path)
+    (graph,) = json.loads(path.read_text())["graphs"]
+    ((verdict, said, notes),) = [(site["verdict"], site["mask"]["text"], site["notes"]) for site in graph["sites"]]
+    assert (verdict, said, graph["misses"]) == ("rewritten", mask, [])
+    assert any("compared on" in note for note in notes)
+    for length in (12, 31) if dynamic else (12,):
+        x = torch.randn(2, length, 32, dtype=torch.float64)
+        torch.testing.assert_close(rewritten.module()(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+class Encoder(nn.Module):
+    """Its layers are one operator each where it is exported strictly, in eval mode and without gradients."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, **options)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return self.layers(x, src_key_padding_mask=hidden)
+
+
+FUSED = torch.ops.aten._transformer_encoder_layer_fwd.default
+
+
+def fused_program() -> tuple[nn.Module, tuple[torch.Tensor, ...], torch.export.ExportedProgram]:
+    torch.manual_seed(0)
+    model = Encoder(activation="gelu").eval()
+    hidden = torch.zeros(2, 12, dtype=torch.bool)
+    hidden[1, 7:] = True
+    x = torch.randn(2, 12, 32)
+    with torch.no_grad():
+        ep = export(model, (x, hidden), strict=True)
+    assert len(ep.graph.find_nodes(op="call_function", target=FUSED)) == 2
+    return model, (x, hidden), ep
+
+
+def test_fused_layers_are_written_out(tmp_path: Any) -> None:
+    model, given, ep = fused_program()
+    path = tmp_path / "report.json"
+    rewritten = rewrite_exported(ep, "exact", report=path)
+    (graph,) = json.loads(path.read_text())["graphs"]
+    assert [(site["module"], site["mask"]["text"]) for site in graph["sites"]] == [
+        ("layers.layers.0", "padding"), ("layers.layers.1", "padding"),
+    ]  # fmt: skip
+    assert len(calls(rewritten)) == 2
+    assert not rewritten.graph.find_nodes(op="call_function", target=FUSED)
+    assert len(ep.graph.find_nodes(op="call_function", target=FUSED)) == 2, "the program given is not changed"
+    with torch.no_grad():
+        torch.testing.assert_close(rewritten.module()(*given), model(*given))
+
+
+def test_fused_layers_stay_where_nothing_is_rewritten() -> None:
+    _, _, ep = fused_program()
+    keeps = {"version": 1, "rules": [{"name": "none", "match": {"layers": [99]}, "apply": {"form": "dense"}}],
+             "defaults": {"fallback": {"unmatched": "keep"}}}  # fmt: skip
+    assert str(rewrite_exported(ep, keeps).graph) == str(ep.graph)
+
+
+class FastMultihead(nn.Module):
+    """The operator behind ``nn.MultiheadAttention``, with the weights of its attention asked for or not."""
+
+    def __init__(self, weights: bool) -> None:
+        super().__init__()
+        self.inner, self.weights = nn.MultiheadAttention(32, 4, batch_first=True), weights
+
+    def forward(self, x: torch.Tensor) -> Any:
+        m = self.inner
+        out, weights = torch.ops.aten._native_multi_head_attention(
+            x, x, x, 32, 4, m.in_proj_weight, m.in_proj_bias, m.out_proj.weight, m.out_proj.bias, None, self.weights
+        )
+        return (out, weights) if self.weights else out
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_fused_layer_of_two_results(weights: bool) -> None:
+    model, x = FastMultihead(weights).eval(), torch.randn(2, 12, 32)
+    with torch.no_grad():
+        rewritten = rewrite_exported(export(model, (x,)), "exact")
+        torch.testing.assert_close(rewritten.module()(x), model(x))
+    assert len(calls(rewritten)) == (0 if weights else 1), "weights that are returned stay"
+
+
+def test_an_attention_that_is_the_output(tmp_path: Any) -> None:
+    """The signature names what the graph returns now, so that the program can be saved."""
+    given = tuple(torch.randn(2, 4, 12, 8) for _ in range(3))
+    ep = export(Call(lambda q, k, v: (grouped(q, k, v), 3, written_out(q, k, v), q)), given)
+    before = str(ep.graph_signature)
+    rewritten = rewrite_exported(ep, "exact")
+    rewritten.validate()
+    assert str(ep.graph_signature) == before
+    torch.export.save(rewritten, tmp_path / "program.pt2")
+    torch.testing.assert_close(torch.export.load(tmp_path / "program.pt2").module()(*given), ep.module()(*given))
 
 
 def test_save_load_and_weights(tmp_path: Any) -> None:

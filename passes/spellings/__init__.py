@@ -14,6 +14,7 @@ from dilcompile.passes.spellings.flash import FLASH
 from dilcompile.passes.spellings.flex import FLEX
 from dilcompile.passes.spellings.fused_sdpa import FUSED_SDPA
 from dilcompile.passes.spellings.renormalised import RENORMALISED
+from dilcompile.passes.spellings.safe_softmax import SAFE_SOFTMAX
 from dilcompile.passes.spellings.sdpa import SDPA
 from dilcompile.passes.spellings.softmax import SOFTMAX
 from dilcompile.passes.spellings.varlen import VARLEN
@@ -25,6 +26,7 @@ SPELLINGS: tuple[Spelling, ...] = (
     FLASH,
     VARLEN,
     RENORMALISED,
+    SAFE_SOFTMAX,
     SOFTMAX,
     EXP_OF_LOG_SOFTMAX,
     EXP_LESS_LOGSUMEXP,

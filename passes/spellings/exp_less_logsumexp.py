@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from dilcompile.passes.anchors import Softmax, Spelling
+from dilcompile.passes.atoms import same_shape
 from dilcompile.passes.facts import Facts
 from dilcompile.passes.operators import op_name, shape_of
 from dilcompile.passes.spellings.reductions import reduced_dim
@@ -18,7 +19,7 @@ def _read(node: Node, facts: Facts) -> Softmax | None:
     if not isinstance(scores, Node) or not isinstance(total, Node):
         return None
     dim = reduced_dim(total, ("logsumexp",), scores, facts)
-    if dim is None or facts.mutations.stale(difference, node) or shape_of(difference) != shape_of(scores):
+    if dim is None or facts.mutations.stale(difference, node) or not same_shape(shape_of(difference), shape_of(scores)):
         return None
     return Softmax(scores, difference, dim, node, node.meta["val"].dtype, empty="odd")
 

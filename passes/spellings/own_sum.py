@@ -9,6 +9,7 @@ from typing import Any
 from torch.fx import Node
 
 from dilcompile.passes.anchors import Division, MaskOperand
+from dilcompile.passes.atoms import same_shape
 from dilcompile.passes.facts import Facts
 from dilcompile.passes.operators import CASTS, REORDERS, is_tensor, op_name, shape_of
 from dilcompile.passes.spellings.reductions import reduced_dim
@@ -35,7 +36,7 @@ def masked(weights: Node, facts: Facts) -> tuple[Node, tuple[MaskOperand, ...]]:
     while True:
         for user in weights.users:
             mask = _zeroed(user, weights, facts)
-            if mask is not None and shape_of(user) == shape_of(weights) and not facts.mutations.stale(weights, user):
+            if mask is not None and same_shape(shape_of(user), shape_of(weights)) and not facts.mutations.stale(weights, user):
                 masks.append(mask)
                 weights = user
                 break
@@ -45,13 +46,13 @@ def masked(weights: Node, facts: Facts) -> tuple[Node, tuple[MaskOperand, ...]]:
 
 def _zeroed(user: Node, weights: Node, facts: Facts) -> MaskOperand | None:
     name = op_name(user)
-    if name == "masked_fill" and user.args[0] is weights and _is_zero(user.args[2], user, facts):
+    if name == "masked_fill" and user.args[0] is weights and is_zero(user.args[2], user, facts):
         return MaskOperand(user.args[1], user, "hide") if is_tensor(user.args[1]) else None  # type: ignore[arg-type]
     if name == "where" and len(user.args) == 3 and is_tensor(user.args[0]) and user.args[0] is not weights:
         mask, then, other = user.args
-        if then is weights and _is_zero(other, user, facts):
+        if then is weights and is_zero(other, user, facts):
             return MaskOperand(mask, user, "keep")  # type: ignore[arg-type]
-        if other is weights and _is_zero(then, user, facts):
+        if other is weights and is_zero(then, user, facts):
             return MaskOperand(mask, user, "hide")  # type: ignore[arg-type]
     if name != "mul" or weights not in user.args:
         return None
@@ -62,7 +63,8 @@ def _zeroed(user: Node, weights: Node, facts: Facts) -> MaskOperand | None:
     return None if held == "others" else MaskOperand(other, user, "keep", binary=held == "integers")
 
 
-def _is_zero(value: Any, at: Node, facts: Facts) -> bool:
+def is_zero(value: Any, at: Node, facts: Facts) -> bool:
+    """Does ``at`` read 0 there, a number or a tensor of zeros?"""
     number = facts.scalar(value, at)
     if number is None and is_tensor(value) and not facts.mutations.stale(value, at):
         number = facts.constant(value)
