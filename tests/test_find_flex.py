@@ -156,7 +156,7 @@ BIASES: list[Biased] = [
     ("a number of a tensor", lambda t, s, b, h, q, k: s + t.one * k, "tensor", "none"),
     ("float32 beside float64", lambda t, s, b, h, q, k: s + t.narrow[h] * t.one * (k - q) / 3, "alibi(0.05, 0.025, 0.0125, 0.00625)", "none"),
     ("integers", lambda t, s, b, h, q, k: s + (k - q) // 2, "tensor", "none"),
-    ("fractions of -inf", lambda t, s, b, h, q, k: s + t.floats[b, k], "tensor", "none"),
+    ("fractions of -inf", lambda t, s, b, h, q, k: s + t.floats[b, k], "tensor", "other"),
     ("what hides has no formula", lambda t, s, b, h, q, k: s + torch.where(torch.sin(k * 1.0) > 0, 0.0, -1e9), "tensor", "other"),
     ("hides without a formula", lambda t, s, b, h, q, k: s + torch.where(torch.sin(k * 1.0) > 0, 0.0, -float("inf")), "tensor", "other"),
     ("distance without a formula", lambda t, s, b, h, q, k: s - torch.log1p((q - k).abs()), "tensor", "none"),

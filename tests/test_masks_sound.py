@@ -284,7 +284,7 @@ FORWARD_ONLY: list[Case] = [
     ("a product that halves can't hold", add(lambda m: (1 - m[:, None, None].bfloat16()) * LEAST32), _with(lambda: padding(empty=True)), "padding (nan)"),
     ("numbers whose product halves can't hold", add(lambda m: (1 - m[:, None, None].bfloat16()) * LEAST32), _with(lambda: padding(torch.int64, empty=True)), "other(float masks that are data) + bias (others)"),
     ("a cast to halves that can't hold it", add(lambda m: ((1 - m[:, None, None].float()) * LEAST32).bfloat16()), _with(lambda: padding(empty=True)), "padding (nan)"),
-    ("four times a fill, which float32 can't hold", lambda q, k, v, m: (q @ k.mT).float().masked_fill(~m[:, None, None], LEAST32).mul(4).double().softmax(-1) @ v, _with(lambda: padding(empty=True)), "padding (nan)"),
+    ("four times a fill, which float32 can't hold", lambda q, k, v, m: (q @ k.mT).float().masked_fill(~m[:, None, None], LEAST32).mul(4).double().softmax(-1) @ v, _with(lambda: padding(empty=True)), "kept: padding (nan)"),
     ("fractions and the least number", add(lambda m: (1 - m[:, None, None]) * LEAST), _with(lambda: padding(torch.float64) / 2 + 0.5), "padding (uniform)"),
 ]  # fmt: skip
 
