@@ -100,8 +100,18 @@ def _fills(node: Node, reader: MaskReader, least: float) -> bool:
     """Does an operator bring in a number that swallows scores?"""
     if node.op != "call_function" or op_name(node) in _CLAMPS:
         return False
-    numbers = [reader.constant(arg, node) for arg in tree_leaves((node.args, node.kwargs)) if _is_number(arg) or is_tensor(arg)]
+    numbers = [reader.constant(arg, node) for arg in tree_leaves(_values(node)) if _is_number(arg) or is_tensor(arg)]
     return any(number is not None and not abs(number) < least for number in numbers)
+
+
+def _values(node: Node) -> list[Any]:
+    """The arguments of an operator, without places, sizes and dims: a slice may end at the largest integer."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return [node.args, node.kwargs]
+    types = {argument.name: str(argument.type) for argument in schema.arguments}
+    given = {**dict(zip(types, node.args, strict=False)), **node.kwargs}
+    return [value for name, value in given.items() if "int" not in types[name]]
 
 
 def _is_number(value: Any) -> bool:

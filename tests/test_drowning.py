@@ -56,6 +56,7 @@ FILLS: list[tuple[str, Callable[[Tensor], Tensor]]] = [
 # Beside what is hidden nowhere: these are no fills.
 ORDINARIES: list[tuple[str, Callable[[Tensor], Tensor]]] = [
     ("a table of small numbers", lambda m: torch.tensor([0.0, -3.0])[m.long()]),
+    ("a slice to the end", lambda m: -torch.arange(2 * S).double()[S:].expand(B, S)),
     ("the logarithm of distances", lambda m: -torch.log(1 + torch.arange(S).double()).expand(B, S)),
     ("the logarithm of what is clamped", lambda m: (1 - m.double()).cumsum(-1).clamp(min=1e-6).log()),
     ("a write of small numbers", lambda m: torch.zeros(B, S).masked_fill(m.roll(1, 0), -2.0) * 2),
