@@ -65,11 +65,18 @@ class LooseEnds:
                 if not columns or other in seen or other not in axes:
                     continue
                 seen.add(other)
-                if other in axes.products and (around is _users or columns <= {id(atom) for atom in flat(axes[other])}):
+                if other in axes.products and (around is _users or self._has_both_sides(softmax, other, columns)):
                     return True
                 if columns <= {id(atom) for atom in flat(axes[other])}:
                     queue.append(other)
         return False
+
+    def _has_both_sides(self, softmax: Softmax, product: Node, columns: set[int]) -> bool:
+        """Has the softmax an axis of either operand of the product, as scores have? A projection of it keeps one."""
+        axes, found = self.facts.axes, self.facts.axes.products[product]
+        own = {id(atom) for atom in flat(axes[softmax.reader])}
+        sides = [{id(atom) for _, at in free for atom in axes[product][at]} for free in (found.lhs_free, found.rhs_free)]
+        return columns <= {id(atom) for atom in flat(axes[product])} and all(not side or side & own for side in sides)
 
     def check(self, node: Node) -> None:
         """An exponential that no rule has read.

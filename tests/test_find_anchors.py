@@ -22,6 +22,11 @@ INF = float("inf")
 aten = torch.ops.aten
 
 
+def linear_over_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+    x = F.linear((q @ k.mT).softmax(-1) @ v, torch.nn.Parameter(weight))
+    return q.softmax(-1) @ (x.softmax(-2).mT @ v)
+
+
 def qkv() -> tuple[Tensor, ...]:
     return torch.randn(B, H, S, D), torch.randn(B, H, S, D), torch.randn(B, H, S, D)
 
@@ -120,6 +125,7 @@ CASES: dict[str, list[Case]] = {
         ("found: a second product beside", lambda q, k, v: (q @ k.mT + (v @ k.mT).masked_fill(later(), 0.5)).softmax(-1) @ v, qkv, "none + bias (zero)"),
         ("not found: over the heads", lambda q, k, v: (q @ k.mT).softmax(1) @ v, qkv, "miss: the softmax does not run over the key axis of the product"),
         ("not found: F.linear with a bias of data", lambda q, k, v: F.softmax(F.linear(q[0, 0], k[0, 0], v[0, 0, :, 0]), -1) @ v[0, 0], qkv, "none + bias (zero)"),
+        ("not found: linear attention over an attention's projected result", linear_over_attention, lambda: (*qkv(), torch.randn(4, 4)), "none (zero)"),
         ("not found: a router", lambda q, k, v: q.flatten(2).softmax(-1) * v.flatten(2), qkv, "nothing"),
         ("not found: rolled scores", lambda q, k, v: (q @ k.mT).roll(1, -1).softmax(-1) @ v, qkv, "miss: aten.roll stands between the product and the softmax"),
         ("not found: scores copied part by part", lambda q, k, v: _in_chunks(q @ k.mT).softmax(-1) @ v, qkv, "miss: the scores are copied part by part into another tensor (blocks or sliding chunks)"),

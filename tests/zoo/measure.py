@@ -33,6 +33,7 @@ class Row:
         cause: what makes a difference above the bound go away, as measured; empty if there is none.
         after: the differences with that cause taken away.
         error: what kept the model from being measured.
+        code: a hash of the code that it was measured with.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Row:
     after: float | None = None
     seconds: float = 0.0
     error: str = ""
+    code: str = ""
 
     @property
     def listed(self) -> int:

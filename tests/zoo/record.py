@@ -16,7 +16,16 @@ from zoo.measure import Row
 
 Key = tuple[str, str, str]
 ROOT = Path(__file__).resolve().parents[2]
-_EMPTY: dict[str, Any] = {"refused": {}, "missed": {}, "masks": {}, "notes": {}, "cause": "", "error": "", "after": None}
+_EMPTY: dict[str, Any] = {
+    "refused": {},
+    "missed": {},
+    "masks": {},
+    "notes": {},
+    "cause": "",
+    "error": "",
+    "code": "",
+    "after": None,
+}
 
 
 @cache
@@ -69,7 +78,7 @@ def read(path: Path, any_code: bool = False) -> dict[Key, Row]:
 
 
 def _rows(path: Path, any_code: bool) -> Iterator[Row]:
-    names = {field.name for field in fields(Row)}
+    names = {field.name for field in fields(Row)}  # of which ``append`` adds the code
     for line in path.read_text().splitlines() if path.exists() else ():
         held = json.loads(line)
         if any_code or held["code"] == code():

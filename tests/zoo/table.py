@@ -12,7 +12,6 @@ import torch
 
 from zoo.causes import BOUND
 from zoo.measure import Row
-from zoo.record import code
 from zoo.regimes import REGIMES
 
 _HEAD = """\
@@ -35,7 +34,7 @@ PYTHONPATH=tests python -m zoo
   until the difference is gone (`tests/zoo/causes.py`).
 - Regimes: {regimes}.
 
-torch {torch}, transformers {transformers}, {machine}; code {code}.
+torch {torch}, transformers {transformers}, {machine}; code (a hash of dilcompile and the zoo) {codes}.
 """
 
 _REGIMES = {
@@ -54,9 +53,7 @@ def save(path: Path, rows: Sequence[Row]) -> None:
     """All rows, one a line, under what they were measured with."""
     kept = [{name: held for name, held in row.to_dict().items() if held not in ({}, "", None)} for row in rows]
     lines = ",\n".join(json.dumps(row) for row in kept)
-    head = json.dumps(
-        {"torch": torch.__version__, "transformers": _transformers(), "machine": platform.machine(), "code": code()}
-    )
+    head = json.dumps({"torch": torch.__version__, "transformers": _transformers(), "machine": platform.machine()})
     path.write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
 
 
@@ -69,8 +66,10 @@ def load(path: Path) -> tuple[dict[str, str], list[Row]]:
 def table(path: Path) -> str:
     """docs/zoo.md, from what ``save`` wrote."""
     measured_with, rows = load(path)
+    codes = ", ".join(f"{code} ({number} rows)" for code, number in Counter(row.code for row in rows).most_common())
+    regimes = "; ".join(f"`{name}` {text}" for name, text in _REGIMES.items())
     parts = [
-        _HEAD.format(bound=BOUND, regimes="; ".join(f"`{name}` {text}" for name, text in _REGIMES.items()), **measured_with),
+        _HEAD.format(bound=BOUND, regimes=regimes, codes=codes, **measured_with),
         _totals(rows),
         *_families(rows),
         _reasons(rows),
