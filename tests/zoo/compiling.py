@@ -146,7 +146,11 @@ def fusions(model: nn.Module, call: Callable[[Compiled], Any]) -> int:
     from torch._inductor.compile_fx import compile_fx
 
     def keep(gm: GraphModule, example_inputs: Any, **options: Any) -> Compiled:
-        return make_boxed_func(gm.forward)
+        def call(*args: Any) -> Any:
+            # Compiled code gives tensors of their own, which the model may write into.
+            return [x.clone() if isinstance(x, torch.Tensor) and x._is_view() else x for x in gm.forward(*args)]
+
+        return make_boxed_func(call)
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         return compile_fx(gm, list(example_inputs), inner_compile=keep)
