@@ -9,6 +9,7 @@ import sympy
 from torch.fx import Node
 
 from dilcompile.passes.axes import Axes
+from dilcompile.passes.grad_modes import GradModes
 from dilcompile.passes.labels import Labels
 from dilcompile.passes.masks.arithmetic import Unreadable
 from dilcompile.passes.masks.hiding import where_one
@@ -26,12 +27,14 @@ class Facts:
         scores: for every tensor the products it is an elementwise function of.
         reader: reads single elements of masks and constants.
         mutations: the graph's in-place writes.
+        modes: where it computes without gradients.
     """
 
     axes: Axes
     scores: Labels
     reader: MaskReader
     mutations: Mutations
+    modes: GradModes
 
     def scalar(self, value: Any, at: Node) -> float | None:
         """The number that ``at`` reads, or None if it is data: a number, a node that holds one, or a tensor of one constant."""

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.facts import Facts
+from dilcompile.passes.grad_modes import GradModes
 from dilcompile.passes.labels import carries_elements, reached_from
 from dilcompile.passes.masks.reader import MaskReader
 from dilcompile.passes.operators import is_tensor, op_name
@@ -23,7 +24,8 @@ def gather_facts(graph: Graph) -> Facts:
     axes = Axes(nodes, _weight_like(nodes, graph.weights), CALLS)
     learned = cache(lambda: _learned_everywhere(graph))
     reader = MaskReader(_known(graph), graph.stale, graph.outside, lambda node: node in learned(), graph.writers, graph.captured)
-    return Facts(axes, reached_from(nodes, axes.products, carries_elements), reader, graph.mutations)
+    scores, modes = reached_from(nodes, axes.products, carries_elements), GradModes(nodes, graph.training)
+    return Facts(axes, scores, reader, graph.mutations, modes)
 
 
 def _weight_like(nodes: list[Node], parameters: frozenset[Node]) -> frozenset[Node]:

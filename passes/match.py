@@ -82,9 +82,11 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
     """Read the masks, follow the operands back to where they can be read, and write the site down.
 
     Raises:
-        Unproven: if an operand is written to before the attention ends.
+        Unproven: if an operand is written to before the attention ends, or the output in a way that can't be repeated; if only a
+            part of it has gradients.
     """
     roles, at = proof.roles, proof.roles.output
+    _rewritable(proof, facts)
     q = strip(roles.q, _needed(roles, "q"), facts, at, scaled=True)
     k = strip(roles.k, _needed(roles, "k"), facts, at, scaled=True)
     v = strip(roles.v, _needed(roles, "v"), facts, at, scaled=False)
@@ -154,6 +156,15 @@ def _narrowed(proof: Proof, bias: tuple[MaskOperand, ...]) -> Narrowed:
     wide = proof.roles.output.meta["val"].dtype
     rounds = proof.narrowed == "softmax" and any(operand.dtype is not wide for operand in bias)
     return "scores" if rounds else proof.narrowed
+
+
+def _rewritable(proof: Proof, facts: Facts) -> None:
+    at, mutations = proof.roles.output, facts.mutations
+    if facts.modes.change(proof.scored_at, at):
+        reason = "a part of it is computed without gradients (torch.no_grad)"
+        raise Unproven(proof.anchor, reason, "compute all of it there, or nothing")
+    if mutations.written_after(at) and not (mutations.is_first(at) and at.meta["val"].is_contiguous()):
+        raise Unproven(at, "its output is written in place through memory that it shares", "write it out of place")
 
 
 def _sinks(sinks: tuple[Sink, ...], facts: Facts) -> Sinks:

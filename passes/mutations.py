@@ -22,6 +22,7 @@ class Mutations:
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self.position = {node: i for i, node in enumerate(nodes)}
+        self._first: dict[int, Node] | None = None
         self._writes: dict[int, list[Node]] = defaultdict(list)
         for node in nodes:
             for target in written(node):
@@ -34,6 +35,19 @@ class Mutations:
     def writers(self, target: Node) -> list[Node]:
         """All writes to ``target``'s storage."""
         return self._writes.get(storage(target), []) if self._writes else []
+
+    def written_after(self, source: Node) -> bool:
+        """Is ``source`` written to once it is made?"""
+        return any(self.position[write] > self.position[source] for write in self.writers(source))
+
+    def is_first(self, source: Node) -> bool:
+        """Is it the first tensor of its storage, so that every other one comes from it?"""
+        if self._first is None:
+            self._first = {}
+            for node in self.position:
+                if is_tensor(node):
+                    self._first.setdefault(storage(node), node)
+        return self._first[storage(source)] is source
 
     def writes(self, target: Node, after: Node, before: Node) -> list[Node]:
         """The writes to ``target``'s storage strictly between two nodes."""

@@ -45,7 +45,7 @@ def strip(node: Node, needed: Leaves, facts: Facts, stale_at: Node, scaled: bool
         before = source.args[0]
         assert isinstance(before, Node)
         own = {id(atom) for atom in flat(facts.axes[before]) if not atom.broadcast}
-        if own != wanted or stale(source, stale_at) or stale(before, stale_at):
+        if own != wanted or stale(source, stale_at) or stale(before, stale_at) or facts.modes.cut(source, stale_at):
             break
         name = op_name(source)
         if name in LAYOUT_ONLY and not _narrows(before, source):

@@ -72,6 +72,8 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
         out = emit(aten.mul.Scalar, out, match.multipliers.factor)
     out = multiplied(emit, out, match.multipliers.output, roles, axes)
     result = _output(emit, out, roles, axes)
+    if graph.mutations.written_after(roles.output):
+        result = _own_memory(emit, result, roles.output)
     redirect(roles.output, result)
     return result
 
@@ -215,6 +217,13 @@ def _output(emit: Emitter, out: Node, roles: Roles, axes: Axes) -> Node:
     node = emit.permute(node, [_index_of(ours, _own(ours, atom)) for atom in theirs])
     node = emit.reshape(node, shape_of(roles.output))
     return emit.cast(node, roles.output.meta["val"].dtype)
+
+
+def _own_memory(emit: Emitter, result: Node, output: Node) -> Node:
+    """A copy that may be written in place, through views too: it lies in memory as the site's own output did."""
+    copy = emit(aten.clone.default, result, memory_format=torch.contiguous_format)
+    copy.meta["val"] = output.meta["val"]
+    return copy
 
 
 def _own(ours: list[Atom], atom: Atom) -> Atom:
