@@ -107,8 +107,9 @@ def rewrite_exported_graph(graph: Graph, policy: Policy, name: str) -> Outcome:
     if strange:
         why = f"it computes with tensor subclasses ({strange})"
         return _left(graph.gm, name, why, policy, _Clock(), enforce=True)
-    expand_fused_layers(graph.gm)
-    return rewrite_normal(graph, policy, name)
+    notes = expand_fused_layers(graph.gm)
+    outcome = rewrite_normal(graph, policy, name)
+    return replace(outcome, report=replace(outcome.report, notes=(*outcome.report.notes, *notes)))
 
 
 def rewrite_normal(

@@ -17,13 +17,25 @@ from dilcompile.passes.normalize import fake_mode_of
 _PLACE = ("nn_module_stack", "stack_trace", "source_fn_stack", "from_node")
 
 
-def expand_fused_layers(gm: GraphModule) -> None:
-    """Put what each call of ``EXPANSIONS`` computes in its place; ``gm`` is changed."""
+def expand_fused_layers(gm: GraphModule) -> list[str]:
+    """Put what each call of ``EXPANSIONS`` computes in its place; ``gm`` is changed.
+
+    Returns:
+        A note on each call that stays, because it could not be traced.
+    """
+    notes = []
     for node in list(gm.graph.nodes):
         expansion = EXPANSIONS.get(node.target) if node.op == "call_function" else None
-        if expansion is not None:
-            _replace(node, _inlined(node, _traced(node, expansion, gm)))
+        if expansion is None:
+            continue
+        try:
+            body = _traced(node, expansion, gm)
+        except Exception as error:
+            notes.append(f"{node.target} could not be written out, attention in it is not seen: {type(error).__name__}: {error}")
+        else:
+            _replace(node, _inlined(node, body))
     gm.recompile()
+    return notes
 
 
 def _traced(node: Node, expansion: Callable[..., Any], gm: GraphModule) -> GraphModule:

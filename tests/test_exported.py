@@ -16,6 +16,7 @@ from torch.export import Dim, export
 
 from dilcompile import rewrite_exported
 from dilcompile.errors import DilcompileError, PolicyError
+from dilcompile.passes.fused_layers import EXPANSIONS
 
 ATTENTION = torch.ops.dilcompile.attention.default
 
@@ -161,6 +162,20 @@ def test_fused_layers_stay_where_nothing_is_rewritten() -> None:
     keeps = {"version": 1, "rules": [{"name": "none", "match": {"layers": [99]}, "apply": {"form": "dense"}}],
              "defaults": {"fallback": {"unmatched": "keep"}}}  # fmt: skip
     assert str(rewrite_exported(ep, keeps).graph) == str(ep.graph)
+
+
+def test_a_fused_layer_that_can_not_be_traced_stays_with_a_note(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> Any:
+        raise NotImplementedError("no such layer")
+
+    model, given, ep = fused_program()
+    monkeypatch.setitem(EXPANSIONS, FUSED, fails)
+    path = tmp_path / "report.json"
+    rewritten = rewrite_exported(ep, "exact", report=path)
+    (graph,) = json.loads(path.read_text())["graphs"]
+    assert any("could not be written out" in note and "no such layer" in note for note in graph["notes"])
+    with torch.no_grad():
+        torch.testing.assert_close(rewritten.module()(*given), model(*given))
 
 
 class FastMultihead(nn.Module):
