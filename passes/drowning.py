@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.masks.hiding import swallows
 from dilcompile.passes.masks.reader import MaskReader
-from dilcompile.passes.operators import is_tensor, op_name
+from dilcompile.passes.operators import CONVOLUTIONS, PRODUCTS, is_tensor, op_name
 
 # What comes out of them is made of weights and activations: numbers of ordinary size.
-_PRODUCTS = frozenset("matmul mm bmm addmm baddbmm linear conv1d conv2d einsum".split())
+_MIXES = PRODUCTS | CONVOLUTIONS
 # Only the first argument holds what comes out; the others say which of it.
 _LOOKUPS = frozenset("embedding index index_select gather".split())
 # The numbers that they name are the largest that come out, not what comes out.
@@ -46,7 +46,7 @@ def may_drown(node: Node, dtype: torch.dtype, axes: Axes, reader: MaskReader, *,
     while queue:
         one, floats = queue.pop()
         one = reader.outside.get(one, one)
-        if not is_tensor(one) or one in axes.parametric or (one.op == "call_function" and op_name(one) in _PRODUCTS):
+        if not is_tensor(one) or one in axes.parametric or (one.op == "call_function" and op_name(one) in _MIXES):
             continue
         held = one.meta["val"].dtype
         if held is torch.bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Sequence
 
 from torch.fx import Node
 
-from dilcompile.passes.operators import KEEPS_LAYOUT, MOVES_ONLY, is_pointwise, op_name
+from dilcompile.passes.operators import CONVOLUTIONS, KEEPS_LAYOUT, MOVES_ONLY, PRODUCTS, is_pointwise, op_name
 
 # Their first argument alone gives the values.
 SHAPED_LIKE = frozenset("view_as reshape_as expand_as type_as".split())
@@ -18,10 +18,9 @@ SOFTMAXES = frozenset(("softmax", "_softmax", "_safe_softmax", "log_softmax", "_
 _PARTS = frozenset("unbind getitem chunk split split_with_sizes cat pad constant_pad_nd".split())
 _ELEMENTWISE = KEEPS_LAYOUT | MOVES_ONLY | _PARTS
 # Products with weights.
-LAYERS = frozenset("linear addmm conv1d conv2d conv3d convolution matmul mm bmm einsum".split())
+LAYERS = PRODUCTS | CONVOLUTIONS
 # A layer of its own: what comes out is no longer scores.
-_PROJECTS = frozenset("linear addmm conv1d conv2d conv3d convolution embedding topk argmax argsort sort layer_norm".split())
-_PRODUCTS = frozenset("matmul mm bmm baddbmm einsum".split())
+_PROJECTS = CONVOLUTIONS | frozenset("linear addmm embedding topk argmax argsort sort layer_norm".split())
 
 
 def carries_elements(node: Node) -> bool:
@@ -32,7 +31,7 @@ def carries_elements(node: Node) -> bool:
 def carries_something(node: Node, weights: frozenset[Node]) -> bool:
     """Anything but a layer of weights."""
     name = op_name(node)
-    return name not in _PROJECTS and (name not in _PRODUCTS or weights.isdisjoint(node.all_input_nodes))
+    return name not in _PROJECTS and (name not in PRODUCTS or weights.isdisjoint(node.all_input_nodes))
 
 
 def reached_from(nodes: Sequence[Node], roots: Container[Node], carries: Callable[[Node], bool]) -> Labels:

@@ -39,6 +39,16 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
+def is_float(node: Node) -> bool:
+    return bool(node.meta["val"].dtype.is_floating_point)
+
+
+def narrows(before: Node, after: Node) -> bool:
+    """Does ``after`` have a dtype that can't hold every value of the other's?"""
+    old, new = before.meta["val"].dtype, after.meta["val"].dtype
+    return bool(torch.promote_types(old, new) != new)
+
+
 def tensor_args(node: Node) -> list[Node]:
     return [arg for arg in node.all_input_nodes if is_tensor(arg)]
 
@@ -63,6 +73,9 @@ def is_pointwise(node: Node) -> bool:
     return torch.Tag.pointwise in node.target.tags or op_name(node) == "where"
 
 
+# What ``products`` reads under names of their own.
+PRODUCTS = frozenset("matmul bmm mm mv baddbmm addbmm addmm addmv einsum tensordot inner linalg_vecdot linear".split())
+CONVOLUTIONS = frozenset("conv1d conv2d conv3d convolution".split())
 KEEPS_LAYOUT = frozenset(
     "to _to_copy contiguous clone alias detach dropout native_dropout lift_fresh lift_fresh_copy softmax _softmax "
     "_safe_softmax log_softmax _log_softmax layer_norm native_layer_norm rms_norm _fused_rms_norm triu tril copy "

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from dilcompile.passes.atoms import same_size
-from dilcompile.passes.operators import op_name, shape_of
+from dilcompile.passes.operators import is_float, op_name, shape_of
 
 _EXPANDS = frozenset("expand expand_as broadcast_to".split())
 
@@ -160,7 +160,7 @@ def _with_addend(product: Product, node: Node) -> Product | None:
 def _vecdot(node: Node) -> Product | None:
     lhs, rhs = node.args[:2]
     left, right = _rank(lhs), _rank(rhs)
-    if not left or not right or not _is_float(node):
+    if not left or not right or not is_float(node):
         return None
     dim: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", -1)
     rank = max(left, right)
@@ -213,7 +213,7 @@ def _broadcast(factors: Product, rank: int, over: set[int], keeps: bool = False)
 def _factors(value: Any, node: Node) -> Product | None:
     """What ``node`` alone reads as ``alpha * lhs * rhs``; the dims are not known yet."""
     alpha, inner, reader = 1.0, list[Node](), node
-    while isinstance(value, Node) and op_name(value) == "mul" and list(value.users) == [reader] and _is_float(value):
+    while isinstance(value, Node) and op_name(value) == "mul" and list(value.users) == [reader] and is_float(value):
         first, second = value.args
         inner.insert(0, value)
         if isinstance(second, (int, float)):
@@ -224,10 +224,6 @@ def _factors(value: Any, node: Node) -> Product | None:
         (lhs, before), (rhs, beside) = _unexpanded(first), _unexpanded(second)
         return Product(node, lhs, rhs, (), (), (), (), alpha, inner=(*inner, *before, *beside))
     return None
-
-
-def _is_float(node: Node) -> bool:
-    return bool(node.meta["val"].dtype.is_floating_point)
 
 
 def _unexpanded(factor: Node) -> tuple[Node, tuple[Node, ...]]:

@@ -97,3 +97,24 @@ def test_a_buffer_of_fills() -> None:
     with torch.no_grad():
         found = agree(module, *(torch.randn(B, H, S, 4) for _ in range(3)), gradients=False)
     assert said(found) == DATA
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "matmul": lambda a, b: a @ b.mT,
+    "inner": torch.inner,
+    "tensordot": lambda a, b: torch.tensordot(a, b, ([1], [1])),
+    "vecdot": lambda a, b: torch.linalg.vecdot(a[:, None], b),
+    "mv": lambda a, b: b.mv(a[0]),
+    "addmv": lambda a, b: torch.addmv(torch.zeros(S), b, a[0]),
+    "addbmm": lambda a, b: torch.addbmm(torch.zeros(S, S), a[None], b.mT[None]),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_what_products_make_of_inputs_holds_no_fills(name: str) -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return (q @ k.mT + PRODUCTS[name](a, b)).softmax(-1) @ v
+
+    with torch.no_grad():
+        inputs = (*(torch.randn(B, H, S, 4) for _ in range(3)), torch.randn(S, 5), torch.randn(S, 5))
+        assert said(agree(Call(call), *inputs, gradients=False)) == ORDINARY
