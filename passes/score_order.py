@@ -15,8 +15,8 @@ from dilcompile.site import Length
 
 def in_score_order(emit: Emitter, tensor: Node, dims: Layout, roles: Roles) -> Node:
     """A tensor that is broadcast against score dims, broadcastable to [B, H, Sq, Sk]."""
-    shape = shape_of(tensor)
-    dims = dims[len(dims) - len(shape) :]
+    # The dims that it lacks are broadcast along, too: one of their atoms may merge with one that it has.
+    shape: tuple[Length, ...] = (*[1] * (len(dims) - len(shape_of(tensor))), *shape_of(tensor))
     atoms: list[Atom] = []
     sizes: list[Length] = []
     for dim, size in zip(dims, shape, strict=True):
