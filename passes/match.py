@@ -95,7 +95,7 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
         (k, proof.scored_at),
         (v, proof.valued_at),
     ):
-        if facts.mutations.writes(operand.source, reader, at):
+        if facts.mutations.overwritten(operand.source, reader, at):
             raise Unproven(operand.source, "it is written in place before the attention ends", "write it out of place")
     batch, heads, kv_heads = _count(roles)
     q_len, k_len = _size(roles.q_rows), _size(roles.k_columns)
@@ -183,10 +183,9 @@ def _is_ordinary(logit: float | Node, facts: Facts) -> bool:
 
 def _readable_at(output: Node, mask: ReadMask, beside: tuple[MaskOperand | Multiplier | Sink, ...], graph: Graph) -> None:
     """Masks are read again where the output is made: they must still hold what they held."""
-    writes = graph.mutations.writes
     for operand in beside:
         node = operand.logit if isinstance(operand, Sink) else operand.node
-        if isinstance(node, Node) and writes(node, operand.on, output):
+        if isinstance(node, Node) and graph.mutations.overwritten(node, operand.on, output):
             raise Unproven(node, "it is written in place before the attention ends", "write it out of place")
     place_of(mask, output, graph.mutations)
 

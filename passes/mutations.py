@@ -32,6 +32,10 @@ class Mutations:
         """Was ``source`` written after it was made and before ``reader`` reads it (by neither of the two)?"""
         return bool(self.writes(source, source, reader))
 
+    def overwritten(self, source: Node, reader: Node, until: Node) -> bool:
+        """Is ``source`` written before ``until``, by ``reader`` or after it? Then it can't be read again there."""
+        return reader in self.writers(source) or bool(self.writes(source, reader, until))
+
     def writers(self, target: Node) -> list[Node]:
         """All writes to ``target``'s storage."""
         return self._writes.get(storage(target), []) if self._writes else []
