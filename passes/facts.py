@@ -16,6 +16,7 @@ from dilcompile.passes.masks.hiding import where_one
 from dilcompile.passes.masks.reader import MaskReader
 from dilcompile.passes.masks.terms import IntegerElement, Number
 from dilcompile.passes.mutations import Mutations
+from dilcompile.passes.operators import is_tensor
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ class Facts:
         """The number that a tensor holds everywhere, or None."""
         number = self._anywhere(tensor)
         return float(number) if isinstance(number, sympy.Expr) and number.is_number else None
+
+    def is_zero(self, value: Any, at: Node) -> bool:
+        """Does ``at`` read 0 there, a number or a tensor of zeros?"""
+        number = self.scalar(value, at)
+        if number is None and is_tensor(value) and not self.mutations.stale(value, at):
+            number = self.constant(value)
+        return number == 0
 
     def zeros_and_ones(self, tensor: Node) -> Literal["surely", "integers", "others"]:
         """Does a tensor hold 0 and 1 alone: surely, if its integers are what masks hold, or may it hold other numbers?"""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch.fx import Node
 
 from dilcompile.passes.atoms import Leaves, flat
 from dilcompile.passes.facts import Facts
-from dilcompile.passes.operators import is_tensor, op_name
+from dilcompile.passes.operators import is_tensor, narrows, op_name
 
 LAYOUT_ONLY = frozenset(
     "view reshape _unsafe_view flatten unflatten transpose permute t mT swapaxes movedim unsqueeze squeeze expand "
@@ -48,7 +47,7 @@ def strip(node: Node, needed: Leaves, facts: Facts, stale_at: Node, scaled: bool
         if own != wanted or stale(source, stale_at) or stale(before, stale_at) or facts.modes.cut(source, stale_at):
             break
         name = op_name(source)
-        if name in LAYOUT_ONLY and not _narrows(before, source):
+        if name in LAYOUT_ONLY and not narrows(before, source):
             source = before
         elif scaled and name in ("mul", "div") and source.kwargs.get("rounding_mode") is None:
             value = facts.scalar(source.args[1], source)
@@ -59,9 +58,3 @@ def strip(node: Node, needed: Leaves, facts: Facts, stale_at: Node, scaled: bool
         else:
             break
     return Operand(source, factor)
-
-
-def _narrows(before: Node, after: Node) -> bool:
-    """A cast to a dtype that can't hold every value rounds; it is not only layout."""
-    old, new = before.meta["val"].dtype, after.meta["val"].dtype
-    return bool(torch.promote_types(old, new) != new)

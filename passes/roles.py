@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from dilcompile.passes.atoms import Atom, Layout, Leaves, align, flat, leaves
+from dilcompile.passes.atoms import Atom, Layout, Leaves, align, flat, leaves, same_size
 from dilcompile.passes.axes import Axes
+from dilcompile.passes.operators import shape_of
 from dilcompile.passes.products import Product
 from dilcompile.passes.unproven import Unproven
 from dilcompile.passes.value_path import ValuePath
@@ -108,9 +109,11 @@ def roles_of_products(scores: Product, softmax: Node, columns: Leaves, values: V
     rows, out_rows, heads = _row_side(axes, q, q_free, scores.node)
     shared += [Shared(out, atom, None, None, True) for atom, out in heads]
     shared += [Shared(out, None, atom, None, True) for atom, out in extra]
-    contracted = scores.contracted
-    q_features = tuple(atom for left, right in contracted for atom in axes[q][right if flip else left])
-    k_features = tuple(atom for left, right in contracted for atom in axes[k][left if flip else right])
+    contracted = [(right, left) if flip else (left, right) for left, right in scores.contracted]
+    if not all(same_size(shape_of(q)[ours], shape_of(k)[theirs]) for ours, theirs in contracted):
+        raise Unproven(scores.node, "the features of queries or keys are broadcast along the others'", "expand them first")
+    q_features = tuple(atom for ours, _ in contracted for atom in axes[q][ours])
+    k_features = tuple(atom for _, theirs in contracted for atom in axes[k][theirs])
     if any(atom.role == "token" for atom in q_features + k_features):
         raise Unproven(scores.node, "the product sums over a token axis (channel attention)", "it is not token attention")
     return _with_values(q, k, shared, rows, out_rows, columns, k_columns, q_features, k_features, values, softmax, axes)

@@ -14,7 +14,7 @@ from dilcompile.passes.facts import Facts
 from dilcompile.passes.labels import SHAPED_LIKE
 from dilcompile.passes.masks.emptiness import Floor
 from dilcompile.passes.mutations import Mutations
-from dilcompile.passes.operators import is_tensor, op_name
+from dilcompile.passes.operators import is_float, is_tensor, op_name
 from dilcompile.passes.products import Product
 from dilcompile.passes.score_steps import Stages, largest, step, uncapped, unscaled
 from dilcompile.passes.unproven import Unproven
@@ -65,10 +65,11 @@ def walk_scores(softmax: Softmax, product: Node, facts: Facts) -> ScorePath:
             break
         node, reader = step(node, stages, facts), node
     found, cap = facts.axes.products[product], stages.cap_outer
+    of_floats(found)
     unwritten(found, facts)
     # c * tanh(a * s) is the operator's softcap * tanh(scale * s / softcap) at scale a * c.
     scale = stages.factor * found.alpha * (1.0 if cap is None else cap)
-    if found.addend is not None and not _is_zero(found.addend, node, facts):
+    if found.addend is not None and not facts.is_zero(found.addend, node):
         uncapped(node, stages)
         unscaled(node, stages)
         stages.through(node)
@@ -89,8 +90,14 @@ def walk_scores(softmax: Softmax, product: Node, facts: Facts) -> ScorePath:
         tuple(stages.sinks),
         tuple(stages.multipliers),
         stages.floor,
-        frozenset((*stages.dtypes, product.meta["val"].dtype)),
+        frozenset((*stages.dtypes, product.meta["val"].dtype, found.reader.meta["val"].dtype)),
     )
+
+
+def of_floats(product: Product) -> None:
+    """Raises: Unproven: if integers are multiplied, or a product is summed in integers."""
+    if not all(map(is_float, (product.lhs, product.rhs, product.node))):
+        raise Unproven(product.node, "integers are multiplied or summed", "cast them to floats before")
 
 
 def unwritten(product: Product, facts: Facts) -> None:
@@ -98,10 +105,6 @@ def unwritten(product: Product, facts: Facts) -> None:
     for node in product.inner:
         if not set(product.inner).issuperset(facts.mutations.writes(node, node, product.node)):
             raise Unproven(node, "a part of the product is written through another view", "write it out of place")
-
-
-def _is_zero(addend: Node, at: Node, facts: Facts) -> bool:
-    return facts.constant(addend) == 0 and not facts.mutations.stale(addend, at)
 
 
 def independent(operand: Node, on: Node, product: Node, mutations: Mutations, what: str = "a mask or bias") -> None:

@@ -11,9 +11,9 @@ from dilcompile.passes.anchors import Division, Multiplier, Softmax
 from dilcompile.passes.atoms import Leaves, flat
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.facts import Facts
-from dilcompile.passes.operators import CASTS, REORDERS, is_tensor, op_name
+from dilcompile.passes.operators import CASTS, REORDERS, is_tensor, narrows, op_name
 from dilcompile.passes.products import Product, parse_product
-from dilcompile.passes.score_path import independent, unwritten
+from dilcompile.passes.score_path import independent, of_floats, unwritten
 from dilcompile.passes.score_steps import STAYS, keeps_all, multiplier, uncast
 from dilcompile.passes.unproven import Unproven
 
@@ -111,10 +111,17 @@ def _moves(user: Node) -> bool:
 
 
 def _unadded(product: Product, facts: Facts) -> Product:
-    """Raises: Unproven: if something but zero is added to the product, or a part of it is written before it is read."""
+    """The product itself.
+
+    Raises:
+        Unproven: if something but zero is added to it, if it rounds, or if a part of it is written before it is read.
+    """
     addend, node = product.addend, product.node
-    if addend is not None and (facts.constant(addend) != 0 or facts.mutations.stale(addend, node)):
+    if addend is not None and not facts.is_zero(addend, node):
         raise Unproven(node, "something is added to the output of the value product", STAYS)
+    of_floats(product)
+    if narrows(product.reader, node):
+        raise Unproven(node, "the weighted values are summed in fewer digits than they have", "sum them in their own dtype")
     unwritten(product, facts)
     return product
 

@@ -81,8 +81,13 @@ def over_sum(e: Tensor, dim: int = -1) -> Tensor:
     return e / e.sum(dim, keepdim=True)
 
 
-def divided_after(e: Tensor, v: Tensor) -> Tensor:
-    return e @ v / e.sum(-1, keepdim=True)
+def divided_after(e: Tensor, v: Tensor, cut: Callable[[Tensor], Tensor] = lambda number: number) -> Tensor:
+    return e @ v / cut(e.sum(-1, keepdim=True))
+
+
+def cleared(number: Tensor) -> Tensor:
+    number[:, :, 0] = 0
+    return number
 
 
 def shifted(s: Tensor, dim: int = -1) -> Tensor:
@@ -231,6 +236,11 @@ CASES: dict[str, list[Case]] = {
         ("not found: divided after the values, a number in the shifted sum", lambda q, k, v: (lambda e: e @ v / (e.sum(-1, keepdim=True) + 1))(shifted(q @ k.mT)), qkv, "miss: a number is added to the sum after the row's maximum was taken off: it weighs differently in every row"),
         ("not found: divided after the values, NaN cleared before", lambda q, k, v: (lambda e: e.nan_to_num() @ v / e.sum(-1, keepdim=True))(shifted((q @ k.mT).masked_fill(later(), -INF))), qkv, "miss: NaN becomes 0 after a softmax that is written out"),
         ("not found: divided after the values, in two parts", lambda q, k, v: (lambda a, b: (a @ v[:, :, :3] + b @ v[:, :, 3:]) / (a.sum(-1, keepdim=True) + b.sum(-1, keepdim=True)))((q @ k[:, :, :3].mT).exp(), (q @ k[:, :, 3:].mT).exp()), qkv, "; ".join(["miss: something computed is added to the sum that weights are divided by"] * 2)),
+        ("not found: by its own reciprocal, written", lambda q, k, v: (lambda e: e * cleared(1 / e.sum(-1, keepdim=True)))((q @ k.mT).exp()) @ v, qkv, "miss: the exponentials of the scores are not divided by their own sum"),
+        ("not found: divided after the values, inverted, written", lambda q, k, v: (lambda e: (e @ v) * cleared(1 / e.sum(-1, keepdim=True)))((q @ k.mT).exp()), qkv, "miss: the exponentials of the scores are not divided by their own sum"),
+        ("not found: divided after the values, by whole numbers", lambda q, k, v: divided_after((q @ k.mT).exp(), v, lambda n: n.long() + 1 - 1), qkv, "miss: the exponentials of the scores are not divided by their own sum"),
+        ("not found: divided after the values, fractions cut off", lambda q, k, v: divided_after((q @ k.mT).exp(), v, lambda n: n.int().to(q.dtype)), qkv, "miss: the exponentials of the scores are not divided by their own sum"),
+        ("not found: divided after the values, cut off and clamped", lambda q, k, v: divided_after(shifted(q @ k.mT), v, lambda n: n.long().clamp(min=1)), qkv, "miss: the exponentials of the scores are not divided by their own sum"),
         ("not found: linear attention", lambda q, k, v: (lambda q, k: q @ (k.mT @ v) / (q @ k.sum(-2)[..., None]))(q.exp(), k.exp()), qkv, "nothing"),
         ("found: twice as much", lambda q, k, v: _twice(q @ k.mT) @ v, qkv, "none (zero)"),
         ("not found: the sum of masked ones under the others", lambda q, k, v, m: (lambda e: e / (e * m).sum(-1, keepdim=True))((q @ k.mT).exp()) @ v, with_padding(), "miss: the exponentials of the scores are not divided by their own sum"),
@@ -332,6 +342,38 @@ def test_what_is_divided_later_must_still_hold_what_it_held() -> None:
     for call, reason in ((writes_values, "it is written in place before the attention ends"), (writes_product, used)):
         with torch.no_grad():
             check(("written", call, qkv, f"miss: {reason}"), gradients=False)
+
+
+def test_a_reciprocal_must_still_hold_what_it_held() -> None:
+    def before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        e = (q @ k.mT).exp()
+        return (e * cleared(e.sum(-1, keepdim=True).reciprocal())) @ v
+
+    def after(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        e = (q @ k.mT).exp()
+        return (e @ v) * cleared(e.sum(-1, keepdim=True).reciprocal())
+
+    for call in (before, after):
+        with torch.no_grad():
+            check(
+                ("written", call, qkv, "miss: the exponentials of the scores are not divided by their own sum"), gradients=False
+            )
+
+
+BESIDE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[..., Tensor]]] = {
+    "bias": (lambda s, t: s + t, torch.randn),
+    "mask": (lambda s, t: s.masked_fill(t, -1e9), lambda *shape: torch.rand(shape) > 0.7),
+    "scale": (lambda s, t: s * t, torch.rand),
+}
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1, S), (3, 2, 1, S), (1, 1, 1, S), (1, 3, 1, 1, S), (2, 1, 1, 1, S)], ids=str)
+@pytest.mark.parametrize("beside", BESIDE)
+def test_what_stands_beside_scores_with_two_batch_axes(beside: str, shape: tuple[int, ...]) -> None:
+    meet, make = BESIDE[beside]
+    attend = lambda q, k, v, t: meet(q @ k.mT, t).softmax(-1) @ v  # noqa: E731
+    found = agree(Call(attend), *(torch.randn(2, 3, 2, S, D) for _ in range(3)), make(*shape))
+    assert (len(found.sites), found.rewritten) == (1, 1)
 
 
 def test_rows_without_keys_under_infinity() -> None:

@@ -11,11 +11,13 @@ import torch
 from finding import Case, Mutation, check, double, must_be_noticed  # noqa: F401  (the fixture works by being here)
 from torch import Tensor, nn
 
-from dilcompile.passes import atoms, products, value_path
+from dilcompile.passes import atoms, labels, mutations, products, value_path
 
 B, H, S, D = 2, 3, 7, 4
 TALKING = "miss: heads are mixed by a learned product (talking heads)"
 ADDED = "miss: something is added to the output of the value product"
+FEATURES = "miss: the features of queries or keys are broadcast along the others'"
+INTEGERS = "miss: integers are multiplied or summed"
 
 
 def qkv() -> tuple[Tensor, ...]:
@@ -56,6 +58,22 @@ def _writing_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return pairs.sum(-2) + v
 
 
+def _multiplied_in_place(keys: bool) -> Callable[..., Tensor]:
+    """One query, which is multiplied into the keys themselves, or its weights into the values."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v, q = k * 1, v * 1, q[:, :, :1]
+        weights = (k.mul_(q) if keys else k * q).sum(-1).softmax(-1)[..., None]
+        return (v * weights if keys else v.mul_(weights)).sum(-2)
+
+    return call
+
+
+def _added_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = v[..., :1] * k[..., None, :, 0]
+    return bias.add_(q @ k.mT).softmax(-1) @ v
+
+
 class Router(nn.Module):
     """Weighs what experts say by broadcasting."""
 
@@ -66,6 +84,20 @@ class Router(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         x = (q @ k.mT).softmax(-2).mT @ v
         return (self.gate(x).softmax(-1)[..., None] * self.experts(x).unflatten(-1, (5, D))).sum(-2)
+
+
+class Gate(nn.Module):
+    """A router whose weights are multiplied with by operators that layers are not written with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Parameter(torch.randn(5, D).double()), nn.Parameter(torch.randn(D, 5 * D).double())
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        x = (q @ k.mT).softmax(-1) @ v
+        return (torch.inner(x, self.gate).softmax(-2)[..., None] * torch.tensordot(x, self.experts, 1).unflatten(-1, (5, D))).sum(
+            -2
+        )
 
 
 class Memory(nn.Module):
@@ -148,6 +180,17 @@ CASES: list[Case] = [
     ("inner", lambda q, k, v: torch.inner(torch.inner(q, k).softmax(-1), v.T), one_head, "none (zero)"),
     ("tensordot", lambda q, k, v: torch.tensordot(torch.tensordot(k, q, ([1], [1])).softmax(0), v, ([0], [0])), one_head, "none (zero)"),
     ("tensordot, one key head", lambda q, k, v: torch.tensordot(torch.tensordot(q[0], k[0, 0], ([2], [1])).softmax(-1), v[0, 0], 1), qkv, "none (zero)"),
+    ("a bias that is an inner product", lambda q, k, v: (q @ k.T + torch.inner(q, v)).softmax(-1) @ v, one_head, "none + bias (zero)"),
+    ("a router of other products behind one is none", Gate(), qkv, "none (zero)"),
+    ("one feature", lambda q, k, v: torch.einsum("bhqd,bhkd->bhqk", q[..., :1], k[..., :1]).softmax(-1) @ v, qkv, "none (zero)"),
+    ("not: the keys' one feature is broadcast", lambda q, k, v: torch.einsum("bhqd,bhkd->bhqk", q, k[..., :1]).softmax(-1) @ v, qkv, FEATURES),
+    ("not: the queries' one feature is broadcast", lambda q, k, v: torch.tensordot(q[:, :1], k, ([1], [1])).softmax(-1) @ v, one_head, FEATURES),
+    ("not: one value is broadcast", lambda q, k, v: torch.tensordot((q @ k.T).softmax(-1), v[:1], ([1], [0])), one_head, "miss: keys and values are cut into different parts"),
+    ("not: values that are integers", lambda q, k, v: mixed((q @ k.mT).softmax(-1), (v * 9).long()), qkv, INTEGERS),
+    ("not: scores of integers", lambda q, k, v: ((q * 2).long() @ (k * 2).long().mT).to(q.dtype).softmax(-1) @ v, qkv, INTEGERS),
+    ("not: values summed in fewer digits", lambda q, k, v: ((q @ k.mT).softmax(-1)[..., None] * v[:, :, None]).sum(3, dtype=torch.float32), qkv, "miss: the weighted values are summed in fewer digits than they have"),
+    ("kept: scores summed in more digits than they have", lambda q, k, v: (q.float()[:, :, :, None] * k.float()[:, :, None]).sum(-1, dtype=torch.float64).softmax(-1) @ v, qkv, "kept: none (zero)"),
+    ("keys in fewer digits", lambda q, k, v: by_broadcast(q, k.float()).softmax(-1) @ v, qkv, "none (zero)"),
     ("vectors", lambda q, k, v: v.T.mv(k.mv(q[0]).softmax(-1)), one_head, "none (zero)"),
     ("vectors by matmul", lambda q, k, v: (q[0] @ k.T).softmax(-1) @ v, one_head, "none (zero)"),
     ("not: something is added to the values by baddbmm", lambda q, k, v: torch.baddbmm(q[0], (q[0] @ k[0].mT).softmax(-1), v[0]), qkv, ADDED),
@@ -156,6 +199,9 @@ CASES: list[Case] = [
 WRITTEN: list[Case] = [
     ("keys", _writing_keys, qkv, "miss: it is written in place before the attention ends"),
     ("values", _writing_values, qkv, "miss: it is written in place before the attention ends"),
+    ("keys, by the product", _multiplied_in_place(keys=True), qkv, "miss: it is written in place before the attention ends"),
+    ("values, by the product", _multiplied_in_place(keys=False), qkv, "miss: it is written in place before the attention ends"),
+    ("a bias, by the scores", _added_in_place, qkv, "miss: it is written in place before the attention ends"),
 ]
 
 
@@ -168,6 +214,14 @@ def test_products(case: Case) -> None:
 def test_what_was_multiplied_may_not_be_written_before_it_is_summed(case: Case) -> None:
     with torch.no_grad():
         check(case, gradients=False)
+
+
+def test_values_summed_in_integers_stay() -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((q @ k.mT).softmax(-1)[..., None] * v[:, :, None] * 9).sum(3, dtype=torch.long)
+
+    with torch.no_grad():
+        check(("integers", call, qkv, INTEGERS), gradients=False)
 
 
 def _case(name: str) -> Callable[[], None]:
@@ -186,6 +240,9 @@ def _written(number: int) -> Callable[[], None]:
 MUTATIONS: list[Mutation] = [
     ("keys may change before the sum", products.Product, "reader", property(lambda product: product.node), _written(0)),
     ("values may change before the sum", products.Product, "reader", property(lambda product: product.node), _written(1)),
+    *((f"{what} may be written by what reads them", mutations.Mutations, "overwritten", mutations.Mutations.writes, _written(number)) for number, what in enumerate(("keys", "values", "biases"), 2)),
+    ("digits may be lost", value_path, "narrows", lambda *_: False, _case("not: values summed in fewer digits")),
+    ("projections are linear layers", labels, "PRODUCTS", frozenset(), _case("a router of other products behind one is none")),
     ("what is added is forgotten", value_path, "_unadded", lambda product, _: product, _case("not: something is added to the values by addmm")),
     ("everything counts", products, "_factors", _without_numbers, _case("scaled inside")),
     ("a projection tells nothing of the others", atoms.Atom, "as_places", lambda atom: atom, _case("tokens that were mixed before")),

@@ -11,7 +11,7 @@ from torch.fx import Node
 from dilcompile.passes.anchors import Division, MaskOperand
 from dilcompile.passes.atoms import same_shape
 from dilcompile.passes.facts import Facts
-from dilcompile.passes.operators import CASTS, REORDERS, is_tensor, op_name, shape_of
+from dilcompile.passes.operators import CASTS, REORDERS, is_float, is_tensor, op_name, shape_of
 from dilcompile.passes.spellings.reductions import reduced_dim
 from dilcompile.passes.unproven import Unproven
 
@@ -46,13 +46,13 @@ def masked(weights: Node, facts: Facts) -> tuple[Node, tuple[MaskOperand, ...]]:
 
 def _zeroed(user: Node, weights: Node, facts: Facts) -> MaskOperand | None:
     name = op_name(user)
-    if name == "masked_fill" and user.args[0] is weights and is_zero(user.args[2], user, facts):
+    if name == "masked_fill" and user.args[0] is weights and facts.is_zero(user.args[2], user):
         return MaskOperand(user.args[1], user, "hide") if is_tensor(user.args[1]) else None  # type: ignore[arg-type]
     if name == "where" and len(user.args) == 3 and is_tensor(user.args[0]) and user.args[0] is not weights:
         mask, then, other = user.args
-        if then is weights and is_zero(other, user, facts):
+        if then is weights and facts.is_zero(other, user):
             return MaskOperand(mask, user, "keep")  # type: ignore[arg-type]
-        if other is weights and is_zero(then, user, facts):
+        if other is weights and facts.is_zero(then, user):
             return MaskOperand(mask, user, "hide")  # type: ignore[arg-type]
     if name != "mul" or weights not in user.args:
         return None
@@ -63,18 +63,10 @@ def _zeroed(user: Node, weights: Node, facts: Facts) -> MaskOperand | None:
     return None if held == "others" else MaskOperand(other, user, "keep", binary=held == "integers")
 
 
-def is_zero(value: Any, at: Node, facts: Facts) -> bool:
-    """Does ``at`` read 0 there, a number or a tensor of zeros?"""
-    number = facts.scalar(value, at)
-    if number is None and is_tensor(value) and not facts.mutations.stale(value, at):
-        number = facts.constant(value)
-    return number == 0
-
-
 def divisions(weights: Node, facts: Facts) -> Iterator[tuple[Node, Sum, Division | None]]:
     """Where weights are divided by their own sum: the quotient, what it divides by, and how, if the values came first."""
     for user in weights.users:
-        over = _over(user, weights)
+        over = _over(user, weights, facts)
         if over is not None and not facts.mutations.stale(weights, user):
             below = _total(over, user, facts, lambda number: reduced_dim(number, ("sum",), weights, facts))
             if below is not None:
@@ -87,21 +79,22 @@ def divisions(weights: Node, facts: Facts) -> Iterator[tuple[Node, Sum, Division
                 yield division.at, below, division
 
 
-def _over(quotient: Node, numerator: Node) -> Node | None:
+def _over(quotient: Node, numerator: Node, facts: Facts) -> Node | None:
     """What ``numerator`` is divided by at a node."""
     if op_name(quotient) not in ("div", "true_divide", "mul") or quotient.kwargs.get("rounding_mode") is not None:
         return None
     first, second = quotient.args[:2]
     if op_name(quotient) == "mul":
-        return _inverted(second if first is numerator else first)
+        return _inverted(second if first is numerator else first, quotient, facts)
     return second if first is numerator and isinstance(second, Node) else None
 
 
-def _inverted(number: Any) -> Node | None:
-    """x of ``1 / x``, which torch writes as the reciprocal times 1."""
-    if isinstance(number, Node) and op_name(number) == "mul" and number.args[1] == 1:
-        number = number.args[0]
-    if not isinstance(number, Node) or op_name(number) != "reciprocal":
+def _inverted(number: Any, reader: Node, facts: Facts) -> Node | None:
+    """x of ``1 / x``, which torch writes as the reciprocal times 1, as long as it still is that where it is read."""
+    stale = facts.mutations.stale
+    if isinstance(number, Node) and op_name(number) == "mul" and number.args[1] == 1 and not stale(number, reader):
+        number, reader = number.args[0], number
+    if not isinstance(number, Node) or op_name(number) != "reciprocal" or stale(number, reader):
         return None
     found = number.args[0]
     assert isinstance(found, Node)
@@ -116,7 +109,7 @@ def _division(total: Node, weights: Node, facts: Facts) -> Division | None:
     while len(node.users) == 1:
         (user,) = node.users
         for numerator in user.all_input_nodes:
-            over = _over(user, numerator) if numerator is not node and is_tensor(numerator) else None
+            over = _over(user, numerator, facts) if numerator is not node and is_tensor(numerator) else None
             if over is not None and numerator is not over:
                 return Division(user, over, total)
         if op_name(user) not in _ON_THE_WAY:
@@ -128,14 +121,14 @@ def _division(total: Node, weights: Node, facts: Facts) -> Division | None:
 def _dim_summed(number: object, weights: Node, facts: Facts) -> int | None:
     """The one dim of ``weights`` that a number a row sums over, wherever it is moved."""
     while isinstance(number, Node) and op_name(number) in _MOVES:
-        if facts.mutations.stale(number.args[0], number):  # type: ignore[arg-type]
+        if not is_float(number) or facts.mutations.stale(number.args[0], number):  # type: ignore[arg-type]
             return None
         number = number.args[0]
     if not isinstance(number, Node) or op_name(number) != "sum" or number.args[0] is not weights or len(number.args) < 2:
         return None
     dims: Any = number.args[1]
     listed = [dims] if isinstance(dims, int) else list(dims or ())
-    if len(listed) != 1 or facts.mutations.stale(weights, number):
+    if len(listed) != 1 or not is_float(number) or facts.mutations.stale(weights, number):
         return None
     return int(listed[0]) % len(shape_of(weights))
 
@@ -144,7 +137,7 @@ def _total(
     number: object, at: Node, facts: Facts, dim_of: Callable[[Node], int | None], moves: Collection[str] = ()
 ) -> Sum | None:
     """A sum over ``dim_of``, made larger or not, and moved by operators of ``moves``."""
-    if not isinstance(number, Node) or facts.mutations.stale(number, at):
+    if not isinstance(number, Node) or not is_tensor(number) or not is_float(number) or facts.mutations.stale(number, at):
         return None
     dim = dim_of(number)
     if dim is not None:

@@ -12,7 +12,6 @@ from dilcompile.passes.atoms import same_shape
 from dilcompile.passes.facts import Facts
 from dilcompile.passes.operators import is_tensor, op_name, shape_of
 from dilcompile.passes.score_steps import largest
-from dilcompile.passes.spellings.own_sum import is_zero
 from dilcompile.passes.spellings.reductions import reduced_dim
 from dilcompile.passes.spellings.softmax import SOFTMAX
 
@@ -42,9 +41,9 @@ def _read(node: Node, facts: Facts) -> Softmax | None:
 
 def _where_zero(user: Node, weights: Node, facts: Facts) -> Node | None:
     """The condition under which ``user`` is 0 in place of the probabilities."""
-    if op_name(user) == "masked_fill" and user.args[0] is weights and is_zero(user.args[2], user, facts):
+    if op_name(user) == "masked_fill" and user.args[0] is weights and facts.is_zero(user.args[2], user):
         return user.args[1] if is_tensor(user.args[1]) else None  # type: ignore[return-value]
-    if op_name(user) != "where" or len(user.args) != 3 or user.args[2] is not weights or not is_zero(user.args[1], user, facts):
+    if op_name(user) != "where" or len(user.args) != 3 or user.args[2] is not weights or not facts.is_zero(user.args[1], user):
         return None
     return user.args[0] if is_tensor(user.args[0]) else None  # type: ignore[return-value]
 
