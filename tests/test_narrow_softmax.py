@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from finding import Call, Case, Mutation, check, double, must_be_noticed, said  # noqa: F401  (the fixture works by being here)
 from spellings import agree, compiled
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from dilcompile.errors import KernelError
 from dilcompile.forms import Dilated
 from dilcompile.lowering import ops
-from dilcompile.passes import find_sites, match, rewrite
+from dilcompile.passes import find_sites, match, operands, rewrite
 from dilcompile.passes.masks import emptiness
 from dilcompile.passes.masks.emptiness import Hiding, emptiness_of
 from dilcompile.passes.masks.symbols import K, Q
@@ -246,12 +247,12 @@ def test_a_bfloat16_softmax_in_a_float32_model() -> None:
         scores = q @ k.mT + torch.where(keep[:, None, None], 0.0, -1e4)
         return scores.softmax(-1, dtype=torch.bfloat16).to(v.dtype) @ v
 
-    operands = [x.float() for x in qkv()]
+    single = [x.float() for x in qkv()]
     model, found = compiled(Call(call))
     with torch.no_grad():
-        got = model(*operands, hidden_whole())
+        got = model(*single, hidden_whole())
     assert [(site.narrowed, site.mask.empty_rows) for site in found.sites] == [("no", "uniform")]
-    torch.testing.assert_close(got[0], operands[2][0].mean(-2, keepdim=True).expand(-1, 13, -1))
+    torch.testing.assert_close(got[0], single[2][0].mean(-2, keepdim=True).expand(-1, 13, -1))
 
 
 def test_rows_of_nan() -> None:
@@ -294,6 +295,24 @@ def test_other_kernels_refuse_it() -> None:
 def test_not_repeating_it_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     mutation = ("never", rewrite, "repeats_rounding", lambda decision: False, lambda: exactly(plain))
     must_be_noticed(mutation, monkeypatch)
+
+
+def scaled_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention((q.float() * 0.3).to(q.dtype), k, v)
+
+
+def test_queries_that_are_scaled_in_float32_are_read_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = ("queries scaled in float32", scaled_queries, qkv, "none (zero)")
+    must_be_noticed(("in front", operands, "_rounds", lambda *_: False, lambda: check(case)), monkeypatch)
+
+
+def of_pairs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: (score.float() * 2).to(q.dtype))  # type: ignore[return-value]
+
+
+def test_a_function_of_pairs_in_float32_is_left() -> None:
+    found = agree(Call(of_pairs), *qkv(), gradients=False)
+    assert (said(found), [site.narrowed for site in found.sites]) == ("kept: none (zero)", ["scores"])
 
 
 def test_missing_what_rounds_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
