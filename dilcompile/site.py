@@ -152,7 +152,7 @@ class AttentionSite:
     Lengths may be symbolic (``torch.SymInt``). ``operands`` are the tensors of the graph that were proven to be queries, keys and
     values, in this order, each as its node's name and its shape: where the attention begins. ``multipliers`` is what
     queries, keys, values and output are multiplied with beside the scale. ``narrowed``: a float64 attention that computes its
-    ``softmax`` in float32, or its ``scores`` too, as models do that name a dtype.
+    ``softmax`` in float32 and nothing else, as models do that name a dtype, or ``scores``: anything else, too.
     """
 
     index: int

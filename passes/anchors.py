@@ -13,7 +13,7 @@ from torch.fx import Node
 from dilcompile.passes.facts import Facts
 from dilcompile.passes.masks.terms import Truth
 from dilcompile.passes.pair_function import PairFunction
-from dilcompile.site import BiasSpec
+from dilcompile.site import BiasSpec, Narrowed
 
 EmptyRule = Literal["plain", "zero", "cleared", "odd"]
 
@@ -30,6 +30,7 @@ class MaskOperand:
         factor: what the added tensor is multiplied with before it reaches the softmax.
         fill: what hidden scores are when they reach the softmax.
         ends: the largest number that the casts after it let through; larger ones become infinite.
+        digits: the coarsest relative resolution of what comes after it.
         spec: what kind of bias it is, once read.
         function: what the mask is a value of, where it is a number for one pair and not a tensor of the graph.
         binary: it holds integers that are taken to be 0 and 1.
@@ -41,6 +42,7 @@ class MaskOperand:
     factor: float = 1.0
     fill: float = -math.inf
     ends: float = math.inf
+    digits: float = 0.0
     spec: BiasSpec | None = None
     function: PairFunction | None = None
     binary: bool = False
@@ -156,6 +158,7 @@ class Attention:
         enable_gqa: query head h reads key head ``h // group``.
         empty: see ``Softmax``.
         documents: where packed sequences start and end (``[0, ..., total]``); only tokens of one sequence see each other.
+        narrowed: see ``AttentionSite``, were the operands float64.
     """
 
     q: Node
@@ -171,6 +174,7 @@ class Attention:
     enable_gqa: bool = False
     empty: EmptyRule = "zero"
     documents: Node | None = None
+    narrowed: Narrowed = "no"
 
 
 @dataclass(frozen=True)

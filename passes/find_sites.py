@@ -15,6 +15,7 @@ from dilcompile.passes.facts import Facts
 from dilcompile.passes.gather_facts import gather_facts
 from dilcompile.passes.loose_ends import LooseEnds
 from dilcompile.passes.match import Match, Proof, describe
+from dilcompile.passes.narrowing import narrowing
 from dilcompile.passes.normalize import vmap_depth
 from dilcompile.passes.operators import full_name, op_name
 from dilcompile.passes.provenance import module_path, source_line
@@ -24,7 +25,7 @@ from dilcompile.passes.score_path import ScorePath, walk_scores
 from dilcompile.passes.spellings import BY_ANCHOR
 from dilcompile.passes.unproven import Unproven
 from dilcompile.passes.value_path import ValuePath, walk_values
-from dilcompile.site import Miss, Narrowed
+from dilcompile.site import Miss
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ def _of_call(node: Node, spelling: Spelling, call: Attention, facts: Facts) -> P
         scored_at=node,
         valued_at=node,
         starts=call.documents,
+        narrowed=call.narrowed,
     )
 
 
@@ -124,16 +126,8 @@ def _of_softmax(node: Node, spelling: Spelling, softmax: Softmax, facts: Facts, 
         weights=values.multipliers,
         factor=values.factor,
         floor=path.floor,
-        narrowed=_narrowed(node, softmax, path, roles),
+        narrowed=narrowing(node, softmax, path, roles.output, facts),
     )
-
-
-def _narrowed(node: Node, softmax: Softmax, path: ScorePath, roles: Roles) -> Narrowed:
-    """Where a float64 attention rounds to fewer digits on its way."""
-    if roles.output.meta["val"].dtype is not torch.float64 or path.dtypes | {softmax.dtype} == {torch.float64}:
-        return "no"
-    whole = op_name(node) == "softmax" and softmax.dtype is torch.float32 and not softmax.masks and not path.sinks
-    return "softmax" if whole and path.dtypes == {torch.float64} else "scores"
 
 
 def _rows_without_keys(softmax: Softmax, values: ValuePath) -> EmptyRule:

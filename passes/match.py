@@ -54,7 +54,7 @@ class Proof:
         multipliers, weights: tensors that scores and probabilities are multiplied with; the latter by ``factor``, too.
         floor: what the scores are lifted to after all masks.
         starts: where the sequences start that rows and columns are packed from.
-        narrowed: see ``AttentionSite``, but for the biases.
+        narrowed: see ``AttentionSite``, were the operands float64, and but for the biases.
     """
 
     anchor: Node
@@ -97,6 +97,7 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
     ):
         if facts.mutations.overwritten(operand.source, reader, at):
             raise Unproven(operand.source, "it is written in place before the attention ends", "write it out of place")
+    narrowed = _narrowed(proof, (q, k, v))
     batch, heads, kv_heads = _count(roles)
     q_len, k_len = _size(roles.q_rows), _size(roles.k_columns)
     multipliers = placed(proof.multipliers, proof.weights, proof.factor, roles, facts.axes)
@@ -108,6 +109,7 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
         facts.reader,
         (batch, heads, q_len, k_len),
         capped=proof.softcap is not None,
+        narrow=narrowed == "softmax",
         training=graph.training,
         rule=proof.empty,
         floor=proof.floor,
@@ -134,7 +136,7 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
         v_dim=int(_size(roles.v_features)),
         dtype=at.meta["val"].dtype,
         softmax_dtype=proof.softmax_dtype,
-        narrowed=_narrowed(proof, bias),
+        narrowed="scores" if narrowed == "softmax" and _rounded(bias) else narrowed,
         device=at.meta["val"].device,
         scale=proof.scale * q.factor * k.factor,
         mask=spec,
@@ -151,11 +153,15 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
     return Match(site, roles, q, k, v, mask, bias, proof.sinks, multipliers, proof.starts, tables)
 
 
-def _narrowed(proof: Proof, bias: tuple[MaskOperand, ...]) -> Narrowed:
-    """A bias that is added in fewer digits than the site has rounds the scores once more."""
-    wide = proof.roles.output.meta["val"].dtype
-    rounds = proof.narrowed == "softmax" and any(operand.dtype is not wide for operand in bias)
-    return "scores" if rounds else proof.narrowed
+def _narrowed(proof: Proof, operands: tuple[Operand, ...]) -> Narrowed:
+    """Nothing is narrow where nothing is float64."""
+    ends = (proof.roles.output, *(operand.source for operand in operands))
+    return proof.narrowed if any(end.meta["val"].dtype is torch.float64 for end in ends) else "no"
+
+
+def _rounded(bias: tuple[MaskOperand, ...]) -> bool:
+    """A bias that is added in fewer digits than float64 rounds the scores once more."""
+    return any(operand.dtype is not torch.float64 for operand in bias)
 
 
 def _rewritable(proof: Proof, facts: Facts) -> None:

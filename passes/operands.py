@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from dilcompile.passes.atoms import Leaves, flat
@@ -51,10 +52,15 @@ def strip(node: Node, needed: Leaves, facts: Facts, stale_at: Node, scaled: bool
             source = before
         elif scaled and name in ("mul", "div") and source.kwargs.get("rounding_mode") is None:
             value = facts.scalar(source.args[1], source)
-            if value is None or value == 0:
+            if value is None or value == 0 or _rounds(source, node):
                 break
             factor *= 1 / value if name == "div" else value
             source = before
         else:
             break
     return Operand(source, factor)
+
+
+def _rounds(scaled: Node, operand: Node) -> bool:
+    """Was a float64 operand scaled in fewer digits?"""
+    return operand.meta["val"].dtype is torch.float64 and scaled.meta["val"].dtype is not torch.float64

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from dilcompile.site import Length
 
@@ -40,7 +41,18 @@ def is_tensor(value: Any) -> bool:
 
 
 def is_float(node: Node) -> bool:
-    return bool(node.meta["val"].dtype.is_floating_point)
+    """Does it hold floats, alone or among others?"""
+    return bool(_floats(node))
+
+
+def is_narrow(node: Node) -> bool:
+    """Does it hold floats of fewer digits than float64?"""
+    return any(dtype is not torch.float64 for dtype in _floats(node))
+
+
+def _floats(node: Node) -> set[torch.dtype]:
+    held = [value for value in tree_leaves(node.meta.get("val")) if isinstance(value, torch.Tensor)]
+    return {value.dtype for value in held if value.dtype.is_floating_point}
 
 
 def narrows(before: Node, after: Node) -> bool:

@@ -47,6 +47,7 @@ def read_site_mask(
     sizes: tuple[Length, Length, Length, Length],
     *,
     capped: bool = False,
+    narrow: bool = False,
     training: bool = False,
     rule: EmptyRule = "plain",
     floor: Floor | None = None,
@@ -58,6 +59,7 @@ def read_site_mask(
         seen: what the spelling itself lets through.
         sizes: batch, heads, q_len, k_len.
         capped: the scores go through a soft cap before they are masked.
+        narrow: a float64 attention whose softmax is float32.
         training: gradients are asked for.
         rule: what the spelling makes of rows that see nothing.
         floor: what the scores are lifted to after all masks.
@@ -97,7 +99,7 @@ def read_site_mask(
         hidings.append(Hiding(seen, frozenset((-math.inf,)), True, torch.float32))
     zero = rule in ("zero", "cleared")
     plain, data = sum(one.kind == "add" for one in bias), any(one.kind == "drown" for one in bias)
-    empty = emptiness_of(hidings, plain, zero=zero, training=training, capped=capped, floor=floor)
+    empty = emptiness_of(hidings, plain, zero=zero, training=training, capped=capped, narrow=narrow, floor=floor)
     if data:
         empty = _drowned(bias, floor, reader) or _by_its_own_numbers(empty, hidings)
     if rule == "cleared" and training and (data or any(not one.replaces for one in hidings)) and empty.rows in ("zero", "others"):
@@ -125,8 +127,8 @@ def _drowned(bias: Sequence[MaskOperand], floor: Floor | None, reader: MaskReade
     drowning = [one for one in bias if one.kind == "drown"]
     # A log-sum-exp of nothing but giant fills has lost how many there are: weights made from it again are wrong.
     learned = any(_follows_gradient(one, reader) for one in drowning)
-    # Which numbers a later cast makes -inf.
-    cut = any(one.ends < torch.finfo(one.dtype).max for one in drowning)
+    # Which numbers a later cast makes -inf, or which scores it takes from beside them.
+    cut = any(one.ends < torch.finfo(one.dtype).max or one.digits > torch.finfo(one.dtype).eps for one in drowning)
     return Emptiness("other") if learned or cut or floor is not None else None
 
 
@@ -170,7 +172,7 @@ def _visible(summand: Summand, indices: tuple[Expr, ...], reader: MaskReader) ->
             reader.take_as_binary(element)
         visible = settle(chosen if operand.kind == "keep" else negation(chosen))
         fill = frozenset((operand.fill,))
-        hiding = Hiding(visible, fill, not summand.adds, operand.dtype, operand.ends, cuts=summand.cuts)
+        hiding = Hiding(visible, fill, not summand.adds, operand.dtype, operand.ends, operand.digits, cuts=summand.cuts)
         return visible, None if visible is True else hiding
     value = _value(operand, indices, reader)
     dtype = operand.dtype
@@ -180,7 +182,7 @@ def _visible(summand: Summand, indices: tuple[Expr, ...], reader: MaskReader) ->
     visible = settle(visible)
     if visible is True:
         return True, None
-    return visible, Hiding(visible, frozenset(fills), False, dtype, operand.ends)
+    return visible, Hiding(visible, frozenset(fills), False, dtype, operand.ends, operand.digits)
 
 
 def _hides_only(operand: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch.fx import Node
 
 from dilcompile.passes.anchors import MaskOperand, Multiplier, Sink, Softmax
@@ -16,7 +15,7 @@ from dilcompile.passes.masks.emptiness import Floor
 from dilcompile.passes.mutations import Mutations
 from dilcompile.passes.operators import is_float, is_tensor, op_name
 from dilcompile.passes.products import Product
-from dilcompile.passes.score_steps import Stages, largest, step, uncapped, unscaled
+from dilcompile.passes.score_steps import Stages, largest, resolution, step, uncapped, unscaled
 from dilcompile.passes.unproven import Unproven
 
 # Their result depends on the shape of their tensor arguments, not on the values.
@@ -31,7 +30,7 @@ class ScorePath:
     """``softmax([softcap(scale * multipliers * product) + masks, sinks])`` over ``columns``.
 
     Args:
-        dtypes: what product, scalings and cap are computed in.
+        shifted: a number that cancels was added to all scores of a row.
     """
 
     product: Product
@@ -42,7 +41,7 @@ class ScorePath:
     sinks: tuple[Sink, ...]
     multipliers: tuple[Multiplier, ...]
     floor: Floor | None = None
-    dtypes: frozenset[torch.dtype] = frozenset()
+    shifted: bool = False
 
 
 def walk_scores(softmax: Softmax, product: Node, facts: Facts) -> ScorePath:
@@ -55,7 +54,8 @@ def walk_scores(softmax: Softmax, product: Node, facts: Facts) -> ScorePath:
         Unproven: naming the operator at which the proof ended.
     """
     node, reader = softmax.scores, softmax.reader
-    stages = Stages(facts.axes[node][softmax.dim], product, math.log(softmax.base), ends=largest(reader), limit=softmax.limit)
+    stages = Stages(facts.axes[node][softmax.dim], product, math.log(softmax.base), limit=softmax.limit)
+    stages.ends, stages.resolution = largest(reader), resolution(reader)
     stages.masks += softmax.masks
     stages.sinks += softmax.sinks
     while True:
@@ -73,7 +73,9 @@ def walk_scores(softmax: Softmax, product: Node, facts: Facts) -> ScorePath:
         uncapped(node, stages)
         unscaled(node, stages)
         stages.through(node)
-        stages.masks.append(MaskOperand(found.addend, node, "add", stages.factor * found.beta, ends=stages.holds))
+        stages.masks.append(
+            MaskOperand(found.addend, node, "add", stages.factor * found.beta, ends=stages.holds, digits=stages.resolution)
+        )
     for operand in stages.masks:
         independent(operand.node, operand.on, node, facts.mutations)
     for one in stages.multipliers:
@@ -90,7 +92,7 @@ def walk_scores(softmax: Softmax, product: Node, facts: Facts) -> ScorePath:
         tuple(stages.sinks),
         tuple(stages.multipliers),
         stages.floor,
-        frozenset((*stages.dtypes, product.meta["val"].dtype, found.reader.meta["val"].dtype)),
+        stages.shifted,
     )
 
 

@@ -37,16 +37,18 @@ class Stages:
         product: the product that the walk is after; others that are added to it are biases.
         factor: product of all scalings (those nearer to the softmax).
         ends: the largest number that all dtypes hold, as the softmax sees it.
+        resolution: the relative resolution of the dtype with the fewest digits.
         limit: beyond it an exponential is zero, until a maximum is taken off.
         cap_outer: c in ``c * tanh(...)``, once the tanh was met.
         floor: what the scores are lifted to last of all.
-        dtypes: what was computed in on the way, where it rounds.
+        shifted: one number for all keys of a row was added; it cancels in the softmax, but for the last digits.
     """
 
     columns: Leaves
     product: Node
     factor: float = 1.0
     ends: float = math.inf
+    resolution: float = 0.0
     limit: float = math.inf
     cap_outer: float | None = None
     floor: Floor | None = None
@@ -54,7 +56,7 @@ class Stages:
     sinks: list[Sink] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     multipliers: list[Multiplier] = field(default_factory=list)
-    dtypes: set[torch.dtype] = field(default_factory=set)
+    shifted: bool = False
 
     def on_path(self, value: Any, facts: Facts) -> bool:
         """Is it made of the product, element by element?"""
@@ -66,8 +68,14 @@ class Stages:
         return min(self.ends, self.limit)
 
     def through(self, node: Node) -> None:
-        """Larger numbers than this node's dtype holds end here; what stands after it scales them."""
+        """Larger numbers than this node's dtype holds end here; what stands after it scales them. So do smaller digits."""
         self.ends = min(self.ends, largest(node) * abs(self.factor))
+        self.resolution = max(self.resolution, resolution(node))
+
+    def shift(self) -> None:
+        """A number a row is taken off: what hid all of a row is ordinary again, in what comes after."""
+        self.limit = self.ends = math.inf
+        self.resolution = 0.0
 
 
 Step = Callable[[Node, Stages, Facts], Node]
@@ -99,6 +107,11 @@ def first(node: Node) -> Node:
 def largest(node: Node) -> float:
     dtype = node.meta["val"].dtype
     return float(torch.finfo(dtype).max) if dtype.is_floating_point else math.inf
+
+
+def resolution(node: Node) -> float:
+    dtype = node.meta["val"].dtype
+    return float(torch.finfo(dtype).eps) if dtype.is_floating_point else 0.0
 
 
 def uncast(node: Node) -> Node:
@@ -198,7 +211,6 @@ def _negation(node: Node, stages: Stages, facts: Facts) -> Node:
 
 
 def _scaling(node: Node, stages: Stages, facts: Facts) -> Node:
-    stages.dtypes.add(node.meta["val"].dtype)
     path, other = _sides(node, stages, facts)
     divides = op_name(node) in ("div", "true_divide")
     if divides and path is not node.args[0]:
@@ -230,15 +242,18 @@ def _addition(node: Node, stages: Stages, facts: Facts) -> Node:
         unweighed(node, stages)
         if stages.sinks:
             raise Unproven(node, "a number a row is taken off the scores, but not off the sinks", "take it off both")
-        stages.limit = math.inf
+        stages.shift()
+        stages.shifted = True
     elif is_tensor(other):
         unscaled(node, stages)
-        stages.masks.append(MaskOperand(other, node, "add", stages.factor * of_other, ends=stages.holds))
+        stages.masks.append(
+            MaskOperand(other, node, "add", stages.factor * of_other, ends=stages.holds, digits=stages.resolution)
+        )
     elif stages.sinks:
         raise Unproven(node, "a number is added to the scores, but not to the sinks", STAYS)
     else:
         unweighed(node, stages)
-        stages.dtypes.add(node.meta["val"].dtype)
+        stages.shifted = True
     # A constant on every score of a row cancels in the softmax.
     stages.factor *= of_path
     return path
@@ -260,7 +275,7 @@ def _masked(node: Node, mask: Any, kind: str, fill: Any, stages: Stages, facts: 
     unscaled(node, stages)
     if not is_tensor(mask):
         raise Unproven(node, "the mask is not a tensor", STAYS)
-    stages.masks.append(MaskOperand(mask, node, kind, 1.0, value, stages.holds))
+    stages.masks.append(MaskOperand(mask, node, kind, 1.0, value, stages.holds, stages.resolution))
 
 
 def _where(node: Node, stages: Stages, facts: Facts) -> Node:
@@ -280,7 +295,6 @@ def _tanh(node: Node, stages: Stages, facts: Facts) -> Node:
     if stages.cap_outer is not None:
         raise Unproven(node, "two soft caps", STAYS)
     unscaled(node, stages)
-    stages.dtypes.add(node.meta["val"].dtype)
     stages.cap_outer, stages.factor = stages.factor, 1.0
     return first(node)
 

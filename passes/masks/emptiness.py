@@ -38,6 +38,7 @@ class Hiding:
         replaces: the scores are overwritten, not added to.
         dtype: of the scores that it meets.
         ends: the largest number that casts after it let through; larger ones become infinite.
+        digits: the coarsest relative resolution of what comes after it.
         outer: how many biases are added after it.
         cuts: it takes the place of one bias.
     """
@@ -47,12 +48,19 @@ class Hiding:
     replaces: bool
     dtype: torch.dtype
     ends: float = math.inf
+    digits: float = 0.0
     outer: int = 0
     cuts: bool = False
 
     @property
     def resolution(self) -> float:
-        return torch.finfo(self.dtype).eps
+        """What is left of a score beside the fill, be it lost where it is added or in a later cast."""
+        return max(torch.finfo(self.dtype).eps, self.digits)
+
+    @property
+    def rounds_later(self) -> bool:
+        """Is a number of this dtype rounded on its way to the softmax?"""
+        return self.digits > torch.finfo(self.dtype).eps
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,14 @@ class _Level:
 
 
 def emptiness_of(
-    hidings: Sequence[Hiding], biases: int, *, zero: bool, training: bool, capped: bool, floor: Floor | None = None
+    hidings: Sequence[Hiding],
+    biases: int,
+    *,
+    zero: bool,
+    training: bool,
+    capped: bool,
+    narrow: bool = False,
+    floor: Floor | None = None,
 ) -> Emptiness:
     """What rows become that see no key.
 
@@ -117,6 +132,7 @@ def emptiness_of(
         zero: rows whose scores are all -inf become 0, not NaN.
         training: gradients are asked for.
         capped: the scores go through a soft cap before they are masked.
+        narrow: a float64 attention whose softmax is float32, digit by digit.
         floor: what hidden scores are lifted to in the end.
     """
     if not hidings:
@@ -125,7 +141,7 @@ def emptiness_of(
     if len(hidings) > _MOST_OPERANDS or any(len(hiding.fills) != 1 for hiding in hidings):
         alike = all(hiding.fills == {-math.inf} for hiding in hidings)
         return nothing if alike and floor is None else other
-    levels = {hidden: _level(list(compress(hidings, hidden)), biases) for hidden in _subsets(hidings)}
+    levels = {hidden: _level(list(compress(hidings, hidden)), biases, narrow) for hidden in _subsets(hidings)}
     if floor is not None:
         levels = {hidden: _lifted(level, floor) for hidden, level in levels.items()}
     if any(level is None for level in levels.values()):
@@ -134,7 +150,9 @@ def emptiness_of(
     if not reached:
         return nothing
     kinds = sorted({(level.value, level.is_score) for level in reached.values()}, reverse=True)
-    if any(upper[0] - lower[0] < -HIDES for upper, lower in pairwise(kinds)):
+    # Fills that a later cast can't tell apart are one.
+    coarsest = max((one.digits for one in hidings if one.rounds_later), default=0.0)
+    if any(upper[0] - lower[0] < max(-HIDES, 4 * coarsest * abs(lower[0])) for upper, lower in pairwise(kinds)):
         return other
     stages = []
     for kind in kinds:
@@ -151,7 +169,8 @@ def emptiness_of(
     if first.visible is True and not rest and first.flat:
         if first.gradient == "none":
             return Emptiness("uniform")
-        if first.gradient == "all" and not biases and not capped:
+        # The slope of a mean is no float32 softmax's, digit by digit.
+        if first.gradient == "all" and not biases and not capped and not narrow:
             return Emptiness("shifted")
     return Emptiness("others", tuple(stages))
 
@@ -178,11 +197,11 @@ def _implies(one: Truth, other: Truth) -> bool:
     return _parts(other) <= _parts(one)
 
 
-def _level(hiding: Sequence[Hiding], biases: int) -> _Level | None:
+def _level(hiding: Sequence[Hiding], biases: int, narrow: bool) -> _Level | None:
     """What a score becomes that exactly these operands hide; None: it depends on more than that."""
     value: float | None = None
     gradient: Gradient | None = "all"
-    added, swallowed = 0.0, 0
+    added, blurred, swallowed = 0.0, False, 0
     for one in reversed(hiding):  # from the product outwards
         (fill,) = one.fills
         if one.replaces:
@@ -193,15 +212,15 @@ def _level(hiding: Sequence[Hiding], biases: int) -> _Level | None:
         elif absorbs(fill, one.resolution):
             value, swallowed = fill, biases
         else:
-            added += fill
+            added, blurred = added + fill, blurred or one.rounds_later or (narrow and one.dtype is not torch.float64)
         ends = one.ends
         if value is not None and abs(value) > ends:
             value = -math.inf
     if biases and any(one.cuts for one in hiding):
         gradient = _CUT.get(gradient) if biases == 1 and gradient is not None else None
     if value is None:
-        # The scores show, and with them whether a bias is among them.
-        return None if any(one.cuts for one in hiding) else _Level(added, True, "all")
+        # The scores show, and with them whether a bias is among them; a later cast may have taken some of their digits.
+        return None if blurred or any(one.cuts for one in hiding) else _Level(added, True, "all")
     if swallowed and value != -math.inf and not absorbs(value / _BEYOND_BIAS, max(one.resolution for one in hiding)):
         return None
     return _Level(value, False, gradient)

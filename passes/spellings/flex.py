@@ -21,7 +21,7 @@ from dilcompile.passes.masks.arithmetic import as_truth
 from dilcompile.passes.masks.bounds import Bounds
 from dilcompile.passes.masks.symbols import B, H, K, Lengths, Q
 from dilcompile.passes.masks.terms import Choice, Expr, Truth, conjunction, elements_of, negation
-from dilcompile.passes.operators import CASTS, is_tensor, op_name, shape_of
+from dilcompile.passes.operators import CASTS, is_narrow, is_tensor, op_name, shape_of
 from dilcompile.passes.pair_function import PairFunction
 from dilcompile.passes.spellings.arguments import first_output
 from dilcompile.passes.unproven import Unproven
@@ -62,6 +62,7 @@ def _read(node: Node, facts: Facts) -> Attention | None:
         seen=conjunction(seen, modified.seen),
         softcap=modified.softcap,
         enable_gqa=True,
+        narrowed="scores" if any(map(is_narrow, _made_of(scores))) else "no",
     )  # fmt: skip
 
 
