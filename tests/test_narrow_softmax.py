@@ -133,10 +133,6 @@ def single_terms(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 
 
-def summed_in_single(p: Tensor, v: Tensor) -> Tensor:
-    return (p[..., None] * v[:, :, None]).sum(3, dtype=SINGLE).to(v.dtype)
-
-
 def renormalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = (q @ k.mT).softmax(-1, dtype=SINGLE).to(v.dtype)
     return weights @ v / total(weights)
