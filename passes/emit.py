@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils._pytree import tree_map
+from torch.utils._sympy.functions import FloorDiv
 
 from dilcompile.passes.atoms import same_size
 from dilcompile.passes.normalize import fake_mode_of
@@ -44,10 +47,11 @@ class Emitter:
 
     def size(self, length: Length) -> int | Node:
         """A length as a graph argument: the number, or a node that computes it from some tensor's shape."""
-        if isinstance(length, int):
-            return length
-        expr = length.node.expr
-        if expr.is_number:
+        return length if isinstance(length, int) else self._computed(length.node.expr)
+
+    def _computed(self, expr: Any) -> int | Node:
+        """A length by arithmetic on those that tensors of the graph have."""
+        if expr.is_Integer:
             return int(expr)
         known = self._known_sizes()
         if expr in known:
@@ -58,7 +62,12 @@ class Emitter:
             if quotient.is_Integer:
                 held = self(aten.sym_size.int, tensor, dim)
                 return self(operator.mul, held, int(quotient))
-        raise LookupError(f"no tensor of the graph has a dim of length {length}")
+        if isinstance(expr, (sympy.Add, sympy.Mul)):
+            combine = operator.add if isinstance(expr, sympy.Add) else operator.mul
+            return reduce(lambda first, second: self(combine, first, second), map(self._computed, expr.args))
+        if isinstance(expr, FloorDiv):
+            return self(operator.floordiv, *map(self._computed, expr.args))
+        return self.symbol(expr)
 
     def symbol(self, expr: Any) -> Node:
         """A node that holds a symbolic length or number of the caller."""

@@ -148,13 +148,19 @@ def _tensordot(node: Node) -> Product | None:
 
 
 def _with_addend(product: Product, node: Node) -> Product | None:
-    alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+    alpha, beta = (_number(node.kwargs.get(name, 1)) for name in ("alpha", "beta"))
     addend = node.args[0]
-    if not isinstance(alpha, (int, float)) or not isinstance(beta, (int, float)):
+    if alpha is None or beta is None:
         return None
     assert isinstance(addend, Node)
     # With beta = 0 the addend is not read at all, not even its NaNs.
-    return replace(product, alpha=float(alpha), beta=float(beta), addend=addend if beta != 0 else None)
+    return replace(product, alpha=alpha, beta=beta, addend=addend if beta != 0 else None)
+
+
+def _number(value: Any) -> float | None:
+    """A number, or the one that a node holds: Dynamo passes floats of the model so under ``dynamic=True``."""
+    held = value.meta.get("val") if isinstance(value, Node) else value
+    return None if held is None or isinstance(held, torch.Tensor) else float(held)
 
 
 def _vecdot(node: Node) -> Product | None:
