@@ -18,8 +18,8 @@ from dilcompile.site import AttentionSite, MaskSpec
 
 @dataclass(frozen=True)
 class Inputs:
-    """Operands of ``dilcompile::attention`` but for the mask: q, k, v [B, H or Hkv, S, D], biases, dropout seed, the softmax's
-    own narrower dtype."""
+    """Operands of ``dilcompile::attention`` but for the mask: q, k, v [B, H or Hkv, S, D], biases, dropout seed, and whether
+    the softmax is ``narrow`` (see ``Call``)."""
 
     q: Node
     k: Node

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
 from dilcompile.site import Length
@@ -38,6 +39,17 @@ def shape_of(node: Node) -> tuple[Length, ...]:
 
 def is_tensor(value: Any) -> bool:
     return isinstance(value, Node) and isinstance(value.meta.get("val"), torch.Tensor)
+
+
+def held_number(value: Any) -> float | None:
+    """A number, or the one that a node holds; None if only the run knows it.
+
+    Dynamo passes the model's own numbers as nodes under ``dynamic=True``. A graph in which one was read is guarded for it alone.
+    """
+    held = value.meta.get("val") if isinstance(value, Node) else value
+    if held is None or isinstance(held, torch.Tensor) or has_free_unbacked_symbols(held):
+        return None
+    return float(held)
 
 
 def is_float(node: Node) -> bool:

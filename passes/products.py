@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from dilcompile.passes.atoms import same_size
-from dilcompile.passes.operators import is_float, op_name, shape_of
+from dilcompile.passes.operators import held_number, is_float, op_name, shape_of
 
 _EXPANDS = frozenset("expand expand_as broadcast_to".split())
 
@@ -26,6 +26,7 @@ class Product:
         addend: a tensor added to the product (``baddbmm``, ``linear``), or None.
         inner: the nodes between the operands and ``node``, where several compute the product; each has one user. The first one
             multiplies.
+        computed: alpha or beta is a number that only the run knows; what stands for them says nothing.
     """
 
     node: Node
@@ -39,6 +40,7 @@ class Product:
     beta: float = 1.0
     addend: Node | None = None
     inner: tuple[Node, ...] = ()
+    computed: bool = False
 
     @property
     def reader(self) -> Node:
@@ -147,20 +149,14 @@ def _tensordot(node: Node) -> Product | None:
     )
 
 
-def _with_addend(product: Product, node: Node) -> Product | None:
-    alpha, beta = (_number(node.kwargs.get(name, 1)) for name in ("alpha", "beta"))
+def _with_addend(product: Product, node: Node) -> Product:
+    alpha, beta = (held_number(node.kwargs.get(name, 1)) for name in ("alpha", "beta"))
     addend = node.args[0]
-    if alpha is None or beta is None:
-        return None
     assert isinstance(addend, Node)
+    if alpha is None or beta is None:
+        return replace(product, addend=addend, computed=True)
     # With beta = 0 the addend is not read at all, not even its NaNs.
     return replace(product, alpha=alpha, beta=beta, addend=addend if beta != 0 else None)
-
-
-def _number(value: Any) -> float | None:
-    """A number, or the one that a node holds: Dynamo passes floats of the model so under ``dynamic=True``."""
-    held = value.meta.get("val") if isinstance(value, Node) else value
-    return None if held is None or isinstance(held, torch.Tensor) else float(held)
 
 
 def _vecdot(node: Node) -> Product | None:

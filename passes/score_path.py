@@ -66,6 +66,7 @@ def walk_scores(softmax: Softmax, product: Node, facts: Facts) -> ScorePath:
         node, reader = step(node, stages, facts), node
     found, cap = facts.axes.products[product], stages.cap_outer
     of_floats(found)
+    of_known_factors(found)
     unwritten(found, facts)
     # c * tanh(a * s) is the operator's softcap * tanh(scale * s / softcap) at scale a * c.
     scale = stages.factor * found.alpha * (1.0 if cap is None else cap)
@@ -100,6 +101,13 @@ def of_floats(product: Product) -> None:
     """Raises: Unproven: if integers are multiplied, or a product is summed in integers."""
     if not all(map(is_float, (product.lhs, product.rhs, product.node))):
         raise Unproven(product.node, "integers are multiplied or summed", "cast them to floats before")
+
+
+def of_known_factors(product: Product) -> None:
+    """Raises: Unproven: if a product is scaled by a number that only the run knows."""
+    if product.computed:
+        reason = "the product is scaled by a number that is computed in the graph"
+        raise Unproven(product.node, reason, "scale an operand instead")
 
 
 def unwritten(product: Product, facts: Facts) -> None:

@@ -13,7 +13,7 @@ from dilcompile.passes.axes import Axes
 from dilcompile.passes.facts import Facts
 from dilcompile.passes.operators import CASTS, REORDERS, is_tensor, narrows, op_name
 from dilcompile.passes.products import Product, parse_product
-from dilcompile.passes.score_path import independent, of_floats, unwritten
+from dilcompile.passes.score_path import independent, of_floats, of_known_factors, unwritten
 from dilcompile.passes.score_steps import STAYS, keeps_all, multiplier, uncast
 from dilcompile.passes.unproven import Unproven
 
@@ -120,6 +120,7 @@ def _unadded(product: Product, facts: Facts) -> Product:
     if addend is not None and not facts.is_zero(addend, node):
         raise Unproven(node, "something is added to the output of the value product", STAYS)
     of_floats(product)
+    of_known_factors(product)
     if narrows(product.reader, node):
         raise Unproven(node, "the weighted values are summed in fewer digits than they have", "sum them in their own dtype")
     unwritten(product, facts)

@@ -129,6 +129,27 @@ def test_spellings_are_compared_without_guards(weights: Callable[[Tensor], Tenso
     assert len(found.outcomes) == 1
 
 
+def _scaled(q: Tensor, t: Tensor) -> Tensor:
+    return (q @ q.mT * (2 * t).sum().item()).softmax(-1) @ q
+
+
+def _scaled_within(q: Tensor, t: Tensor) -> Tensor:
+    """By a product's own factor."""
+    return torch.baddbmm(q.new_zeros(1, 1, 1), q, q.mT, beta=0, alpha=(2 * t).sum().item()).softmax(-1) @ q
+
+
+def _scaled_output(q: Tensor, t: Tensor) -> Tensor:
+    return torch.baddbmm(q.new_zeros(1, 1, 1), (q @ q.mT).softmax(-1), q, beta=0, alpha=(2 * t).sum().item())
+
+
+@pytest.mark.parametrize("call", [_scaled, _scaled_within, _scaled_output], ids=lambda call: call.__name__)
+def test_a_scale_that_only_the_run_knows(call: Callable[..., Tensor]) -> None:
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        found = same(call, numbers(), torch.tensor(0.7, dtype=torch.float64))
+    (miss,) = found.misses
+    assert "scaled by a number that is computed in the graph" in miss.reason
+
+
 def branch(x: Tensor) -> Tensor:
     return torch.cond(x.sum() > 0, attend, lambda x: x[:, None] * 2, (x,))
 

@@ -347,6 +347,7 @@ def test_numbers_of_the_model_under_dynamic_shapes(check: str, training: bool, m
     run = torch.compile(model, backend="dilated", dynamic=True, options=options)
     for scale in (0.3, 0.7):
         model.scale = scale
+        # What every exact site must keep to in float64.
         torch.testing.assert_close(run(q, keep), model(q, keep), rtol=1e-9, atol=1e-9)
     torch._dynamo.reset()
     _broken(monkeypatch, MUTATIONS["scale"])

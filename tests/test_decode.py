@@ -99,6 +99,7 @@ def test_a_window_that_fills_compiles_no_more_often_than_without_us(kind: str) -
     got = _decode(run, _cache(kind, model), ids)
     assert len(found.outcomes) == len(plain)
     assert (found.misses, found.refusals, found.rewritten) == ([], [], 2 * len(found.outcomes))
+    # What every exact site must keep to in float64.
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 

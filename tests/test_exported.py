@@ -112,6 +112,7 @@ def test_decomposed_to_core_aten(attend: Any, mask: str, dynamic: bool, strict: 
     assert any("compared on" in note for note in notes)
     for length in (12, 31) if dynamic else (12,):
         x = torch.randn(2, length, 32, dtype=torch.float64)
+        # Float64, summed in another order.
         torch.testing.assert_close(rewritten.module()(x), model(x), rtol=1e-12, atol=1e-12)
 
 

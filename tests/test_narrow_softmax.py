@@ -274,6 +274,7 @@ def test_what_is_approximate_keeps_all_digits() -> None:
     assert (site.narrowed, found.rewritten) == ("scores", 1)
     text = str(Dilated([4, 8], [1, 2]))
     exact, _ = ops.attention(x, x, x, None, None, None, None, text, False, None, None, 0, 1 / 3, None, 0.0, "reference")
+    # Float64, summed in another order: float32 anywhere would be off by 1e-8.
     torch.testing.assert_close(out, exact, rtol=0, atol=1e-12)
 
 

@@ -20,7 +20,7 @@ from dilcompile.passes.masks.arithmetic import Unreadable, as_expr, as_number, a
 from dilcompile.passes.masks.rules import READ, WRAPPING
 from dilcompile.passes.masks.tables import table_formula
 from dilcompile.passes.masks.terms import Element, Expr, Given, Indices, IntegerElement, Number, Truth
-from dilcompile.passes.operators import is_tensor, op_name, shape_of
+from dilcompile.passes.operators import held_number, is_tensor, op_name, shape_of
 
 
 class MaskReader:
@@ -78,14 +78,10 @@ class MaskReader:
 
     def constant(self, value: Any, at: Node) -> float | None:
         """The number that ``at`` reads, or None if it is data: a number, a node that holds one, or a tensor of one constant."""
-        if isinstance(value, (int, float)):
-            return float(value)
-        if not isinstance(value, Node):
-            return None
-        held = value.meta.get("val")
         if not is_tensor(value):
-            return None if held is None else float(held)
-        if held is None or any(size != 1 for size in held.shape) or self.stale(value, at):
+            return held_number(value) if isinstance(value, (int, float, Node)) else None
+        held = value.meta["val"]
+        if any(size != 1 for size in held.shape) or self.stale(value, at):
             return None
         try:
             number = self.number(value, (sympy.Integer(0),) * held.dim())
