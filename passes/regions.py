@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from dilcompile.passes.dead_code import erase_dead
+from dilcompile.passes.dtype_sources import name_dtypes
 from dilcompile.passes.frames import Frame, compiled_frame
 from dilcompile.passes.mutations import Mutations
 from dilcompile.passes.normalize import CHECKPOINT
@@ -92,6 +93,7 @@ class Graph:
 
 def regions(graph: Graph) -> Iterator[Graph]:
     """The graph itself, then the body of every checkpoint in it, with what is known of its inputs; each without dead code."""
+    name_dtypes(graph.gm)
     # Weights that are written into a tensor that nobody reads are not used. Random draws stay, for the sake of the random state.
     erase_dead(graph.gm, frozenset(graph.gm.graph.nodes))
     yield graph
