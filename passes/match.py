@@ -52,6 +52,7 @@ class Proof:
         empty: what rows become that see nothing.
         scored_at, valued_at: the nodes that read the queries and keys, and the values.
         multipliers, weights: tensors that scores and probabilities are multiplied with; the latter by ``factor``, too.
+        zeroed: what sets probabilities to 0 after the softmax.
         floor: what the scores are lifted to after all masks.
         starts: where the sequences start that rows and columns are packed from.
         narrowed: see ``AttentionSite``, were the operands float64, and but for the biases.
@@ -72,6 +73,7 @@ class Proof:
     valued_at: Node
     multipliers: tuple[Multiplier, ...] = ()
     weights: tuple[Multiplier, ...] = ()
+    zeroed: tuple[MaskOperand, ...] = ()
     factor: float = 1.0
     floor: Floor | None = None
     starts: Node | None = None
@@ -112,6 +114,7 @@ def describe(proof: Proof, index: int, graph: Graph, facts: Facts) -> Match:
         narrow=narrowed == "softmax",
         training=graph.training,
         rule=proof.empty,
+        zeroed=proof.zeroed,
         floor=proof.floor,
         sinks=_sinks(proof.sinks, facts),
     )

@@ -50,6 +50,7 @@ def read_site_mask(
     narrow: bool = False,
     training: bool = False,
     rule: EmptyRule = "plain",
+    zeroed: Sequence[MaskOperand] = (),
     floor: Floor | None = None,
     sinks: Sinks = "none",
 ) -> tuple[ReadMask, tuple[MaskOperand, ...]]:
@@ -62,8 +63,12 @@ def read_site_mask(
         narrow: a float64 attention whose softmax is float32.
         training: gradients are asked for.
         rule: what the spelling makes of rows that see nothing.
+        zeroed: what sets probabilities to 0 after the softmax.
         floor: what the scores are lifted to after all masks.
         sinks: what stands beside the keys: nothing, logits that are ordinary numbers, or data.
+
+    Raises:
+        Unproven: if probabilities become 0 that the masks don't hide.
     """
     lengths = Lengths(*sizes)
     places = _places(roles, lengths)
@@ -107,6 +112,10 @@ def read_site_mask(
         empty = Emptiness("other")
     if rule == "odd" and empty.rows in ("uniform", "shifted", "others"):
         empty = Emptiness("other")
+    if zeroed:
+        shown = conjunction(*(_shown(one, _indices(one, roles, axes, places.of), reader) for one in zeroed))
+        known = not data and floor is None and not (training and any(not one.replaces for one in hidings))
+        empty = Emptiness("zero") if _hides_no_more(shown, keep, zeroed[0], reader) and known else Emptiness("other")
     if sinks != "none" and hidings:
         # Next to an ordinary sink, keys at the least number weigh nothing at all.
         nothing = all(fill <= _NOTHING for hiding in hidings for fill in hiding.fills)
@@ -114,6 +123,28 @@ def read_site_mask(
     read = read_mask(places.whole(keep), empty.rows, reader, lengths, tensors=any(one.kind != "add" for one in bias))
     read = replace(read, binary=frozenset(reader.binary))
     return _with_others(read, empty, zero, data, reader, lengths, places), tuple(bias)
+
+
+def _shown(zeroed: MaskOperand, indices: tuple[Expr, ...], reader: MaskReader) -> Truth:
+    """Which probabilities are left by a mask that sets them to 0."""
+    try:
+        chosen = reader.truth(zeroed.node, indices, zeroed.on)
+    except Unreadable as error:
+        raise Unproven(zeroed.on, "probabilities become 0 under a mask that can't be read", "mask the scores alone") from error
+    return chosen if zeroed.kind == "keep" else negation(chosen)
+
+
+def _hides_no_more(shown: Truth, keep: Truth, zeroed: MaskOperand, reader: MaskReader) -> bool:
+    """Are the probabilities that are left all those that the masks of the scores let through? False: not only those.
+
+    Raises:
+        Unproven: if some that are let through are not left.
+    """
+    settle = Bounds(reader.sizes).settle
+    visible = settle(keep)
+    if settle(conjunction(keep, shown)) != visible:
+        raise Unproven(zeroed.on, "probabilities become 0 that the mask of the scores does not hide", "mask the scores alone")
+    return settle(shown) == visible
 
 
 def _drowns(operand: MaskOperand, training: bool, axes: Axes, reader: MaskReader) -> bool:

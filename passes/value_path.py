@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from dilcompile.passes.anchors import Division, Multiplier, Softmax
-from dilcompile.passes.atoms import Leaves, flat
+from dilcompile.passes.anchors import Division, MaskOperand, Multiplier, Softmax
+from dilcompile.passes.atoms import Leaves, flat, same_shape
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.facts import Facts
-from dilcompile.passes.operators import CASTS, REORDERS, is_tensor, narrows, op_name
+from dilcompile.passes.operators import CASTS, REORDERS, is_tensor, narrows, op_name, shape_of
 from dilcompile.passes.products import Product, parse_product
 from dilcompile.passes.score_path import independent, of_floats, of_known_factors, unwritten
 from dilcompile.passes.score_steps import STAYS, keeps_all, multiplier, uncast
+from dilcompile.passes.spellings.own_sum import zeroed
 from dilcompile.passes.unproven import Unproven
 
 _SCALINGS = frozenset(("mul", "div", "true_divide"))
@@ -29,6 +30,7 @@ class ValuePath:
     Args:
         probabilities: the operand of the product.
         cleared: NaN among the probabilities becomes 0.
+        masks: what sets probabilities to 0.
         output: the node that holds the result.
     """
 
@@ -38,6 +40,7 @@ class ValuePath:
     factor: float
     multipliers: tuple[Multiplier, ...]
     cleared: bool
+    masks: tuple[MaskOperand, ...]
     output: Node
 
 
@@ -55,6 +58,7 @@ def walk_values(softmax: Softmax, columns: Leaves, scores: Node, facts: Facts) -
     node, kept, factor, axes = softmax.probabilities, 1.0, 1.0, facts.axes
     division = softmax.division
     multipliers: list[Multiplier] = []
+    masks: list[MaskOperand] = []
     cleared = False
     while True:
         users = [user for user in node.users if _matters(user) and (division is None or user is not division.total)]
@@ -64,7 +68,7 @@ def walk_values(softmax: Softmax, columns: Leaves, scores: Node, facts: Facts) -
         if user in axes.reading:
             product = _unadded(axes.reading[user], facts)
             output = product.node if division is None else _divided(product, node, division, facts)
-            return ValuePath(product, node, 1.0 - kept, factor * product.alpha, tuple(multipliers), cleared, output)
+            return ValuePath(product, node, 1.0 - kept, factor * product.alpha, tuple(multipliers), cleared, tuple(masks), output)
         if op_name(user) in _SCALINGS:
             weight = _weight(user, node, columns, scores, facts)
             if isinstance(weight, Multiplier):
@@ -74,6 +78,8 @@ def walk_values(softmax: Softmax, columns: Leaves, scores: Node, facts: Facts) -
         elif op_name(user) == "nan_to_num":
             _clears(user, multipliers, facts)
             cleared = True
+        elif (mask := zeroed(user, node, facts)) is not None:
+            masks.append(_zeroes(mask, node, softmax, multipliers, scores, facts))
         else:
             kept *= _through(user, columns, axes)
         node = user
@@ -164,6 +170,20 @@ def _clears(user: Node, multipliers: Sequence[Multiplier], facts: Facts) -> None
         raise Unproven(user, "NaN among the probabilities becomes another number than 0", "fill with 0")
     if multipliers:
         raise Unproven(user, "the probabilities are multiplied by a tensor before NaN becomes 0", "clear them first")
+
+
+def _zeroes(
+    mask: MaskOperand, weights: Node, softmax: Softmax, multipliers: Sequence[Multiplier], scores: Node, facts: Facts
+) -> MaskOperand:
+    """A mask under which probabilities become 0."""
+    if multipliers:
+        raise Unproven(mask.on, "the probabilities are multiplied by a tensor before some become 0", "mask them first")
+    if softmax.empty == "odd" or softmax.masks or softmax.division is not None or softmax.sinks:
+        raise Unproven(mask.on, "some probabilities of a softmax that is written out become 0", "write torch.softmax")
+    if facts.mutations.stale(weights, mask.on) or not same_shape(shape_of(mask.on), shape_of(weights)):
+        raise Unproven(mask.on, "the probabilities are not what is masked", STAYS)
+    independent(mask.node, mask.on, scores, facts.mutations, "a mask of the probabilities")
+    return mask
 
 
 def _through(user: Node, columns: Leaves, axes: Axes) -> float:

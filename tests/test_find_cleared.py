@@ -1,4 +1,4 @@
-"""Rows without keys repaired by the model: NaN cleared after the softmax, hidden scores lifted to the least number before it."""
+"""Rows without keys repaired by the model: NaN cleared or keys set to 0 after the softmax, hidden scores lifted to the least number before it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from finding import Case, Mutation, check, double, must_be_noticed  # noqa: F401  (the fixture works by being here)
 from torch import Tensor
 
-from dilcompile.passes import find_sites, score_steps, value_path
+from dilcompile.passes import find_sites, read_operands, score_steps, value_path
 from dilcompile.passes.masks import emptiness
 
 B, H, S, D = 2, 3, 7, 4
@@ -80,6 +80,60 @@ def test_added_masks_are_cleared_where_no_gradient_is_asked_for() -> None:
 
 
 LEAST = torch.finfo(torch.float64).min
+LATER = torch.ones(S, S, dtype=torch.bool).triu(1)
+
+
+def _to_zero(p: Tensor, keep: Tensor) -> Tensor:
+    return p.masked_fill(~keep, 0.0)
+
+
+def zeroed(fill: float, late: Callable[[Tensor, Tensor], Tensor] = _to_zero) -> Callable[..., Tensor]:
+    """ESPnet's, WeNet's and SpeechBrain's: what is hidden before the softmax is set to 0 after it, too."""
+    return lambda q, k, v, keep: late((q @ k.mT * 0.4).masked_fill(~keep, fill).softmax(-1), keep) @ v
+
+
+def _zeroed_of_two(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """Rows whose keys are hidden by both masks together are NaN where only the other one hides."""
+    later = torch.arange(S)[:, None] < torch.arange(S)
+    return _to_zero((q @ k.mT).masked_fill(later, -INF).masked_fill(~keep, -INF).softmax(-1), keep) @ v
+
+
+def _zeroed_with_sinks(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    e = (q @ k.mT).masked_fill(~keep, -INF).exp()
+    return _to_zero(e / (1 + e.sum(-1, keepdim=True)), keep) @ v
+
+
+UNHIDDEN = "miss: probabilities become 0 that the mask of the scores does not hide"
+ZEROED: list[Case] = [
+    ("zeroed", zeroed(-INF), with_padding(), "padding (zero)"),
+    ("zeroed: the least number", zeroed(LEAST), with_padding(), "padding (zero)"),
+    ("zeroed: by where", zeroed(-1e30, lambda p, keep: torch.where(keep, p, 0.0)), with_padding(), "padding (zero)"),
+    ("zeroed: in place", zeroed(LEAST, lambda p, keep: (p * 1).masked_fill_(keep == 0, 0.0)), with_padding(), "padding (zero)"),
+    ("zeroed: after dropout", zeroed(LEAST, lambda p, keep: _to_zero(F.dropout(p, 0.5, False), keep)), with_padding(), "padding (zero)"),
+    ("zeroed: and weighed", zeroed(LEAST, lambda p, keep: _to_zero(p, keep) * torch.linspace(0.5, 1, H)[:, None, None]), with_padding(), "padding (zero)"),
+    ("not: more is zeroed", zeroed(-INF, lambda p, keep: p.masked_fill(LATER | ~keep, 0.0)), with_padding(), UNHIDDEN),
+    ("not: others are zeroed", zeroed(-INF, lambda p, keep: p.masked_fill(LATER, 0.0)), with_padding(False), UNHIDDEN),
+    ("not: zeroed where nothing is hidden", lambda q, k, v, keep: _to_zero((q @ k.mT).softmax(-1), keep) @ v, with_padding(False), UNHIDDEN),
+    ("not: less is zeroed", _zeroed_of_two, with_padding(False), "kept: causal & padding (other)"),
+    ("not: zeroed to another number", zeroed(-INF, lambda p, keep: p.masked_fill(~keep, 1e-3)), with_padding(False), "miss: aten.masked_fill stands between the softmax and the values"),
+    ("not: zeroed by the scores", lambda q, k, v: (lambda s: s.softmax(-1).masked_fill(s < 0, 0.0) @ v)(q @ k.mT), qkv, "miss: a mask of the probabilities is computed from the scores themselves"),
+    ("not: weighed before it is zeroed", zeroed(-INF, lambda p, keep: _to_zero(p * torch.linspace(0.5, 1, H)[:, None, None], keep)), with_padding(), "miss: the probabilities are multiplied by a tensor before some become 0"),
+    ("not: zeroed under an added mask, with gradients", lambda q, k, v, keep: _to_zero(added(-INF)(q @ k.mT, keep).softmax(-1), keep) @ v, with_padding(False), "kept: padding (other)"),
+    ("not: zeroed beside a sink", _zeroed_with_sinks, with_padding(False), "miss: some probabilities of a softmax that is written out become 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ZEROED, ids=lambda case: case[0])
+def test_probabilities_set_to_zero(case: Case) -> None:
+    check(case)
+
+
+def test_zeroed_under_an_added_mask_where_no_gradient_is_asked_for() -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return _to_zero(added(-INF)(q @ k.mT, keep).softmax(-1), keep) @ v
+
+    with torch.no_grad():
+        check(("added", call, with_padding(), "padding (zero)"), gradients=False)
 
 
 def at_least(number: float, mask: Callable[[Tensor, Tensor], Tensor] = lambda s, keep: s) -> Callable[..., Tensor]:
@@ -127,7 +181,7 @@ def test_lifted_scores_where_no_gradient_is_asked_for(mask: Callable[[Tensor, Te
 
 
 def _case(name: str) -> Callable[[], None]:
-    (found,) = [case for case in (*CLEARED, *LIFTED) if case[0] == name]
+    (found,) = [case for case in (*CLEARED, *ZEROED, *LIFTED) if case[0] == name]
     return lambda: check(found)  # type: ignore[return-value]
 
 
@@ -145,6 +199,10 @@ MUTATIONS: list[Mutation] = [
     ("all of the gradient is left", emptiness, "_lifted", _with_all_of_it, _case("not: half the gradient of rows without keys")),
     ("any number is the least", score_steps, "largest", lambda node: 0.0, _case("not: a number that may cut off scores")),
     ("gradients don't matter", find_sites, "_rows_without_keys", lambda *_: "zero", _case("not: the gradient is NaN")),
+    ("any mask will do", read_operands, "_hides_no_more", lambda *_: True, _case("not: more is zeroed")),
+    ("rows without keys don't matter", read_operands, "_hides_no_more", lambda *_: True, _case("not: less is zeroed")),
+    ("zeros are not told", read_operands, "_hides_no_more", lambda *_: False, _case("zeroed: the least number")),
+    ("weights are no hindrance", value_path, "_zeroes", lambda mask, *_: mask, _case("not: weighed before it is zeroed")),
 ]  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def masked(weights: Node, facts: Facts) -> tuple[Node, tuple[MaskOperand, ...]]:
     masks: list[MaskOperand] = []
     while True:
         for user in weights.users:
-            mask = _zeroed(user, weights, facts)
+            mask = zeroed(user, weights, facts) or _gated(user, weights, facts)
             if mask is not None and same_shape(shape_of(user), shape_of(weights)) and not facts.mutations.stale(weights, user):
                 masks.append(mask)
                 weights = user
@@ -44,7 +44,8 @@ def masked(weights: Node, facts: Facts) -> tuple[Node, tuple[MaskOperand, ...]]:
             return weights, tuple(reversed(masks))
 
 
-def _zeroed(user: Node, weights: Node, facts: Facts) -> MaskOperand | None:
+def zeroed(user: Node, weights: Node, facts: Facts) -> MaskOperand | None:
+    """Where ``user`` is 0 in place of the weights; None if it does something else."""
     name = op_name(user)
     if name == "masked_fill" and user.args[0] is weights and facts.is_zero(user.args[2], user):
         return MaskOperand(user.args[1], user, "hide") if is_tensor(user.args[1]) else None  # type: ignore[arg-type]
@@ -54,7 +55,12 @@ def _zeroed(user: Node, weights: Node, facts: Facts) -> MaskOperand | None:
             return MaskOperand(mask, user, "keep")  # type: ignore[arg-type]
         if other is weights and facts.is_zero(then, user):
             return MaskOperand(mask, user, "hide")  # type: ignore[arg-type]
-    if name != "mul" or weights not in user.args:
+    return None
+
+
+def _gated(user: Node, weights: Node, facts: Facts) -> MaskOperand | None:
+    """What the weights are multiplied with, if that is a mask."""
+    if op_name(user) != "mul" or weights not in user.args:
         return None
     other = user.args[1] if user.args[0] is weights else user.args[0]
     if not isinstance(other, Node) or not is_tensor(other) or facts.mutations.stale(other, user):

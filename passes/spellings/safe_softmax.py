@@ -50,6 +50,8 @@ def _where_zero(user: Node, weights: Node, facts: Facts) -> Node | None:
 
 def _says_empty(node: Node, yes: bool, softmax: Softmax, facts: Facts) -> bool:
     """Is ``node`` one truth a row: that all its scores are -inf (``yes``), or that some are not?"""
+    if node.op != "call_function":
+        return False
     inner = node.args[0]
     if op_name(node) in _NOT and isinstance(inner, Node) and not facts.mutations.stale(inner, node):
         return _says_empty(inner, not yes, softmax, facts)
