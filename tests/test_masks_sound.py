@@ -183,7 +183,7 @@ SCORES: list[Case] = [
     ("softmax over the heads", lambda q, k, v: (q @ k.mT).softmax(1) @ v, qkv, "miss: the softmax does not run over the key axis of the product"),
     ("transposed scores", lambda q, k, v: (k @ q.mT).softmax(-2).mT @ v, qkv, "none (zero)"),
     ("doubled weights", of_weights(lambda w: w * 2), qkv, "none (zero)"),
-    ("masked weights", of_weights(lambda w: w.masked_fill(later(), 0)), qkv, "miss: aten.masked_fill stands between the softmax and the values"),
+    ("masked weights", of_weights(lambda w: w.masked_fill(later(), 0)), qkv, "miss: probabilities become 0 that the mask of the scores does not hide"),
     ("renormalised weights", of_weights(lambda w: w / w.sum(-2, keepdim=True)), qkv, "miss: the attention weights are used elsewhere too"),
     ("returned weights", lambda q, k, v: (lambda w: (w @ v, w))((q @ k.mT).softmax(-1)), qkv, "miss: the attention weights are returned"),
     ("weights used twice", lambda q, k, v: (lambda w: w @ v + w @ (2 * v))((q @ k.mT).softmax(-1)), qkv, "miss: the attention weights are used elsewhere too"),
