@@ -8,9 +8,7 @@ from dilcompile.lowering.call import Call
 
 
 def beyond_union(call: Call, backward: bool) -> str | None:
-    """The part of the call that is no matter of which pairs count and how often, or None."""
-    if call.bias is not None:
-        return "a bias over all pairs"
+    """The part of the call that is no matter of which pairs count, how often and with what bias, or None."""
     if call.pairs is not None:
         return "a formula over pairs"
     if call.flat:

@@ -42,9 +42,13 @@ def there(value: Any) -> Any:
 def results(
     call: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Tensor, ...], *arguments: Any, **operands: Any
 ) -> tuple[Tensor, ...]:
-    """Output, LSE and the gradients of all inputs, on the CPU."""
+    """Output, LSE and the gradients of all inputs and of the bias, on the CPU."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out, lse = (x.cpu() for x in call(*leaves, *arguments, **operands))
+    given = list(leaves)
+    if operands.get("bias") is not None:
+        operands["bias"] = operands["bias"].detach().requires_grad_()
+        leaves.append(operands["bias"])
+    out, lse = (x.cpu() for x in call(*given, *arguments, **operands))
     return (out.detach(), lse.detach(), *(x.cpu() for x in torch.autograd.grad(loss_of(out, lse, True), leaves)))
 
 
@@ -97,6 +101,35 @@ OPERANDS: list[dict[str, Any]] = [
 def test_caps_padding_and_documents(form: Form, asked: dict[str, Any]) -> None:
     inputs = inputs_of(q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, dtype=torch.bfloat16)
     check("triton", form, inputs, setting_of(inputs[0], inputs[1], causal=True), **operands_of(asked, length=LENGTH))
+
+
+# One number a key, a key of each head, a pair, a pair of each batch row, a row.
+BIASES = [(1, 1, 1, LENGTH), (1, 4, 1, LENGTH), (4, LENGTH, LENGTH), (2, 1, LENGTH, LENGTH), (2, 4, LENGTH, 1)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", BIASES, ids=str)
+@pytest.mark.parametrize("form", [Dense(), WIDE, FORMS[7], FORMS[9], SlidingWindow(150, sinks=3)], ids=str)
+@pytest.mark.parametrize("kernel", ["triton", "flash"])
+def test_every_bias(kernel: str, form: Form, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """-inf in it hides pairs; its gradient is summed over what shares it."""
+    inputs = inputs_of(q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, dtype=dtype)
+    at = setting_of(inputs[0], inputs[1], causal=True)
+    generator = torch.Generator().manual_seed(7)
+    bias = torch.randn(shape, generator=generator).to(dtype)
+    bias = bias.masked_fill(torch.rand(shape, generator=generator) < 0.2, -torch.inf)
+    if kernel == "flash" and refuses(kernel, form, *(x.to(DEVICE) for x in inputs), at, bias=bias.to(DEVICE)):
+        return
+    check(kernel, form, inputs, at, bias=bias)
+
+
+@pytest.mark.parametrize("asked", OPERANDS, ids=str)
+@pytest.mark.parametrize("shape", BIASES[1:3], ids=str)
+def test_a_bias_beside_caps_padding_and_documents(shape: tuple[int, ...], asked: dict[str, Any]) -> None:
+    inputs = inputs_of(q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, dtype=torch.bfloat16)
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(7))
+    at = setting_of(inputs[0], inputs[1], causal=True)
+    check("triton", WIDE, inputs, at, bias=bias, **operands_of(asked, length=LENGTH))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 1), (6, 2), (17, 1), (3, 3)])
@@ -169,6 +202,32 @@ def test_offsets_beyond_32_bits() -> None:
         eager = expected(*some, SlidingWindow(window), part, torch.bfloat16)
         assert_as_good_as_eager(out[:, :, rows].cpu(), eager[0], exact[0], torch.bfloat16)
         assert_as_good_as_eager(lse[:, :, rows].cpu(), eager[1], exact[1], torch.bfloat16)
+
+
+@on_device_only
+def test_a_bias_of_more_than_32_bits() -> None:
+    """Rows of the last head, whose numbers lie behind 2**31 others, forward and backward."""
+    length, heads, dim, rows = 1 << 14, 9, 64, 40
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    draw = {"dtype": torch.bfloat16, "device": DEVICE, "generator": generator}
+    q, k, v = (torch.randn(1, h, length, dim, **draw) for h in (heads, 1, 1))
+    bias = torch.randn(1, heads, length, length, **draw).requires_grad_()
+    at = setting_of(q, k, causal=True)
+    out, _ = run(q, k, v, SlidingWindow(100), "triton", at, bias=bias)
+    (grad,) = torch.autograd.grad(out[:, -1, -rows:].sum(), bias)
+    keys = slice(length - 200, length)
+    some = [q[:, -1:, -rows:], k[:, :, keys], v[:, :, keys], bias.detach()[:, -1:, -rows:, keys]]
+    part = setting_of(some[0], some[1], causal=True, q_offset=200 - rows)
+    exact, eager = [x.cpu().double() for x in some], [x.cpu() for x in some]
+    sides = []
+    for values, dtype in ((eager, torch.bfloat16), (exact, torch.float64)):
+        values[3].requires_grad_()
+        found, _ = expected(*values[:3], SlidingWindow(100), part, dtype, bias=values[3])
+        sides.append((found, torch.autograd.grad(found.sum(), values[3])[0]))
+    mine = (out.detach()[:, -1:, -rows:].cpu(), grad[:, -1:, -rows:, keys].cpu())
+    for one, theirs, true in zip(mine, *sides, strict=True):
+        assert_as_good_as_eager(one, theirs, true, torch.bfloat16)
+    assert not grad[:, :-1].any()
 
 
 @on_device_only

@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from dilcompile.forms import Dense, Dilated, Form
 from dilcompile.lowering import ops, triton
 from dilcompile.lowering.triton import compiled, plan
 from dilcompile.lowering.triton.compiled import Case
+from dilcompile.lowering.triton.config import Masks
 from dilcompile.relation import Problem, Relation, Segment, Term
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -28,9 +29,10 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
 
 @needs_triton
 @pytest.mark.timeout(600)
-def test_the_numbers_in_the_interpreter() -> None:
-    """See ``triton_interpreted.py``: it needs a process in which Triton is imported to interpret."""
-    tests = Path(__file__).with_name("triton_interpreted.py")
+@pytest.mark.parametrize("name", ["triton_interpreted.py", "triton_interpreted_bias.py"])
+def test_the_numbers_in_the_interpreter(name: str) -> None:
+    """They need a process in which Triton is imported to interpret."""
+    tests = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", "-x", "--tb=short", "-p", "no:cacheprovider", str(tests)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
@@ -77,7 +79,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, q: torch.Tensor, form: Form = Dense
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ({"bias": torch.zeros(1)}, "a bias over all pairs; kernel 'cpu' can"),
+        ({"bias": torch.zeros(1, dtype=torch.int32)}, "a bias of dtype torch.int32; kernel 'cpu' can"),
         ({"dropout_p": 1.0, "seed": torch.tensor([1])}, "dropout of 1.0, which keeps nothing; kernel 'cpu' can"),
         ({"scale": math.inf}, "scale inf"),
         ({"masks": {"flat": True}}, "flat scores"),
@@ -142,7 +144,14 @@ def test_tiles_hold_every_position_once(data: st.DataObject) -> None:
             assert Counter(x for x in held if x < end) == Counter(range(first, end))
 
 
-OWN = {"sm80": "mma.sync", "sm90": "wgmma.mma_async", "sm100": "tcgen05.mma", "gfx942": "v_mfma", "gfx950": "v_mfma"}
+OWN = {
+    "sm80": "mma.sync",
+    "sm90": "wgmma.mma_async",
+    "sm100": "tcgen05.mma",
+    "sm120": "mma.sync",
+    "gfx942": "v_mfma",
+    "gfx950": "v_mfma",
+}
 
 
 def listed() -> list[str]:
@@ -167,12 +176,15 @@ def proven(case: Case) -> bool:
 def test_the_table_lists_every_case_without_spills() -> None:
     cases = list(compiled.cases())
     assert len(listed()) == len(cases)
+    assert {case.arch for case in cases} == set(compiled.SHARED)
     for case, line in zip(cases, listed(), strict=True):
         found = columns(line)
         key = (case.step, case.arch, str(case.dtype).removeprefix("torch."), str(case.head_dim), str(case.v_dim))
         assert tuple(found[title] for title in ("kernel", "arch", "dtype", "D", "Dv")) == key
         assert found["tile"] == f"{case.tile.own}x{case.tile.other}", "run python -m dilcompile.lowering.triton.compiled --write"
-        assert found["stack"] == "0" or not proven(case), line
+        assert found["stack"] == "0", line
+        assert int(found["shared"]) <= compiled.SHARED[case.arch], line
+        assert found["TMA"] == "0", line
         assert found["instruction"] == OWN[case.arch] or not proven(case), line
         assert int(found["products"]) > 0 or case.dtype == torch.float32 or case.step == "sums", line
 
@@ -182,6 +194,7 @@ def assert_compiles_as_listed(case: Case) -> None:
 
     found = compiled.compile_case(case)
     assert found.instruction == OWN[case.arch] or not proven(case)
+    assert found.shared <= compiled.SHARED[case.arch]
     assert found.products > 0 or case.dtype == torch.float32 or case.step == "sums"
     if package.__version__ in compiled.TABLE.read_text().splitlines()[0]:
         assert compiled.row(case, found) in listed(), "run python -m dilcompile.lowering.triton.compiled --write"
@@ -211,3 +224,23 @@ def test_a_tile_that_spills_would_be_seen() -> None:
     pytest.importorskip("triton")
     case = Case("forward", "sm90", torch.bfloat16, 128, 128)
     assert compiled.compile_case(case, compiled.Tile(128, 128, 4, 2)).stack > 0
+
+
+def test_a_tile_that_needs_more_shared_memory_than_there_is_would_be_seen() -> None:
+    pytest.importorskip("triton")
+    case = Case("forward", "sm120", torch.bfloat16, 128, 128)
+    assert compiled.compile_case(case, compiled.Tile(128, 64, 8, 4)).shared > compiled.SHARED["sm120"]
+    assert compiled.compile_case(case).shared <= compiled.SHARED["sm120"]
+
+
+def test_loads_by_descriptor_are_counted() -> None:
+    text = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier [%r1];\nwgmma.mma_async;\ncp.async.bulk.commit_group;"
+    assert compiled.described(text) == 1
+
+
+def test_every_kind_of_tile_is_in_the_table() -> None:
+    """What a call may get is compiled: each kind of masks, and each family of architectures, for every kernel."""
+    for step in ("forward", "queries", "keys", "bias"):
+        kinds = {case.masks for case in ALL if case.step == step}
+        assert kinds == ({"some", "pairs", "counted pairs"} if step == "bias" else set(get_args(Masks))), step
+        assert {case.arch for case in ALL if case.step == step} >= {"sm80", "sm90", "sm100", "sm120", "gfx942"}

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from dilcompile.lowering.call import Call, Gradients, empty_output
 from dilcompile.lowering.triton.config import INTERPRETED, Masks, Pass, Tile, tile_of
 from dilcompile.lowering.triton.plan import Plan, Rows, plan_of, unplannable
 from dilcompile.lowering.union import beyond_union
+from dilcompile.relation import Problem
 
 TAKES_ROW_MASKS = True
 # A tile of queries for one key head: with fewer rows most of it would be empty.
@@ -33,6 +35,8 @@ _MOST_PACKED = 16
 # What a launch may have of the dims but the first.
 _MOST_PROGRAMS = 65535
 LOG2_E = math.log2(math.e)
+
+BiasBy = Literal["none", "keys", "rows", "pairs"]
 
 
 def interpreting() -> bool:
@@ -56,6 +60,8 @@ def supports(call: Call, backward: bool) -> str | None:
         return f"head size {largest}, more than {_LARGEST_HEAD}"
     if max(call.problem.batch, call.problem.heads) > _MOST_PROGRAMS:
         return f"{call.problem.batch} batch rows of {call.problem.heads} heads, more than {_MOST_PROGRAMS}"
+    if call.bias is not None and call.bias.dtype not in (*_DTYPES, torch.float64):
+        return f"a bias of dtype {call.bias.dtype}"
     if call.dropout_p >= 1:
         return f"dropout of {call.dropout_p}, which keeps nothing"
     return beyond_union(call, backward) or unplannable(call.relation)
@@ -71,13 +77,14 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     if lse.numel() == 0:
         return out, lse
     bound = _bind(call)
-    tile = _tile(call, "forward")
+    tile = bound.tile("forward")
     plan = bound.plan(tile.own // bound.pack, tile.other)
     q, k, v = (_dense_rows(x) for x in (call.q, call.k, call.v))
     with _current(q.device):
         kernel[bound.grid(plan.queries)](
-            q, k, v, out, lse, plan.terms, plan.residues, plan.queries.tiles, plan.patterns, *bound.masks, bound.seed,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *bound.mask_strides,
+            q, k, v, out, lse, plan.terms, plan.residues, plan.queries.tiles, plan.patterns,
+            *bound.masks, bound.bias, bound.seed,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *bound.mask_strides, *bound.bias_strides,
             *bound.sizes(plan.queries), **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other,
             **tile.options,
         )  # fmt: skip
@@ -90,34 +97,66 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
 
     grad_q, grad_k, grad_v = (empty_output(x, x.shape[-1]) for x in (call.q, call.k, call.v))
     if lse.numel() == 0 or call.k.numel() == 0:
-        return grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), None
+        return grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), None if call.bias is None else torch.zeros_like(call.bias)
     bound, size = _bind(call), call.problem
     q, k, v, out, grad_out = (_dense_rows(x) for x in (call.q, call.k, call.v, out, grad_out))
     lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
-    block, tile = _block(size.v_dim), _tile(call, "sums")
+    block, tile = _block(size.v_dim), bound.tile("sums")
     with _current(q.device):
         row_sums[(-(-size.q_len // tile.own), size.heads, size.batch)](
             out, grad_out, None if grad_lse is None else grad_lse.contiguous(), delta, *out.stride()[:3], *grad_out.stride()[:3],
             size.q_len, size.heads, V_DIM=size.v_dim, BLOCK_DV=block, BLOCK_M=tile.own, **tile.options,
         )  # fmt: skip
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3])
-        tile = _tile(call, "queries")
+        tile = bound.tile("queries")
         plan = bound.plan(tile.own // bound.pack, tile.other)
         gradient_of_queries[bound.grid(plan.queries)](
             q, k, v, grad_out, lse, delta, grad_q, plan.terms, plan.residues, plan.queries.tiles, plan.patterns,
-            *bound.masks, bound.seed,
-            *strides, *grad_q.stride()[:3], *bound.mask_strides, *bound.sizes(plan.queries), call.scale, **bound.switches(plan),
-            BLOCK_M=tile.own, BLOCK_N=tile.other, **tile.options,
+            *bound.masks, bound.bias, bound.seed,
+            *strides, *grad_q.stride()[:3], *bound.mask_strides, *bound.bias_strides, *bound.sizes(plan.queries), call.scale,
+            **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other, **tile.options,
         )  # fmt: skip
-        tile = _tile(call, "keys")
+        tile = bound.tile("keys")
         plan = bound.plan(tile.other // bound.pack, tile.own)
         gradient_of_keys[(plan.keys.tiles.shape[1], size.kv_heads, size.batch)](
             q, k, v, grad_out, lse, delta, grad_k, grad_v, plan.terms, plan.residues, plan.keys.tiles,
-            plan.patterns, *bound.masks, bound.seed,
-            *strides, *grad_k.stride()[:3], *grad_v.stride()[:3], *bound.mask_strides, *bound.sizes(plan.keys), call.scale,
-            **bound.switches(plan), BLOCK_M=tile.other, BLOCK_N=tile.own, **tile.options,
+            plan.patterns, *bound.masks, bound.bias, bound.seed,
+            *strides, *grad_k.stride()[:3], *grad_v.stride()[:3], *bound.mask_strides, *bound.bias_strides,
+            *bound.sizes(plan.keys), call.scale, **bound.switches(plan), BLOCK_M=tile.other, BLOCK_N=tile.own, **tile.options,
         )  # fmt: skip
-    return grad_q, grad_k, grad_v, None
+        grad_bias = _gradient_of_bias(bound, (q, k, v, grad_out, lse, delta), grad_lse)
+    return grad_q, grad_k, grad_v, grad_bias
+
+
+def _gradient_of_bias(bound: _Bound, operands: tuple[Tensor, ...], grad_lse: Tensor | None) -> Tensor | None:
+    """The gradient of the bias, None where it is not asked for; operands: q, k, v, grad_out, lse, delta."""
+    from dilcompile.lowering.triton.gradients import gradient_of_bias
+
+    call, size, (q, k, v, grad_out, lse, delta) = bound.call, bound.call.problem, operands
+    if call.bias is None or not call.bias_grad:
+        return None
+    shape = (1,) * (4 - call.bias.dim()) + tuple(call.bias.shape)
+    batch, heads, rows, columns = shape
+    if columns == 1:
+        # A number of a row moves its LSE and nothing else.
+        of_rows = torch.zeros_like(lse) if grad_lse is None else grad_lse.masked_fill(lse == -torch.inf, 0)
+        return of_rows[..., None].sum_to_size(call.bias.shape).to(call.bias.dtype)
+    if rows == 1:
+        # Each head and batch row by itself: a number a key, which then is summed where the bias is shared.
+        batch, heads = size.batch, size.heads
+    grad = q.new_empty((batch, heads, rows, size.k_len), dtype=call.score_dtype if rows == 1 else call.bias.dtype)
+    tile, plan = bound.tile("bias"), bound.plan(16, 16)
+    switches = bound.switches(plan) | {"BIAS_BY": bound.bias_by(1), "ALL_QUERIES": rows == 1}
+    del switches["PACK"], switches["COUNTED"]
+    blocks = -(-size.k_len // tile.own) * (1 if rows == 1 else -(-size.q_len // tile.other))
+    counts = (size.q_len, size.k_len, size.q_offset, len(call.relation.terms), size.kv_heads)
+    gradient_of_bias[(blocks, heads, batch)](
+        q, k, v, grad_out, lse, delta, grad, plan.terms, plan.residues, *bound.masks, bound.bias, bound.seed,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *bound.mask_strides, *bound.bias_strides,
+        *counts, size.heads // heads, size.batch // batch, *bound.factors(), **switches,
+        BLOCK_M=tile.other, BLOCK_N=tile.own, **tile.options,
+    )  # fmt: skip
+    return grad.sum_to_size(shape).view(call.bias.shape).to(call.bias.dtype)
 
 
 @dataclass(frozen=True)
@@ -128,12 +167,15 @@ class _Bound:
         pack: query heads side by side in a tile.
         masks: starts and ends of documents, limits by row, key padding; None for what is not there.
         mask_strides: of documents by batch row; of limits by batch row and from first to last key; of padding.
+        bias: as the call has it, or None; bias_strides: by batch row, query head, query and key, 0 where it is shared.
     """
 
     call: Call
     pack: int
     masks: tuple[Tensor | None, ...]
     mask_strides: tuple[int, ...]
+    bias: Tensor | None
+    bias_strides: tuple[int, ...]
 
     @property
     def seed(self) -> Tensor | None:
@@ -152,12 +194,35 @@ class _Bound:
         size = self.call.problem
         return rows.tiles.shape[1], size.heads // self.pack, size.batch
 
+    def bias_by(self, pack: int) -> BiasBy:
+        """What the numbers of the bias in a tile of ``pack`` query heads are for."""
+        if self.bias is None:
+            return "none"
+        _, head, row, key = self.bias_strides
+        if row == 0 and (head == 0 or pack == 1):
+            return "keys"
+        return "rows" if key == 0 else "pairs"
+
+    def tile(self, step: Pass) -> Tile:
+        """The tile sizes of a pass."""
+        if interpreting():
+            return INTERPRETED
+        size, q = self.call.problem, self.call.q
+        head = max(_block(size.head_dim), _block(size.v_dim))
+        return tile_of(step, _arch(q.device), head, q.dtype, _masks(self.call, self.bias_by(self.pack)))
+
     def sizes(self, rows: Rows) -> tuple[float, ...]:
-        """What comes after the strides: lengths, counts, factors of the scores, the least draw kept (less 2**31), its factor."""
-        size, scale, softcap, p = self.call.problem, self.call.scale, self.call.softcap, self.call.dropout_p
-        factors = (scale * LOG2_E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2_E)
+        """What comes after the strides: lengths, counts, factors."""
+        size = self.call.problem
         counts = (size.q_len, size.k_len, size.q_offset, len(self.call.relation.terms), rows.tiles.shape[1], size.kv_heads)
-        return (*counts, *factors, round(p * 2**32) - 2**31, 1 / (1 - p))
+        return (*counts, *self.factors())
+
+    def factors(self) -> tuple[float, ...]:
+        """Those of the scores, in base e with a bias, else 2; the least draw kept (less 2**31) and its factor."""
+        scale, softcap, p = self.call.scale, self.call.softcap, self.call.dropout_p
+        base = LOG2_E if self.bias is None else 1.0
+        factors = (scale * base, 0.0) if softcap is None else (scale / softcap, softcap * base)
+        return (*factors, round(p * 2**32) - 2**31, 1 / (1 - p))
 
     def switches(self, plan: Plan) -> dict[str, object]:
         """The kernels' compile-time arguments but the tile sizes."""
@@ -171,7 +236,7 @@ class _Bound:
         return {
             "GROUP": size.group, "PACK": self.pack, "HEAD_DIM": size.head_dim, "V_DIM": size.v_dim,
             "BLOCK_D": _block(size.head_dim), "BLOCK_DV": _block(size.v_dim), "CAPPED": self.call.softcap is not None,
-            "HEADS": plan.by_head, "DEDUPE": plan.dedupes, "COUNTED": plan.counted,
+            "BIAS_BY": self.bias_by(self.pack), "HEADS": plan.by_head, "DEDUPE": plan.dedupes, "COUNTED": plan.counted,
             "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
             "PRODUCTS": dtypes[products], "SCORES": dtypes[self.call.score_dtype],
         }  # fmt: skip
@@ -192,7 +257,15 @@ def _bind(call: Call) -> _Bound:
         padding = call.key_padding.view(torch.uint8)
     limit_stride = 0 if limits is None else limits.stride(0)
     padding_strides = (0, 0) if padding is None else padding.stride()
-    return _Bound(call, pack, (starts, ends, limits, padding), (document_batch, limit_batch, limit_stride, *padding_strides))
+    mask_strides = (document_batch, limit_batch, limit_stride, *padding_strides)
+    bias_strides = (0, 0, 0, 0) if call.bias is None else _strides_over_pairs(call.bias, size)
+    return _Bound(call, pack, (starts, ends, limits, padding), mask_strides, call.bias, bias_strides)
+
+
+def _strides_over_pairs(bias: Tensor, size: Problem) -> tuple[int, ...]:
+    """Strides by batch row, query head, query and key, 0 where all have the same number."""
+    over = bias.expand(size.batch, size.heads, size.q_len, size.k_len)
+    return tuple(0 if count == 1 else stride for count, stride in zip(over.shape, over.stride(), strict=True))
 
 
 def _runs(documents: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,17 +279,12 @@ def _runs(documents: Tensor) -> tuple[Tensor, Tensor]:
     return starts.contiguous(), closes.flip(1).cummin(1).values.flip(1).contiguous()
 
 
-def _tile(call: Call, step: Pass) -> Tile:
-    if interpreting():
-        return INTERPRETED
-    head = max(_block(call.problem.head_dim), _block(call.problem.v_dim))
-    return tile_of(step, _arch(call.q.device), head, call.q.dtype, _masks(call))
-
-
-def _masks(call: Call) -> Masks:
+def _masks(call: Call, bias_by: BiasBy) -> Masks:
     if call.documents is not None:
-        return "counted"
-    masked = any(mask is not None for mask in (call.softcap, call.key_padding, call.row_limits)) or call.dropout_p > 0
+        return "counted pairs" if bias_by == "pairs" else "counted"
+    if bias_by == "pairs":
+        return "pairs"
+    masked = any(mask is not None for mask in (call.softcap, call.key_padding, call.row_limits, call.bias)) or call.dropout_p > 0
     return "some" if masked or any(term.dedupe for term in call.relation.terms[1:]) else "none"
 
 

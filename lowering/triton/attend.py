@@ -5,9 +5,12 @@ import triton.language as tl
 
 from dilcompile.lowering.triton.scores import (
     LN_2,
+    bias_of_tile,
     dropped,
     facts_of_queries,
     load_rows,
+    logarithm,
+    power,
     row_state,
     scores_of_keys,
     tile_of_queries,
@@ -19,11 +22,11 @@ from dilcompile.lowering.triton.walk import FAR, blocks_of, bounds, part_of_term
 def attend(
     total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
     TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
-    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, SEED, state, least_drawn,
-    blocks, full_from, full_to, start, high, rate,
+    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key, SEED, state,
+    least_drawn, blocks, full_from, full_to, start, high, rate,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some blocks of keys joined to the sum of exponentials, the maximum and the weighted sum of values."""
     begin, end = turns(blocks, full_from, full_to, MASKED)
@@ -31,16 +34,17 @@ def attend(
         s, _, k, _, values = scores_of_keys(
             n, q, K, V, k_row, v_row, dims, v_dims,
             TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
-            t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, full_from, full_to, start, high, rate,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, MASKED, PRECISION, sums.dtype,
+            t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key,
+            full_from, full_to, start, high, rate,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, MASKED, PRECISION, sums.dtype,
         )  # fmt: skip
         higher = tl.maximum(top, tl.max(s, 1))
         shift = higher
-        if MASKED or PADDING is not None:
+        if MASKED or PADDING is not None or BIAS is not None:
             # A row that has seen no key yet: anything finite keeps its weights 0 instead of not a number.
             shift = tl.where(higher == -float("inf"), 0.0, higher)
-        weights = tl.exp2(s - shift[:, None])
-        fade = tl.exp2(top - shift)
+        weights = power(s - shift[:, None], BIAS is not None)
+        fade = power(top - shift, BIAS is not None)
         total = total * fade + tl.sum(weights, 1)
         sums = sums * fade[:, None]
         if SEED is not None:
@@ -53,14 +57,15 @@ def attend(
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "q_offset", "num_terms", "num_tiles", "kv_heads", "least_drawn"])
 def attention(
-    Q, K, V, OUT, LSE, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, SEED,
+    Q, K, V, OUT, LSE, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
     document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
+    bias_batch, bias_head, bias_row, bias_key,
     q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, scale, softcap, least_drawn, kept_factor,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
-    PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
+    CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
+    PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries, key head (or part of its query heads) and batch row.
 
@@ -80,9 +85,12 @@ def attention(
         LIMITS += batch * limit_batch
     if PADDING is not None:
         PADDING += batch * padding_batch
+    if BIAS is not None:
+        BIAS += batch * bias_batch + first_head.to(tl.int64) * bias_head
     row, head = (position - q_offset).to(tl.int64), h.to(tl.int64)
     q = load_rows(Q + batch * q_batch, row * q_row + head * q_head, there, dims, HEAD_DIM, BLOCK_D, True).to(PRODUCTS)
     t, document, limit_low, limit_high = facts_of_queries(position, there, STARTS, LIMITS, q_offset, limit_stride, k_len)
+    bias = bias_of_tile(BIAS, row * bias_row + (head - first_head) * bias_head, there, BIAS_BY, "rows", SCORES)
     total = tl.zeros([BLOCK_M], SCORES)
     top = tl.full([BLOCK_M], -float("inf"), SCORES)
     sums = tl.zeros([BLOCK_M, BLOCK_DV], SCORES)
@@ -98,8 +106,9 @@ def attention(
         total, top, sums = attend(
             total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
             TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, 0, kv_head, kv_heads,
-            t, document, h, limit_low, limit_high, t, t, scale, softcap, SEED, state, least_drawn, blocks, 0, 0, low, high, 1,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, True, PRECISION,
+            t, document, h, limit_low, limit_high, t, t, scale, softcap, BIAS, bias, bias_key, SEED, state, least_drawn,
+            blocks, 0, 0, low, high, 1,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, True, PRECISION,
         )  # fmt: skip
     else:
         PARTS: tl.constexpr = 2 if DEDUPE else 1
@@ -117,9 +126,9 @@ def attention(
                 total, top, sums = attend(
                     total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
                     TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
-                    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, SEED, state, least_drawn,
-                    blocks, full_from, full_to, start, high, rate,
-                    HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, masks == 1, PRECISION,
+                    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key,
+                    SEED, state, least_drawn, blocks, full_from, full_to, start, high, rate,
+                    HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, masks == 1, PRECISION,
                 )  # fmt: skip
     seen = total > 0
     out = sums / tl.where(seen, total, 1.0)[:, None]
@@ -127,6 +136,8 @@ def attention(
         out *= kept_factor
     pointers = OUT + batch * out_batch + (row * out_row + head * out_head)[:, None] + v_dims[None, :]
     tl.store(pointers, out.to(OUT.dtype.element_ty), mask=there[:, None] & (v_dims < V_DIM)[None, :])
-    lse = (top + tl.log2(tl.where(seen, total, 1.0))) * LN_2
+    lse = top + logarithm(tl.where(seen, total, 1.0), BIAS is not None)
+    if BIAS is None:
+        lse *= LN_2
     heads = kv_heads * GROUP
     tl.store(LSE + (batch * heads + head) * q_len + row, lse, mask=there)

@@ -19,15 +19,18 @@ import torch
 from dilcompile.lowering.triton.config import Masks, Pass, Tile, tile_of
 
 TABLE = Path(__file__).with_name("compiled.txt")
-ARCHS = ("sm80", "sm90", "sm100", "gfx942", "gfx950")
+ARCHS = ("sm80", "sm90", "sm100", "sm120", "gfx942", "gfx950")
 # The tensor core instructions of each architecture, its own first; tiles of fewer than 64 rows get the older ones.
 _PRODUCTS = {
     "sm80": ("mma.sync",),
     "sm90": ("wgmma.mma_async", "mma.sync"),
     "sm100": ("tcgen05.mma", "mma.sync"),
+    "sm120": ("mma.sync",),
     "gfx942": ("v_mfma",),
     "gfx950": ("v_mfma",),
 }
+# Shared memory that a program can have, in bytes.
+SHARED = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "sm120": 99 << 10, "gfx942": 64 << 10, "gfx950": 160 << 10}
 TITLES = (
     "kernel",
     "arch",
@@ -43,6 +46,7 @@ TITLES = (
     "shared",
     "products",
     "instruction",
+    "TMA",
 )
 
 
@@ -52,7 +56,8 @@ class Case:
 
     Args:
         switches: of ``padding``, ``documents``, ``limits`` (by row), ``softcap``, ``dropout``, ``dedupe`` (terms that count only
-            what is new), ``heads`` (terms of some query heads), ``grouped`` (4 query heads a key head); none: causal or not.
+            what is new), ``heads`` (terms of some query heads), ``grouped`` (4 query heads a key head), ``bias`` (one a pair),
+            ``key_bias`` (one a key); none: causal or not.
     """
 
     step: Pass
@@ -66,7 +71,9 @@ class Case:
     def masks(self) -> Masks:
         """Which tiles its switches need."""
         if "documents" in self.switches:
-            return "counted"
+            return "counted pairs" if "bias" in self.switches else "counted"
+        if "bias" in self.switches:
+            return "pairs"
         return "some" if set(self.switches) - {"grouped", "heads"} else "none"
 
     @property
@@ -81,7 +88,7 @@ class Resources:
 
     Args:
         registers: of a thread. stack: bytes of a thread, in which spilled registers would lie. shared: bytes of a program.
-        products: tensor core instructions; instruction: which.
+        products: tensor core instructions; instruction: which. described: TMA instructions.
     """
 
     registers: int
@@ -89,6 +96,7 @@ class Resources:
     shared: int
     products: int
     instruction: str
+    described: int
 
 
 def cases() -> Iterator[Case]:
@@ -106,8 +114,18 @@ def cases() -> Iterator[Case]:
         yield Case(step, "sm90", torch.float16, 64, 64)
         yield Case(step, "sm90", torch.float32, 64, 64)
         for dim in (64, 128):
-            for switch in ("padding", "documents", "softcap", "dropout", "dedupe", "grouped"):
+            for switch in ("padding", "documents", "softcap", "dropout", "dedupe", "grouped", "bias", "key_bias"):
                 yield Case(step, "sm90", torch.bfloat16, dim, dim, (switch,))
+            yield Case(step, "sm90", torch.bfloat16, dim, dim, ("documents", "bias"))
+            for arch in ("sm80", "sm100", "sm120", "gfx942"):
+                yield Case(step, arch, torch.bfloat16, dim, dim, ("bias",))
+    for dim in (64, 128):
+        for arch in ("sm80", "sm90", "sm100", "sm120", "gfx942"):
+            for switch in ("bias", "key_bias"):
+                yield Case("bias", arch, torch.bfloat16, dim, dim, (switch,))
+        yield Case("bias", "sm90", torch.bfloat16, dim, dim, ("documents", "bias"))
+    yield Case("bias", "sm90", torch.bfloat16, 256, 256, ("bias",))
+    yield Case("bias", "sm90", torch.float32, 64, 64, ("bias",))
 
 
 def compile_case(case: Case, tile: Tile | None = None) -> Resources:
@@ -121,9 +139,15 @@ def compile_case(case: Case, tile: Tile | None = None) -> Resources:
     from triton.compiler import ASTSource
 
     from dilcompile.lowering.triton.attend import attention
-    from dilcompile.lowering.triton.gradients import gradient_of_keys, gradient_of_queries, row_sums
+    from dilcompile.lowering.triton.gradients import gradient_of_bias, gradient_of_keys, gradient_of_queries, row_sums
 
-    kernels = {"forward": attention, "sums": row_sums, "queries": gradient_of_queries, "keys": gradient_of_keys}
+    kernels = {
+        "forward": attention,
+        "sums": row_sums,
+        "queries": gradient_of_queries,
+        "keys": gradient_of_keys,
+        "bias": gradient_of_bias,
+    }
     kernel, tile = kernels[case.step], tile or case.tile
     fixed = {name: value for name, value in _fixed(case, tile).items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in fixed else _type(name, case.dtype) for name in kernel.arg_names}
@@ -143,7 +167,7 @@ def _block(dim: int) -> int:
 def _fixed(case: Case, tile: Tile) -> dict[str, object]:
     import triton.language as tl
 
-    own, other = ("BLOCK_N", "BLOCK_M") if case.step == "keys" else ("BLOCK_M", "BLOCK_N")
+    own, other = ("BLOCK_N", "BLOCK_M") if case.step in ("keys", "bias") else ("BLOCK_M", "BLOCK_N")
     element = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[case.dtype]
     group = 4 if "grouped" in case.switches else 1
     fixed: dict[str, object] = {
@@ -152,6 +176,8 @@ def _fixed(case: Case, tile: Tile) -> dict[str, object]:
         "COUNTED": "documents" in case.switches, "HEADS": "heads" in case.switches, "DEDUPE": "dedupe" in case.switches,
         "PRECISION": "ieee", "PRODUCTS": element, "SCORES": tl.float32,
     }  # fmt: skip
+    by = next((word for switch, word in (("bias", "pairs"), ("key_bias", "keys")) if switch in case.switches), "none")
+    fixed |= {"BIAS_BY": by, "ALL_QUERIES": by == "keys", **({"BIAS": None} if by == "none" else {"bias_key": 1})}
     if "dropout" not in case.switches:
         fixed["SEED"] = None
     if "limits" not in case.switches:
@@ -184,18 +210,23 @@ def _nvidia(arch: str, made: Any) -> Resources:
         tool = Path(compiler.__file__).parent / "bin" / "cuobjdump"
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(_found(rf"{word}:(\d+)", usage)) for word in ("REG", "STACK"))
-    return Resources(registers, stack, made.metadata.shared, *_products(made.asm["ptx"], arch))
+    return Resources(registers, stack, made.metadata.shared, *_products(made.asm["ptx"], arch), described(made.asm["ptx"]))
 
 
 def _amd(arch: str, made: Any) -> Resources:
     text = made.asm["amdgcn"]
     registers, stack = (int(_found(rf"\.{word}:\s+(\d+)", text)) for word in ("vgpr_count", "private_segment_fixed_size"))
-    return Resources(registers, stack, made.metadata.shared, *_products(text, arch))
+    return Resources(registers, stack, made.metadata.shared, *_products(text, arch), 0)
 
 
 def _products(text: str, arch: str) -> tuple[int, str]:
     found = [(text.count(instruction), instruction) for instruction in _PRODUCTS[arch]]
     return next(((count, instruction) for count, instruction in found if count), (0, "-"))
+
+
+def described(ptx: str) -> int:
+    """How many loads and stores of whole tiles go by their descriptors (TMA)."""
+    return ptx.count("cp.async.bulk.tensor")
 
 
 def _found(pattern: str, text: str) -> str:
@@ -210,13 +241,13 @@ def row(case: Case, found: Resources) -> str:
     shown = (
         case.step, case.arch, str(case.dtype).removeprefix("torch."), case.head_dim, case.v_dim, ",".join(case.switches) or "-",
         f"{tile.own}x{tile.other}", tile.warps, tile.stages,
-        found.registers, found.stack, found.shared, found.products, found.instruction,
+        found.registers, found.stack, found.shared, found.products, found.instruction, found.described,
     )  # fmt: skip
     return _line(shown)
 
 
 def _line(words: tuple[object, ...]) -> str:
-    widths = (8, 7, 9, 4, 4, 10, 8, 6, 7, 10, 6, 7, 9, 11)
+    widths = (8, 7, 9, 4, 4, 15, 8, 6, 7, 10, 6, 7, 9, 16, 3)
     return "".join(str(word).ljust(width) for word, width in zip(words, widths, strict=True)).rstrip()
 
 

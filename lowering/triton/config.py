@@ -10,8 +10,8 @@ from typing import Literal
 
 import torch
 
-Pass = Literal["forward", "sums", "queries", "keys"]
-Masks = Literal["none", "some", "counted"]
+Pass = Literal["forward", "sums", "queries", "keys", "bias"]
+Masks = Literal["none", "some", "pairs", "counted", "counted pairs"]
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,27 @@ def tile_of(step: Pass, arch: str, head: int, dtype: torch.dtype, masks: Masks) 
     """The tile sizes of a pass.
 
     Args:
-        step: the forward, the sums by row that the backward starts from, the gradient of the queries, that of keys and values.
+        step: the forward, the sums by row that the backward starts from, the gradient of the queries, that of keys and values,
+            that of the bias.
         arch: ``sm80``, ``sm90``, ..., or ``gfx942`` and the like.
         head: the larger head size, a power of two.
-        masks: ``counted``: documents; ``some``: a softcap, dropout, padding, limits by row, or keys that count only
-            once. They take registers.
+        masks: ``counted``: documents; ``some``: a softcap, dropout, padding, limits by row, a bias by key or by row, or keys
+            that count only once; ``pairs``: a bias by pair. They take registers.
     """
     if step == "sums":
         return Tile(16, 1, 4, 1)
     size = max(64, head)
     if dtype == torch.float32:
         return _FLOAT32[step, size]
-    if masks != "none" and size <= 128:
-        return (_COUNTED if masks == "counted" else _MASKED)[step, size]
-    return _PLAIN[_family(arch) if size <= 128 else "sm90", step, size]
+    if size > 128:
+        return _LARGE[step]
+    if step == "bias":
+        return _OF_BIAS[_family(arch), size]
+    if masks == "pairs":
+        return _PAIRS[_family(arch), step, size]
+    if masks != "none":
+        return {"counted": _COUNTED, "counted pairs": _COUNTED_PAIRS, "some": _MASKED}[masks][step, size]
+    return _PLAIN[_family(arch), step, size]
 
 
 def _family(arch: str) -> str:
@@ -69,6 +76,17 @@ _FLOAT32: dict[tuple[Pass, int], Tile] = {
     ("forward", 256): Tile(16, 16, 4, 1),
     ("queries", 256): Tile(16, 16, 4, 1),
     ("keys", 256): Tile(16, 16, 4, 1),
+    ("bias", 64): Tile(32, 32, 8, 1),
+    ("bias", 128): Tile(16, 16, 8, 1),
+    ("bias", 256): Tile(16, 16, 4, 1),
+}
+
+# Head sizes over 128, whatever the masks and the architecture.
+_LARGE: dict[Pass, Tile] = {
+    "forward": Tile(64, 32, 8, 2),
+    "queries": Tile(32, 32, 8, 1),
+    "keys": Tile(32, 32, 8, 1),
+    "bias": Tile(32, 16, 8, 1),
 }
 
 _MASKED: dict[tuple[Pass, int], Tile] = {
@@ -89,6 +107,53 @@ _COUNTED: dict[tuple[Pass, int], Tile] = {
     ("keys", 128): Tile(32, 32, 4, 1),
 }
 
+_COUNTED_PAIRS: dict[tuple[Pass, int], Tile] = {
+    ("forward", 64): Tile(64, 32, 8, 3),
+    ("forward", 128): Tile(64, 32, 8, 3),
+    ("queries", 64): Tile(64, 64, 8, 2),
+    ("queries", 128): Tile(64, 16, 8, 2),
+    ("keys", 64): Tile(64, 32, 8, 2),
+    ("keys", 128): Tile(32, 32, 4, 1),
+}
+
+_PAIRS: dict[tuple[str, Pass, int], Tile] = {
+    ("sm80", "forward", 64): Tile(128, 32, 8, 3),
+    ("sm80", "forward", 128): Tile(64, 32, 8, 3),
+    ("sm80", "queries", 64): Tile(64, 32, 8, 2),
+    ("sm80", "queries", 128): Tile(64, 32, 8, 2),
+    ("sm80", "keys", 64): Tile(64, 16, 8, 2),
+    ("sm80", "keys", 128): Tile(64, 16, 8, 2),
+    ("sm90", "forward", 64): Tile(128, 64, 8, 3),
+    ("sm90", "forward", 128): Tile(64, 32, 8, 3),
+    ("sm90", "queries", 64): Tile(64, 64, 8, 2),
+    ("sm90", "queries", 128): Tile(64, 32, 8, 2),
+    ("sm90", "keys", 64): Tile(64, 32, 4, 2),
+    ("sm90", "keys", 128): Tile(64, 16, 8, 2),
+    ("sm100", "forward", 64): Tile(128, 64, 8, 3),
+    ("sm100", "forward", 128): Tile(64, 32, 8, 3),
+    ("sm100", "queries", 64): Tile(64, 64, 8, 2),
+    ("sm100", "queries", 128): Tile(64, 32, 8, 2),
+    ("sm100", "keys", 64): Tile(64, 32, 8, 2),
+    ("sm100", "keys", 128): Tile(64, 16, 8, 2),
+    ("gfx942", "forward", 64): Tile(64, 32, 4, 2),
+    ("gfx942", "forward", 128): Tile(64, 32, 4, 2),
+    ("gfx942", "queries", 64): Tile(64, 64, 4, 2),
+    ("gfx942", "queries", 128): Tile(64, 32, 4, 2),
+    ("gfx942", "keys", 64): Tile(64, 32, 4, 2),
+    ("gfx942", "keys", 128): Tile(64, 16, 8, 2),
+}
+
+_OF_BIAS: dict[tuple[str, int], Tile] = {
+    ("sm80", 64): Tile(64, 16, 8, 2),
+    ("sm80", 128): Tile(64, 16, 8, 2),
+    ("sm90", 64): Tile(64, 64, 8, 2),
+    ("sm90", 128): Tile(64, 32, 8, 2),
+    ("sm100", 64): Tile(64, 64, 8, 2),
+    ("sm100", 128): Tile(64, 32, 8, 2),
+    ("gfx942", 64): Tile(64, 64, 8, 2),
+    ("gfx942", 128): Tile(64, 16, 8, 2),
+}
+
 _PLAIN: dict[tuple[str, Pass, int], Tile] = {
     ("sm80", "forward", 64): Tile(128, 64, 8, 3),
     ("sm80", "forward", 128): Tile(128, 32, 8, 3),
@@ -98,13 +163,10 @@ _PLAIN: dict[tuple[str, Pass, int], Tile] = {
     ("sm80", "keys", 128): Tile(64, 64, 8, 2),
     ("sm90", "forward", 64): Tile(128, 64, 8, 3),
     ("sm90", "forward", 128): Tile(128, 64, 8, 2),
-    ("sm90", "forward", 256): Tile(64, 32, 8, 2),
     ("sm90", "queries", 64): Tile(64, 64, 4, 2),
     ("sm90", "queries", 128): Tile(64, 64, 8, 2),
-    ("sm90", "queries", 256): Tile(32, 32, 8, 1),
     ("sm90", "keys", 64): Tile(64, 64, 4, 2),
     ("sm90", "keys", 128): Tile(64, 32, 8, 2),
-    ("sm90", "keys", 256): Tile(32, 32, 8, 1),
     ("sm100", "forward", 64): Tile(128, 64, 8, 3),
     ("sm100", "forward", 128): Tile(128, 32, 8, 3),
     ("sm100", "queries", 64): Tile(64, 64, 8, 2),

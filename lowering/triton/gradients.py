@@ -8,12 +8,15 @@ import triton.language as tl
 
 from dilcompile.lowering.triton.scores import (
     LOG2_E,
+    bias_of_tile,
+    biased,
     capped,
     dropped,
     facts_of_keys,
     facts_of_queries,
     load_rows,
     masked,
+    power,
     row_state,
     rows_of_tile,
     scores_of_keys,
@@ -42,21 +45,21 @@ def row_sums(
 
 
 @triton.jit
-def load_lse(LSE, place, there):
-    """The LSE in base 2. Rows without keys, and rows that are none, get infinity, which makes every weight 0."""
+def load_lse(LSE, place, there, NATURAL: tl.constexpr):
+    """The LSE in the base of scores. Rows without keys, and rows that are none, get infinity, which makes every weight 0."""
     lse = tl.load(LSE + place, mask=there, other=float("inf"))
-    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
+    return tl.where(lse == -float("inf"), float("inf"), lse if NATURAL else lse * LOG2_E)
 
 
 @triton.jit
 def descend(
     sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
     TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
-    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, SEED, state, least_drawn, kept_factor,
-    blocks, full_from, full_to, start, high, rate,
+    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key, SEED, state,
+    least_drawn, kept_factor, blocks, full_from, full_to, start, high, rate,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some blocks of keys added to the gradient of a tile of queries."""
     begin, end = turns(blocks, full_from, full_to, MASKED)
@@ -64,10 +67,11 @@ def descend(
         s, slope, k, keys, values = scores_of_keys(
             n, q, K, V, k_row, v_row, dims, v_dims,
             TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
-            t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, full_from, full_to, start, high, rate,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, MASKED, PRECISION, sums.dtype,
+            t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key,
+            full_from, full_to, start, high, rate,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, MASKED, PRECISION, sums.dtype,
         )  # fmt: skip
-        weights = tl.exp2(s - lse[:, None])
+        weights = power(s - lse[:, None], BIAS is not None)
         d_weights = tl.dot(grad, tl.trans(values.to(q.dtype)), input_precision=PRECISION, out_dtype=sums.dtype)
         if SEED is not None:
             d_weights = dropped(d_weights * kept_factor, state[:, None], k[None, :], least_drawn)
@@ -81,15 +85,16 @@ def descend(
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "q_offset", "num_terms", "num_tiles", "kv_heads", "least_drawn"])
 def gradient_of_queries(
-    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_Q, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, SEED,
+    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_Q, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     out_batch, out_head, out_row, grad_batch, grad_head, grad_row,
     document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
+    bias_batch, bias_head, bias_row, bias_key,
     q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, scale, softcap, least_drawn, kept_factor, grad_scale,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
-    PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
+    CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
+    PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries, as in the forward; ``out_*`` are the strides of GRAD_OUT."""
     kv_head, batch, first_head, last_head, first, last, position, h, there = tile_of_queries(
@@ -106,14 +111,17 @@ def gradient_of_queries(
         LIMITS += batch * limit_batch
     if PADDING is not None:
         PADDING += batch * padding_batch
+    if BIAS is not None:
+        BIAS += batch * bias_batch + first_head.to(tl.int64) * bias_head
     row, head = (position - q_offset).to(tl.int64), h.to(tl.int64)
     q = load_rows(Q + batch * q_batch, row * q_row + head * q_head, there, dims, HEAD_DIM, BLOCK_D, True).to(PRODUCTS)
     grad_at = row * out_row + head * out_head
     grad = load_rows(GRAD_OUT + batch * out_batch, grad_at, there, v_dims, V_DIM, BLOCK_DV, True).to(PRODUCTS)
     place = (batch * kv_heads * GROUP + head) * q_len + row
-    lse = load_lse(LSE, place, there)
+    lse = load_lse(LSE, place, there, BIAS is not None)
     delta = tl.load(DELTA + place, mask=there, other=0.0)
     t, document, limit_low, limit_high = facts_of_queries(position, there, STARTS, LIMITS, q_offset, limit_stride, k_len)
+    bias = bias_of_tile(BIAS, row * bias_row + (head - first_head) * bias_head, there, BIAS_BY, "rows", SCORES)
     sums = tl.zeros([BLOCK_M, BLOCK_D], SCORES)
     state = position
     if SEED is not None:
@@ -127,9 +135,9 @@ def gradient_of_queries(
         sums = descend(
             sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
             TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, 0, kv_head, kv_heads,
-            t, document, h, limit_low, limit_high, t, t, scale, softcap, SEED, state, least_drawn, kept_factor,
-            blocks, 0, 0, low, high, 1,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, True, PRECISION,
+            t, document, h, limit_low, limit_high, t, t, scale, softcap, BIAS, bias, bias_key, SEED, state, least_drawn,
+            kept_factor, blocks, 0, 0, low, high, 1,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, True, PRECISION,
         )  # fmt: skip
     else:
         PARTS: tl.constexpr = 2 if DEDUPE else 1
@@ -147,54 +155,91 @@ def gradient_of_queries(
                 sums = descend(
                     sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
                     TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
-                    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, SEED, state, least_drawn,
-                    kept_factor, blocks, full_from, full_to, start, high, rate,
-                    HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, HEADS, DEDUPE, COUNTED, masks == 1, PRECISION,
+                    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key,
+                    SEED, state, least_drawn, kept_factor, blocks, full_from, full_to, start, high, rate,
+                    HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, masks == 1, PRECISION,
                 )  # fmt: skip
     pointers = GRAD_Q + batch * grad_batch + (row * grad_row + head * grad_head)[:, None] + dims[None, :]
     tl.store(pointers, (sums * grad_scale).to(GRAD_Q.dtype.element_ty), mask=there[:, None] & (dims < HEAD_DIM)[None, :])
 
 
 @triton.jit
+def scores_of_queries(
+    n, keys, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
+    TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
+    k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale, softcap,
+    BIAS, bias, bias_head, bias_row, full_from, full_to, start, high, rate,
+    PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr,
+    COUNTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, SCORES: tl.constexpr,
+):  # fmt: skip
+    """(scores, slope of the cap, LSE, delta, positions, query heads, queries, gradients of their output) of a tile of keys and
+    the n-th block of queries; scores are held [keys, queries]."""
+    block = start + block_at(n, full_from, full_to, MASKED) * (BLOCK_M // PACK) * rate
+    position, member, there = rows_of_tile(block, rate, high, PACK, BLOCK_M)
+    h = first_head + member
+    row, head = (position - q_offset).to(tl.int64), h.to(tl.int64)
+    partly: tl.constexpr = MASKED or BLOCK_M % PACK != 0
+    q = load_rows(Q, row * q_row + head * q_head, there, dims, HEAD_DIM, BLOCK_D, partly).to(keys.dtype)
+    grad = load_rows(GRAD_OUT, row * out_row + head * out_head, there, v_dims, V_DIM, BLOCK_DV, partly).to(keys.dtype)
+    place = head * q_len + row
+    lse = load_lse(LSE, place, there, BIAS is not None)
+    delta = tl.load(DELTA + place, mask=there, other=0.0)
+    s = tl.dot(keys, tl.trans(q), input_precision=PRECISION, out_dtype=SCORES)
+    s, slope = capped(s, scale, softcap, CAPPED)
+    s = biased(s, BIAS, bias, row * bias_row + member.to(tl.int64) * bias_head, there, BIAS_BY, "keys", partly)
+    if MASKED:
+        t, document, limit_low, limit_high = facts_of_queries(position, there, STARTS, LIMITS, q_offset, limit_stride, k_len)
+        y = tl.where(there, t, FAR)
+        s = masked(
+            s, TERMS, RESIDUES, num_terms, term, kv_head, kv_heads, row_low, row_high, relative, y, h[None, :],
+            k_document, document,
+            k[:, None], limit_low[None, :], limit_high[None, :], STARTS, LIMITS, HEADS, DEDUPE, COUNTED, True,
+            BIAS is not None,
+        )  # fmt: skip
+        if PADDED:
+            s = tl.where(keep[:, None], s, -float("inf"))
+    elif PADDED:
+        s = tl.where(keep[:, None], s, -float("inf"))
+    return s, slope, lse, delta, position, h, q, grad
+
+
+@triton.jit
+def gradient_of_scores(
+    weights, values, grad, delta, SEED, batch, h, position, k, least_drawn, kept_factor,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr,
+):  # fmt: skip
+    """The gradient of scores [keys, queries] as they enter the softmax, from their weights."""
+    d_weights = tl.dot(values, tl.trans(grad), input_precision=PRECISION, out_dtype=SCORES)
+    if SEED is not None:
+        state = row_state(SEED, batch, h, position)
+        d_weights = dropped(d_weights * kept_factor, state[None, :], k[:, None], least_drawn)
+    return weights * (d_weights - delta[None, :])
+
+
+@triton.jit
 def gather(
     k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
     TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
-    k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale, softcap, SEED,
-    batch, least_drawn, kept_factor,
+    k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale, softcap,
+    BIAS, bias, bias_head, bias_row, SEED, batch, least_drawn, kept_factor,
     blocks, full_from, full_to, start, high, rate,
     PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
-    PADDED: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr,
+    COUNTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Some blocks of queries added to the gradients of a tile of keys and values; scores are held [keys, queries]."""
+    """Some blocks of queries added to the gradients of a tile of keys and values."""
     begin, end = turns(blocks, full_from, full_to, MASKED)
     for n in range(begin, end):
-        block = start + block_at(n, full_from, full_to, MASKED) * (BLOCK_M // PACK) * rate
-        position, member, there = rows_of_tile(block, rate, high, PACK, BLOCK_M)
-        h = first_head + member
-        row, head = (position - q_offset).to(tl.int64), h.to(tl.int64)
-        partly: tl.constexpr = MASKED or BLOCK_M % PACK != 0
-        q = load_rows(Q, row * q_row + head * q_head, there, dims, HEAD_DIM, BLOCK_D, partly).to(keys.dtype)
-        grad = load_rows(GRAD_OUT, row * out_row + head * out_head, there, v_dims, V_DIM, BLOCK_DV, partly).to(keys.dtype)
-        place = head * q_len + row
-        lse = load_lse(LSE, place, there)
-        delta = tl.load(DELTA + place, mask=there, other=0.0)
-        s = tl.dot(keys, tl.trans(q), input_precision=PRECISION, out_dtype=k_sums.dtype)
-        s, slope = capped(s, scale, softcap, CAPPED)
-        if MASKED:
-            t, document, limit_low, limit_high = facts_of_queries(position, there, STARTS, LIMITS, q_offset, limit_stride, k_len)
-            y = tl.where(there, t, FAR)
-            s = masked(
-                s, TERMS, RESIDUES, num_terms, term, kv_head, kv_heads, row_low, row_high, relative, y, h[None, :],
-                k_document, document,
-                k[:, None], limit_low[None, :], limit_high[None, :], STARTS, LIMITS, HEADS, DEDUPE, COUNTED, True,
-            )  # fmt: skip
-            if PADDED:
-                s = tl.where(keep[:, None], s, -float("inf"))
-        elif PADDED:
-            s = tl.where(keep[:, None], s, -float("inf"))
-        weights = tl.exp2(s - lse[None, :])
+        s, slope, lse, delta, position, h, q, grad = scores_of_queries(
+            n, keys, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
+            TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
+            k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale, softcap,
+            BIAS, bias, bias_head, bias_row, full_from, full_to, start, high, rate,
+            PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, PADDED, MASKED,
+            PRECISION, k_sums.dtype,
+        )  # fmt: skip
+        weights = power(s - lse[None, :], BIAS is not None)
         kept = weights
         if SEED is not None:
             state = row_state(SEED, batch, h, position)
@@ -202,10 +247,9 @@ def gather(
         v_sums = tl.dot(
             kept.to(GRAD_OUT.dtype.element_ty).to(keys.dtype), grad, v_sums, input_precision=PRECISION, out_dtype=v_sums.dtype
         )
-        d_weights = tl.dot(values, tl.trans(grad), input_precision=PRECISION, out_dtype=k_sums.dtype)
-        if SEED is not None:
-            d_weights = dropped(d_weights * kept_factor, state[None, :], k[:, None], least_drawn)
-        d_scores = weights * (d_weights - delta[None, :])
+        d_scores = gradient_of_scores(
+            weights, values, grad, delta, SEED, batch, h, position, k, least_drawn, kept_factor, PRECISION, k_sums.dtype
+        )
         if CAPPED:
             d_scores *= slope
         d_scores = d_scores.to(Q.dtype.element_ty).to(keys.dtype)
@@ -215,15 +259,16 @@ def gather(
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "q_offset", "num_terms", "num_tiles", "kv_heads", "least_drawn"])
 def gradient_of_keys(
-    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_K, GRAD_V, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, SEED,
+    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_K, GRAD_V, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
     grad_k_batch, grad_k_head, grad_k_row, grad_v_batch, grad_v_head, grad_v_row,
     document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
+    bias_batch, bias_head, bias_row, bias_key,
     q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, scale, softcap, least_drawn, kept_factor, grad_scale,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, PRECISION: tl.constexpr,
-    PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
+    CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
+    PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of keys of a key head: it walks the queries of all heads of the group."""
     kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -253,6 +298,10 @@ def gradient_of_keys(
     for part in range(GROUP // PACK):
         first_head = kv_head * GROUP + part * PACK
         last_head = first_head + PACK - 1
+        of_part = BIAS
+        if BIAS is not None:
+            of_part = BIAS + batch * bias_batch + first_head.to(tl.int64) * bias_head
+        bias = bias_of_tile(of_part, k_at * bias_key, inside, BIAS_BY, "keys", SCORES)
         if COUNTED:
             low, high = reach_of_all(
                 TERMS, RESIDUES, STARTS, ENDS, num_terms, kv_head, kv_heads, first_head, last_head,
@@ -262,11 +311,11 @@ def gradient_of_keys(
             k_sums, v_sums = gather(
                 k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
                 TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, 0, kv_head, kv_heads,
-                k, relative, k_document, keep, k, k, first_head, q_len, k_len, q_offset, scale, softcap, SEED, batch,
-                least_drawn, kept_factor,
+                k, relative, k_document, keep, k, k, first_head, q_len, k_len, q_offset, scale, softcap,
+                of_part, bias, bias_head, bias_row, SEED, batch, least_drawn, kept_factor,
                 blocks, 0, 0, low, high, 1,
-                PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, CAPPED, HEADS, DEDUPE, COUNTED, PADDING is not None,
-                True, PRECISION,
+                PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED,
+                PADDING is not None, True, PRECISION,
             )  # fmt: skip
         else:
             PARTS: tl.constexpr = 2 if DEDUPE else 1
@@ -285,8 +334,9 @@ def gradient_of_keys(
                         k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
                         TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
                         k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale,
-                        softcap, SEED, batch, least_drawn, kept_factor, blocks, full_from, full_to, start, high, rate,
-                        PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, CAPPED, HEADS, DEDUPE, COUNTED,
+                        softcap, of_part, bias, bias_head, bias_row, SEED, batch, least_drawn, kept_factor,
+                        blocks, full_from, full_to, start, high, rate,
+                        PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED,
                         PADDING is not None, masks == 1, PRECISION,
                     )  # fmt: skip
     at = batch * grad_k_batch + at_head * grad_k_head
@@ -295,3 +345,101 @@ def gradient_of_keys(
     at = batch * grad_v_batch + at_head * grad_v_head
     pointers = GRAD_V + at + (k_at * grad_v_row)[:, None] + v_dims[None, :]
     tl.store(pointers, v_sums.to(GRAD_V.dtype.element_ty), mask=inside[:, None] & (v_dims < V_DIM)[None, :])
+
+
+@triton.jit
+def share_of_bias(
+    sums, batch, h, Q, K, V, GRAD_OUT, LSE, DELTA,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row, dims, v_dims,
+    TERMS, RESIDUES, STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
+    document_batch, limit_batch, limit_stride, padding_batch, padding_stride, bias_batch, bias_head, bias_row, bias_key,
+    first_key, first_query, q_len, k_len, q_offset, num_terms, kv_heads, scale, softcap, least_drawn, kept_factor,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr,
+    DEDUPE: tl.constexpr, ALL_QUERIES: tl.constexpr, PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
+):  # fmt: skip
+    """What one query head of one batch row adds to a tile of the bias's gradient."""
+    kv_head = h // GROUP
+    k, _, inside = rows_of_tile(first_key, 1, k_len, 1, BLOCK_N)
+    at_head, at_query, k_at = kv_head.to(tl.int64), h.to(tl.int64), k.to(tl.int64)
+    keys = load_rows(K + batch * k_batch + at_head * k_head, k_at * k_row, inside, dims, HEAD_DIM, BLOCK_D, True).to(PRODUCTS)
+    values = load_rows(V + batch * v_batch + at_head * v_head, k_at * v_row, inside, v_dims, V_DIM, BLOCK_DV, True).to(PRODUCTS)
+    rows = batch * kv_heads * GROUP * q_len
+    if STARTS is not None:
+        STARTS, ENDS = STARTS + batch * document_batch, ENDS + batch * document_batch
+    if LIMITS is not None:
+        LIMITS += batch * limit_batch
+    if PADDING is not None:
+        PADDING += batch * padding_batch
+    BIAS += batch * bias_batch + at_query * bias_head
+    relative, k_document, keep = facts_of_keys(k, inside, STARTS, PADDING, padding_stride)
+    bias = bias_of_tile(BIAS, k_at * bias_key, inside, BIAS_BY, "keys", SCORES)
+    last_key = tl.minimum(first_key + BLOCK_N, k_len) - 1
+    low, high = reach_of_all(
+        TERMS, RESIDUES, STARTS, ENDS, num_terms, kv_head, kv_heads, h, h, first_key, last_key, q_offset, q_offset + q_len,
+        k_len, True,
+    )  # fmt: skip
+    if not ALL_QUERIES:
+        low, high = tl.maximum(low, first_query), tl.minimum(high, first_query + BLOCK_M)
+        # The sums are of the tile's own queries, reached or not.
+        high = tl.where(low < high, high, first_query)
+        low = first_query
+    for n in range(tl.cdiv(tl.maximum(0, high - low), BLOCK_M)):
+        s, _slope, lse, delta, position, head, _q, grad = scores_of_queries(
+            n, keys, Q + batch * q_batch, GRAD_OUT + batch * out_batch, LSE + rows, DELTA + rows,
+            q_head, q_row, out_head, out_row, dims, v_dims,
+            TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, 0, kv_head, kv_heads,
+            k, relative, k_document, keep, k, k, h, q_len, k_len, q_offset, scale, softcap,
+            BIAS, bias, bias_head, bias_row, 0, 0, low, high, 1,
+            1, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, CAPPED, BIAS_BY, HEADS, DEDUPE, True, PADDING is not None, True,
+            PRECISION, SCORES,
+        )  # fmt: skip
+        weights = power(s - lse[None, :], True)
+        sums += gradient_of_scores(
+            weights, values, grad, delta, SEED, batch, head, position, k, least_drawn, kept_factor, PRECISION, SCORES
+        )
+    return sums
+
+
+@triton.jit(do_not_specialize=["q_len", "k_len", "q_offset", "num_terms", "kv_heads", "least_drawn", "heads", "batches"])
+def gradient_of_bias(
+    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_BIAS, TERMS, RESIDUES, STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
+    document_batch, limit_batch, limit_stride, padding_batch, padding_stride, bias_batch, bias_head, bias_row, bias_key,
+    q_len, k_len, q_offset, num_terms, kv_heads, heads, batches, scale, softcap, least_drawn, kept_factor,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, ALL_QUERIES: tl.constexpr,
+    PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
+):  # fmt: skip
+    """One program a tile of GRAD_BIAS [batch rows, heads, queries, keys]; with ALL_QUERIES [batch rows, heads, 1, keys].
+
+    heads, batches: how many of them each number is for, which the program walks. Pairs are counted by all terms at once.
+    """
+    tiles = tl.cdiv(k_len, BLOCK_N)
+    first_key = tl.program_id(0) % tiles * BLOCK_N
+    first_row = tl.program_id(0) // tiles * BLOCK_M
+    dims, v_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    sums = tl.zeros([BLOCK_N, BLOCK_M], SCORES)
+    for n in range(heads * batches):
+        h = tl.program_id(1) + n % heads
+        batch = (tl.program_id(2) + n // heads).to(tl.int64)
+        sums = share_of_bias(
+            sums, batch, h, Q, K, V, GRAD_OUT, LSE, DELTA,
+            q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row, dims, v_dims,
+            TERMS, RESIDUES, STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
+            document_batch, limit_batch, limit_stride, padding_batch, padding_stride, bias_batch, bias_head, bias_row, bias_key,
+            first_key, q_offset + first_row, q_len, k_len, q_offset, num_terms, kv_heads, scale, softcap,
+            least_drawn, kept_factor,
+            GROUP, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, CAPPED, BIAS_BY, HEADS, DEDUPE, ALL_QUERIES,
+            PRECISION, PRODUCTS, SCORES,
+        )  # fmt: skip
+    place = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    k = first_key + tl.arange(0, BLOCK_N)
+    if ALL_QUERIES:
+        tl.store(GRAD_BIAS + place * k_len + k, tl.sum(sums, 1).to(GRAD_BIAS.dtype.element_ty), mask=k < k_len)
+    else:
+        row = first_row + tl.arange(0, BLOCK_M)
+        pointers = GRAD_BIAS + ((place * q_len + row) * k_len)[:, None] + k[None, :]
+        there = (row < q_len)[:, None] & (k < k_len)[None, :]
+        tl.store(pointers, tl.trans(sums).to(GRAD_BIAS.dtype.element_ty), mask=there)

@@ -1,4 +1,8 @@
-"""Scores of a block of pairs, as every kernel computes them: scaled, capped, masked, in base 2."""
+"""Scores of a block of pairs, as every kernel computes them: scaled, capped, with their bias, masked.
+
+Scores are in base 2. With a bias they are in base e (``NATURAL``): a fill such as the lowest number that the dtype has would
+become minus infinity by the factor between the two, and its rows would hold no keys.
+"""
 
 import triton
 import triton.language as tl
@@ -81,8 +85,20 @@ def facts_of_keys(k, inside, STARTS, PADDING, padding_stride):
 
 
 @triton.jit
+def power(x, NATURAL: tl.constexpr):
+    """What weighs a score, to the base that scores have."""
+    return tl.exp(x) if NATURAL else tl.exp2(x)
+
+
+@triton.jit
+def logarithm(x, NATURAL: tl.constexpr):
+    """The inverse of ``power``."""
+    return tl.log(x) if NATURAL else tl.log2(x)
+
+
+@triton.jit
 def capped(s, scale, softcap, CAPPED: tl.constexpr):
-    """Scores in base 2 from products, and the slope of the cap: ``scale`` is that of base 2, without a cap."""
+    """Scores from products, and the slope of the cap: ``scale`` holds the factor of the base, without a cap."""
     if CAPPED:
         bent = tanh(s * scale)
         return bent * softcap, 1 - bent * bent
@@ -90,10 +106,37 @@ def capped(s, scale, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def bias_of_tile(BIAS, at, there, BIAS_BY: tl.constexpr, OWN: tl.constexpr, SCORES: tl.constexpr):
+    """What a tile's rows keep of the bias for all blocks: its numbers, where it has one for each of them, else their offsets.
+
+    OWN: ``rows`` or ``keys``, what the tile holds. A row that is none has the offset 0, where there is a number.
+    """
+    kept = at
+    if BIAS is not None:
+        kept = tl.load(BIAS + at, mask=there, other=0.0).to(SCORES) if BIAS_BY == OWN else tl.where(there, at, 0)
+    return kept
+
+
+@triton.jit
+def biased(s, BIAS, of_tile, at, there, BIAS_BY: tl.constexpr, OWN: tl.constexpr, MASKED: tl.constexpr):
+    """Scores [tile, block] with their bias: ``of_tile`` is ``bias_of_tile``, ``at`` are the offsets of the block."""
+    if BIAS is not None:
+        if BIAS_BY == OWN:
+            s += of_tile[:, None]
+        elif BIAS_BY == "pairs":
+            pointers = BIAS + of_tile[:, None] + at[None, :]
+            s += (tl.load(pointers, mask=there[None, :], other=0.0) if MASKED else tl.load(pointers)).to(s.dtype)
+        else:
+            s += (tl.load(BIAS + at, mask=there, other=0.0) if MASKED else tl.load(BIAS + at)).to(s.dtype)[None, :]
+    return s
+
+
+@triton.jit
 def masked(
     s, TERMS, RESIDUES, num_terms, term, kv_head, kv_heads, low, high, x, y, h, x_document, y_document, key, limit_low,
     limit_high,
     STARTS, LIMITS, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    NATURAL: tl.constexpr,
 ):  # fmt: skip
     """Scores [x, y] of a tile's rows x and a block's positions y, minus infinity where a pair does not count.
 
@@ -112,7 +155,7 @@ def masked(
             if DEDUPE:
                 held = held & ((found == 0) | (tl.load(TERMS + each * COLUMNS + 7) == 0))
             found += held.to(tl.int32)
-        s = tl.where(found > 0, s + tl.log2(tl.maximum(found, 1).to(s.dtype)), -float("inf"))
+        s = tl.where(found > 0, s + logarithm(tl.maximum(found, 1).to(s.dtype), NATURAL), -float("inf"))
     else:
         s = tl.where((y[None, :] >= low[:, None]) & (y[None, :] < high[:, None]), s, -float("inf"))
         if HEADS:
@@ -136,10 +179,11 @@ def masked(
 def scores_of_keys(
     n, q, K, V, k_row, v_row, dims, v_dims,
     TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
-    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, full_from, full_to, start, high, rate,
+    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key,
+    full_from, full_to, start, high, rate,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAPPED: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, SCORES: tl.constexpr,
+    CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     """(scores, slope of the cap, k, keys, values) of a tile of queries and the n-th block of keys, at positions k."""
     k = start + (block_at(n, full_from, full_to, MASKED) * BLOCK_N + tl.arange(0, BLOCK_N)) * rate
@@ -149,11 +193,13 @@ def scores_of_keys(
     values = load_rows(V, offset * v_row, inside, v_dims, V_DIM, BLOCK_DV, MASKED)
     s = tl.dot(q, tl.trans(keys), input_precision=PRECISION, out_dtype=SCORES)
     s, slope = capped(s, scale, softcap, CAPPED)
+    s = biased(s, BIAS, bias, offset * bias_key, inside, BIAS_BY, "rows", MASKED)
     if MASKED:
         y, k_document, _ = facts_of_keys(k, inside, STARTS, PADDING, padding_stride)
         s = masked(
             s, TERMS, RESIDUES, num_terms, term, kv_head, kv_heads, row_low, row_high, t, y, h[:, None], document, k_document,
             k[None, :], limit_low[:, None], limit_high[:, None], STARTS, LIMITS, HEADS, DEDUPE, COUNTED, False,
+            BIAS is not None,
         )  # fmt: skip
     elif PADDING is not None:
         _, _, keep = facts_of_keys(k, inside, STARTS, PADDING, padding_stride)
