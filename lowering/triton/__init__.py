@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from dilcompile.lowering.call import Call, Gradients, empty_output
+from dilcompile.lowering.triton import split
 from dilcompile.lowering.triton.config import INTERPRETED, Masks, Pass, Tile, tile_of
-from dilcompile.lowering.triton.plan import Plan, Rows, plan_of, unplannable
+from dilcompile.lowering.triton.plan import Plan, Rows, plan_of, plan_of_few, unplannable
 from dilcompile.lowering.union import beyond_union
 
 TAKES_ROW_MASKS = True
-# A tile of queries for one key head: with fewer rows most of it would be empty.
-LEAST_ROWS = 16
+LEAST_ROWS = 1
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LARGEST_HEAD = 256
@@ -70,6 +70,9 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     lse = call.q.new_empty((size.batch, size.heads, size.q_len), dtype=call.score_dtype)
     if lse.numel() == 0:
         return out, lse
+    # Only the decode kernel reads pages, whatever the number of queries.
+    if split.is_decode(size) or call.pages is not None:
+        return _decode(call, out, lse)
     bound = _bind(call)
     tile = _tile(call, "forward")
     plan = bound.plan(tile.own // bound.pack, tile.other)
@@ -82,6 +85,47 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
             **tile.options,
         )  # fmt: skip
     return out, lse
+
+
+def _decode(call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The forward of few query rows: parts of the keys each on their own, then joined."""
+    from dilcompile.lowering.triton.decode import decode, join
+
+    size = call.problem
+    bound = replace(_bind(call), pack=split.packed(size))
+    tile = _tile(call, "decode", split.rows_of_tile(size))
+    plan = plan_of_few(call.relation, tile.own // bound.pack, call.documents is not None, call.q.device)
+    parts = split.parts_of(call.relation, plan, tile, _programs_at_once(call.q.device))
+    sums, tops, totals = (lse.new_empty((parts, *lse.shape, *last)) for last in ((size.v_dim,), (), ()))
+    q, k, v = (_dense_rows(x) for x in (call.q, call.k, call.v))
+    pages = None if call.pages is None else call.pages.contiguous()
+    tiles, heads, batch = bound.grid(plan.queries)
+    with _current(q.device):
+        decode[(tiles * parts, heads, batch)](
+            q, k, v, sums, tops, totals, plan.terms, plan.residues, plan.queries.tiles, plan.patterns, *bound.masks, bound.seed,
+            _kept(call), pages, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bound.mask_strides,
+            0 if pages is None else pages.stride(0), k.shape[0], *bound.sizes(plan.queries), parts, **bound.switches(plan),
+            PAGE_SIZE=1 if pages is None else k.shape[2], BLOCK_M=tile.own, BLOCK_N=tile.other, **tile.options,
+        )  # fmt: skip
+        tile = _tile(call, "join")
+        join[(size.q_len, size.heads, size.batch)](
+            sums, tops, totals, out, lse, *out.stride()[:3], parts, V_DIM=size.v_dim, BLOCK_DV=_block(size.v_dim),
+            BLOCK_S=tile.own, **tile.options,
+        )  # fmt: skip
+    return out, lse
+
+
+def _kept(call: Call) -> Tensor | None:
+    """int32 [B, 2]: where the keys that padding keeps begin and end."""
+    from dilcompile.lowering.triton.decode import kept_range
+
+    if call.key_padding is None:
+        return None
+    kept = call.key_padding.new_empty((call.problem.batch, 2), dtype=torch.int32)
+    padding = call.key_padding.view(torch.uint8)
+    with _current(kept.device):
+        kept_range[(call.problem.batch,)](padding, kept, *padding.stride(), call.problem.k_len, BLOCK_N=4096, num_warps=8)
+    return kept
 
 
 def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
@@ -206,11 +250,17 @@ def _runs(documents: Tensor) -> tuple[Tensor, Tensor]:
     return starts.contiguous(), closes.flip(1).cummin(1).values.flip(1).contiguous()
 
 
-def _tile(call: Call, step: Pass) -> Tile:
+def _tile(call: Call, step: Pass, rows: int = INTERPRETED.own) -> Tile:
     if interpreting():
-        return INTERPRETED
+        return replace(INTERPRETED, own=rows)
     head = max(_block(call.problem.head_dim), _block(call.problem.v_dim))
-    return tile_of(step, _arch(call.q.device), head, call.q.dtype, _masks(call))
+    return tile_of(step, _arch(call.q.device), head, call.q.dtype, _masks(call), rows)
+
+
+@lru_cache(maxsize=16)
+def _programs_at_once(device: torch.device) -> int:
+    """How many programs of few rows fill the device: 2 a multiprocessor."""
+    return 8 if interpreting() else 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _masks(call: Call) -> Masks:
