@@ -54,7 +54,7 @@ def assert_exact(q: Tensor, k: Tensor, v: Tensor, form: Form, at: Setting, **ope
 @pytest.mark.parametrize("form", [*FORMS, WINDOW, LONG], ids=str)
 def test_every_form(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
     in_parts(monkeypatch, 3)
-    q, k, v = drawn(batch=1, heads=2, kv_heads=2, q_len=2, k_len=67)
+    q, k, v = drawn(batch=1, heads=2, kv_heads=2, q_len=2, k_len=51)
     assert_exact(q, k, v, form, step_of(q, k))
 
 
@@ -137,9 +137,8 @@ MASKED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("form", "asked"), [*((form, asked) for form in (Dense(), LONG) for asked in MASKED), (FORMS[7], MASKED[1])], ids=str
-)
+@pytest.mark.parametrize("asked", MASKED, ids=str)
+@pytest.mark.parametrize("form", [Dense(), LONG], ids=str)
 def test_softcap_padding_and_documents(form: Form, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     in_parts(monkeypatch, 3)
     q, k, v = drawn(heads=2, kv_heads=1, q_len=2, k_len=61)

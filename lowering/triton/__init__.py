@@ -58,6 +58,8 @@ def supports(call: Call, backward: bool) -> str | None:
         return f"{call.problem.batch} batch rows of {call.problem.heads} heads, more than {_MOST_PROGRAMS}"
     if call.dropout_p >= 1:
         return f"dropout of {call.dropout_p}, which keeps nothing"
+    if call.pages is not None and call.bias is not None:
+        return "a bias over keys in pages"
     return beyond_union(call, backward) or unplannable(call.relation)
 
 
@@ -70,8 +72,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     lse = call.q.new_empty((size.batch, size.heads, size.q_len), dtype=call.score_dtype)
     if lse.numel() == 0:
         return out, lse
-    # Only the decode kernel reads pages, whatever the number of queries.
-    if split.is_decode(size) or call.pages is not None:
+    # The decode kernel reads no bias, and only it reads pages, whatever the number of queries.
+    if call.pages is not None or (split.is_decode(size) and call.bias is None):
         return _decode(call, out, lse)
     bound = _bind(call)
     tile = _tile(call, "forward")
@@ -122,9 +124,11 @@ def _kept(call: Call) -> Tensor | None:
     if call.key_padding is None:
         return None
     kept = call.key_padding.new_empty((call.problem.batch, 2), dtype=torch.int32)
-    padding = call.key_padding.view(torch.uint8)
+    padding, tile = call.key_padding.view(torch.uint8), _tile(call, "kept")
     with _current(kept.device):
-        kept_range[(call.problem.batch,)](padding, kept, *padding.stride(), call.problem.k_len, BLOCK_N=4096, num_warps=8)
+        kept_range[(call.problem.batch,)](
+            padding, kept, *padding.stride(), call.problem.k_len, BLOCK_N=tile.other, **tile.options
+        )
     return kept
 
 

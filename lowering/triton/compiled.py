@@ -124,6 +124,7 @@ def _decode_cases() -> Iterator[Case]:
         yield Case("decode", arch, torch.bfloat16, 128, 128)
         yield Case("decode", arch, torch.bfloat16, 128, 128, ("one_key",))
     yield Case("join", "sm90", torch.bfloat16, 128, 128)
+    yield Case("kept", "sm90", torch.bfloat16, 128, 128, ("padding",))
     yield Case("decode", "sm90", torch.bfloat16, 256, 256)
     yield Case("decode", "sm90", torch.bfloat16, 192, 128)
     yield Case("decode", "sm90", torch.float32, 64, 64)
@@ -142,12 +143,12 @@ def compile_case(case: Case, tile: Tile | None = None) -> Resources:
     from triton.compiler import ASTSource
 
     from dilcompile.lowering.triton.attend import attention
-    from dilcompile.lowering.triton.decode import decode, join
+    from dilcompile.lowering.triton.decode import decode, join, kept_range
     from dilcompile.lowering.triton.gradients import gradient_of_keys, gradient_of_queries, row_sums
 
     kernels = {
         "forward": attention, "sums": row_sums, "queries": gradient_of_queries, "keys": gradient_of_keys,
-        "decode": decode, "join": join,
+        "decode": decode, "join": join, "kept": kept_range,
     }  # fmt: skip
     kernel, tile = kernels[case.step], tile or case.tile
     fixed = {name: value for name, value in _fixed(case, tile).items() if name in kernel.arg_names}

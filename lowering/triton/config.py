@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-Pass = Literal["forward", "sums", "queries", "keys", "decode", "join"]
+Pass = Literal["forward", "sums", "queries", "keys", "decode", "join", "kept"]
 Masks = Literal["none", "some", "counted"]
 
 
@@ -37,7 +37,8 @@ def tile_of(step: Pass, arch: str, head: int, dtype: torch.dtype, masks: Masks, 
 
     Args:
         step: the forward, the sums by row that the backward starts from, the gradient of the queries, that of keys and values,
-            few queries whose keys are split, the join of the parts (``own`` at a time).
+            few queries whose keys are split, the join of the parts (``own`` at a time), the range of the keys that
+            padding keeps.
         arch: ``sm80``, ``sm90``, ..., or ``gfx942`` and the like.
         head: the larger head size, a power of two.
         masks: ``counted``: documents; ``some``: a softcap, dropout, padding, limits by row, or keys that count only
@@ -46,6 +47,8 @@ def tile_of(step: Pass, arch: str, head: int, dtype: torch.dtype, masks: Masks, 
     """
     if step in ("sums", "join"):
         return Tile(16, 1, 4, 1)
+    if step == "kept":
+        return Tile(1, 4096, 8, 1)
     size = max(64, head)
     if step == "decode":
         family = "float32" if dtype == torch.float32 else _family(arch) if size <= 128 else "sm90"
