@@ -1,9 +1,11 @@
-"""Attention on a CUDA device: the union kernel against the best dense flash and compiled FlexAttention, and a million keys.
+"""Attention on a CUDA device: the union kernel against the best dense flash and compiled FlexAttention, a million keys, decoding.
 
     PYTHONPATH=. python benchmarks/gpu.py
 
 In one process and in turns; medians of times between device events. TFLOP/s count 4 D a pair and head forward, 10 D backward,
-of the pairs that the relation holds. Writes benchmarks/results/<device>-<date>.json and prints the table. ``make gpu`` runs it.
+of the pairs that the relation holds. A decode step counts tokens a second, and the bytes of the keys and values that it reads
+against the rate at which the device copies. Writes benchmarks/results/<device>-<date>.json and prints the table. ``make gpu``
+runs it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import itertools
 import json
 import re
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dilcompile.bench import accuracy, geometric
-from dilcompile.forms import Dilated
+from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
 from dilcompile.functional import attention
 from dilcompile.relation import Problem, Relation
 
@@ -40,6 +43,8 @@ def main() -> None:
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--longest", type=int, default=1 << 20, help="keys of the one long run; 0: none")
+    parser.add_argument("--caches", type=int, nargs="*", default=[32768, 131072], help="keys that a decode step has")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="of a decode step")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     asked = parser.parse_args()
     if not torch.cuda.is_available():
@@ -50,11 +55,15 @@ def main() -> None:
         for head_dim in asked.head_dims:
             for causal in (False, True):
                 rows.append(_case(length, head_dim, causal, asked.repeats))
-                _save(path, rows, {})
+                _save(path, rows, {}, [])
                 print(_line(rows[-1]), flush=True)
     long = _longest(asked.longest) if asked.longest else {}
-    _save(path, rows, long)
     print(json.dumps(long))
+    steps = []
+    for length, batch in itertools.product(asked.caches, asked.batches):
+        steps.append(_decode(length, batch, asked.repeats))
+        print(_step_line(steps[-1]), flush=True)
+    _save(path, rows, long, steps)
     print(path)
 
 
@@ -195,6 +204,65 @@ def _longest(length: int, heads: int = 32, head_dim: int = 128) -> dict[str, Any
     }  # fmt: skip
 
 
+def _decode(length: int, batch: int, repeats: int, heads: int = 32, kv_heads: int = 8, head_dim: int = 128) -> dict[str, Any]:
+    """One query row a batch row over a full cache, 4 query heads a key head."""
+    torch.manual_seed(0)
+    q = torch.randn(batch, heads, 1, head_dim, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(batch, kv_heads, length, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    forms: dict[str, Form] = {"dense": Dense(), "dilated": geometric(length), "window": SlidingWindow(4096, sinks=4)}
+    calls: dict[str, Callable[[], Tensor]] = {
+        name: lambda form=form: attention(q, k, v, form, is_causal=True, kernel="triton") for name, form in forms.items()
+    }
+    calls["sdpa"] = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    flex = _flex_decode(q, k, v)
+    if flex is not None:
+        calls["flex"] = flex
+    seconds, copied = _in_turns(calls, repeats), _copy_bytes_per_second()
+    size = Problem(batch, heads, kv_heads, 1, length, head_dim, head_dim, length - 1, True)
+    rates = {}
+    for name, taken in seconds.items():
+        keys = forms.get(name, Dense()).relation(size).pairs() // heads
+        read = 2 * batch * kv_heads * keys * head_dim * k.element_size()
+        rates[name] = {
+            "ms": taken * 1e3, "tokens_per_s": batch / taken, "read_bytes": read, "of_copy_bandwidth": read / taken / copied,
+        }  # fmt: skip
+    difference = (calls["dense"]().float() - calls["sdpa"]().float()).abs().max().item()
+    return {
+        "length": length, "batch": batch, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": "bfloat16",
+        "copy_bytes_per_s": copied, "rates": rates, "dense_less_sdpa": difference,
+    }  # fmt: skip
+
+
+def _flex_decode(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor] | None:
+    """Compiled FlexAttention, which has a kernel of its own for one query row; None where it does not run."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def call() -> Tensor:
+        return compiled(q, k, v, enable_gqa=True)
+
+    try:
+        call()
+    except Exception as error:
+        warnings.warn(f"FlexAttention does not decode here: {error}", stacklevel=2)
+        return None
+    return call
+
+
+def _copy_bytes_per_second(size: int = 1 << 30) -> float:
+    """Bytes moved a second by a copy on the device, each read once and written once."""
+    source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+    return 2 * size / _in_turns({"copy": lambda: target.copy_(source)}, 10)["copy"]
+
+
+def _step_line(step: dict[str, Any]) -> str:
+    rates = "  ".join(
+        f"{name} {held['tokens_per_s']:.0f} ({held['of_copy_bandwidth']:.2f})" for name, held in step["rates"].items()
+    )
+    return f"decode, {step['length']} keys, batch {step['batch']}: tokens/s (share of the copy bandwidth) {rates}"
+
+
 def _line(row: dict[str, Any]) -> str:
     rates = "  ".join(f"{name} {held['forward_tflops']:.0f}/{held['backward_tflops']:.0f}" for name, held in row["rates"].items())
     where = f"S {row['length']} D {row['head_dim']} causal {row['causal']!s:5}"
@@ -207,7 +275,7 @@ def _file_name() -> str:
     return f"{device}-{datetime.date.today().isoformat()}.json"
 
 
-def _save(path: Path, rows: Sequence[dict[str, Any]], longest: dict[str, Any]) -> None:
+def _save(path: Path, rows: Sequence[dict[str, Any]], longest: dict[str, Any], decode: Sequence[dict[str, Any]]) -> None:
     import triton
 
     machine = {
@@ -216,7 +284,13 @@ def _save(path: Path, rows: Sequence[dict[str, Any]], longest: dict[str, Any]) -
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
     }
-    held = {"command": "python benchmarks/gpu.py", "machine": machine, "rows": list(rows), "longest": longest}
+    held = {
+        "command": "python benchmarks/gpu.py",
+        "machine": machine,
+        "rows": list(rows),
+        "longest": longest,
+        "decode": list(decode),
+    }
     path.write_text(json.dumps(held, indent=1) + "\n")
 
 

@@ -17,8 +17,8 @@ _INTEGERS = (int, torch.SymInt)
 _LONGEST = 60
 
 
-def check_operands(q: Any, k: Any, v: Any) -> None:
-    """Raise DilcompileError unless q, k and v are what ``attention`` takes."""
+def check_operands(q: Any, k: Any, v: Any, in_pages: bool = False) -> None:
+    """Raise DilcompileError unless q, k and v are what ``attention`` takes; in pages, k and v are of no batch."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise DilcompileError(f"{name} must be a tensor [B, H, S, D], not {_came(x)}; make it one with torch.as_tensor")
@@ -32,7 +32,11 @@ def check_operands(q: Any, k: Any, v: Any) -> None:
         raise DilcompileError(f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; cast them to one")
     if not q.device == k.device == v.device:
         raise FormError(f"q, k and v are on {q.device}, {k.device} and {v.device}; move them to one device")
-    if not q.shape[0] == k.shape[0] == v.shape[0]:
+    if in_pages and k.shape[0] != v.shape[0]:
+        raise DilcompileError(
+            f"k has {k.shape[0]} pages but v has {v.shape[0]}; with block_table both are [pages, Hkv, page size, D]"
+        )
+    if not in_pages and not q.shape[0] == k.shape[0] == v.shape[0]:
         raise DilcompileError(f"q, k and v have batch sizes {q.shape[0]}, {k.shape[0]} and {v.shape[0]}; expand them")
     if k.shape[1] != v.shape[1] or k.shape[2] != v.shape[2]:
         raise DilcompileError(f"k is {list(k.shape)} but v is {list(v.shape)}; they must agree in all dims but the last")
@@ -74,7 +78,54 @@ def branches(name: str, given: Any) -> Any:
     raise FormError(f"{name} must be a list of whole numbers, one a branch, or 'auto', not {_came(given)}; write {name}=[8, 16]")
 
 
-def check_padding(key_padding: Any, k: Tensor) -> None:
+def check_pages(block_table: Any, k_len: Any, q: Tensor, k: Tensor) -> None:
+    """Raise DilcompileError unless the pages of each batch row hold ``k_len`` positions.
+
+    The numbers of the pages are looked at on a CPU only; on a device and inside a compiled graph they are the caller's promise,
+    and numbers of no page are not read through.
+    """
+    if block_table is None:
+        if k_len is not None:
+            raise DilcompileError(
+                f"k_len={_came(k_len)} without block_table: keys that are not in pages are as many as k has rows"
+            )
+        return
+    if not isinstance(block_table, Tensor):
+        raise DilcompileError(
+            f"block_table must be an int32 tensor [B, most pages], not {_came(block_table)}; "
+            f"use torch.tensor(..., dtype=torch.int32)"
+        )
+    if block_table.dtype != torch.int32:
+        raise DilcompileError(f"block_table must be int32, not {block_table.dtype}; cast it: block_table.int()")
+    if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
+        raise DilcompileError(
+            f"block_table must be [B, most pages] = [{q.shape[0]}, ...], not {list(block_table.shape)}; "
+            f"give each batch row its pages"
+        )
+    _same_device("block_table", block_table, k)
+    if isinstance(k_len, bool) or not isinstance(k_len, _INTEGERS):
+        raise DilcompileError(f"k_len must be a whole number with block_table, not {_came(k_len)}; give the length in positions")
+    page_size, held = k.shape[2], block_table.shape[1] * k.shape[2]
+    if not 1 <= k_len <= held:
+        raise DilcompileError(
+            f"k_len must be from 1 to {held}, what {block_table.shape[1]} pages of {page_size} hold, not {k_len}; add pages to "
+            f"block_table"
+        )
+    if block_table.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_numbers(block_table[:, : -(-k_len // page_size)], k.shape[0])
+
+
+def _check_numbers(needed: Tensor, count: int) -> None:
+    wrong = ((needed < 0) | (needed >= count)).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise DilcompileError(
+            f"block_table[{row}, {column}]={int(needed[row, column])} is no page: k and v have {count}; where a batch row is "
+            f"shorter than k_len, name any page and hide its keys by key_padding"
+        )
+
+
+def check_padding(key_padding: Any, q: Tensor, k_len: int) -> None:
     """Raise DilcompileError unless the key padding fits the keys."""
     if key_padding is None:
         return
@@ -84,12 +135,12 @@ def check_padding(key_padding: Any, k: Tensor) -> None:
         )
     if key_padding.dtype != torch.bool:
         raise DilcompileError(f"key_padding must be bool (True keeps a key), not {key_padding.dtype}; compare it first")
-    if key_padding.dim() != 2 or key_padding.shape[0] != k.shape[0] or key_padding.shape[1] != k.shape[2]:
-        raise DilcompileError(f"key_padding must be [B, Sk] = [{k.shape[0]}, {k.shape[2]}], not {list(key_padding.shape)}")
-    _same_device("key_padding", key_padding, k)
+    if key_padding.dim() != 2 or key_padding.shape[0] != q.shape[0] or key_padding.shape[1] != k_len:
+        raise DilcompileError(f"key_padding must be [B, Sk] = [{q.shape[0]}, {k_len}], not {list(key_padding.shape)}")
+    _same_device("key_padding", key_padding, q)
 
 
-def check_bias(bias: Any, q: Tensor, k: Tensor) -> None:
+def check_bias(bias: Any, q: Tensor, k_len: int) -> None:
     """Raise DilcompileError unless the bias fits the scores."""
     if bias is None:
         return
@@ -99,20 +150,20 @@ def check_bias(bias: Any, q: Tensor, k: Tensor) -> None:
         )
     if not bias.is_floating_point():
         raise DilcompileError(f"bias must be a float tensor, not {bias.dtype}; a bool mask goes into key_padding or a form")
-    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    full = (q.shape[0], q.shape[1], q.shape[2], k_len)
     fits = bias.dim() <= 4 and all(size in (1, whole) for size, whole in zip(reversed(bias.shape), reversed(full), strict=False))
     if not fits:
         raise DilcompileError(f"bias of shape {list(bias.shape)} does not broadcast to [B, H, Sq, Sk] = {list(full)}")
-    _same_device("bias", bias, k)
+    _same_device("bias", bias, q)
 
 
-def documents(cu_seqlens: Any, q_len: int, k: Tensor, offset: int) -> Tensor:
+def documents(cu_seqlens: Any, q: Tensor, k_len: int, offset: int) -> Tensor:
     """The document number of each key position, int64 [1, Sk].
 
     Raises:
         DilcompileError: if ``cu_seqlens`` doesn't hold the documents' starts and the end.
     """
-    k_len = k.shape[2]
+    q_len = q.shape[2]
     if not isinstance(cu_seqlens, Tensor):
         raise DilcompileError(
             f"cu_seqlens must be an int32 or int64 tensor of where the documents begin, not {_came(cu_seqlens)}; "
@@ -123,7 +174,7 @@ def documents(cu_seqlens: Any, q_len: int, k: Tensor, offset: int) -> Tensor:
             f"cu_seqlens must be an int32 or int64 vector of at least 2 positions, "
             f"not {list(cu_seqlens.shape)} {cu_seqlens.dtype}"
         )
-    _same_device("cu_seqlens", cu_seqlens, k)
+    _same_device("cu_seqlens", cu_seqlens, q)
     if offset < 0 or offset + q_len > k_len:
         raise DilcompileError(
             f"cu_seqlens needs every query at a key position, but queries stand at {offset} to {offset + q_len - 1} "
@@ -132,7 +183,7 @@ def documents(cu_seqlens: Any, q_len: int, k: Tensor, offset: int) -> Tensor:
     # The values are known only when running; inside a compiled graph they are the caller's promise.
     if not torch.compiler.is_compiling():
         _check_boundaries(cu_seqlens.tolist(), k_len)
-    positions = torch.arange(k_len, device=k.device)
+    positions = torch.arange(k_len, device=q.device)
     return torch.searchsorted(cu_seqlens[1:].to(positions), positions, right=True)[None]
 
 

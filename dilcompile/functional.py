@@ -37,6 +37,8 @@ def attention(
     q_offset: int | None = None,
     kernel: str | None = None,
     return_lse: bool = False,
+    block_table: Tensor | None = None,
+    k_len: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the pairs that ``form`` lets through.
 
@@ -53,6 +55,10 @@ def attention(
         q_offset: key position of the first query; ``Sk - Sq`` by default.
         kernel: name of a kernel; the fastest by default.
         return_lse: return (out, lse) with lse [B, H, Sq], natural log, float32 (float64 for float64), differentiable.
+        block_table: int32 [B, most pages], for keys and values in pages: k and v are then a pool [pages, Hkv, page size, D or Dv]
+            and the key at position p of batch row b is in slot ``p % page_size`` of page ``block_table[b, p // page_size]``.
+            There are no gradients then.
+        k_len: with ``block_table``, the length in positions, Sk above; ``key_padding`` hides what a shorter batch row lacks.
 
     Returns:
         out [B, H, Sq, Dv]; 0 (lse -inf) for a query that sees no key.
@@ -61,12 +67,14 @@ def attention(
         DilcompileError: for operands that don't fit; FormError, KernelError: for the form or kernel.
     """
     scale, softcap, dropout_p, is_causal = (_fixed(x) for x in (scale, softcap, dropout_p, is_causal))
-    arguments.check_operands(q, k, v)
+    arguments.check_operands(q, k, v, in_pages=block_table is not None)
     arguments.check_options(scale, softcap, dropout_p, is_causal, q_offset, kernel)
-    arguments.check_padding(key_padding, k)
-    arguments.check_bias(bias, q, k)
-    offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
-    documents = None if cu_seqlens is None else arguments.documents(cu_seqlens, q.shape[2], k, offset)
+    arguments.check_pages(block_table, k_len, q, k)
+    keys = k.shape[2] if k_len is None else k_len
+    arguments.check_padding(key_padding, q, keys)
+    arguments.check_bias(bias, q, keys)
+    offset = keys - q.shape[2] if q_offset is None else q_offset
+    documents = None if cu_seqlens is None else arguments.documents(cu_seqlens, q, keys, offset)
     seed = torch.randint(0, 2**62, (1,), device=q.device) if dropout_p > 0 else None
     out, lse = ops.attention(
         q,
@@ -85,6 +93,8 @@ def attention(
         softcap,
         dropout_p,
         kernel,
+        pages=block_table,
+        k_len=k_len,
     )
     return (out, lse) if return_lse else out
 

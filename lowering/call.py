@@ -21,7 +21,8 @@ class Call:
     """Operands of one attention.
 
     Args:
-        q: [B, H, Sq, D]; k: [B, Hkv, Sk, D]; v: [B, Hkv, Sk, Dv]; any strides.
+        q: [B, H, Sq, D]; k: [B, Hkv, Sk, D]; v: [B, Hkv, Sk, Dv]; any strides. With ``pages`` k and v are a pool instead,
+            [pages, Hkv, page size, D or Dv].
         key_padding: bool [B, Sk], True keeps the key.
         documents: int [B or 1, Sk], the document number of each key position, runs contiguous.
         bias: float, broadcastable to [B, H, Sq, Sk], added to the scaled and capped scores.
@@ -31,6 +32,9 @@ class Call:
         narrow: the softmax is computed in float32 though the scores are float64, as a model does that names the dtype; digit by
             digit, for what must equal the model.
         bias_grad: the gradient of the bias is asked for.
+        pages: int32 [B, most pages]: the key at position p of batch row b is in slot ``p % page size`` of page
+            ``pages[b, p // page size]``; Sk, the length in positions, is that of the problem. Numbers of no page are never
+            read through; what a row that sees such keys gets is not said.
         flat: the products count as 0, so that all weights of a row are alike; their gradient is that of ordinary scores.
     """
 
@@ -51,6 +55,7 @@ class Call:
     flat: bool = False
     narrow: bool = False
     bias_grad: bool = True
+    pages: Tensor | None = None
 
     @property
     def problem(self) -> Problem:
@@ -103,14 +108,15 @@ def problem_of(
     window_left: int | None,
     window_right: int | None,
     q_offset: int,
+    k_len: int | None = None,
 ) -> Problem:
-    """The sizes of these operands; see ``Call`` for their shapes."""
+    """The sizes of these operands; see ``Call`` for their shapes. k_len: where they are not as many as k has rows."""
     return Problem(
         batch=q.shape[0],
         heads=q.shape[1],
         kv_heads=k.shape[1],
         q_len=q.shape[2],
-        k_len=k.shape[2],
+        k_len=k.shape[2] if k_len is None else k_len,
         head_dim=q.shape[3],
         v_dim=v.shape[3],
         q_offset=q_offset,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dilcompile.errors import KernelError
 from dilcompile.lowering import transforms
 from dilcompile.lowering.call import (
     Call,
@@ -26,7 +27,7 @@ _OPERANDS = (
     "Tensor q, Tensor k, Tensor v, Tensor? key_padding, Tensor? documents, Tensor? bias, Tensor? dropout_seed, str form, "
     "bool is_causal, int? window_left, int? window_right, SymInt q_offset, float scale, float? softcap, float dropout_p, "
     "str? kernel, Tensor? q_start=None, Tensor? row_limits=None, Tensor? row_terms=None, Tensor? key_terms=None, "
-    "str? pairs=None, bool flat=False, bool narrow=False"
+    "str? pairs=None, bool flat=False, bool narrow=False, Tensor? pages=None, SymInt? k_len=None"
 )
 
 
@@ -55,6 +56,8 @@ def attention(
     pairs: str | None = None,
     flat: bool = False,
     narrow: bool = False,
+    pages: Tensor | None = None,
+    k_len: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the relation that ``form`` means here.
 
@@ -68,6 +71,7 @@ def attention(
         q_start: int64 with one element, added to ``q_offset``: a position that is known when the model runs.
         row_limits: see ``Call``.
         flat, narrow: see ``Call``.
+        pages: see ``Call``; k_len: Sk, needed with pages and given with nothing else.
         row_terms, key_terms, pairs: the formula over pairs and its terms, see ``Pairs``.
 
     Returns:
@@ -83,10 +87,10 @@ def attention(
     scaled = q if factor == 1.0 else q * factor
     call = _call(
         scaled, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
-        scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs, flat, narrow,
+        scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs, flat, narrow, pages=pages, k_len=k_len,
     )  # fmt: skip
     out, lse = select(call, kernel).forward(call)
-    of_output = output_scale(form_of(form), k.shape[2])
+    of_output = output_scale(form_of(form), call.problem.k_len)
     out = _laid_out(out, q)
     return (out if of_output == 1.0 else out.mul_(of_output)), lse
 
@@ -127,10 +131,18 @@ def attention_backward(
     pairs: str | None = None,
     flat: bool = False,
     narrow: bool = False,
+    pages: Tensor | None = None,
+    k_len: int | None = None,
     bias_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v [as their operand, laid out [B, S, H, D]] and of the bias (an empty tensor without one)."""
     from dilcompile.lowering.select import select
+
+    if pages is not None:
+        raise KernelError(
+            "keys and values in pages have no gradient: a cache is not trained; call under torch.no_grad(), or gather the pages "
+            "(k[block_table].transpose(1, 2).flatten(2, 3)) and leave block_table out"
+        )
 
     scale, factor = _positive(scale, q.dtype)
     scaled = q if factor == 1.0 else q * factor
@@ -185,9 +197,13 @@ def _call(
     flat: bool,
     narrow: bool,
     bias_grad: bool = True,
+    pages: Tensor | None = None,
+    k_len: int | None = None,
 ) -> Call:
     first = q_offset if q_start is None else q_offset + int(q_start)
-    problem = problem_of(q, k, v, is_causal, window_left, window_right, first)
+    assert (pages is None) == (k_len is None), "pages and k_len, the length in positions, come together"
+    assert pages is None or k_len is None or k_len <= pages.shape[1] * k.shape[2], "the pages hold fewer than k_len positions"
+    problem = problem_of(q, k, v, is_causal, window_left, window_right, first, k_len)
     formula = None
     if pairs is not None:
         assert row_terms is not None, "a formula over pairs needs its rows' terms"
@@ -195,7 +211,7 @@ def _call(
         formula = Pairs(pairs, row_terms, key_terms)
     return Call(
         q, k, v, key_padding, documents, bias, dropout_seed, relation_of(form_of(form), problem),
-        scale, softcap, dropout_p, merge_grad(form_of(form)), row_limits, formula, flat, narrow, bias_grad,
+        scale, softcap, dropout_p, merge_grad(form_of(form)), row_limits, formula, flat, narrow, bias_grad, pages,
     )  # fmt: skip
 
 
@@ -235,7 +251,7 @@ def _(
 
 
 # Where the backward's last argument stands among those after the bias.
-_BIAS_GRAD = 17
+_BIAS_GRAD = 19
 
 
 def _register_autocast() -> torch.library.Library:
@@ -266,10 +282,16 @@ _LIBRARY = _register_autocast()
 transforms.register(_LIBRARY)
 
 
+# Where k_len stands among the operands from the form on.
+_K_LEN = 17
+
+
 def _flops(shapes: Sequence[Any], options: Sequence[Any], backward: bool) -> int:
     q, k, v = shapes[:3]
     form, is_causal, window_left, window_right, q_offset = options[:5]
-    problem = Problem(q[0], q[1], k[1], q[2], k[2], q[3], v[3], q_offset, is_causal, window_left, window_right)
+    keys = options[_K_LEN] if len(options) > _K_LEN else None
+    keys = k[2] if keys is None else keys
+    problem = Problem(q[0], q[1], k[1], q[2], keys, q[3], v[3], q_offset, is_causal, window_left, window_right)
     return relation_of(form_of(form), problem).flops(backward)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class _Chunk:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """See ``Kernel``."""
+    call = call if call.pages is None else _gathered(call, call.pages)
     problem = call.problem
     out = empty_output(call.q, problem.v_dim)
     lse = call.q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=call.score_dtype)
@@ -67,6 +68,14 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
         grads[2][chunk.b] += _per_key_head(d_value, call.problem.kv_heads)
     d_q, d_k, d_v = (grad.to(call.q.dtype) for grad in grads)
     return d_q, d_k, d_v, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
+
+
+def _gathered(call: Call, pages: Tensor) -> Call:
+    """The call with its keys and values in one piece."""
+    count, page_size, _ = (call.k.shape[dim] for dim in (0, 2, 3))
+    needed = pages[:, : -(-call.problem.k_len // page_size)].long().clamp(0, count - 1)
+    k, v = (x[needed].transpose(1, 2).flatten(2, 3)[:, :, : call.problem.k_len] for x in (call.k, call.v))
+    return replace(call, k=k, v=v, pages=None)
 
 
 def _chunks(call: Call) -> Iterator[_Chunk]:

@@ -49,4 +49,6 @@ def refusal(kernel: Kernel, call: Call, backward: bool) -> str | None:
         return "a mask by row"
     if call.narrow and kernel is not reference:
         return "a softmax in float32 over scores in float64"
+    if call.pages is not None and kernel not in (triton, reference):
+        return "keys and values in pages"
     return kernel.supports(call, backward)

@@ -18,6 +18,7 @@ def x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 GOOD: dict[str, Any] = {"q": x(2, 4, 6, 8), "k": x(2, 2, 6, 8), "v": x(2, 2, 6, 8), "form": "dense()"}
 
+PAGES = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32)
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"q": x(4, 6, 8)}, "q must be [B, H, S, D], not [4, 6, 8]"),
     ({"q": x(2, 4, 6, 8, dtype=torch.int64)}, "q has dtype torch.int64; attention needs float16"),
@@ -59,6 +60,25 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"key_padding": [True] * 6}, "key_padding must be a bool tensor [B, Sk] (True keeps a key), not [True, True, True"),
     ({"cu_seqlens": [0, 3, 6]}, "not [0, 3, 6] (list); use torch.tensor([0, ..., 6])"),
     ({"bias": 0.5}, "bias must be a float tensor that broadcasts to [B, H, Sq, Sk], not 0.5 (float)"),
+    ({"k_len": 6}, "k_len=6 (int) without block_table: keys that are not in pages are as many as k has rows"),
+    (
+        {"block_table": [[0], [1]]},
+        "block_table must be an int32 tensor [B, most pages], not [[0], [1]] (list); use torch.tensor(",
+    ),
+    ({"block_table": PAGES.long(), "k_len": 6}, "block_table must be int32, not torch.int64; cast it: block_table.int()"),
+    (
+        {"block_table": PAGES[:1], "k_len": 6},
+        "block_table must be [B, most pages] = [2, ...], not [1, 2]; give each batch row its",
+    ),
+    ({"block_table": PAGES[0], "k_len": 6}, "block_table must be [B, most pages] = [2, ...], not [2]"),
+    ({"block_table": PAGES.to("meta"), "k_len": 6}, "block_table is on meta but k is on cpu; move it there"),
+    ({"block_table": PAGES}, "k_len must be a whole number with block_table, not None (NoneType); give the length in positions"),
+    ({"block_table": PAGES, "k_len": True}, "k_len must be a whole number with block_table, not True (bool)"),
+    ({"block_table": PAGES, "k_len": 13}, "k_len must be from 1 to 12, what 2 pages of 6 hold, not 13; add pages to block_table"),
+    ({"block_table": PAGES + 1, "k_len": 7}, "block_table[0, 1]=2 is no page: k and v have 2; where a batch row is shorter than"),
+    ({"block_table": PAGES - 1, "k_len": 7}, "block_table[0, 0]=-1 is no page: k and v have 2"),
+    ({"block_table": PAGES, "k_len": 7, "v": x(3, 2, 6, 8)}, "k has 2 pages but v has 3; with block_table both are [pages, Hkv"),
+    ({"block_table": PAGES, "k_len": 7, "key_padding": x(2, 6).bool()}, "key_padding must be [B, Sk] = [2, 7], not [2, 6]"),
     ({"form": 3}, "form must be a Form, its text, or a mapping such as {'form': 'dense'}, not 3"),
     ({"form": {"window": 3}}, "form must be a Form, its text, or a mapping"),
 ]

@@ -147,6 +147,72 @@ def test_lengths_windows_and_offsets(length: int, mask: dict[str, Any]) -> None:
     check("triton", WIDE, inputs, setting_of(inputs[0], inputs[1], **mask))
 
 
+# A decode step's keys: many blocks, and more parts than one.
+CACHE = 2040 if DEVICE == "cuda" else 300
+# Segments in which the last key stands far from the first.
+DEEP = Dilated([512, 2048], [1, 4])
+
+
+def decode_inputs(q_len: int = 1, **more: Any) -> tuple[tuple[Tensor, ...], Setting]:
+    inputs = inputs_of(**{"batch": 2, "heads": 8, "kv_heads": 2, "dim": 64, "v_dim": 64, **more}, q_len=q_len, k_len=CACHE)
+    return inputs, setting_of(inputs[0], inputs[1], causal=True, q_offset=CACHE - q_len)
+
+
+def check_step(form: Form, inputs: tuple[Tensor, ...], at: Setting, found: tuple[Tensor, ...], **operands: Any) -> None:
+    """Output and LSE of a step: no error is larger than twice that of eager attention in the same dtype."""
+    dtype = inputs[0].dtype
+    eager = expected(*inputs, form, at, dtype, **operands)
+    exact = expected(*(x.double() for x in inputs), form, at, **operands)
+    for mine, theirs, true in zip(found, eager, exact, strict=True):
+        assert_as_good_as_eager(mine.cpu(), theirs, true, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", [Dense(), SlidingWindow(500, sinks=4), DEEP, FORMS[7]], ids=str)
+@pytest.mark.parametrize("q_len", [1, 5])
+def test_a_decode_step(q_len: int, form: Form, dtype: torch.dtype) -> None:
+    inputs, at = decode_inputs(q_len, dtype=dtype)
+    check_step(form, inputs, at, run(*map(there, inputs), form, "triton", at))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 128), (8, 1, 128), (64, 1, 128), (6, 2, 80), (2, 1, 256)])
+def test_a_decode_step_of_any_group(heads: int, kv_heads: int, dim: int) -> None:
+    inputs, at = decode_inputs(2, heads=heads, kv_heads=kv_heads, dim=dim, v_dim=dim, dtype=torch.bfloat16)
+    check_step(DEEP, inputs, at, run(*map(there, inputs), DEEP, "triton", at))
+
+
+@pytest.mark.parametrize("asked", OPERANDS, ids=str)
+def test_a_decode_step_with_caps_padding_and_documents(asked: dict[str, Any]) -> None:
+    inputs, at = decode_inputs(2, dtype=torch.bfloat16)
+    operands = operands_of(asked, length=CACHE)
+    placed = {name: there(value) for name, value in operands.items()}
+    check_step(DEEP, inputs, at, run(*map(there, inputs), DEEP, "triton", at, **placed), **operands)
+
+
+@pytest.mark.parametrize("page_size", [16, 48])
+def test_a_decode_step_over_pages(page_size: int) -> None:
+    inputs, at = decode_inputs(dtype=torch.bfloat16)
+    count = -(-CACHE // page_size)
+    table = torch.randperm(2 * count + 3, generator=torch.Generator().manual_seed(0))[: 2 * count].view(2, count).int()
+    pools = []
+    for x in inputs[1:]:
+        pool = torch.full((2 * count + 3, x.shape[1], page_size, x.shape[3]), torch.nan, dtype=x.dtype)
+        padded = torch.nn.functional.pad(x, (0, 0, 0, count * page_size - CACHE), value=torch.nan)
+        pool[table.long()] = padded.unflatten(2, (count, page_size)).transpose(1, 2)
+        pools.append(pool)
+    found = attention(
+        *map(there, (inputs[0], *pools)), DEEP, is_causal=True, scale=SCALE, kernel="triton", return_lse=True,
+        block_table=there(table), k_len=CACHE,
+    )  # fmt: skip
+    check_step(DEEP, inputs, at, found)
+
+
+def test_a_decode_step_gives_the_same_numbers_every_time() -> None:
+    inputs, at = decode_inputs(dtype=torch.bfloat16)
+    for one, other in zip(*(run(*map(there, inputs), DEEP, "triton", at) for _ in range(2)), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_dropout_draws_as_the_reference_does() -> None:
     inputs = inputs_of(batch=1, heads=2, kv_heads=1, q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, dtype=torch.float32)
     at = setting_of(inputs[0], inputs[1], causal=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Literal
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from dilcompile.lowering.call import Call, Gradients, empty_output
+from dilcompile.lowering.triton import split
 from dilcompile.lowering.triton.config import INTERPRETED, Masks, Pass, Tile, tile_of
-from dilcompile.lowering.triton.plan import Plan, Rows, plan_of, unplannable
+from dilcompile.lowering.triton.plan import Plan, Rows, plan_of, plan_of_few, unplannable
 from dilcompile.lowering.union import beyond_union
 from dilcompile.relation import Problem
 
 TAKES_ROW_MASKS = True
-# A tile of queries for one key head: with fewer rows most of it would be empty.
-LEAST_ROWS = 16
+LEAST_ROWS = 1
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LARGEST_HEAD = 256
@@ -64,6 +64,8 @@ def supports(call: Call, backward: bool) -> str | None:
         return f"a bias of dtype {call.bias.dtype}"
     if call.dropout_p >= 1:
         return f"dropout of {call.dropout_p}, which keeps nothing"
+    if call.pages is not None and call.bias is not None:
+        return "a bias over keys in pages"
     return beyond_union(call, backward) or unplannable(call.relation)
 
 
@@ -76,6 +78,9 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     lse = call.q.new_empty((size.batch, size.heads, size.q_len), dtype=call.score_dtype)
     if lse.numel() == 0:
         return out, lse
+    # The decode kernel reads no bias, and only it reads pages, whatever the number of queries.
+    if call.pages is not None or (split.is_decode(size) and call.bias is None):
+        return _decode(call, out, lse)
     bound = _bind(call)
     tile = bound.tile("forward")
     plan = bound.plan(tile.own // bound.pack, tile.other)
@@ -89,6 +94,50 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
             **tile.options,
         )  # fmt: skip
     return out, lse
+
+
+def _decode(call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The forward of few query rows: parts of the keys each on their own, then joined."""
+    from dilcompile.lowering.triton.decode import decode, join
+
+    size = call.problem
+    bound = replace(_bind(call), pack=split.packed(size))
+    tile = bound.tile("decode", split.rows_of_tile(size))
+    plan = plan_of_few(call.relation, tile.own // bound.pack, call.documents is not None, call.q.device)
+    parts = split.parts_of(call.relation, plan, tile, _programs_at_once(call.q.device))
+    sums, tops, totals = (lse.new_empty((parts, *lse.shape, *last)) for last in ((size.v_dim,), (), ()))
+    q, k, v = (_dense_rows(x) for x in (call.q, call.k, call.v))
+    pages = None if call.pages is None else call.pages.contiguous()
+    tiles, heads, batch = bound.grid(plan.queries)
+    with _current(q.device):
+        decode[(tiles * parts, heads, batch)](
+            q, k, v, sums, tops, totals, plan.terms, plan.residues, plan.queries.tiles, plan.patterns, *bound.masks, bound.seed,
+            _kept(bound), pages, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bound.mask_strides,
+            0 if pages is None else pages.stride(0), k.shape[0], *bound.sizes(plan.queries), parts, **bound.switches(plan),
+            PAGE_SIZE=1 if pages is None else k.shape[2], BLOCK_M=tile.own, BLOCK_N=tile.other, **tile.options,
+        )  # fmt: skip
+        tile = bound.tile("join")
+        join[(size.q_len, size.heads, size.batch)](
+            sums, tops, totals, out, lse, *out.stride()[:3], parts, V_DIM=size.v_dim, BLOCK_DV=_block(size.v_dim),
+            BLOCK_S=tile.own, **tile.options,
+        )  # fmt: skip
+    return out, lse
+
+
+def _kept(bound: _Bound) -> Tensor | None:
+    """int32 [B, 2]: where the keys that padding keeps begin and end."""
+    from dilcompile.lowering.triton.decode import kept_range
+
+    call = bound.call
+    if call.key_padding is None:
+        return None
+    kept = call.key_padding.new_empty((call.problem.batch, 2), dtype=torch.int32)
+    padding, tile = call.key_padding.view(torch.uint8), bound.tile("kept")
+    with _current(kept.device):
+        kept_range[(call.problem.batch,)](
+            padding, kept, *padding.stride(), call.problem.k_len, BLOCK_N=tile.other, **tile.options
+        )
+    return kept
 
 
 def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
@@ -203,13 +252,13 @@ class _Bound:
             return "keys"
         return "rows" if key == 0 else "pairs"
 
-    def tile(self, step: Pass) -> Tile:
-        """The tile sizes of a pass."""
+    def tile(self, step: Pass, rows: int = INTERPRETED.own) -> Tile:
+        """The tile sizes of a pass; ``rows``: of few queries."""
         if interpreting():
-            return INTERPRETED
+            return replace(INTERPRETED, own=rows)
         size, q = self.call.problem, self.call.q
         head = max(_block(size.head_dim), _block(size.v_dim))
-        return tile_of(step, _arch(q.device), head, q.dtype, _masks(self.call, self.bias_by(self.pack)))
+        return tile_of(step, _arch(q.device), head, q.dtype, _masks(self.call, self.bias_by(self.pack)), rows)
 
     def sizes(self, rows: Rows) -> tuple[float, ...]:
         """What comes after the strides: lengths, counts, factors."""
@@ -277,6 +326,12 @@ def _runs(documents: Tensor) -> tuple[Tensor, Tensor]:
     starts = torch.where(torch.cat([edge, changes], 1), position, 0).cummax(1).values
     closes = torch.where(torch.cat([changes, edge], 1), position + 1, count)
     return starts.contiguous(), closes.flip(1).cummin(1).values.flip(1).contiguous()
+
+
+@lru_cache(maxsize=16)
+def _programs_at_once(device: torch.device) -> int:
+    """How many programs of few rows fill the device: 2 a multiprocessor."""
+    return 8 if interpreting() else 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _masks(call: Call, bias_by: BiasBy) -> Masks:

@@ -27,6 +27,7 @@ def attend(
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    PAGES=None, num_pages=0, k_page=0, v_page=0, PAGE_SIZE: tl.constexpr = 1,
 ):  # fmt: skip
     """Some blocks of keys joined to the sum of exponentials, the maximum and the weighted sum of values."""
     begin, end = turns(blocks, full_from, full_to, MASKED)
@@ -37,6 +38,7 @@ def attend(
             t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key,
             full_from, full_to, start, high, rate,
             HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, MASKED, PRECISION, sums.dtype,
+            PAGES, num_pages, k_page, v_page, PAGE_SIZE,
         )  # fmt: skip
         higher = tl.maximum(top, tl.max(s, 1))
         shift = higher
@@ -72,7 +74,7 @@ def attention(
     PRODUCTS: dtype of the operands of matrix products; SCORES: of scores and sums.
     """
     kv_head, batch, first_head, last_head, first, last, position, h, there = tile_of_queries(
-        TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M
+        tl.program_id(0), TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M
     )
     if first == FAR:
         return

@@ -56,8 +56,9 @@ class Case:
 
     Args:
         switches: of ``padding``, ``documents``, ``limits`` (by row), ``softcap``, ``dropout``, ``dedupe`` (terms that count only
-            what is new), ``heads`` (terms of some query heads), ``grouped`` (4 query heads a key head), ``bias`` (one a pair),
-            ``key_bias`` (one a key); none: causal or not.
+            what is new), ``heads`` (terms of some query heads), ``grouped`` (4 query heads a key head), ``one_key`` (all of 64
+            query heads have one), ``bias`` (one a pair), ``key_bias`` (one a key), ``paged`` (pages of 16 keys); none: causal or
+            not.
     """
 
     step: Pass
@@ -74,12 +75,18 @@ class Case:
             return "counted pairs" if "bias" in self.switches else "counted"
         if "bias" in self.switches:
             return "pairs"
-        return "some" if set(self.switches) - {"grouped", "heads"} else "none"
+        return "some" if set(self.switches) - {"grouped", "one_key", "paged", "heads"} else "none"
 
     @property
     def tile(self) -> Tile:
         """The tile sizes that a call of this kind gets."""
-        return tile_of(self.step, self.arch, max(_block(self.head_dim), _block(self.v_dim)), self.dtype, self.masks)
+        rows = max(16, self.group) if self.step == "decode" else 64
+        return tile_of(self.step, self.arch, max(_block(self.head_dim), _block(self.v_dim)), self.dtype, self.masks, rows)
+
+    @property
+    def group(self) -> int:
+        """Query heads a key head."""
+        return 4 if "grouped" in self.switches else 64 if "one_key" in self.switches else 1
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,21 @@ def cases() -> Iterator[Case]:
         yield Case("bias", "sm90", torch.bfloat16, dim, dim, ("documents", "bias"))
     yield Case("bias", "sm90", torch.bfloat16, 256, 256, ("bias",))
     yield Case("bias", "sm90", torch.float32, 64, 64, ("bias",))
+    yield from _decode_cases()
+
+
+def _decode_cases() -> Iterator[Case]:
+    for arch in ARCHS:
+        yield Case("decode", arch, torch.bfloat16, 64, 64)
+        yield Case("decode", arch, torch.bfloat16, 128, 128)
+        yield Case("decode", arch, torch.bfloat16, 128, 128, ("one_key",))
+    yield Case("join", "sm90", torch.bfloat16, 128, 128)
+    yield Case("kept", "sm90", torch.bfloat16, 128, 128, ("padding",))
+    yield Case("decode", "sm90", torch.bfloat16, 256, 256)
+    yield Case("decode", "sm90", torch.bfloat16, 192, 128)
+    yield Case("decode", "sm90", torch.float32, 64, 64)
+    for switch in ("padding", "documents", "dropout", "grouped", "paged"):
+        yield Case("decode", "sm90", torch.bfloat16, 128, 128, (switch,))
 
 
 def compile_case(case: Case, tile: Tile | None = None) -> Resources:
@@ -139,15 +161,13 @@ def compile_case(case: Case, tile: Tile | None = None) -> Resources:
     from triton.compiler import ASTSource
 
     from dilcompile.lowering.triton.attend import attention
+    from dilcompile.lowering.triton.decode import decode, join, kept_range
     from dilcompile.lowering.triton.gradients import gradient_of_bias, gradient_of_keys, gradient_of_queries, row_sums
 
     kernels = {
-        "forward": attention,
-        "sums": row_sums,
-        "queries": gradient_of_queries,
-        "keys": gradient_of_keys,
-        "bias": gradient_of_bias,
-    }
+        "forward": attention, "sums": row_sums, "queries": gradient_of_queries, "keys": gradient_of_keys,
+        "bias": gradient_of_bias, "decode": decode, "join": join, "kept": kept_range,
+    }  # fmt: skip
     kernel, tile = kernels[case.step], tile or case.tile
     fixed = {name: value for name, value in _fixed(case, tile).items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in fixed else _type(name, case.dtype) for name in kernel.arg_names}
@@ -169,12 +189,11 @@ def _fixed(case: Case, tile: Tile) -> dict[str, object]:
 
     own, other = ("BLOCK_N", "BLOCK_M") if case.step in ("keys", "bias") else ("BLOCK_M", "BLOCK_N")
     element = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[case.dtype]
-    group = 4 if "grouped" in case.switches else 1
     fixed: dict[str, object] = {
-        "GROUP": group, "PACK": group, "HEAD_DIM": case.head_dim, "V_DIM": case.v_dim, "BLOCK_D": _block(case.head_dim),
+        "GROUP": case.group, "PACK": case.group, "HEAD_DIM": case.head_dim, "V_DIM": case.v_dim, "BLOCK_D": _block(case.head_dim),
         "BLOCK_DV": _block(case.v_dim), own: tile.own, other: tile.other, "CAPPED": "softcap" in case.switches,
         "COUNTED": "documents" in case.switches, "HEADS": "heads" in case.switches, "DEDUPE": "dedupe" in case.switches,
-        "PRECISION": "ieee", "PRODUCTS": element, "SCORES": tl.float32,
+        "PRECISION": "ieee", "PRODUCTS": element, "SCORES": tl.float32, "BLOCK_S": case.tile.own, "PAGE_SIZE": 16,
     }  # fmt: skip
     by = next((word for switch, word in (("bias", "pairs"), ("key_bias", "keys")) if switch in case.switches), "none")
     fixed |= {"BIAS_BY": by, "ALL_QUERIES": by == "keys", **({"BIAS": None} if by == "none" else {"bias_key": 1})}
@@ -183,16 +202,18 @@ def _fixed(case: Case, tile: Tile) -> dict[str, object]:
     if "limits" not in case.switches:
         fixed["LIMITS"] = None
     if "padding" not in case.switches:
-        fixed["PADDING"] = None
+        fixed |= {"PADDING": None, "KEPT": None}
+    if "paged" not in case.switches:
+        fixed["PAGES"] = None
     if "documents" not in case.switches:
         fixed |= {"STARTS": None, "ENDS": None}
     return fixed
 
 
 def _type(name: str, dtype: torch.dtype) -> str:
-    if name in ("LSE", "DELTA", "GRAD_LSE"):
+    if name in ("LSE", "DELTA", "GRAD_LSE", "SUMS", "TOPS", "TOTALS"):
         return "*fp32"
-    if name in ("TERMS", "RESIDUES", "TILES", "PATTERNS", "STARTS", "ENDS", "LIMITS"):
+    if name in ("TERMS", "RESIDUES", "TILES", "PATTERNS", "STARTS", "ENDS", "LIMITS", "KEPT", "PAGES"):
         return "*i32"
     if name in ("PADDING", "SEED"):
         return {"PADDING": "*u8", "SEED": "*i64"}[name]

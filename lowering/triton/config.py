@@ -5,12 +5,12 @@ Nothing here imports Triton.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-Pass = Literal["forward", "sums", "queries", "keys", "bias"]
+Pass = Literal["forward", "sums", "queries", "keys", "bias", "decode", "join", "kept"]
 Masks = Literal["none", "some", "pairs", "counted", "counted pairs"]
 
 
@@ -32,20 +32,27 @@ class Tile:
 INTERPRETED = Tile(16, 16, 4, 1)
 
 
-def tile_of(step: Pass, arch: str, head: int, dtype: torch.dtype, masks: Masks) -> Tile:
+def tile_of(step: Pass, arch: str, head: int, dtype: torch.dtype, masks: Masks, rows: int = 64) -> Tile:
     """The tile sizes of a pass.
 
     Args:
         step: the forward, the sums by row that the backward starts from, the gradient of the queries, that of keys and values,
-            that of the bias.
+            that of the bias, few queries whose keys are split, the join of the parts (``own`` at a time), the range of the
+            keys that padding keeps.
         arch: ``sm80``, ``sm90``, ..., or ``gfx942`` and the like.
         head: the larger head size, a power of two.
         masks: ``counted``: documents; ``some``: a softcap, dropout, padding, limits by row, a bias by key or by row, or keys
             that count only once; ``pairs``: a bias by pair. They take registers.
+        rows: of few queries, 16, 32 or 64.
     """
-    if step == "sums":
+    if step in ("sums", "join"):
         return Tile(16, 1, 4, 1)
+    if step == "kept":
+        return Tile(1, 4096, 8, 1)
     size = max(64, head)
+    if step == "decode":
+        family = "float32" if dtype == torch.float32 else _family(arch) if size <= 128 else "sm90"
+        return replace(next(tile for tile in _DECODE[family, size] if rows <= tile.own), own=rows)
     if dtype == torch.float32:
         return _FLOAT32[step, size]
     if size > 128:
@@ -179,4 +186,20 @@ _PLAIN: dict[tuple[str, Pass, int], Tile] = {
     ("gfx942", "queries", 128): Tile(64, 32, 4, 2),
     ("gfx942", "keys", 64): Tile(64, 32, 4, 2),
     ("gfx942", "keys", 128): Tile(64, 32, 4, 2),
+}
+
+# By architecture and head size; ``own`` is the largest that a tile is used for.
+_DECODE: dict[tuple[str, int], tuple[Tile, ...]] = {
+    ("sm80", 64): (Tile(32, 64, 4, 3), Tile(64, 64, 8, 3)),
+    ("sm80", 128): (Tile(64, 64, 8, 3),),
+    ("sm90", 64): (Tile(64, 64, 4, 3),),
+    ("sm90", 128): (Tile(32, 64, 4, 3), Tile(64, 64, 8, 3)),
+    ("sm90", 256): (Tile(16, 32, 4, 2), Tile(64, 32, 8, 2)),
+    ("sm100", 64): (Tile(16, 64, 4, 3), Tile(64, 64, 8, 3)),
+    ("sm100", 128): (Tile(32, 64, 4, 3), Tile(64, 64, 8, 3)),
+    ("gfx942", 64): (Tile(64, 64, 4, 3),),
+    ("gfx942", 128): (Tile(64, 32, 4, 3),),
+    ("float32", 64): (Tile(64, 16, 4, 1),),
+    ("float32", 128): (Tile(16, 16, 4, 1), Tile(64, 16, 8, 1)),
+    ("float32", 256): (Tile(64, 16, 8, 1),),
 }

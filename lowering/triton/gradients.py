@@ -98,7 +98,7 @@ def gradient_of_queries(
 ):  # fmt: skip
     """One program a tile of queries, as in the forward; ``out_*`` are the strides of GRAD_OUT."""
     kv_head, batch, first_head, last_head, first, last, position, h, there = tile_of_queries(
-        TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M
+        tl.program_id(0), TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M
     )
     if first == FAR:
         return

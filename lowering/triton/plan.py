@@ -94,12 +94,10 @@ def plan_of(relation: Relation, queries: int, keys: int, by_document: bool, devi
         device: where its tensors are.
     """
     size = relation.problem
-    rates = [_rate(term) for term in relation.terms]
-    residues = [_residues(term, size.kv_heads) for term in relation.terms]
-    of_head = list(zip(*residues, strict=True))
+    of_head = _residues_by_head(relation)
     patterns = sorted(set(of_head))
     spans = ((size.q_offset, size.q_offset + size.q_len, queries), (0, size.k_len, keys))
-    classes = None if by_document else _classes(tuple(rates), patterns, spans)
+    classes = None if by_document else _classes(_rates(relation), patterns, spans)
     counted = classes is None
     if classes is None:
         patterns, classes = [of_head[0]], [[(0, 1)]]
@@ -108,17 +106,48 @@ def plan_of(relation: Relation, queries: int, keys: int, by_document: bool, devi
         Rows(_tiles(classes, *span, backwards).to(device), *span)
         for span, backwards in zip(spans, (size.right is not None, False), strict=True)
     ]
+    return _plan(relation, patterns, sides[0], sides[1], counted, device)
+
+
+@lru_cache(maxsize=256)
+def plan_of_few(relation: Relation, queries: int, by_document: bool, device: torch.device) -> Plan:
+    """The plan of a relation with few query rows (a decode step): only the classes that hold one of them, however fine, and no
+    tiles of keys, which nothing walks from. The arguments are those of ``plan_of``."""
+    size, of_head = relation.problem, _residues_by_head(relation)
+    begin, end = size.q_offset, size.q_offset + size.q_len
+    patterns = [of_head[0]] if by_document else sorted(set(of_head))
+    classes: list[list[Class]] = [[(0, 1)]]
+    if not by_document:
+        wanted = [tuple(zip(_rates(relation), pattern, strict=True)) for pattern in patterns]
+        classes = [sorted({class_of(t, each) for t in range(begin, end)}) for each in wanted]
+    rows = Rows(_tiles(classes, begin, end, queries, False).to(device), begin, end, queries)
+    no_keys = Rows(torch.empty((len(patterns), 0, 2), dtype=torch.int32, device=device), 0, size.k_len, 1)
+    return _plan(relation, patterns, rows, no_keys, by_document, device)
+
+
+def _plan(
+    relation: Relation, patterns: list[tuple[int, ...]], queries: Rows, keys: Rows, counted: bool, device: torch.device
+) -> Plan:
+    size, of_head = relation.problem, _residues_by_head(relation)
     return Plan(
         terms=torch.tensor([_columns(term, size) for term in relation.terms], dtype=torch.int32, device=device),
-        residues=torch.tensor(residues, dtype=torch.int32, device=device),
+        residues=torch.tensor(list(zip(*of_head, strict=True)), dtype=torch.int32, device=device),
         patterns=torch.tensor([0 if counted else patterns.index(x) for x in of_head], dtype=torch.int32, device=device),
-        queries=sides[0],
-        keys=sides[1],
+        queries=queries,
+        keys=keys,
         counted=counted,
         # The first term has no earlier one.
         dedupes=any(term.dedupe for term in relation.terms[1:]),
         by_head=any(isinstance(term.generator, Segment) and term.generator.heads is not None for term in relation.terms),
     )
+
+
+def _rates(relation: Relation) -> tuple[int, ...]:
+    return tuple(_rate(term) for term in relation.terms)
+
+
+def _residues_by_head(relation: Relation) -> list[tuple[int, ...]]:
+    return list(zip(*(_residues(term, relation.problem.kv_heads) for term in relation.terms), strict=True))
 
 
 Class = tuple[int, int]
@@ -162,14 +191,34 @@ def residue_classes(wanted: tuple[tuple[int, int], ...], most: int = 1 << 16) ->
     return found
 
 
+def class_of(t: int, wanted: tuple[tuple[int, int], ...]) -> Class:
+    """The one of ``residue_classes`` that holds position t.
+
+    >>> class_of(7, ((1, 0), (2, 0), (4, 0)))
+    (1, 2)
+    """
+    stride = 1
+    for rate, residue in wanted:
+        while (prime := _splits_by(t, stride, rate, residue)) > 1:
+            stride *= prime
+    return t % stride, stride
+
+
 def _split(each: Class, rate: int, residue: int) -> list[Class]:
     start, stride = each
-    common = gcd(stride, rate)
-    never = residue >= 0 and start % common != residue % common
-    if common == rate or never:
+    prime = _splits_by(start, stride, rate, residue)
+    if prime == 1:
         return [each]
-    prime = next(p for p in range(2, rate + 1) if rate // common % p == 0)
     return [part for n in range(prime) for part in _split((start + n * stride, stride * prime), rate, residue)]
+
+
+def _splits_by(member: int, stride: int, rate: int, residue: int) -> int:
+    """Into how many parts a term next splits the class of this stride that holds ``member``."""
+    common = gcd(stride, rate)
+    never = residue >= 0 and member % common != residue % common
+    if common == rate or never:
+        return 1
+    return next(p for p in range(2, rate + 1) if rate // common % p == 0)
 
 
 def _tiles(classes: list[list[Class]], begin: int, end: int, count: int, backwards: bool) -> Tensor:
@@ -211,6 +260,16 @@ def _columns(term: Term, size: Problem) -> tuple[int, ...]:
     else:
         assert isinstance(generator, Everything), generator
     return length, _rate(term), _limit(left), _limit(right), stop, *heads, int(term.dedupe)
+
+
+def most_keys(relation: Relation, counted: bool) -> int:
+    """How many keys a tile of few query rows visits at most, all terms together; counted: each key once, whatever the rates."""
+    size, found = relation.problem, 0
+    for term in relation.terms:
+        length, rate, left, right, stop, *_ = _columns(term, size)
+        span = min(size.q_offset + size.q_len + right, stop) - max(0, size.q_offset - left)
+        found += -(-max(0, min(span, length or span)) // (1 if counted else rate))
+    return min(found, size.k_len) if counted else found
 
 
 def _nearer(one: int | None, other: int | None) -> int | None:

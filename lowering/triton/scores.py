@@ -33,12 +33,14 @@ def rows_of_tile(first, stride, end, PACK: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def tile_of_queries(TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr):
+def tile_of_queries(
+    number, TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr
+):
     """(key head, batch row, first and last query head, first and last position, positions, query heads, which there are) of this
-    program's tile; the first position of a tile that is none is ``FAR``."""
+    program's tile, which has this number in its pattern; the first position of a tile that is none is ``FAR``."""
     kv_head, batch = tl.program_id(1) // (GROUP // PACK), tl.program_id(2).to(tl.int64)
     first_head = kv_head * GROUP + tl.program_id(1) % (GROUP // PACK) * PACK
-    tile = TILES + (tl.load(PATTERNS + kv_head) * num_tiles + tl.program_id(0)) * 2
+    tile = TILES + (tl.load(PATTERNS + kv_head) * num_tiles + number) * 2
     first, stride, end = tl.load(tile), tl.load(tile + 1), q_offset + q_len
     last = tl.minimum(first + (BLOCK_M // PACK - 1) * stride, first + (end - 1 - first) // stride * stride)
     position, member, there = rows_of_tile(first, stride, end, PACK, BLOCK_M)
@@ -176,6 +178,18 @@ def masked(
 
 
 @triton.jit
+def places_of_keys(k, inside, k_row, v_row, PAGES, num_pages, k_page, v_page, PAGE_SIZE: tl.constexpr):
+    """(offsets of the keys at positions k, offsets of their values, which can be loaded). PAGES: the numbers of a batch row's
+    pages; keys of what is no page can't be loaded."""
+    slot, there = k.to(tl.int64), inside
+    k_at, v_at = slot * k_row, slot * v_row
+    if PAGES is not None:
+        page, slot = tl.load(PAGES + k // PAGE_SIZE, mask=inside, other=-1).to(tl.int64), (k % PAGE_SIZE).to(tl.int64)
+        k_at, v_at, there = page * k_page + slot * k_row, page * v_page + slot * v_row, inside & (page >= 0) & (page < num_pages)
+    return k_at, v_at, there
+
+
+@triton.jit
 def scores_of_keys(
     n, q, K, V, k_row, v_row, dims, v_dims,
     TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
@@ -184,16 +198,18 @@ def scores_of_keys(
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, SCORES: tl.constexpr,
+    PAGES=None, num_pages=0, k_page=0, v_page=0, PAGE_SIZE: tl.constexpr = 1,
 ):  # fmt: skip
     """(scores, slope of the cap, k, keys, values) of a tile of queries and the n-th block of keys, at positions k."""
     k = start + (block_at(n, full_from, full_to, MASKED) * BLOCK_N + tl.arange(0, BLOCK_N)) * rate
     inside = k < high
-    offset = k.to(tl.int64)
-    keys = load_rows(K, offset * k_row, inside, dims, HEAD_DIM, BLOCK_D, MASKED).to(q.dtype)
-    values = load_rows(V, offset * v_row, inside, v_dims, V_DIM, BLOCK_DV, MASKED)
+    k_at, v_at, there = places_of_keys(k, inside, k_row, v_row, PAGES, num_pages, k_page, v_page, PAGE_SIZE)
+    partly: tl.constexpr = MASKED or PAGES is not None
+    keys = load_rows(K, k_at, there, dims, HEAD_DIM, BLOCK_D, partly).to(q.dtype)
+    values = load_rows(V, v_at, there, v_dims, V_DIM, BLOCK_DV, partly)
     s = tl.dot(q, tl.trans(keys), input_precision=PRECISION, out_dtype=SCORES)
     s, slope = capped(s, scale, softcap, CAPPED)
-    s = biased(s, BIAS, bias, offset * bias_key, inside, BIAS_BY, "rows", MASKED)
+    s = biased(s, BIAS, bias, k.to(tl.int64) * bias_key, inside, BIAS_BY, "rows", MASKED)
     if MASKED:
         y, k_document, _ = facts_of_keys(k, inside, STARTS, PADDING, padding_stride)
         s = masked(

@@ -1,0 +1,201 @@
+"""The decode kernels: few query rows, whose keys are shared out to several programs and joined by their maximum and sum.
+
+The walk, the scores and the running softmax are those of the forward (``attend``); a part is a run of the blocks that one
+program of the forward would visit.
+"""
+
+import triton
+import triton.language as tl
+
+from dilcompile.lowering.triton.attend import attend
+from dilcompile.lowering.triton.scores import LN_2, facts_of_queries, load_rows, row_state, tile_of_queries
+from dilcompile.lowering.triton.walk import FAR, blocks_of, bounds, part_of_term, reach_of_all
+
+
+@triton.jit
+def kept_range(PADDING, KEPT, padding_batch, padding_stride, k_len, BLOCK_N: tl.constexpr):
+    """KEPT [B, 2]: the first key that the padding of a batch row keeps, and the first behind the last one."""
+    batch = tl.program_id(0)
+    PADDING += batch.to(tl.int64) * padding_batch
+    low, high = k_len, 0
+    for begin in range(0, k_len, BLOCK_N):
+        k = begin + tl.arange(0, BLOCK_N)
+        keep = tl.load(PADDING + k.to(tl.int64) * padding_stride, mask=k < k_len, other=0) != 0
+        low = tl.minimum(low, tl.min(tl.where(keep, k, k_len), 0))
+        high = tl.maximum(high, tl.max(tl.where(keep, k + 1, 0), 0))
+    tl.store(KEPT + batch * 2, low)
+    tl.store(KEPT + batch * 2 + 1, high)
+
+
+@triton.jit
+def visible(LIMITS, KEPT, batch, there, limit_low, limit_high, k_len):
+    """(begin, end, inner_begin, inner_end): no row of the tile sees keys outside the first two; limits by row hide none from any
+    row between the last two."""
+    begin, end, inner_begin, inner_end = 0, k_len, 0, k_len
+    if LIMITS is not None:
+        begin, end = tl.min(tl.where(there, limit_low, FAR), 0), tl.max(tl.where(there, limit_high, 0), 0)
+        inner_begin, inner_end = tl.max(tl.where(there, limit_low, 0), 0), tl.min(tl.where(there, limit_high, FAR), 0)
+    if KEPT is not None:
+        begin, end = tl.maximum(begin, tl.load(KEPT + batch * 2)), tl.minimum(end, tl.load(KEPT + batch * 2 + 1))
+    return begin, end, inner_begin, inner_end
+
+
+@triton.jit
+def share(begin, end, before, start, blocks, full_from, full_to, span):
+    """(start, blocks, full_from, full_to) of the blocks of a term that are numbers begin to before end among all of a tile;
+    it has ``before`` blocks of other terms first."""
+    skipped = tl.minimum(tl.maximum(begin - before, 0), blocks)
+    kept = tl.minimum(tl.maximum(end - before, 0), blocks) - skipped
+    full_from = tl.minimum(tl.maximum(full_from - skipped, 0), kept)
+    return start + skipped * span, kept, full_from, tl.maximum(full_from, tl.minimum(full_to - skipped, kept))
+
+
+@triton.jit
+def blocks_of_step(
+    step, TERMS, RESIDUES, kv_head, kv_heads, first_head, last_head, first, last, begin, end, inner_begin, inner_end,
+    DEDUPE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(term, high, rate, start, blocks, full_from, full_to): what a tile visits in one step, a term or a part of one."""
+    PARTS: tl.constexpr = 2 if DEDUPE else 1
+    term = step // PARTS
+    low, high, inner_low, inner_high, rate = part_of_term(
+        TERMS, RESIDUES, term, step % PARTS, kv_head, kv_heads, first_head, last_head, first, last, begin, end, False, DEDUPE
+    )
+    inner_low, inner_high = tl.maximum(inner_low, inner_begin), tl.minimum(inner_high, inner_end)
+    start, blocks, full_from, full_to = blocks_of(low, high, inner_low, inner_high, rate, first, BLOCK_N)
+    return term, high, rate, start, blocks, full_from, full_to
+
+
+@triton.jit(
+    do_not_specialize=["q_len", "k_len", "q_offset", "num_terms", "num_tiles", "kv_heads", "least_drawn", "parts", "num_pages"]
+)
+def decode(
+    Q, K, V, SUMS, TOPS, TOTALS, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, SEED, KEPT, PAGES,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    document_batch, limit_batch, limit_stride, padding_batch, padding_stride, page_batch, num_pages,
+    q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, scale, softcap, least_drawn, kept_factor, parts,
+    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
+    PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr, PAGE_SIZE: tl.constexpr,
+):  # fmt: skip
+    """One program a part of the keys of a tile of queries, a key head (or part of its query heads) and a batch row.
+
+    With PAGES [B, most pages] the first dim of K and V is that of the pages, and their rows are slots of one. SUMS [parts, B, H,
+    Sq, Dv], TOPS and TOTALS [parts, B, H, Sq]: the running softmax of the part, in base 2. BIAS_BY is "none".
+    """
+    kv_head, batch, first_head, last_head, first, last, position, h, there = tile_of_queries(
+        tl.program_id(0) // parts, TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M
+    )
+    if first == FAR:
+        return
+    part = tl.program_id(0) % parts
+    dims, v_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    K += kv_head.to(tl.int64) * k_head
+    V += kv_head.to(tl.int64) * v_head
+    if PAGES is None:
+        K += batch * k_batch
+        V += batch * v_batch
+    else:
+        PAGES += batch * page_batch
+    if STARTS is not None:
+        STARTS, ENDS = STARTS + batch * document_batch, ENDS + batch * document_batch
+    if LIMITS is not None:
+        LIMITS += batch * limit_batch
+    if PADDING is not None:
+        PADDING += batch * padding_batch
+    row, head = (position - q_offset).to(tl.int64), h.to(tl.int64)
+    q = load_rows(Q + batch * q_batch, row * q_row + head * q_head, there, dims, HEAD_DIM, BLOCK_D, True).to(PRODUCTS)
+    t, document, limit_low, limit_high = facts_of_queries(position, there, STARTS, LIMITS, q_offset, limit_stride, k_len)
+    begin, end, inner_begin, inner_end = visible(LIMITS, KEPT, batch, there, limit_low, limit_high, k_len)
+    total = tl.zeros([BLOCK_M], SCORES)
+    top = tl.full([BLOCK_M], -float("inf"), SCORES)
+    sums = tl.zeros([BLOCK_M, BLOCK_DV], SCORES)
+    state = position
+    if SEED is not None:
+        state = row_state(SEED, batch, h, position)
+    if COUNTED:
+        low, high = reach_of_all(
+            TERMS, RESIDUES, STARTS, ENDS, num_terms, kv_head, kv_heads, first_head, last_head, first, last, begin, end, k_len,
+            False,
+        )  # fmt: skip
+        blocks = tl.cdiv(tl.maximum(0, high - low), BLOCK_N)
+        each = tl.cdiv(blocks, parts)
+        start, blocks, _, _ = share(part * each, (part + 1) * each, 0, low, blocks, 0, 0, BLOCK_N)
+        total, top, sums = attend(
+            total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
+            TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, 0, kv_head, kv_heads,
+            t, document, h, limit_low, limit_high, t, t, scale, softcap, None, t, 0, SEED, state, least_drawn,
+            blocks, 0, 0, start, high, 1,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, True, PRECISION,
+            PAGES, num_pages, k_batch, v_batch, PAGE_SIZE,
+        )  # fmt: skip
+    else:
+        steps = num_terms * (2 if DEDUPE else 1)
+        all_blocks = 0
+        for step in range(steps):
+            _, _, _, _, blocks, _, _ = blocks_of_step(
+                step, TERMS, RESIDUES, kv_head, kv_heads, first_head, last_head, first, last, begin, end, inner_begin, inner_end,
+                DEDUPE, BLOCK_N,
+            )  # fmt: skip
+            all_blocks += blocks
+        each = tl.cdiv(all_blocks, parts)
+        before = 0
+        for step in range(steps):
+            term, high, rate, start, blocks, full_from, full_to = blocks_of_step(
+                step, TERMS, RESIDUES, kv_head, kv_heads, first_head, last_head, first, last, begin, end, inner_begin, inner_end,
+                DEDUPE, BLOCK_N,
+            )  # fmt: skip
+            start, mine, full_from, full_to = share(
+                part * each, (part + 1) * each, before, start, blocks, full_from, full_to, rate * BLOCK_N
+            )
+            before += blocks
+            row_low, row_high, _, _ = bounds(TERMS, RESIDUES, term, kv_head, kv_heads, t, False)
+            for masks in tl.static_range(2):
+                total, top, sums = attend(
+                    total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
+                    TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
+                    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, None, t, 0, SEED, state,
+                    least_drawn, mine, full_from, full_to, start, high, rate,
+                    HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, masks == 1, PRECISION,
+                    PAGES, num_pages, k_batch, v_batch, PAGE_SIZE,
+                )  # fmt: skip
+    if SEED is not None:
+        sums *= kept_factor
+    place = ((part.to(tl.int64) * tl.num_programs(2) + batch) * kv_heads * GROUP + head) * q_len + row
+    tl.store(SUMS + place[:, None] * V_DIM + v_dims[None, :], sums, mask=there[:, None] & (v_dims < V_DIM)[None, :])
+    tl.store(TOPS + place, top, mask=there)
+    tl.store(TOTALS + place, total, mask=there)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def join(
+    SUMS, TOPS, TOTALS, OUT, LSE, out_batch, out_head, out_row, parts,
+    V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The parts of one row, query head and batch row as one: each is worth 2 ** (its maximum - the joint maximum)."""
+    row, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    rows, heads, batches = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
+    place = (batch * heads + head) * rows + row
+    dims, v_dims = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_DV)
+    top = tl.full([], -float("inf"), TOPS.dtype.element_ty)
+    total = tl.zeros([], TOPS.dtype.element_ty)
+    sums = tl.zeros([BLOCK_DV], TOPS.dtype.element_ty)
+    for first in range(0, parts, BLOCK_S):
+        part = first + dims
+        at, there = part.to(tl.int64) * batches * heads * rows + place, part < parts
+        tops = tl.load(TOPS + at, mask=there, other=-float("inf"))
+        totals = tl.load(TOTALS + at, mask=there, other=0.0)
+        values = load_rows(SUMS, at * V_DIM, there, v_dims, V_DIM, BLOCK_DV, True)
+        higher = tl.maximum(top, tl.max(tops, 0))
+        # A row that no part has seen a key of: anything finite keeps its weights 0 instead of not a number.
+        shift = tl.where(higher == -float("inf"), 0.0, higher)
+        weights, fade = tl.exp2(tops - shift), tl.exp2(top - shift)
+        total = total * fade + tl.sum(weights * totals, 0)
+        sums = sums * fade + tl.sum(weights[:, None] * values, 0)
+        top = higher
+    seen = total > 0
+    out = sums / tl.where(seen, total, 1.0)
+    pointers = OUT + batch * out_batch + head * out_head + row * out_row + v_dims
+    tl.store(pointers, out.to(OUT.dtype.element_ty), mask=v_dims < V_DIM)
+    tl.store(LSE + place, (top + tl.log2(tl.where(seen, total, 1.0))) * LN_2)
