@@ -587,7 +587,7 @@ def test_policies_know_every_kernel_by_name() -> None:
     assert tuple(select.KERNELS) == KERNEL_NAMES
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["native", "cpu", "reference"])
 def test_a_bias_that_hides_every_key_with_a_finite_fill_gives_the_mean(kernel: str) -> None:
     """float32 can't hold finfo.min + log(number of keys), so the LSE alone would give the sum of the values."""
     torch.manual_seed(0)

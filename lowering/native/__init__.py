@@ -15,11 +15,13 @@ from torch import Tensor
 
 from dilcompile.lowering.call import Call, Gradients, empty_output
 from dilcompile.lowering.native.build import (
+    BIAS_DTYPES,
     ELEMENTS,
     NO_LIMIT,
     CallStruct,
     Library,
     OperandStruct,
+    SquareStruct,
     TermStruct,
     library,
 )
@@ -41,6 +43,8 @@ def supports(call: Call, backward: bool) -> str | None:
         return f"dtype {call.q.dtype}"
     if call.dropout_p > 0:
         return "dropout by position"
+    if call.bias is not None and call.bias.dtype not in BIAS_DTYPES:
+        return f"a bias of dtype {call.bias.dtype}"
     if call.problem.k_len > _MOST_KEYS:
         return f"{call.problem.k_len} keys: positions are held in 32 bits"
     if call.bias is not None:
@@ -80,8 +84,12 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
         grad_lse = grad_lse.contiguous()
         bound.struct.grad_lse = _operand(grad_lse)
     bound.struct.grad_q, bound.struct.grad_k, bound.struct.grad_v = (_operand(grad) for grad in grads)
+    grad_bias = None
+    if call.bias is not None and call.bias_grad:
+        grad_bias = call.bias.new_zeros(call.bias.shape, dtype=call.score_dtype)
+        bound.struct.grad_bias = _square(grad_bias)
     _library(call).backward(bound.struct)
-    return grads[0], grads[1], grads[2], None
+    return grads[0], grads[1], grads[2], None if grad_bias is None or call.bias is None else grad_bias.to(call.bias.dtype)
 
 
 class _Bound(NamedTuple):
@@ -108,9 +116,11 @@ def _bind(call: Call, out: Tensor, lse: Tensor) -> _Bound:
     limits = None if call.row_limits is None else call.row_limits.to(torch.int64).contiguous()
     if limits is not None:
         struct.row_limits, struct.limit_rows = limits.data_ptr(), limits.shape[1]
+    if call.bias is not None:
+        struct.bias, struct.bias_dtype = _square(call.bias), BIAS_DTYPES[call.bias.dtype]
     struct.scale, struct.softcap = call.scale, call.softcap or 0.0
     struct.threads = torch.get_num_threads()
-    return _Bound(struct, (q, k, v, out, lse, padding, documents, limits, terms))
+    return _Bound(struct, (q, k, v, out, lse, padding, documents, limits, call.bias, terms))
 
 
 class _Terms(NamedTuple):
@@ -149,6 +159,12 @@ def _limit(value: int | None) -> int:
 def _operand(x: Tensor) -> OperandStruct:
     """The address and strides of a [B, H, S, D] or [B, H, S] tensor."""
     return OperandStruct(x.data_ptr(), *x.stride()[:3])
+
+
+def _square(x: Tensor) -> SquareStruct:
+    """The address and strides of what broadcasts to [B, H, Sq, Sk]."""
+    x = x[(None,) * (4 - x.dim())]
+    return SquareStruct(x.data_ptr(), *(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)))
 
 
 def _dense_rows(x: Tensor) -> Tensor:
