@@ -152,6 +152,9 @@ def test_any_relation_equals_the_reference(data: st.DataObject) -> None:
         bias = torch.randn(sizes, generator=generator, dtype=torch.float64)
         hidden = torch.rand(sizes, generator=generator) < draw(st.sampled_from([0.0, 0.2, 0.9]))
         more["bias"] = _with_gaps(bias.masked_fill(hidden, -torch.inf), draw(st.integers(0, 2)))
+    if draw(st.booleans()):
+        more["dropout_p"] = draw(st.sampled_from([1e-12, 0.3, 0.95]))
+        more["seed"] = torch.tensor([draw(st.integers(-(2**63), 2**63 - 1))])
     for found, exact in zip(run(q, k, v, form, **more), run(q, k, v, form, "reference", **more), strict=True):
         torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
     for found, exact in zip(
@@ -200,6 +203,28 @@ def test_a_bias_in_low_precision_is_as_good_as_in_the_views(
             # Sums of the bias's gradient cancel where all keys of a row share a number.
             rounding = torch.finfo(torch.float32 if place == 1 else dtype).eps * (true.norm() if place < 5 else size)
             assert (mine - true).norm() <= 2 * (theirs - true).norm() + rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [None, (4, 300, 300)], ids=str)
+@pytest.mark.parametrize(("form", "kv_heads"), [(Dense(), 4), (LONG, 2), (SlidingWindow(70, sinks=3), 1)], ids=str)
+def test_dropout_in_low_precision_is_as_good_as_in_the_views(
+    form: Form, kv_heads: int, bias: tuple[int, ...] | None, dtype: torch.dtype
+) -> None:
+    """The same pairs are dropped, in every block and tile."""
+    generator = torch.Generator().manual_seed(8)
+    q, k, v = (torch.randn(2, 300, h, 33, generator=generator).to(dtype).transpose(1, 2) for h in (4, kv_heads, kv_heads))
+    more: dict[str, Any] = {"dropout_p": 0.4, "seed": torch.tensor([2**40 + 3]), "q_offset": -2}
+    if bias is not None:
+        more["bias"] = torch.randn(bias, generator=generator).to(dtype)
+    wide = more | ({} if bias is None else {"bias": more["bias"].double()})
+    found, views = ((*run(q, k, v, form, x, **more), *gradients(q, k, v, form, x, **more)) for x in ("native", "cpu"))
+    doubles = (q.double(), k.double(), v.double())
+    exact = (*run(*doubles, form, "reference", **wide), *gradients(*doubles, form, "reference", **wide))
+    for mine, theirs, true in zip(found, views, exact, strict=True):
+        seen = true.isfinite()
+        mine, theirs, true = mine[seen].double(), theirs[seen].double(), true[seen]
+        assert (mine - true).norm() <= 2 * (theirs - true).norm() + torch.finfo(dtype).eps * true.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -287,9 +312,9 @@ def test_narrower_vectors(dtype: torch.dtype, level: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(native, "library", lambda dtype: built)
     q, k, v = drawn(length=300, dtype=dtype)
     square, row = torch.randn(300, 300).to(dtype), torch.randn(4, 1, 300).to(dtype)
-    cases: list[dict[str, Any]] = [{}, {"bias": square}, {"bias": row}]
+    cases: list[dict[str, Any]] = [{}, {"bias": square}, {"bias": row}, {"dropout_p": 0.3, "seed": torch.tensor([4])}]
     for more in cases:
-        wide = {name: x.double() for name, x in more.items()}
+        wide = more | ({"bias": more["bias"].double()} if "bias" in more else {})
         exact = run(q.double(), k.double(), v.double(), LONG, "reference", **wide)
         views = run(q, k, v, LONG, "cpu", **more)
         for found, theirs, true in zip(run(q, k, v, LONG, **more), views, exact, strict=True):
@@ -379,7 +404,7 @@ def test_without_a_compiler_the_view_path_computes_and_it_is_said_once(
     ("more", "reason"),
     [
         ({"bias": torch.zeros(1, dtype=torch.int64)}, "a bias of dtype torch.int64; kernel 'cpu' can"),
-        ({"dropout_p": 0.5, "seed": torch.tensor([1])}, "dropout by position; kernel 'cpu' can"),
+        ({"dropout_p": 1.0, "seed": torch.tensor([1])}, "dropout of 1.0, which keeps nothing; kernel 'cpu' can"),
         ({"scale": math.inf}, "scale inf"),
     ],
     ids=str,

@@ -136,7 +136,7 @@ def test_symbolic_lengths_are_counted_at_their_hint_without_a_guard() -> None:
 
 def test_the_kernel_named_is_the_one_that_selection_picks() -> None:
     assert kernel_of(decided(Dense(), mask=MaskSpec(), q_len=4)).forward == "sdpa"
-    assert kernel_of(decided(WINDOW, dropout_p=0.5)).forward == "cpu"
+    assert kernel_of(decided(WINDOW, dropout_p=0.5)).forward == "native"
     assert kernel_of(decided(WINDOW)).forward == "native"
     both = kernel_of(decided(WINDOW, phase="train"))
     assert (both.forward, both.backward) == ("native", "native")

@@ -33,6 +33,8 @@ TAKES_ROW_MASKS = True
 LEAST_ROWS = 16
 
 _MOST_KEYS = 2**31 - 1
+# How many values a draw of dropout.py may have.
+_DRAWS = 2**32
 
 
 def supports(call: Call, backward: bool) -> str | None:
@@ -41,8 +43,8 @@ def supports(call: Call, backward: bool) -> str | None:
         return f"the tensors are on {call.q.device}, not on a CPU"
     if call.q.dtype not in ELEMENTS:
         return f"dtype {call.q.dtype}"
-    if call.dropout_p > 0:
-        return "dropout by position"
+    if _least_draw(call.dropout_p) >= _DRAWS:
+        return f"dropout of {call.dropout_p}, which keeps nothing"
     if call.bias is not None and call.bias.dtype not in BIAS_DTYPES:
         return f"a bias of dtype {call.bias.dtype}"
     if call.problem.k_len > _MOST_KEYS:
@@ -118,6 +120,10 @@ def _bind(call: Call, out: Tensor, lse: Tensor) -> _Bound:
         struct.row_limits, struct.limit_rows = limits.data_ptr(), limits.shape[1]
     if call.bias is not None:
         struct.bias, struct.bias_dtype = _square(call.bias), BIAS_DTYPES[call.bias.dtype]
+    if call.dropout_p > 0:
+        assert call.dropout_seed is not None, "dropout needs a seed"
+        struct.dropout_seed, struct.dropout_least = int(call.dropout_seed), _least_draw(call.dropout_p)
+        struct.dropout_factor = 1 / (1 - call.dropout_p)
     struct.scale, struct.softcap = call.scale, call.softcap or 0.0
     struct.threads = torch.get_num_threads()
     return _Bound(struct, (q, k, v, out, lse, padding, documents, limits, call.bias, terms))
@@ -150,6 +156,11 @@ def _terms(relation: Relation) -> _Terms:
             assert isinstance(generator, Sinks), generator
             struct.kind, struct.count = 3, generator.count
     return _Terms(structs, tuple(kept))
+
+
+def _least_draw(dropout_p: float) -> int:
+    """The least draw that keeps a pair."""
+    return round(dropout_p * _DRAWS)
 
 
 def _limit(value: int | None) -> int:

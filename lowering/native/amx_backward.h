@@ -38,7 +38,8 @@ class TileBackward {
         dim_(up_to_32(call.head_dim)),
         v_dim_(up_to_32(call.v_dim)),
         bias_(call),
-        bias_gradient_(call) {
+        bias_gradient_(call),
+        dropout_(call, kMaxLanes) {
     queries_.take(kMaxLanes * dim_ / 2), query_pairs_.take(kMaxLanes * dim_ / 2), sums_.take(kMaxLanes * dim_);
     grads_.take(kMaxLanes * v_dim_ / 2), grad_pairs_.take(kMaxLanes * v_dim_ / 2);
     lse_.take(kMaxLanes), delta_.take(kMaxLanes), scales_.take(kWideTile), low_.take(kMaxLanes), high_.take(kMaxLanes);
@@ -72,12 +73,14 @@ class TileBackward {
   Buffer<float> sums_, lse_, delta_, scales_, scores_, slopes_, key_sums_, value_sums_, numbers_;
   Bias<float> bias_;
   BiasGradient<float> bias_gradient_;
+  Dropout<float> dropout_;
   Buffer<int32_t> low_, high_;
 
   void begin(const Span& span, const Lane* lanes, int64_t count) {
     tiles_ = wide_tiles_of(count, kWideTile);
     for (const Tile& tile : tiles_) {
       int64_t first = tile.first, width = tile.vectors * 16;
+      dropout_.begin(span, tile, lanes);
       read_pairs(call_, call_.q, span, tile, lanes, call_.head_dim, queries_ + first * dim_ / 2);
       read_pairs(call_, call_.grad_out, span, tile, lanes, call_.v_dim, grads_ + first * v_dim_ / 2);
       read_lane_pairs(call_.q, span, tile, lanes, call_.head_dim, dim_, query_pairs_ + first * dim_ / 2);
@@ -125,6 +128,7 @@ class TileBackward {
   void attend(const Span& span, const Keys& keys, const Lane* lanes, const KeySums<float>& into, const BiasSums<float>& bias) {
     std::fill_n(+key_sums_, kTileBlock * dim_, 0.0f), std::fill_n(+value_sums_, kTileBlock * v_dim_, 0.0f);
     auto use = [&](const Tile& tile, int64_t a, int64_t b, const KeyBlock& keys) {
+      dropout_.read(span, keys, a, b);
       with_vectors(tile.vectors, std::integer_sequence<int, 2, 4, 6, 8>(),
                    [&](auto n) { this->template block<n()>(span, tile, lanes, a, b, keys, bias); });
     };
@@ -168,13 +172,10 @@ class TileBackward {
       }
       if (keys.start + j < tile.low_max || keys.start + j + kPanelKeys > tile.high_min)
         hide_scores<N>(+scores_, low_ + tile.first, high_ + tile.first, keys.start + j);
-      const float* times = keys.times ? keys.times + j : nullptr;
-      if (call_.bias.data) {
-        weigh<N, true>(tile, j, times, count);
-        if (call_.grad_bias.data) bias_gradient_.add(span, tile, lanes, keys.positions + j, count, {+slopes_, 16, panel}, bias);
-      } else {
-        weigh<N, false>(tile, j, times, count);
-      }
+      with_flag(call_.bias.data, [&](auto biased) {
+        with_flag(dropout_.on, [&](auto dropped) { this->template weigh<N, biased(), dropped()>(tile, keys, j); });
+      });
+      if (call_.grad_bias.data) bias_gradient_.add(span, tile, lanes, keys.positions + j, count, {+slopes_, 16, panel}, bias);
       for (int64_t d = 0; d < v_dim_; d += 32)
         tile_product<true>({weights_ + j * 32, rows}, {grad_pairs + d / 16 * width * 8, width * 8}, width,
                            {value_sums_ + (d * kTileBlock + j * 16), kTileBlock * 16});
@@ -190,9 +191,11 @@ class TileBackward {
   }
 
   // Weights, and the gradients of the scores, of a panel: narrowed as rows of lanes, the latter as pairs of keys too.
-  template <int N, bool kBiased>
-  void weigh(const Tile& tile, int64_t j, const float* times, int64_t count) {
+  template <int N, bool kBiased, bool kDropped>
+  void weigh(const Tile& tile, const KeyBlock& keys, int64_t j) {
     typedef Vec<float> V;
+    const float* times = keys.times ? keys.times + j : nullptr;
+    const int64_t count = keys.count - j;
     const V factor = fill(factor_);
     for (int c = 0; c < N; c += 2) {
       V lse[2], delta[2];
@@ -206,7 +209,10 @@ class TileBackward {
             V score = load(scores_ + at);
             weight[r][n] = exp2_fast(kBiased ? (score - lse[n]) * factor : fma(score, factor, -lse[n]));
             if (times) weight[r][n] *= fill(i + r < count ? times[i + r] : 1.0f);
-            slope[r][n] = weight[r][n] * (load(slopes_ + at) - delta[n]);
+            V grad = load(slopes_ + at), keep = fill(1.0f);
+            if constexpr (kDropped) keep = dropout_.keep(tile.first + (c + n) * 16, j + i + r), grad *= keep;
+            slope[r][n] = weight[r][n] * (grad - delta[n]);
+            if constexpr (kDropped) weight[r][n] *= keep;
             if constexpr (kBiased) store(slopes_ + at, slope[r][n]);
             if (call_.softcap != 0) slope[r][n] *= cap_slope(score, fill(float(1 / call_.softcap)));
           }

@@ -16,7 +16,8 @@ class TileForward {
         biased_(call.bias.data),
         most_unit_(biased_ ? 1.0f : float(kLn2)),
         pairs_(rows_.key_row / 2),
-        bias_(call) {
+        bias_(call),
+        dropout_(call, kMaxLanes + kWideTile) {
     int64_t lanes = kMaxLanes + kWideTile;
     queries_.take(lanes * pairs_), sums_.take(lanes * rows_.value_rows), most_.take(lanes), total_.take(lanes);
     low_.take(lanes), high_.take(lanes), scores_.take(kPanelKeys * kWideTile), weights_.take(kTileBlock / 2 * kWideTile);
@@ -46,12 +47,14 @@ class TileForward {
   Buffer<uint32_t> queries_, weights_;
   Buffer<float> sums_, most_, total_, scores_, maxima_, numbers_;
   Bias<float> bias_;
+  Dropout<float> dropout_;
   Buffer<int32_t> low_, high_;
 
   void begin(const Span& span, const Lane* lanes, int64_t count) {
     tiles_ = wide_tiles_of(count, kWideTile);
     for (const Tile& tile : tiles_) {
       int64_t first = tile.first, width = tile.vectors * 16;
+      dropout_.begin(span, tile, lanes);
       read_pairs(call_, call_.q, span, tile, lanes, call_.head_dim, queries_ + first * pairs_);
       std::fill_n(most_ + first, width, -std::numeric_limits<float>::infinity());
       std::fill_n(total_ + first, width, 0.0f);
@@ -64,6 +67,7 @@ class TileForward {
       if (biased_)
         bias_.read(span, tile, lanes, keys.positions + a, std::min(b, keys.count) - a, b - a,
                    {numbers_ + (bias_.by_key ? a : a * 16), 16, kTileBlock * 16});
+      dropout_.read(span, keys, a, b);
       with_vectors(tile.vectors, std::integer_sequence<int, 2>(),
                    [&](auto n) { this->template block<n()>(tile, a, b, keys); });
     };
@@ -89,12 +93,9 @@ class TileForward {
         add_up<N>(tile, summed, j), shift<N>(tile);
         summed = j;
       }
-      const float* times = keys.times ? keys.times + j : nullptr;
-      if (biased_) {
-        weigh<N, true>(tile, times, keys.count - j, weights_ + j / 2 * 16);
-      } else {
-        weigh<N, false>(tile, times, keys.count - j, weights_ + j / 2 * 16);
-      }
+      with_flag(biased_, [&](auto biased) {
+        with_flag(dropout_.on, [&](auto dropped) { this->template weigh<N, biased(), dropped()>(tile, keys, j); });
+      });
     }
     add_up<N>(tile, summed, b);
   }
@@ -142,9 +143,12 @@ class TileForward {
     }
   }
 
-  template <int N, bool kBiased>
-  void weigh(const Tile& tile, const float* times, int64_t count, uint32_t* weights) {
+  template <int N, bool kBiased, bool kDropped>
+  void weigh(const Tile& tile, const KeyBlock& keys, int64_t key) {
     typedef Vec<float> V;
+    const float* times = keys.times ? keys.times + key : nullptr;
+    const int64_t count = keys.count - key;
+    uint32_t* weights = weights_ + key / 2 * 16;
     const V none = fill(-std::numeric_limits<float>::infinity()), factor = fill(factor_);
     for (int c = 0; c < N; ++c) {
       V most = load(most_ + tile.first + c * 16), shift = most == none ? V{} : -most, sum = load(total_ + tile.first + c * 16);
@@ -158,6 +162,10 @@ class TileForward {
         }
         if (times) even *= fill(j < count ? times[j] : 1.0f), odd *= fill(j + 1 < count ? times[j + 1] : 1.0f);
         sum += even + odd;
+        if constexpr (kDropped) {
+          int64_t lane = tile.first + c * 16;
+          even *= dropout_.keep(lane, key + j), odd *= dropout_.keep(lane, key + j + 1);
+        }
         _mm512_storeu_si512(weights + (c * kTileBlock / 2 + j / 2) * 16, narrow_pair((__m512)even, (__m512)odd));
       }
       store(total_ + tile.first + c * 16, sum);

@@ -50,7 +50,8 @@ class Backward {
         dim_(wide(call.head_dim)),
         v_dim_(wide(call.v_dim)),
         bias_(call),
-        bias_gradient_(call) {
+        bias_gradient_(call),
+        dropout_(call, kMaxLanes + kTile<T>) {
     int64_t lanes = kMaxLanes + kTile<T>;
     queries_.take(lanes * call.head_dim), query_rows_.take(lanes * dim_), sums_.take(lanes * rows_.key_row);
     grads_.take(lanes * call.v_dim), grad_rows_.take(lanes * v_dim_), lse_.take(lanes), delta_.take(lanes);
@@ -78,6 +79,7 @@ class Backward {
   Buffer<T> numbers_, uncapped_;  // the bias; gradients of the scores that it was added to, where they are others
   Bias<T> bias_;
   BiasGradient<T> bias_gradient_;
+  Dropout<T> dropout_;
   Buffer<int32_t> low_, high_;
 
   static int64_t wide(int64_t n) { return (n + kWidth<T> - 1) / kWidth<T> * kWidth<T>; }
@@ -86,6 +88,7 @@ class Backward {
     tiles_ = tiles_of<T>(count);
     for (const Tile& tile : tiles_) {
       int64_t width = tile.vectors * kWidth<T>;
+      dropout_.begin(span, tile, lanes);
       read_queries<X>(call_, call_.q, span, tile, lanes, call_.head_dim, T(query_factor(call_)),
                       queries_ + tile.first * call_.head_dim, query_rows_ + tile.first * dim_, dim_);
       read_queries<X>(call_, call_.grad_out, span, tile, lanes, call_.v_dim, T(1), grads_ + tile.first * call_.v_dim,
@@ -114,6 +117,7 @@ class Backward {
       if (call_.bias.data)
         bias_.read(span, tile, lanes, keys.positions + a, count, b - a,
                    {numbers_ + (bias_.by_key ? a : a * width), width, kWidth<T>});
+      dropout_.read(span, keys, a, b);
       with_vectors(tile.vectors, std::integer_sequence<int, 1, 2, 3>(),
                    [&](auto n) { this->template block<n()>(tile, a, b, keys); });
       if (call_.grad_bias.data)
@@ -184,7 +188,13 @@ class Backward {
       for (int r = 0; r < kPanel; ++r) {
         for (int c = 0; c < N; ++c) {
           int64_t at = (j + r) * N * W + c * W;
-          Vec<T> found_slope = load(weights + at) * (g[r][c] - delta[c]);
+          Vec<T> weight = load(weights + at);
+          if (dropout_.on) {
+            Vec<T> keep = dropout_.keep(tile.first + c * W, j + r);
+            g[r][c] *= keep;
+            store(weights + at, weight * keep);
+          }
+          Vec<T> found_slope = weight * (g[r][c] - delta[c]);
           if (uncapped) store(uncapped + at, found_slope);
           store(slopes + at, call_.softcap != 0 ? found_slope * load(slopes + at) : found_slope);
         }

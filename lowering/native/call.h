@@ -43,6 +43,8 @@ struct Call {
   double scale, softcap;  // softcap 0: none
   Square bias;            // added to the scaled and capped scores
   int64_t bias_dtype;
+  int64_t dropout_seed, dropout_least;  // a draw of at least this keeps its pair
+  double dropout_factor;                // of what is kept; 0: no dropout
   int64_t threads;
   // Backward: gradients that come in, and those that go out.
   Operand grad_out, grad_lse, grad_q, grad_k, grad_v;

@@ -11,7 +11,7 @@ class Forward {
 
  public:
   explicit Forward(const Call& call)
-      : call_(call), rows_(call), row_(rows_.value_row), factor_(T(exponent_factor(call))), bias_(call) {
+      : call_(call), rows_(call), row_(rows_.value_row), factor_(T(exponent_factor(call))), bias_(call), dropout_(call, kMaxLanes + kTile<T>) {
     int64_t lanes = kMaxLanes + kTile<T>;
     queries_.take(lanes * call.head_dim), sums_.take(lanes * row_), most_.take(lanes), total_.take(lanes);
     low_.take(lanes), high_.take(lanes), scores_.take(Rows<X>::kBlock * kTile<T>), one_.take(call.head_dim);
@@ -34,12 +34,14 @@ class Forward {
   T factor_;
   std::vector<Tile> tiles_;
   Bias<T> bias_;
+  Dropout<T> dropout_;
   Buffer<T> queries_, sums_, most_, total_, scores_, one_, numbers_;
   Buffer<int32_t> low_, high_;
 
   void begin(const Span& span, const Lane* lanes, int64_t count) {
     tiles_ = tiles_of<T>(count);
     for (const Tile& tile : tiles_) {
+      dropout_.begin(span, tile, lanes);
       read_queries<X>(call_, call_.q, span, tile, lanes, call_.head_dim, T(query_factor(call_)),
                       queries_ + tile.first * call_.head_dim, +one_, 0);
       int64_t width = tile.vectors * kWidth<T>;
@@ -56,6 +58,7 @@ class Forward {
         bias_.read(span, tile, lanes, keys.positions + a, count, b - a,
                    {numbers_ + (bias_.by_key ? a : a * width), width, kWidth<T>});
       }
+      dropout_.read(span, keys, a, b);
       with_vectors(tile.vectors, std::integer_sequence<int, 1, 2, 3>(),
                    [&](auto n) { this->template block<n()>(tile, a, b, keys); });
     };
@@ -106,6 +109,13 @@ class Forward {
         store(row + c * W, p);
       }
     }
+    // The sum is that of all weights, dropped ones too.
+    if (dropout_.on)
+      for (int64_t j = a; j < b; ++j)
+        for (int c = 0; c < N; ++c) {
+          T* at = scores + (j * N + c) * W;
+          store(at, load(at) * dropout_.keep(tile.first + c * W, j));
+        }
     for (int c = 0; c < N; ++c) store(total + c * W, fma(load(total + c * W), keep[c], sum[c]));
     T* sums = sums_ + tile.first * row_;
     for (int64_t d = 0; d < row_; d += kPanel) {

@@ -1,6 +1,7 @@
 // The scores between a tile of queries and a block of keys.
 #pragma once
 #include "bias.h"
+#include "dropout.h"
 
 namespace dil {
 

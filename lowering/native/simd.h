@@ -25,11 +25,13 @@ template <>
 struct Lanes<float> {
   typedef float Vec __attribute__((vector_size(kVectorBytes)));
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Draws __attribute__((vector_size(kVectorBytes)));
 };
 template <>
 struct Lanes<double> {
   typedef double Vec __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Draws __attribute__((vector_size(kVectorBytes / 2)));
 };
 template <class T>
 using Vec = typename Lanes<T>::Vec;

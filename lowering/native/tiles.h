@@ -40,6 +40,16 @@ inline __attribute__((always_inline)) void with_vectors(int vectors, std::intege
   (void)((vectors == N && (body(std::integral_constant<int, N>()), true)) || ...);
 }
 
+// body(true_type or false_type): a flag as a constant.
+template <class Body>
+inline __attribute__((always_inline)) void with_flag(bool flag, Body body) {
+  if (flag) {
+    body(std::true_type());
+  } else {
+    body(std::false_type());
+  }
+}
+
 template <class T>
 std::vector<Tile> tiles_of(int64_t lanes) {
   std::vector<Tile> found;
