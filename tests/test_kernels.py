@@ -378,14 +378,16 @@ def test_a_second_call_a_copy_and_a_pickle_behave_the_same(form: Form, kernel: s
 def test_dropout_depends_on_positions_only(form: Form) -> None:
     q, k, v = (x.requires_grad_() for x in drawn())
     at, operands = setting_of(q, k, causal=True), {"dropout_p": 0.3, "seed": torch.tensor([11])}
-    results = [run(q, k, v, form, kernel, at, **operands) for kernel in ("reference", "cpu")]
+    results = [run(q, k, v, form, kernel, at, **operands) for kernel in ("reference", "cpu", "native")]
     grads = [torch.autograd.grad(loss_of(*result, True), (q, k, v)) for result in results]
-    for one, other in zip((*results[0], *grads[0]), (*results[1], *grads[1]), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+    for found, found_grads in zip(results[1:], grads[1:], strict=True):
+        for one, other in zip((*results[0], *grads[0]), (*found, *found_grads), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
     assert not torch.equal(results[0][0], run(q, k, v, form, "reference", at)[0])
     rows = q[:, :, 20:]
-    part = run(rows, k, v, form, "cpu", replace(at, q_len=17, q_offset=20), **operands)[0]
-    torch.testing.assert_close(part, results[0][0][:, :, 20:], rtol=0, atol=1e-12)
+    for kernel in ("cpu", "native"):
+        part = run(rows, k, v, form, kernel, replace(at, q_len=17, q_offset=20), **operands)[0]
+        torch.testing.assert_close(part, results[0][0][:, :, 20:], rtol=0, atol=1e-12)
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
@@ -587,7 +589,7 @@ def test_policies_know_every_kernel_by_name() -> None:
     assert tuple(select.KERNELS) == KERNEL_NAMES
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize("kernel", ["native", "cpu", "reference"])
 def test_a_bias_that_hides_every_key_with_a_finite_fill_gives_the_mean(kernel: str) -> None:
     """float32 can't hold finfo.min + log(number of keys), so the LSE alone would give the sum of the values."""
     torch.manual_seed(0)

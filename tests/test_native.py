@@ -41,8 +41,12 @@ def drawn(
 
 
 def gradients(q: Tensor, k: Tensor, v: Tensor, form: Form, kernel: str, **more: Any) -> tuple[Tensor, ...]:
+    """Of q, k, v and the bias, if there is one."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    if "bias" in more:
+        more["bias"] = more["bias"].detach().requires_grad_()
     out, lse = run(*leaves, form, kernel, **more)
+    leaves += [more["bias"]] if "bias" in more else []
     generator = torch.Generator().manual_seed(9)
     weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
     return torch.autograd.grad((out * weight).sum() + torch.where(lse.isfinite(), lse, 0).sum(), leaves)
@@ -108,7 +112,14 @@ def test_low_precision_gradients_over_many_blocks_are_as_good_as_the_flash_ops(
         assert (mine - true).norm() <= 2 * (theirs - true).norm() + torch.finfo(dtype).eps * true.norm()
 
 
-@settings(max_examples=60, deadline=None)
+def _with_gaps(x: Tensor, gaps: int) -> Tensor:
+    """The same numbers: as they lie, with keys before rows, or each with one beside it that is not read."""
+    if gaps == 0:
+        return x
+    return x.mT.contiguous().mT if gaps == 1 else torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+
+
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_any_relation_equals_the_reference(data: st.DataObject) -> None:
     draw = data.draw
@@ -136,12 +147,133 @@ def test_any_relation_equals_the_reference(data: st.DataObject) -> None:
         more["softcap"] = 1.5
     if draw(st.booleans()) and more["q_offset"] >= 0 and more["q_offset"] + q_len <= k_len:
         more["documents"] = (torch.rand(draw(st.sampled_from([1, 2])), k_len, generator=generator) > 0.9).cumsum(1)
+    if draw(st.booleans()):
+        sizes = [draw(st.sampled_from([1, size])) for size in (2, heads, q_len, k_len)]
+        bias = torch.randn(sizes, generator=generator, dtype=torch.float64)
+        hidden = torch.rand(sizes, generator=generator) < draw(st.sampled_from([0.0, 0.2, 0.9]))
+        more["bias"] = _with_gaps(bias.masked_fill(hidden, -torch.inf), draw(st.integers(0, 2)))
+    if draw(st.booleans()):
+        more["dropout_p"] = draw(st.sampled_from([1e-12, 0.3, 0.95]))
+        more["seed"] = torch.tensor([draw(st.integers(-(2**63), 2**63 - 1))])
     for found, exact in zip(run(q, k, v, form, **more), run(q, k, v, form, "reference", **more), strict=True):
         torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
     for found, exact in zip(
         gradients(q, k, v, form, "native", **more), gradients(q, k, v, form, "reference", **more), strict=True
     ):
         torch.testing.assert_close(found, exact, rtol=0, atol=1e-11)
+
+
+BIASES = [(2, 4, 300, 300), (1, 4, 300, 300), (1, 1, 300, 300), (4, 1, 300), (1, 300), (300, 1), (1,)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", BIASES, ids=str)
+@pytest.mark.parametrize(
+    ("form", "kv_heads", "softcap"),
+    [(Dense(), 4, None), (Dense(), 2, 2.0), (LONG, 2, None), (SlidingWindow(70, sinks=3), 4, None)],
+    ids=str,
+)
+def test_a_bias_in_low_precision_is_as_good_as_in_the_views(
+    form: Form, kv_heads: int, softcap: float | None, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Of the operands' dtype and of float32, over many blocks and tiles, some pairs hidden; the views compute it in float32."""
+    generator = torch.Generator().manual_seed(7)
+    q, k, v = (torch.randn(2, 300, h, 33, generator=generator).to(dtype).transpose(1, 2) for h in (4, kv_heads, kv_heads))
+    for bias_dtype in {dtype, torch.float32}:
+        bias = torch.randn(shape, generator=generator).to(bias_dtype)
+        bias = bias.masked_fill((torch.rand(shape, generator=generator) < 0.2) & (bias.numel() > 1), -torch.inf)
+        more: dict[str, Any] = {"bias": bias, "softcap": softcap}
+        wide: dict[str, Any] = {"bias": bias.double(), "softcap": softcap}
+        results = (
+            (run(q, k, v, form, "native", **more), gradients(q, k, v, form, "native", **more)),
+            (run(q, k, v, form, "cpu", **more), gradients(q, k, v, form, "cpu", **more)),
+            (
+                run(q.double(), k.double(), v.double(), form, "reference", **wide),
+                gradients(q.double(), k.double(), v.double(), form, "reference", **wide),
+            ),
+        )
+        found, views, exact = ([*result, *grads] for result, grads in results)
+        assert found[5].dtype == bias_dtype
+        assert found[5].shape == bias.shape
+        size = max(grad.norm() for grad in exact[2:])
+        for place, (mine, theirs, true) in enumerate(zip(found, views, exact, strict=True)):
+            seen = true.isfinite()
+            assert torch.equal(mine.isfinite(), seen)
+            mine, theirs, true = mine[seen].double(), theirs[seen].double(), true[seen]
+            # Sums of the bias's gradient cancel where all keys of a row share a number.
+            rounding = torch.finfo(torch.float32 if place == 1 else dtype).eps * (true.norm() if place < 5 else size)
+            assert (mine - true).norm() <= 2 * (theirs - true).norm() + rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [None, (4, 300, 300)], ids=str)
+@pytest.mark.parametrize(("form", "kv_heads"), [(Dense(), 4), (LONG, 2), (SlidingWindow(70, sinks=3), 1)], ids=str)
+def test_dropout_in_low_precision_is_as_good_as_in_the_views(
+    form: Form, kv_heads: int, bias: tuple[int, ...] | None, dtype: torch.dtype
+) -> None:
+    """The same pairs are dropped, in every block and tile."""
+    generator = torch.Generator().manual_seed(8)
+    q, k, v = (torch.randn(2, 300, h, 33, generator=generator).to(dtype).transpose(1, 2) for h in (4, kv_heads, kv_heads))
+    more: dict[str, Any] = {"dropout_p": 0.4, "seed": torch.tensor([2**40 + 3]), "q_offset": -2}
+    if bias is not None:
+        more["bias"] = torch.randn(bias, generator=generator).to(dtype)
+    wide = more | ({} if bias is None else {"bias": more["bias"].double()})
+    found, views = ((*run(q, k, v, form, x, **more), *gradients(q, k, v, form, x, **more)) for x in ("native", "cpu"))
+    doubles = (q.double(), k.double(), v.double())
+    exact = (*run(*doubles, form, "reference", **wide), *gradients(*doubles, form, "reference", **wide))
+    for mine, theirs, true in zip(found, views, exact, strict=True):
+        seen = true.isfinite()
+        mine, theirs, true = mine[seen].double(), theirs[seen].double(), true[seen]
+        assert (mine - true).norm() <= 2 * (theirs - true).norm() + torch.finfo(dtype).eps * true.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(4, 300, 300), (1, 300)], ids=str)
+def test_the_gradient_of_a_bias_is_computed_only_when_asked_for(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    q, k, v = drawn(length=300, dtype=dtype)
+    options = (None, None, torch.randn(shape).to(dtype), None, str(LONG), True, None, None, 0, 0.3, None, 0.0, "native")
+    out, lse = ops.attention(q, k, v, *options)
+    without = ops.attention_backward(out, None, out, lse, q, k, v, *options, bias_grad=False)
+    whole = ops.attention_backward(out, None, out, lse, q, k, v, *options, bias_grad=True)
+    assert without[3].numel() == 0
+    assert whole[3].shape == shape
+    if dtype == torch.float32:
+        assert torch.equal(without[0], whole[0])
+    for one, other in zip(without[:3], whole[:3], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_bias_of_the_lowest_number_hides_like_minus_infinity(dtype: torch.dtype) -> None:
+    """But for a row that has nothing else, which gets the mean of its values (see test_kernels)."""
+    q, k, v = drawn(length=300, dtype=dtype)
+    hidden = torch.rand(300, 300, generator=torch.Generator().manual_seed(1)) < 0.5
+    hidden[40:60, :40] = True
+    hidden.fill_diagonal_(False)
+    results = []
+    for fill in (torch.finfo(dtype).min, -torch.inf):
+        bias = torch.zeros(300, 300, dtype=dtype).masked_fill(hidden, fill)
+        results.append((*run(q, k, v, LONG, bias=bias), *gradients(q, k, v, LONG, "native", bias=bias)[:3]))
+    for lowest, infinite in zip(*results, strict=True):
+        assert torch.equal(lowest, infinite)
+
+
+@pytest.mark.parametrize("shape", [(700, 700), (4, 1, 700)], ids=str)
+def test_the_gradient_of_a_shared_bias_is_the_same_each_time(shape: tuple[int, ...]) -> None:
+    """Heads and rows share its numbers, so several threads have a part in each."""
+    q, k, v = drawn(dtype=torch.float32)
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    exact = gradients(q.double(), k.double(), v.double(), LONG, "reference", bias=bias.double())
+    views = gradients(q, k, v, LONG, "cpu", bias=bias)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            once, again = (gradients(q, k, v, LONG, "native", bias=bias) for _ in range(2))
+            assert all(torch.equal(*pair) for pair in zip(once, again, strict=True))
+            assert (once[3] - exact[3]).norm() <= 2 * (views[3] - exact[3]).norm() + 1e-7 * exact[3].norm()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_threads_change_nothing() -> None:
@@ -179,14 +311,18 @@ def test_narrower_vectors(dtype: torch.dtype, level: str, monkeypatch: pytest.Mo
     built = build.Library(ctypes.CDLL(str(made)))
     monkeypatch.setattr(native, "library", lambda dtype: built)
     q, k, v = drawn(length=300, dtype=dtype)
-    exact = run(q.double(), k.double(), v.double(), LONG, "reference")
-    views = run(q, k, v, LONG, "cpu")
-    for found, theirs, true in zip(run(q, k, v, LONG), views, exact, strict=True):
-        assert (found - true).norm() <= 2 * (theirs - true).norm() + torch.finfo(dtype).eps * true.norm()
-    true_grads = gradients(q.double(), k.double(), v.double(), LONG, "reference")
-    pairs = zip(gradients(q, k, v, LONG, "native"), gradients(q, k, v, LONG, "cpu"), true_grads, strict=True)
-    for found, theirs, true in pairs:
-        assert (found - true).norm() <= 2 * (theirs - true).norm() + torch.finfo(dtype).eps * true.norm()
+    square, row = torch.randn(300, 300).to(dtype), torch.randn(4, 1, 300).to(dtype)
+    cases: list[dict[str, Any]] = [{}, {"bias": square}, {"bias": row}, {"dropout_p": 0.3, "seed": torch.tensor([4])}]
+    for more in cases:
+        wide = more | ({"bias": more["bias"].double()} if "bias" in more else {})
+        exact = run(q.double(), k.double(), v.double(), LONG, "reference", **wide)
+        views = run(q, k, v, LONG, "cpu", **more)
+        for found, theirs, true in zip(run(q, k, v, LONG, **more), views, exact, strict=True):
+            assert (found - true).norm() <= 2 * (theirs - true).norm() + torch.finfo(dtype).eps * true.norm()
+        true_grads = gradients(q.double(), k.double(), v.double(), LONG, "reference", **wide)
+        pairs = zip(gradients(q, k, v, LONG, "native", **more), gradients(q, k, v, LONG, "cpu", **more), true_grads, strict=True)
+        for found, theirs, true in pairs:
+            assert (found - true).norm() <= 2 * (theirs - true).norm() + torch.finfo(dtype).eps * true.norm()
 
 
 GUARDED = """
@@ -199,7 +335,7 @@ libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_i
 PAGE = mmap.PAGESIZE
 
 def guarded(shape, dtype, at_end):
-    '''A [B, S, H, D] tensor that ends (or begins) where the memory does; the next page may not be touched.'''
+    '''A [B, S, H, D] tensor (seen as [B, H, S, D]) that ends (or begins) where the memory does; the next page may not be touched.'''
     count = 1
     for size in shape:
         count *= size
@@ -220,10 +356,15 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             for form in ("dense()", "dilated(segments=(64, 128), rates=(1, 4))", "sliding_window(window=9, sinks=2)"):
                 q = guarded((1, 131, 2, dim), dtype, at_end)
                 k, v = (guarded((1, 131, 1, d), dtype, at_end) for d in (dim, v_dim))
-                options = (None, None, None, None, form, True, None, None, 0, 0.1, None, 0.0, "native")
-                out, lse = ops.attention(q, k, v, *options)
                 grad = guarded((1, 131, 2, v_dim), dtype, at_end)
-                ops.attention_backward(grad, None, out, lse, q, k, v, *options)
+                biases = [None]
+                if dim == 33:
+                    for sizes in ((1, 131, 2, 131), (1, 1, 2, 131), (1, 131, 1, 131), (1, 1, 1, 131)):
+                        biases += [guarded(sizes, dtype, at_end), guarded(sizes, torch.float32, at_end)]
+                for bias in biases:
+                    options = (None, None, bias, None, form, True, None, None, 0, 0.1, None, 0.0, "native")
+                    out, lse = ops.attention(q, k, v, *options)
+                    ops.attention_backward(grad, None, out, lse, q, k, v, *options)
 print("stayed inside")
 """
 
@@ -262,8 +403,8 @@ def test_without_a_compiler_the_view_path_computes_and_it_is_said_once(
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ({"bias": torch.zeros(1)}, "a bias over all pairs; kernel 'cpu' can"),
-        ({"dropout_p": 0.5, "seed": torch.tensor([1])}, "dropout by position; kernel 'cpu' can"),
+        ({"bias": torch.zeros(1, dtype=torch.int64)}, "a bias of dtype torch.int64; kernel 'cpu' can"),
+        ({"dropout_p": 1.0, "seed": torch.tensor([1])}, "dropout of 1.0, which keeps nothing; kernel 'cpu' can"),
         ({"scale": math.inf}, "scale inf"),
     ],
     ids=str,

@@ -136,7 +136,7 @@ def test_symbolic_lengths_are_counted_at_their_hint_without_a_guard() -> None:
 
 def test_the_kernel_named_is_the_one_that_selection_picks() -> None:
     assert kernel_of(decided(Dense(), mask=MaskSpec(), q_len=4)).forward == "sdpa"
-    assert kernel_of(decided(WINDOW, dropout_p=0.5)).forward == "cpu"
+    assert kernel_of(decided(WINDOW, dropout_p=0.5)).forward == "native"
     assert kernel_of(decided(WINDOW)).forward == "native"
     both = kernel_of(decided(WINDOW, phase="train"))
     assert (both.forward, both.backward) == ("native", "native")
@@ -166,7 +166,7 @@ REFUSED: list[tuple[str, Decision, str | None]] = [
     ("sdpa", decided(Dense(), mask=MaskSpec(causal=True, q_offset=3)), f"{NOT_ZERO} 3, not at 0"),
     ("sdpa", decided(Dense(), mask=MaskSpec(causal=True, runtime_offset=True)), NOT_ZERO),
     ("flash", decided(Dense()), "the tensors are on cpu, not on a CUDA device"),
-    ("native", decided(Dense(), bias="b"), "a bias over all pairs"),
+    ("native", decided(Dense(), bias="b"), None),
     ("native", decided(Dense(), mask=MaskSpec(by_row=(ByRow("pairs", "q % 2 == k % 2"),))), "a formula over pairs"),
     ("native", decided(Dilated(segments=(64,), rates=(1,), merge_grad="detach")), None),
     ("native", decided(Dilated(segments=(64,), rates=(1,), merge_grad="detach"), phase="train"), "merge_grad 'detach'"),

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from dilcompile.lowering.call import Call, Gradients, empty_output
 from dilcompile.lowering.native.build import (
+    BIAS_DTYPES,
     ELEMENTS,
     NO_LIMIT,
     CallStruct,
     Library,
     OperandStruct,
+    SquareStruct,
     TermStruct,
     library,
 )
@@ -31,6 +33,8 @@ TAKES_ROW_MASKS = True
 LEAST_ROWS = 16
 
 _MOST_KEYS = 2**31 - 1
+# How many values a draw of dropout.py may have.
+_DRAWS = 2**32
 
 
 def supports(call: Call, backward: bool) -> str | None:
@@ -39,8 +43,10 @@ def supports(call: Call, backward: bool) -> str | None:
         return f"the tensors are on {call.q.device}, not on a CPU"
     if call.q.dtype not in ELEMENTS:
         return f"dtype {call.q.dtype}"
-    if call.dropout_p > 0:
-        return "dropout by position"
+    if _least_draw(call.dropout_p) >= _DRAWS:
+        return f"dropout of {call.dropout_p}, which keeps nothing"
+    if call.bias is not None and call.bias.dtype not in BIAS_DTYPES:
+        return f"a bias of dtype {call.bias.dtype}"
     if call.problem.k_len > _MOST_KEYS:
         return f"{call.problem.k_len} keys: positions are held in 32 bits"
     if call.bias is not None:
@@ -80,8 +86,12 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
         grad_lse = grad_lse.contiguous()
         bound.struct.grad_lse = _operand(grad_lse)
     bound.struct.grad_q, bound.struct.grad_k, bound.struct.grad_v = (_operand(grad) for grad in grads)
+    grad_bias = None
+    if call.bias is not None and call.bias_grad:
+        grad_bias = call.bias.new_zeros(call.bias.shape, dtype=call.score_dtype)
+        bound.struct.grad_bias = _square(grad_bias)
     _library(call).backward(bound.struct)
-    return grads[0], grads[1], grads[2], None
+    return grads[0], grads[1], grads[2], None if grad_bias is None or call.bias is None else grad_bias.to(call.bias.dtype)
 
 
 class _Bound(NamedTuple):
@@ -108,9 +118,15 @@ def _bind(call: Call, out: Tensor, lse: Tensor) -> _Bound:
     limits = None if call.row_limits is None else call.row_limits.to(torch.int64).contiguous()
     if limits is not None:
         struct.row_limits, struct.limit_rows = limits.data_ptr(), limits.shape[1]
+    if call.bias is not None:
+        struct.bias, struct.bias_dtype = _square(call.bias), BIAS_DTYPES[call.bias.dtype]
+    if call.dropout_p > 0:
+        assert call.dropout_seed is not None, "dropout needs a seed"
+        struct.dropout_seed, struct.dropout_least = int(call.dropout_seed), _least_draw(call.dropout_p)
+        struct.dropout_factor = 1 / (1 - call.dropout_p)
     struct.scale, struct.softcap = call.scale, call.softcap or 0.0
     struct.threads = torch.get_num_threads()
-    return _Bound(struct, (q, k, v, out, lse, padding, documents, limits, terms))
+    return _Bound(struct, (q, k, v, out, lse, padding, documents, limits, call.bias, terms))
 
 
 class _Terms(NamedTuple):
@@ -142,6 +158,11 @@ def _terms(relation: Relation) -> _Terms:
     return _Terms(structs, tuple(kept))
 
 
+def _least_draw(dropout_p: float) -> int:
+    """The least draw that keeps a pair."""
+    return round(dropout_p * _DRAWS)
+
+
 def _limit(value: int | None) -> int:
     return NO_LIMIT if value is None else value
 
@@ -149,6 +170,12 @@ def _limit(value: int | None) -> int:
 def _operand(x: Tensor) -> OperandStruct:
     """The address and strides of a [B, H, S, D] or [B, H, S] tensor."""
     return OperandStruct(x.data_ptr(), *x.stride()[:3])
+
+
+def _square(x: Tensor) -> SquareStruct:
+    """The address and strides of what broadcasts to [B, H, Sq, Sk]."""
+    x = x[(None,) * (4 - x.dim())]
+    return SquareStruct(x.data_ptr(), *(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)))
 
 
 def _dense_rows(x: Tensor) -> Tensor:

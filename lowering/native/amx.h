@@ -4,7 +4,7 @@
 // side. Scores stay transposed, [keys][queries]: a = keys as they lie, b = queries in pairs of dims. Weights are narrowed in
 // pairs of keys, which is the layout that b needs in [dims][queries] += values transposed * weights.
 #pragma once
-#include "tiles.h"
+#include "scores.h"
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define DILCOMPILE_TILES
 #include <sys/syscall.h>
@@ -70,26 +70,6 @@ inline void tile_product(Columns<const uint16_t> a, Columns<const uint32_t> b, i
   _tile_stored(1, c.data + c.column, 64);
   _tile_stored(2, c.data + 256, 64);
   _tile_stored(3, c.data + c.column + 256, 64);
-}
-
-// 16 rows of 16 elements of 32 bits, transposed.
-inline void transpose(__m512i (&r)[16]) {
-  __m512i s[16];
-  for (int i = 0; i < 8; ++i)
-    s[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]), s[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 2; ++j) {
-      r[4 * i + 2 * j] = _mm512_unpacklo_epi64(s[4 * i + j], s[4 * i + 2 + j]);
-      r[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(s[4 * i + j], s[4 * i + 2 + j]);
-    }
-  for (int j = 0; j < 4; ++j) {
-    s[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), s[4 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
-    s[8 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88), s[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-  }
-  for (int j = 0; j < 4; ++j) {
-    r[j] = _mm512_shuffle_i32x4(s[j], s[8 + j], 0x88), r[8 + j] = _mm512_shuffle_i32x4(s[j], s[8 + j], 0xdd);
-    r[4 + j] = _mm512_shuffle_i32x4(s[4 + j], s[12 + j], 0x88), r[12 + j] = _mm512_shuffle_i32x4(s[4 + j], s[12 + j], 0xdd);
-  }
 }
 
 constexpr int64_t kTileBlock = 128;  // keys computed at once
@@ -221,6 +201,14 @@ inline void write_rows(const Call& call, const Operand& x, const Span& span, con
 // A panel of scores, columns of [kPanelKeys][lanes]: capped, and minus infinity where a lane does not see key `key` + row.
 inline void cap_scores(const Call& call, float* scores, int64_t count) {
   for (int64_t i = 0; i < count; ++i) scores[i] = float(call.softcap) * std::tanh(scores[i] * float(call.scale / call.softcap));
+}
+
+// Scores in units of 1: times a factor, and the bias added, [kPanelKeys] numbers or columns of [..][lanes] `vector` apart.
+template <int N>
+void add_bias(float* scores, float factor, const float* numbers, int64_t vector, bool by_key) {
+  for (int c = 0; c < N; ++c)
+    for (int64_t j = 0; j < kPanelKeys; ++j, scores += 16)
+      store(scores, fma(load(scores), fill(factor), by_key ? fill(numbers[j]) : load(numbers + c * vector + j * 16)));
 }
 
 template <int N>

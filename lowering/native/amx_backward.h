@@ -36,7 +36,10 @@ class TileBackward {
         rows_(call),
         factor_(float(exponent_factor(call))),
         dim_(up_to_32(call.head_dim)),
-        v_dim_(up_to_32(call.v_dim)) {
+        v_dim_(up_to_32(call.v_dim)),
+        bias_(call),
+        bias_gradient_(call),
+        dropout_(call, kMaxLanes) {
     queries_.take(kMaxLanes * dim_ / 2), query_pairs_.take(kMaxLanes * dim_ / 2), sums_.take(kMaxLanes * dim_);
     grads_.take(kMaxLanes * v_dim_ / 2), grad_pairs_.take(kMaxLanes * v_dim_ / 2);
     lse_.take(kMaxLanes), delta_.take(kMaxLanes), scales_.take(kWideTile), low_.take(kMaxLanes), high_.take(kMaxLanes);
@@ -45,14 +48,15 @@ class TileBackward {
         slope_pairs_.take(kTileBlock / 2 * kWideTile);
     key_sums_.take(kTileBlock * dim_), value_sums_.take(kTileBlock * v_dim_);
     std::fill_n(+scales_, kWideTile, float(call.scale));
+    if (call.bias.data) numbers_.take(kPanelKeys * kWideTile);
   }
 
-  void run(const Span& span, const KeySums<float>& into) {
+  void run(const Span& span, const KeySums<float>& into, const BiasSums<float>& bias) {
     TileRegisters registers;
     Plan plan(call_, span);
     plan.each_group(kMaxLanes, [&](const Lane* lanes, int64_t count) {
       begin(span, lanes, count);
-      attend(span, plan.shared, lanes, into), attend(span, plan.windowed, lanes, into);
+      attend(span, plan.shared, lanes, into, bias), attend(span, plan.windowed, lanes, into, bias);
       for (const Tile& tile : tiles_)
         write_rows(call_, call_.grad_q, span, tile, lanes, call_.head_dim, sums_ + tile.first * dim_, dim_, +scales_);
     });
@@ -66,13 +70,17 @@ class TileBackward {
   std::vector<Tile> tiles_;
   Buffer<uint32_t> queries_, query_pairs_, grads_, grad_pairs_, slope_pairs_;
   Buffer<uint16_t> weights_, slope_rows_;
-  Buffer<float> sums_, lse_, delta_, scales_, scores_, slopes_, key_sums_, value_sums_;
+  Buffer<float> sums_, lse_, delta_, scales_, scores_, slopes_, key_sums_, value_sums_, numbers_;
+  Bias<float> bias_;
+  BiasGradient<float> bias_gradient_;
+  Dropout<float> dropout_;
   Buffer<int32_t> low_, high_;
 
   void begin(const Span& span, const Lane* lanes, int64_t count) {
     tiles_ = wide_tiles_of(count, kWideTile);
     for (const Tile& tile : tiles_) {
       int64_t first = tile.first, width = tile.vectors * 16;
+      dropout_.begin(span, tile, lanes);
       read_pairs(call_, call_.q, span, tile, lanes, call_.head_dim, queries_ + first * dim_ / 2);
       read_pairs(call_, call_.grad_out, span, tile, lanes, call_.v_dim, grads_ + first * v_dim_ / 2);
       read_lane_pairs(call_.q, span, tile, lanes, call_.head_dim, dim_, query_pairs_ + first * dim_ / 2);
@@ -86,7 +94,7 @@ class TileBackward {
         // Lanes without a query, and queries without keys: infinity makes every weight 0.
         float lse = *row_of<float>(call_, call_.lse, span, lane);
         bool used = i < tile.lanes && lse > -std::numeric_limits<float>::infinity();
-        lse_[first + i] = used ? float(lse * kLog2E) : std::numeric_limits<float>::infinity();
+        lse_[first + i] = used ? (call_.bias.data ? lse : float(lse * kLog2E)) : std::numeric_limits<float>::infinity();
       }
     }
   }
@@ -117,15 +125,16 @@ class TileBackward {
     }
   }
 
-  void attend(const Span& span, const Keys& keys, const Lane* lanes, const KeySums<float>& into) {
+  void attend(const Span& span, const Keys& keys, const Lane* lanes, const KeySums<float>& into, const BiasSums<float>& bias) {
     std::fill_n(+key_sums_, kTileBlock * dim_, 0.0f), std::fill_n(+value_sums_, kTileBlock * v_dim_, 0.0f);
-    auto use = [&](const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
+    auto use = [&](const Tile& tile, int64_t a, int64_t b, const KeyBlock& keys) {
+      dropout_.read(span, keys, a, b);
       with_vectors(tile.vectors, std::integer_sequence<int, 2, 4, 6, 8>(),
-                   [&](auto n) { this->template block<n()>(tile, a, b, start, times, count); });
+                   [&](auto n) { this->template block<n()>(span, tile, lanes, a, b, keys, bias); });
     };
-    auto after = [&](const int32_t* positions, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) {
-        int64_t row = span.origin + positions[i];
+    auto after = [&](const KeyBlock& keys) {
+      for (int64_t i = 0; i < keys.count; ++i) {
+        int64_t row = span.origin + keys.positions[i];
         add_row(key_sums_ + i * 16, into.keys + row * into.key_row, call_.head_dim, float(call_.scale));
         add_row(value_sums_ + i * 16, into.values + row * into.value_row, call_.v_dim, 1.0f);
       }
@@ -144,8 +153,9 @@ class TileBackward {
   }
 
   template <int N>
-  void block(const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
-    constexpr int64_t panel = kPanelKeys * 16, lanes = N * 16, rows = kTileBlock * 32, pairs = kTileBlock / 2 * 16;
+  void block(const Span& span, const Tile& tile, const Lane* lanes, int64_t a, int64_t b, const KeyBlock& keys,
+             const BiasSums<float>& bias) {
+    constexpr int64_t panel = kPanelKeys * 16, width = N * 16, rows = kTileBlock * 32, pairs = kTileBlock / 2 * 16;
     const uint32_t *queries = queries_ + tile.first * dim_ / 2, *grads = grads_ + tile.first * v_dim_ / 2;
     const uint32_t *query_pairs = query_pairs_ + tile.first * dim_ / 2, *grad_pairs = grad_pairs_ + tile.first * v_dim_ / 2;
     for (int64_t j = a; j < b; j += kPanelKeys) {
@@ -154,15 +164,23 @@ class TileBackward {
         tile_product<false>({rows_.values + j * 32, rows}, {grads + c * v_dim_ * 8, v_dim_ * 8}, v_dim_,
                             {slopes_ + c * panel, panel});
       }
-      if (call_.softcap != 0) cap_scores(call_, +scores_, kPanelKeys * lanes);
-      if (start + j < tile.low_max || start + j + kPanelKeys > tile.high_min)
-        hide_scores<N>(+scores_, low_ + tile.first, high_ + tile.first, start + j);
-      weigh<N>(tile, j, times ? times + j : nullptr, count - j);
+      if (call_.softcap != 0) cap_scores(call_, +scores_, kPanelKeys * width);
+      int64_t count = std::min(kPanelKeys, keys.count - j);
+      if (call_.bias.data) {
+        bias_.read(span, tile, lanes, keys.positions + j, count, kPanelKeys, {+numbers_, 16, panel});
+        add_bias<N>(+scores_, float(call_.scale), +numbers_, panel, bias_.by_key);
+      }
+      if (keys.start + j < tile.low_max || keys.start + j + kPanelKeys > tile.high_min)
+        hide_scores<N>(+scores_, low_ + tile.first, high_ + tile.first, keys.start + j);
+      with_flag(call_.bias.data, [&](auto biased) {
+        with_flag(dropout_.on, [&](auto dropped) { this->template weigh<N, biased(), dropped()>(tile, keys, j); });
+      });
+      if (call_.grad_bias.data) bias_gradient_.add(span, tile, lanes, keys.positions + j, count, {+slopes_, 16, panel}, bias);
       for (int64_t d = 0; d < v_dim_; d += 32)
-        tile_product<true>({weights_ + j * 32, rows}, {grad_pairs + d / 16 * lanes * 8, lanes * 8}, lanes,
+        tile_product<true>({weights_ + j * 32, rows}, {grad_pairs + d / 16 * width * 8, width * 8}, width,
                            {value_sums_ + (d * kTileBlock + j * 16), kTileBlock * 16});
       for (int64_t d = 0; d < dim_; d += 32)
-        tile_product<true>({slope_rows_ + j * 32, rows}, {query_pairs + d / 16 * lanes * 8, lanes * 8}, lanes,
+        tile_product<true>({slope_rows_ + j * 32, rows}, {query_pairs + d / 16 * width * 8, width * 8}, width,
                            {key_sums_ + (d * kTileBlock + j * 16), kTileBlock * 16});
     }
     float* sums = sums_ + tile.first * dim_;
@@ -173,9 +191,11 @@ class TileBackward {
   }
 
   // Weights, and the gradients of the scores, of a panel: narrowed as rows of lanes, the latter as pairs of keys too.
-  template <int N>
-  void weigh(const Tile& tile, int64_t j, const float* times, int64_t count) {
+  template <int N, bool kBiased, bool kDropped>
+  void weigh(const Tile& tile, const KeyBlock& keys, int64_t j) {
     typedef Vec<float> V;
+    const float* times = keys.times ? keys.times + j : nullptr;
+    const int64_t count = keys.count - j;
     const V factor = fill(factor_);
     for (int c = 0; c < N; c += 2) {
       V lse[2], delta[2];
@@ -187,9 +207,13 @@ class TileBackward {
           for (int n = 0; n < 2; ++n) {
             int64_t at = ((c + n) * kPanelKeys + i + r) * 16;
             V score = load(scores_ + at);
-            weight[r][n] = exp2_fast(fma(score, factor, -lse[n]));
+            weight[r][n] = exp2_fast(kBiased ? (score - lse[n]) * factor : fma(score, factor, -lse[n]));
             if (times) weight[r][n] *= fill(i + r < count ? times[i + r] : 1.0f);
-            slope[r][n] = weight[r][n] * (load(slopes_ + at) - delta[n]);
+            V grad = load(slopes_ + at), keep = fill(1.0f);
+            if constexpr (kDropped) keep = dropout_.keep(tile.first + (c + n) * 16, j + i + r), grad *= keep;
+            slope[r][n] = weight[r][n] * (grad - delta[n]);
+            if constexpr (kDropped) weight[r][n] *= keep;
+            if constexpr (kBiased) store(slopes_ + at, slope[r][n]);
             if (call_.softcap != 0) slope[r][n] *= cap_slope(score, fill(float(1 / call_.softcap)));
           }
         for (int r = 0; r < 2; ++r) {

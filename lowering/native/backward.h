@@ -1,7 +1,7 @@
 // Backward: scores are computed again, and the joint log-sum-exp makes every gradient exact.
 #pragma once
 #include "parallel.h"
-#include "tiles.h"
+#include "scores.h"
 
 namespace dil {
 
@@ -44,19 +44,28 @@ class Backward {
   static constexpr int64_t kMaxLanes = 576;
 
  public:
-  explicit Backward(const Call& call) : call_(call), rows_(call), dim_(wide(call.head_dim)), v_dim_(wide(call.v_dim)) {
+  explicit Backward(const Call& call)
+      : call_(call),
+        rows_(call),
+        dim_(wide(call.head_dim)),
+        v_dim_(wide(call.v_dim)),
+        bias_(call),
+        bias_gradient_(call),
+        dropout_(call, kMaxLanes + kTile<T>) {
     int64_t lanes = kMaxLanes + kTile<T>;
     queries_.take(lanes * call.head_dim), query_rows_.take(lanes * dim_), sums_.take(lanes * rows_.key_row);
     grads_.take(lanes * call.v_dim), grad_rows_.take(lanes * v_dim_), lse_.take(lanes), delta_.take(lanes);
     low_.take(lanes), high_.take(lanes), weights_.take(Rows<X>::kBlock * kTile<T>), slopes_.take(Rows<X>::kBlock * kTile<T>);
     key_sums_.take(Rows<X>::kBlock * dim_), value_sums_.take(Rows<X>::kBlock * v_dim_), one_.take(v_dim_);
+    if (call.bias.data) numbers_.take(Rows<X>::kBlock * kTile<T>);
+    if (call.grad_bias.data && call.softcap != 0) uncapped_.take(Rows<X>::kBlock * kTile<T>);
   }
 
-  void run(const Span& span, const KeySums<T>& into) {
+  void run(const Span& span, const KeySums<T>& into, const BiasSums<T>& bias) {
     Plan plan(call_, span);
     plan.each_group(kMaxLanes, [&](const Lane* lanes, int64_t count) {
       begin(span, lanes, count);
-      attend(span, plan.shared, lanes, into), attend(span, plan.windowed, lanes, into);
+      attend(span, plan.shared, lanes, into, bias), attend(span, plan.windowed, lanes, into, bias);
       finish(span, lanes);
     });
   }
@@ -67,6 +76,10 @@ class Backward {
   int64_t dim_, v_dim_;
   std::vector<Tile> tiles_;
   Buffer<T> queries_, query_rows_, sums_, grads_, grad_rows_, lse_, delta_, weights_, slopes_, key_sums_, value_sums_, one_;
+  Buffer<T> numbers_, uncapped_;  // the bias; gradients of the scores that it was added to, where they are others
+  Bias<T> bias_;
+  BiasGradient<T> bias_gradient_;
+  Dropout<T> dropout_;
   Buffer<int32_t> low_, high_;
 
   static int64_t wide(int64_t n) { return (n + kWidth<T> - 1) / kWidth<T> * kWidth<T>; }
@@ -75,6 +88,7 @@ class Backward {
     tiles_ = tiles_of<T>(count);
     for (const Tile& tile : tiles_) {
       int64_t width = tile.vectors * kWidth<T>;
+      dropout_.begin(span, tile, lanes);
       read_queries<X>(call_, call_.q, span, tile, lanes, call_.head_dim, T(query_factor(call_)),
                       queries_ + tile.first * call_.head_dim, query_rows_ + tile.first * dim_, dim_);
       read_queries<X>(call_, call_.grad_out, span, tile, lanes, call_.v_dim, T(1), grads_ + tile.first * call_.v_dim,
@@ -91,20 +105,28 @@ class Backward {
         // Lanes without a query, and queries without keys: infinity makes every weight 0.
         T lse = *row_of<T>(call_, call_.lse, span, lane);
         bool used = i < tile.lanes && lse > -std::numeric_limits<T>::infinity();
-        lse_[tile.first + i] = used ? T(lse * kLog2E) : std::numeric_limits<T>::infinity();
+        lse_[tile.first + i] = used ? (call_.bias.data ? lse : T(lse * kLog2E)) : std::numeric_limits<T>::infinity();
       }
     }
   }
 
-  void attend(const Span& span, const Keys& keys, const Lane* lanes, const KeySums<T>& into) {
+  void attend(const Span& span, const Keys& keys, const Lane* lanes, const KeySums<T>& into, const BiasSums<T>& bias) {
     std::fill_n(+key_sums_, Rows<X>::kBlock * dim_, T(0)), std::fill_n(+value_sums_, Rows<X>::kBlock * v_dim_, T(0));
-    auto use = [&](const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
+    auto use = [&](const Tile& tile, int64_t a, int64_t b, const KeyBlock& keys) {
+      int64_t count = std::min(b, keys.count) - a, width = tile.vectors * kWidth<T>;
+      if (call_.bias.data)
+        bias_.read(span, tile, lanes, keys.positions + a, count, b - a,
+                   {numbers_ + (bias_.by_key ? a : a * width), width, kWidth<T>});
+      dropout_.read(span, keys, a, b);
       with_vectors(tile.vectors, std::integer_sequence<int, 1, 2, 3>(),
-                   [&](auto n) { this->template block<n()>(tile, a, b, start, times, count); });
+                   [&](auto n) { this->template block<n()>(tile, a, b, keys); });
+      if (call_.grad_bias.data)
+        bias_gradient_.add(span, tile, lanes, keys.positions + a, count,
+                           {(+uncapped_ ? +uncapped_ : +slopes_) + a * width, width, kWidth<T>}, bias);
     };
-    auto after = [&](const int32_t* positions, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) {
-        int64_t row = span.origin + positions[i];
+    auto after = [&](const KeyBlock& keys) {
+      for (int64_t i = 0; i < keys.count; ++i) {
+        int64_t row = span.origin + keys.positions[i];
         add_row(+key_sums_ + i * dim_, into.keys + row * into.key_row, call_.head_dim, T(call_.scale));
         add_row(+value_sums_ + i * v_dim_, into.values + row * into.value_row, call_.v_dim, T(1));
       }
@@ -120,29 +142,43 @@ class Backward {
   }
 
   template <int N>
-  void block(const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
+  void block(const Tile& tile, int64_t a, int64_t b, const KeyBlock& keys) {
     constexpr int W = kWidth<T>;
     T *weights = +weights_, *slopes = +slopes_;
     const T* grads = grads_ + tile.first * call_.v_dim;
-    Vec<T> lse[N], delta[N];
-    for (int c = 0; c < N; ++c) lse[c] = load(lse_ + tile.first + c * W), delta[c] = load(delta_ + tile.first + c * W);
+    const float* times = keys.times;
+    T* uncapped = +uncapped_;
+    const bool biased = call_.bias.data;
+    const T factor = T(exponent_factor(call_)), cap = T(1 / call_.softcap);
+    Vec<T> lse[N], shift[N], delta[N];
+    for (int c = 0; c < N; ++c) {
+      lse[c] = load(lse_ + tile.first + c * W), delta[c] = load(delta_ + tile.first + c * W);
+      // With a bias differences come first: the lowest number times log2(e) is infinite.
+      shift[c] = biased ? Vec<T>{} : -lse[c];
+    }
     Scores<T, N> found{+rows_.keys,
                        queries_ + tile.first * call_.head_dim,
                        call_.head_dim,
                        rows_.key_row,
                        low_ + tile.first,
                        high_ + tile.first,
-                       start,
+                       keys.start,
                        call_.softcap,
-                       call_.scale};
-    const T factor = T(exponent_factor(call_)), cap = T(1 / call_.softcap);
-    found.each(a, b, tile, [&](int64_t j, Vec<T>(&s)[kPanel][N]) __attribute__((always_inline)) {
+                       call_.scale,
+                       +numbers_,
+                       bias_.by_key};
+    auto capped = [&](int64_t j, const Vec<T>(&s)[kPanel][N]) {
+      for (int r = 0; r < kPanel; ++r)
+        for (int c = 0; c < N; ++c) store(slopes + (j + r) * N * W + c * W, cap_slope(s[r][c], fill(cap)));
+    };
+    found.each(a, b, tile, capped, [&](int64_t j, Vec<T>(&s)[kPanel][N]) __attribute__((always_inline)) {
+      if (biased)
+        for (int r = 0; r < kPanel; ++r)
+          for (int c = 0; c < N; ++c) s[r][c] -= lse[c];
       for (int r = 0; r < kPanel; ++r) {
-        Vec<T> often = fill(times && j + r < count ? T(times[j + r]) : T(1));
-        for (int c = 0; c < N; ++c) {
-          store(weights + (j + r) * N * W + c * W, exp2_up_to_8(fma(s[r][c], fill(factor), -lse[c])) * often);
-          if (call_.softcap != 0) store(slopes + (j + r) * N * W + c * W, cap_slope(s[r][c], fill(cap)));
-        }
+        Vec<T> often = fill(times && j + r < keys.count ? T(times[j + r]) : T(1));
+        for (int c = 0; c < N; ++c)
+          store(weights + (j + r) * N * W + c * W, exp2_up_to_8(fma(s[r][c], fill(factor), shift[c])) * often);
       }
     });
     for (int64_t j = a; j < b; j += kPanel) {
@@ -152,7 +188,14 @@ class Backward {
       for (int r = 0; r < kPanel; ++r) {
         for (int c = 0; c < N; ++c) {
           int64_t at = (j + r) * N * W + c * W;
-          Vec<T> found_slope = load(weights + at) * (g[r][c] - delta[c]);
+          Vec<T> weight = load(weights + at);
+          if (dropout_.on) {
+            Vec<T> keep = dropout_.keep(tile.first + c * W, j + r);
+            g[r][c] *= keep;
+            store(weights + at, weight * keep);
+          }
+          Vec<T> found_slope = weight * (g[r][c] - delta[c]);
+          if (uncapped) store(uncapped + at, found_slope);
           store(slopes + at, call_.softcap != 0 ? found_slope * load(slopes + at) : found_slope);
         }
       }
@@ -216,20 +259,54 @@ void write_key_grads(const Call& call, int64_t head, const std::unique_ptr<HeadS
     }
 }
 
-// A key head is one worker's; where heads are too few for the threads each is split into parts with sums of their own, every
-// part taking each `parts`-th span.
+// Rows of the bias's gradient that several key heads add to.
+inline bool heads_share_rows(const Call& call) {
+  const Square& grad = call.grad_bias;
+  return grad.data && grad.row != 0 && ((grad.batch == 0 && call.batch > 1) || (grad.head == 0 && call.kv_heads > 1));
+}
+
+// A key head's part of the bias's gradient: one number for each key, or one for all, of each query head, or of all.
+struct SharedBias {
+  Buffer<double> numbers;
+  int64_t heads, keys;
+
+  explicit SharedBias(const Call& call)
+      : heads(call.grad_bias.head ? call.heads / call.kv_heads : 1), keys(call.grad_bias.key ? call.k_len : 1) {
+    numbers.take(heads * keys);
+    std::fill_n(+numbers, heads * keys, 0.0);
+  }
+};
+
+template <class T>
+T* bias_grads_of_head(const Call& call, int64_t head) {
+  const Square& grad = call.grad_bias;
+  int64_t first = head % call.kv_heads * (call.heads / call.kv_heads);
+  return static_cast<T*>(grad.data) + head / call.kv_heads * grad.batch + first * grad.head;
+}
+
+template <class T>
+void add_bias_grads(const Call& call, int64_t head, const SharedBias& from) {
+  T* to = bias_grads_of_head<T>(call, head);
+  for (int64_t h = 0; h < from.heads; ++h)
+    for (int64_t k = 0; k < from.keys; ++k) {
+      T& at = to[h * call.grad_bias.head + k * call.grad_bias.key];
+      at = T(at + from.numbers[h * from.keys + k]);
+    }
+}
+
+// The key heads from `first` to before `last`. A key head is one worker's; where heads are too few for the threads each is
+// split into parts with sums of their own, every part taking each `parts`-th span.
 template <class X, class Worker>
-void backward_by(const Call& call) {
+void backward_of_heads(const Call& call, const std::vector<std::vector<Span>>& of_head, int64_t first, int64_t last) {
   typedef typename Score<X>::T T;
-  int64_t heads = call.batch * call.kv_heads, parts = 1;
+  const Square& grad_bias = call.grad_bias;
+  int64_t heads = last - first, parts = 1;
   if (heads < 4 * call.threads)
     while (heads * parts % call.threads != 0) ++parts;
-  std::vector<std::vector<Span>> of_head(static_cast<size_t>(heads));
-  for (const Span& span : spans_of(call, rows_of_span(call)))
-    of_head[size_t(span.batch * call.kv_heads + span.kv_head)].push_back(span);
   std::vector<std::unique_ptr<HeadSums<T>>> sums(static_cast<size_t>(heads * parts));
+  std::vector<std::unique_ptr<SharedBias>> shared(static_cast<size_t>(heads * parts));
   deal_out<Worker>(call, heads * parts, [&](Worker& worker, int64_t i) {
-    int64_t head = i / parts;
+    int64_t head = first + i / parts;
     std::unique_ptr<HeadSums<T>>& own = sums[size_t(i)];
     KeySums<T> into;
     // Gradients in the operands' own dtype and one part a head: the sums are the gradients.
@@ -244,15 +321,37 @@ void backward_by(const Call& call) {
       own = std::make_unique<HeadSums<T>>(call);
       into = own->into;
     }
+    BiasSums<T> bias{nullptr, nullptr, grad_bias.head, grad_bias.row, grad_bias.key};
+    if (grad_bias.data && grad_bias.row == 0) {
+      shared[size_t(i)] = std::make_unique<SharedBias>(call);
+      const SharedBias& held = *shared[size_t(i)];
+      bias = {nullptr, +held.numbers, held.heads > 1 ? held.keys : 0, 0, held.keys > 1};
+    } else if (grad_bias.data) {
+      bias.rows = bias_grads_of_head<T>(call, head);
+    }
     const std::vector<Span>& spans = of_head[size_t(head)];
-    for (size_t n = size_t(i % parts); n < spans.size(); n += size_t(parts)) worker.run(spans[n], into);
+    for (size_t n = size_t(i % parts); n < spans.size(); n += size_t(parts)) worker.run(spans[n], into, bias);
     if (own && parts == 1) {
       write_key_grads<X, T>(call, head, &own, 1);
       own.reset();
     }
   });
+  for (int64_t i = 0; i < heads * parts; ++i)
+    if (shared[size_t(i)]) add_bias_grads<T>(call, first + i / parts, *shared[size_t(i)]);
   if (parts == 1) return;
-  for (int64_t head = 0; head < heads; ++head) write_key_grads<X, T>(call, head, &sums[size_t(head * parts)], parts);
+  for (int64_t head = 0; head < heads; ++head)
+    write_key_grads<X, T>(call, first + head, &sums[size_t(head * parts)], parts);
+}
+
+template <class X, class Worker>
+void backward_by(const Call& call) {
+  int64_t heads = call.batch * call.kv_heads;
+  // Heads that add to the same rows of the bias's gradient take turns, each as parts of different rows.
+  int64_t together = heads_share_rows(call) ? 1 : heads;
+  std::vector<std::vector<Span>> of_head(static_cast<size_t>(heads));
+  for (const Span& span : spans_of(call, rows_of_span(call, together)))
+    of_head[size_t(span.batch * call.kv_heads + span.kv_head)].push_back(span);
+  for (int64_t head = 0; head < heads; head += together) backward_of_heads<X, Worker>(call, of_head, head, head + together);
 }
 
 }  // namespace dil

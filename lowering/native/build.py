@@ -21,6 +21,8 @@ ELEMENTS = {
     torch.float16: "dil::Half",
     torch.float64: "double",
 }
+# ``Dtype`` of call.h.
+BIAS_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 NO_LIMIT = -(2**63)
 _HERE = Path(__file__).parent
 
@@ -33,6 +35,12 @@ class OperandStruct(Structure):
     """``Operand`` of call.h."""
 
     _fields_ = [("data", c_void_p), *_fields(c_int64, "batch head row")]
+
+
+class SquareStruct(Structure):
+    """``Square`` of call.h."""
+
+    _fields_ = [("data", c_void_p), *_fields(c_int64, "batch head row key")]
 
 
 class TermStruct(Structure):
@@ -59,8 +67,12 @@ class CallStruct(Structure):
         ("row_limits", c_void_p),
         ("limit_rows", c_int64),
         *_fields(c_double, "scale softcap"),
+        ("bias", SquareStruct),
+        *_fields(c_int64, "bias_dtype dropout_seed dropout_least"),
+        ("dropout_factor", c_double),
         ("threads", c_int64),
         *_fields(OperandStruct, "grad_out grad_lse grad_q grad_k grad_v"),
+        ("grad_bias", SquareStruct),
     ]
 
 
@@ -75,7 +87,7 @@ class Library:
         _checked(self._forward, call)
 
     def backward(self, call: CallStruct) -> None:
-        """Fill ``grad_q``, ``grad_k`` and ``grad_v``."""
+        """Fill ``grad_q``, ``grad_k`` and ``grad_v``; add to ``grad_bias``."""
         _checked(self._backward, call)
 
 

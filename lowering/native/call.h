@@ -11,6 +11,14 @@ struct Operand {  // [batch, heads, rows, dim] with a last stride of 1, strides 
   int64_t batch, head, row;
 };
 
+// A bias or its gradient, broadcast to [batch, heads, q_len, k_len]: strides are 0 along dims of size 1.
+struct Square {
+  void* data;  // or null
+  int64_t batch, head, row, key;
+};
+
+enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+
 enum Kind : int64_t { kEverything = 0, kSegment = 1, kWindow = 2, kSinks = 3 };
 
 struct Term {
@@ -33,9 +41,14 @@ struct Call {
   const int64_t* row_limits;  // or null; contiguous [2, limit_rows, q_len]: first key and end of each query row
   int64_t limit_rows;
   double scale, softcap;  // softcap 0: none
+  Square bias;            // added to the scaled and capped scores
+  int64_t bias_dtype;
+  int64_t dropout_seed, dropout_least;  // a draw of at least this keeps its pair
+  double dropout_factor;                // of what is kept; 0: no dropout
   int64_t threads;
   // Backward: gradients that come in, and those that go out.
   Operand grad_out, grad_lse, grad_q, grad_k, grad_v;
+  Square grad_bias;  // zeros in the scores' dtype
 };
 
 }  // namespace dil

@@ -1,6 +1,6 @@
 // Forward: one running softmax over all keys of a query.
 #pragma once
-#include "tiles.h"
+#include "scores.h"
 
 namespace dil {
 
@@ -10,10 +10,12 @@ class Forward {
   static constexpr int64_t kMaxLanes = 1152;  // queries that share the gathered keys
 
  public:
-  explicit Forward(const Call& call) : call_(call), rows_(call), row_(rows_.value_row), factor_(T(exponent_factor(call))) {
+  explicit Forward(const Call& call)
+      : call_(call), rows_(call), row_(rows_.value_row), factor_(T(exponent_factor(call))), bias_(call), dropout_(call, kMaxLanes + kTile<T>) {
     int64_t lanes = kMaxLanes + kTile<T>;
     queries_.take(lanes * call.head_dim), sums_.take(lanes * row_), most_.take(lanes), total_.take(lanes);
     low_.take(lanes), high_.take(lanes), scores_.take(Rows<X>::kBlock * kTile<T>), one_.take(call.head_dim);
+    if (call.bias.data) numbers_.take(Rows<X>::kBlock * kTile<T>);
   }
 
   void run(const Span& span) {
@@ -31,12 +33,15 @@ class Forward {
   int64_t row_;
   T factor_;
   std::vector<Tile> tiles_;
-  Buffer<T> queries_, sums_, most_, total_, scores_, one_;
+  Bias<T> bias_;
+  Dropout<T> dropout_;
+  Buffer<T> queries_, sums_, most_, total_, scores_, one_, numbers_;
   Buffer<int32_t> low_, high_;
 
   void begin(const Span& span, const Lane* lanes, int64_t count) {
     tiles_ = tiles_of<T>(count);
     for (const Tile& tile : tiles_) {
+      dropout_.begin(span, tile, lanes);
       read_queries<X>(call_, call_.q, span, tile, lanes, call_.head_dim, T(query_factor(call_)),
                       queries_ + tile.first * call_.head_dim, +one_, 0);
       int64_t width = tile.vectors * kWidth<T>;
@@ -47,19 +52,26 @@ class Forward {
   }
 
   void attend(const Span& span, const Keys& keys, const Lane* lanes) {
-    auto use = [&](const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
+    auto use = [&](const Tile& tile, int64_t a, int64_t b, const KeyBlock& keys) {
+      if (call_.bias.data) {
+        int64_t count = std::min(b, keys.count) - a, width = tile.vectors * kWidth<T>;
+        bias_.read(span, tile, lanes, keys.positions + a, count, b - a,
+                   {numbers_ + (bias_.by_key ? a : a * width), width, kWidth<T>});
+      }
+      dropout_.read(span, keys, a, b);
       with_vectors(tile.vectors, std::integer_sequence<int, 1, 2, 3>(),
-                   [&](auto n) { this->template block<n()>(tile, a, b, start, times, count); });
+                   [&](auto n) { this->template block<n()>(tile, a, b, keys); });
     };
-    each_block<X>(call_, span, keys, lanes, tiles_, +low_, +high_, rows_, use, [](const int32_t*, int64_t) {});
+    each_block<X>(call_, span, keys, lanes, tiles_, +low_, +high_, rows_, use, [](const KeyBlock&) {});
   }
 
   template <int N>
-  void block(const Tile& tile, int64_t a, int64_t b, int64_t start, const float* times, int64_t count) {
+  void block(const Tile& tile, int64_t a, int64_t b, const KeyBlock& keys) {
     constexpr int W = kWidth<T>;
     T* scores = +scores_;
     T* most = most_ + tile.first;
     T* total = total_ + tile.first;
+    const float* times = keys.times;
     Vec<T> before[N], now[N], shift[N], sum[N], keep[N];
     for (int c = 0; c < N; ++c) before[c] = now[c] = load(most + c * W);
     Scores<T, N> found{+rows_.keys,
@@ -68,31 +80,42 @@ class Forward {
                        rows_.key_row,
                        low_ + tile.first,
                        high_ + tile.first,
-                       start,
+                       keys.start,
                        call_.softcap,
-                       call_.scale};
-    found.each(a, b, tile, [&](int64_t j, Vec<T>(&s)[kPanel][N]) __attribute__((always_inline)) {
+                       call_.scale,
+                       +numbers_,
+                       bias_.by_key};
+    auto capped = [](int64_t, const Vec<T>(&)[kPanel][N]) {};
+    found.each(a, b, tile, capped, [&](int64_t j, Vec<T>(&s)[kPanel][N]) __attribute__((always_inline)) {
       for (int r = 0; r < kPanel; ++r)
         for (int c = 0; c < N; ++c) now[c] = larger(now[c], s[r][c]);
       write<T>(s, scores + j * N * W, N * W);
     });
     const Vec<T> nothing = fill(-std::numeric_limits<T>::infinity());
     for (int c = 0; c < N; ++c) {
-      shift[c] = now[c] == nothing ? Vec<T>{} : now[c] * fill(factor_);
-      keep[c] = exp2_up_to_8(before[c] * fill(factor_) - shift[c]);
+      // Differences first: a bias may hide every key of a query with the lowest number, which times log2(e) is infinite.
+      shift[c] = now[c] == nothing ? Vec<T>{} : now[c];
+      keep[c] = exp2_up_to_8((before[c] - shift[c]) * fill(factor_));
       sum[c] = Vec<T>{};
       store(most + c * W, now[c]);
     }
     for (int64_t j = a; j < b; ++j) {
       T* row = scores + j * N * W;
-      Vec<T> often = fill(times && j < count ? T(times[j]) : T(1));
+      Vec<T> often = fill(times && j < keys.count ? T(times[j]) : T(1));
       for (int c = 0; c < N; ++c) {
-        Vec<T> p = exp2_up_to_8(fma(load(row + c * W), fill(factor_), -shift[c]));
+        Vec<T> p = exp2_up_to_8((load(row + c * W) - shift[c]) * fill(factor_));
         if (times) p *= often;
         sum[c] += p;
         store(row + c * W, p);
       }
     }
+    // The sum is that of all weights, dropped ones too.
+    if (dropout_.on)
+      for (int64_t j = a; j < b; ++j)
+        for (int c = 0; c < N; ++c) {
+          T* at = scores + (j * N + c) * W;
+          store(at, load(at) * dropout_.keep(tile.first + c * W, j));
+        }
     for (int c = 0; c < N; ++c) store(total + c * W, fma(load(total + c * W), keep[c], sum[c]));
     T* sums = sums_ + tile.first * row_;
     for (int64_t d = 0; d < row_; d += kPanel) {
@@ -114,7 +137,7 @@ class Forward {
         X* out = row_of<X>(call_, call_.out, span, lane);
         for (int64_t d = 0; d < call_.v_dim; ++d) put(out + d, sums[d * width + i] * inverse);
         *row_of<T>(call_, call_.lse, span, lane) =
-            total > 0 ? T(most * factor_ * T(kLn2) + std::log(total)) : -std::numeric_limits<T>::infinity();
+            total > 0 ? T(most * T(score_unit(call_)) + std::log(total)) : -std::numeric_limits<T>::infinity();
       }
     }
   }

@@ -9,7 +9,7 @@ namespace dil {
 
 template <class Worker>
 void forward_by(const Call& call) {
-  std::vector<Span> spans = spans_of(call, rows_of_span(call));
+  std::vector<Span> spans = spans_of(call, rows_of_span(call, call.batch * call.kv_heads));
   // Later spans have more keys under a causal mask: they go first.
   std::reverse(spans.begin(), spans.end());
   deal_out<Worker>(call, int64_t(spans.size()), [&](Worker& worker, int64_t i) { worker.run(spans[size_t(i)]); });
@@ -27,7 +27,9 @@ template <class X>
 void backward(const Call& call) {
 #ifdef DILCOMPILE_TILES
   if constexpr (std::is_same_v<X, BFloat16>)
-    if (query_factor(call) == 1 && has_tiles()) return backward_by<X, TileBackward>(call);
+    // A softcap's slope is not kept beside the bias there.
+    if (query_factor(call) == 1 && (call.softcap == 0 || !call.bias.data) && has_tiles())
+      return backward_by<X, TileBackward>(call);
 #endif
   backward_by<X, Backward<X>>(call);
 }

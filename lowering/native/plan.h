@@ -247,13 +247,14 @@ inline void find_ranges(const Call& call, const Span& span, const Keys& keys, co
   }
 }
 
-// Positions in a span: enough that many queries share the gathered keys, few enough that every thread has work.
-inline int64_t rows_of_span(const Call& call) {
+// Positions in a span: enough that many queries share the gathered keys, few enough that every thread has work with the spans
+// of `key_heads`.
+inline int64_t rows_of_span(const Call& call, int64_t key_heads) {
   int64_t widest = 1, heads = call.heads / call.kv_heads;
   for (int64_t i = 0; i < call.num_terms; ++i)
     if (call.terms[i].kind == kSegment) widest = std::max(widest, call.terms[i].rate);
-  int64_t rows = std::max<int64_t>(768 / heads, 64 * widest / heads), spans = call.batch * call.kv_heads;
-  int64_t fair = call.q_len * spans / (4 * call.threads) + 1;
+  int64_t rows = std::max<int64_t>(768 / heads, 64 * widest / heads);
+  int64_t fair = call.q_len * key_heads / (4 * call.threads) + 1;
   return std::max<int64_t>(48, std::max<int64_t>(1, std::min(std::max<int64_t>(rows, 2048), fair)));
 }
 

@@ -25,11 +25,13 @@ template <>
 struct Lanes<float> {
   typedef float Vec __attribute__((vector_size(kVectorBytes)));
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Draws __attribute__((vector_size(kVectorBytes)));
 };
 template <>
 struct Lanes<double> {
   typedef double Vec __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Draws __attribute__((vector_size(kVectorBytes / 2)));
 };
 template <class T>
 using Vec = typename Lanes<T>::Vec;
@@ -96,6 +98,28 @@ inline V larger(V a, V b) {
 }
 #endif
 
+#if defined(__AVX512F__)
+// 16 rows of 16 elements of 32 bits, transposed.
+inline void transpose(__m512i (&r)[16]) {
+  __m512i s[16];
+  for (int i = 0; i < 8; ++i)
+    s[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]), s[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 2; ++j) {
+      r[4 * i + 2 * j] = _mm512_unpacklo_epi64(s[4 * i + j], s[4 * i + 2 + j]);
+      r[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(s[4 * i + j], s[4 * i + 2 + j]);
+    }
+  for (int j = 0; j < 4; ++j) {
+    s[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), s[4 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+    s[8 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88), s[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+  }
+  for (int j = 0; j < 4; ++j) {
+    r[j] = _mm512_shuffle_i32x4(s[j], s[8 + j], 0x88), r[8 + j] = _mm512_shuffle_i32x4(s[j], s[8 + j], 0xdd);
+    r[4 + j] = _mm512_shuffle_i32x4(s[4 + j], s[12 + j], 0x88), r[12 + j] = _mm512_shuffle_i32x4(s[4 + j], s[12 + j], 0xdd);
+  }
+}
+#endif
+
 // 2^x for x <= 8 to 1e-7 of itself, 0 for x <= -127 (minus infinity among them).
 inline Vec<float> exp2_up_to_8(Vec<float> x) {
   const Vec<float> shifter = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
@@ -128,6 +152,8 @@ struct Half {
   uint16_t bits;
 };
 
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
 inline float widen(BFloat16 x) {
   uint32_t bits = uint32_t(x.bits) << 16;
   float y;
@@ -199,6 +225,10 @@ inline void load_row(const Half* from, float* to, int n) {
   for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
 #endif
   for (; i < n; ++i) to[i] = widen(from[i]);
+}
+template <class X, class T>
+inline void load_row(const X* from, T* to, int n) {
+  for (int i = 0; i < n; ++i) to[i] = T(widen(from[i]));
 }
 inline void put(float* to, float x) { *to = x; }
 inline void put(double* to, double x) { *to = x; }

@@ -1,4 +1,4 @@
-// Tiles of queries, blocks of gathered keys, and the scores between them.
+// Tiles of queries and blocks of gathered keys.
 #pragma once
 #include <cstdlib>
 #include <new>
@@ -8,8 +8,6 @@
 #include "products.h"
 
 namespace dil {
-
-constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
 // Uninitialised memory, aligned to a cache line.
 template <class T>
@@ -40,6 +38,16 @@ struct Tile {
 template <int... N, class Body>
 inline __attribute__((always_inline)) void with_vectors(int vectors, std::integer_sequence<int, N...>, Body body) {
   (void)((vectors == N && (body(std::integral_constant<int, N>()), true)) || ...);
+}
+
+// body(true_type or false_type): a flag as a constant.
+template <class Body>
+inline __attribute__((always_inline)) void with_flag(bool flag, Body body) {
+  if (flag) {
+    body(std::true_type());
+  } else {
+    body(std::false_type());
+  }
 }
 
 template <class T>
@@ -80,51 +88,6 @@ void limit(const Call& call, const Span& span, Tile& tile, const Keys& keys, con
   }
   for (int64_t i = tile.lanes; i < tile.vectors * kWidth<T>; ++i) low[i] = high[i] = 0;
 }
-
-// Scores are kept as the plain products; this times a score is the exponent of 2. A factor that is not positive would turn
-// the maximum round, so it goes into the queries instead (`query_factor`).
-inline double exponent_factor(const Call& call) {
-  return call.softcap != 0 ? kLog2E : call.scale > 0 ? call.scale * kLog2E : kLog2E;
-}
-inline double query_factor(const Call& call) { return call.softcap != 0 || call.scale > 0 ? 1 : call.scale; }
-
-// Scores of the keys `a` to `b` (multiples of kPanel) of a block that starts at key `start` of the list.
-template <class T, int N>
-struct Scores {
-  const T *keys, *queries;
-  int64_t dim, row;  // row: of `keys`
-  const int32_t *low, *high;
-  int64_t start;
-  double softcap, scale;
-
-  template <class Use>
-  inline __attribute__((always_inline)) void each(int64_t a, int64_t b, const Tile& tile, Use use) const {
-    for (int64_t j = a; j < b; j += kPanel) {
-      Vec<T> s[kPanel][N];
-      clear<T>(s);
-      multiply<T>(s, keys + j * row, row, 1, queries, N * kWidth<T>, dim);
-      if (softcap != 0) cap(s);
-      if (start + j < tile.low_max || start + j + kPanel > tile.high_min) hide(s, start + j);
-      use(j, s);
-    }
-  }
-
-  void cap(Vec<T> (&s)[kPanel][N]) const {
-    for (int r = 0; r < kPanel; ++r)
-      for (int n = 0; n < N; ++n)
-        for (int i = 0; i < kWidth<T>; ++i) s[r][n][i] = T(softcap) * tanh_of(s[r][n][i] * T(scale / softcap));
-  }
-
-  void hide(Vec<T> (&s)[kPanel][N], int64_t key) const {
-    for (int n = 0; n < N; ++n) {
-      IntVec<T> from = load_ints<T>(low + n * kWidth<T>), to = load_ints<T>(high + n * kWidth<T>);
-      for (int r = 0; r < kPanel; ++r) {
-        IntVec<T> at = IntVec<T>{} + Int<T>(key + r), seen = (from <= at) & (to > at);
-        s[r][n] = seen ? s[r][n] : fill(-std::numeric_limits<T>::infinity());
-      }
-    }
-  }
-};
 
 // Where a lane's row of a [batch, heads, rows, dim] tensor begins.
 template <class Y>
@@ -179,9 +142,15 @@ class Rows {
   }
 };
 
+// Up to kBlock neighbours in a list of keys.
+struct KeyBlock {
+  int64_t start, count;  // in the list
+  const int32_t* positions;
+  const float* times;  // or null: each counts once
+};
+
 // Walks a list of keys block by block for the tiles that share it. `Held` is the block's memory, `Rows` or another.
-// use(tile, a, b, start, times, count): keys a to b (whole steps) of the block of `count` keys that starts at `start`.
-// after(positions, count): all tiles have used the block.
+// use(tile, a, b, block): keys a to b (whole steps) of the block. after(block): all tiles have used it.
 template <class X, class Held, class Use, class After>
 void each_block(const Call& call, const Span& span, const Keys& list, const Lane* lanes, std::vector<Tile>& tiles, int32_t* low,
                 int32_t* high, Held& held, Use use, After after) {
@@ -196,7 +165,7 @@ void each_block(const Call& call, const Span& span, const Keys& list, const Lane
     int64_t count = std::min(Held::kBlock, list.size() - start);
     const int32_t* positions = &list.position[size_t(start)];
     held.gather(span, positions, count);
-    const float* times = list.repeated ? &list.times[size_t(start)] : nullptr;
+    const KeyBlock block{start, count, positions, list.repeated ? &list.times[size_t(start)] : nullptr};
     int64_t next = std::clamp<int64_t>(end - start - Held::kBlock, 0, Held::kBlock), fetched = 0;
     for (const Tile& tile : tiles) {
       // Fetching the next block goes along with the work on this one.
@@ -206,9 +175,9 @@ void each_block(const Call& call, const Span& span, const Keys& list, const Lane
       fetched = until;
       int64_t a = std::max<int64_t>(0, tile.low_min - start) / Held::kStep * Held::kStep;
       int64_t b = (std::min<int64_t>(count, tile.high_max - start) + Held::kStep - 1) / Held::kStep * Held::kStep;
-      if (a < b) use(tile, a, b, start, times, count);
+      if (a < b) use(tile, a, b, block);
     }
-    after(positions, count);
+    after(block);
   }
 }
 
