@@ -16,7 +16,7 @@ from dilcompile.policy import Policy
 from dilcompile.policy.load import PRESETS
 
 HAS = "this version has keep, dense, sliding_window, dilated"
-KERNELS = "'native', 'sdpa', 'flash', 'cpu', 'reference' or 'triton'"
+KERNELS = "'native', 'sdpa', 'triton', 'flash', 'cpu' or 'reference'"
 TAIL = "apply: {form: keep}"
 
 

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from dilcompile.lowering import digest
 from dilcompile.lowering.call import Call, Gradients, empty_output
 from dilcompile.lowering.triton.config import INTERPRETED, Masks, Pass, Tile, tile_of
 from dilcompile.lowering.triton.plan import Plan, Rows, plan_of, unplannable
@@ -38,6 +39,15 @@ LOG2_E = math.log2(math.e)
 def interpreting() -> bool:
     """Triton runs kernels as Python, on tensors of the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def fingerprint(call: Call) -> str | None:
+    """See ``Kernel``; nothing is compiled where Triton interprets."""
+    if interpreting():
+        return None
+    import triton
+
+    return f"{digest.of_files('triton', 'union.py')}, Triton {triton.__version__}, {_arch(call.q.device)}"
 
 
 def supports(call: Call, backward: bool) -> str | None:
