@@ -46,6 +46,7 @@ class Decision:
         kernel: the kernel asked for by name, or None to choose the fastest that supports the site.
         fallback: what to do when the rewrite fails: ``warn`` and keep the original, ``keep`` it and only list it, or ``error``.
         check: whether and how the rewrite is compared with the site's own computation.
+        if_faster: the site stays as it is where dense attention is faster.
         notes: what the user should know (policy keys that have no effect here, rows that see only themselves ...).
     """
 
@@ -56,6 +57,7 @@ class Decision:
     kernel: KernelName | None = None
     fallback: Consequence = "warn"
     check: Check = NO_CHECK
+    if_faster: bool = False
     notes: tuple[str, ...] = field(default=())
 
 
