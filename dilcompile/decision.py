@@ -11,7 +11,7 @@ from dilcompile.site import AttentionSite
 Fidelity = Literal["exact", "approximate"]
 Consequence = Literal["warn", "keep", "error"]
 # The kernels by name, fastest first; `lowering/select.py` holds what they are.
-KernelName = Literal["native", "sdpa", "flash", "cpu", "reference", "triton"]
+KernelName = Literal["native", "sdpa", "triton", "flash", "cpu", "reference"]
 KERNEL_NAMES: tuple[KernelName, ...] = get_args(KernelName)
 
 
@@ -46,6 +46,7 @@ class Decision:
         kernel: the kernel asked for by name, or None to choose the fastest that supports the site.
         fallback: what to do when the rewrite fails: ``warn`` and keep the original, ``keep`` it and only list it, or ``error``.
         check: whether and how the rewrite is compared with the site's own computation.
+        if_faster: the site stays as it is where dense attention is faster.
         notes: what the user should know (policy keys that have no effect here, rows that see only themselves ...).
     """
 
@@ -56,6 +57,7 @@ class Decision:
     kernel: KernelName | None = None
     fallback: Consequence = "warn"
     check: Check = NO_CHECK
+    if_faster: bool = False
     notes: tuple[str, ...] = field(default=())
 
 

@@ -62,4 +62,4 @@ class RewriteError(DilcompileError):
 
 
 class DilcompileWarning(UserWarning):
-    """Something was left as it was, and the policy says to tell."""
+    """Something was left as it was, and the policy says to tell; or a kernel was passed over because its numbers are wrong."""

@@ -23,6 +23,7 @@ from dilcompile.passes.trial import Probe, Trial
 from dilcompile.passes.unseen import closed_bodies, like_attention, subclasses
 from dilcompile.policy import Policy, resolve
 from dilcompile.report import GraphReport, Verdict
+from dilcompile.report.faster import where_faster
 from dilcompile.report.kernels import able
 from dilcompile.rewriting import rewrite_sites
 from dilcompile.shared_frames import apart
@@ -134,7 +135,9 @@ def rewrite_normal(
     found = [find_sites(part) for part in parts]
     clock.lap("find")
     sites = [_with_operands(match) for findings in found for match in findings.matches]
-    verdicts = _numbered(resolve(policy, sites, enforce=enforce, revise=lambda made: apart(policy, graph.frame, able(made))))
+    verdicts = _numbered(
+        resolve(policy, sites, enforce=enforce, revise=lambda made: apart(policy, graph.frame, where_faster(able(made))))
+    )
     clock.lap("resolve")
     misses = tuple(miss for findings in found for miss in findings.misses)
     done = rewrite_sites(parts, found, verdicts, known or {}, enforce=enforce, runs_later=known is not None)

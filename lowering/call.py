@@ -75,8 +75,15 @@ class Kernel(Protocol):
     another kernel is faster, so this one is taken only when asked for by name.
     """
 
+    __name__: str
     TAKES_ROW_MASKS: bool
     LEAST_ROWS: int
+
+    def fingerprint(self, call: Call) -> str | None:
+        """What the code that would compute this call is made from, and by whom: its numbers are checked before it is trusted.
+
+        Depends on the operands' device and dtype alone. None: nothing is compiled here, torch's own operators compute.
+        """
 
     def supports(self, call: Call, backward: bool) -> str | None:
         """Why this kernel can't compute the call (its forward, or its backward), or None."""

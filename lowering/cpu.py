@@ -72,6 +72,11 @@ class FlashEngine:
             yield Downstream(masked.cut, *grads)
 
 
+def fingerprint(call: Call) -> str | None:
+    """See ``Kernel``."""
+    return None
+
+
 def supports(call: Call, backward: bool) -> str | None:
     """Everything, on a CPU."""
     if call.q.device.type != "cpu":

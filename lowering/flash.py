@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dilcompile.lowering import views
+from dilcompile.lowering import digest, views
 from dilcompile.lowering.call import Call, Gradients
 from dilcompile.lowering.engines import (
     Downstream,
@@ -85,6 +85,12 @@ def _unmasked(part: Part, block: Block) -> bool:
 def _whole(block: Block) -> tuple[slice, slice, slice, slice]:
     first, second = block.sizes
     return slice(0, first), slice(0, second), slice(0, block.piece.rows), slice(0, block.piece.keys)
+
+
+def fingerprint(call: Call) -> str | None:
+    """See ``Kernel``; torch's own op, but given views, offsets and merged results."""
+    files = ("flash.py", "views.py", "engines.py", "pieces.py", "strided.py", "masking.py", "row_masks.py", "merge.py")
+    return f"{digest.of_files(*files)}, CUDA {torch.version.cuda}"
 
 
 def supports(call: Call, backward: bool) -> str | None:

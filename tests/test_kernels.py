@@ -446,7 +446,7 @@ def test_choosing_a_kernel() -> None:
     q, k, v = drawn(kv_heads=4)
     at = setting_of(q, k)
     with pytest.raises(
-        KernelError, match="kernel 'quick' is unknown; the kernels are native, sdpa, flash, cpu, reference, triton"
+        KernelError, match="kernel 'quick' is unknown; the kernels are native, sdpa, triton, flash, cpu, reference"
     ):
         run(q, k, v, Dense(), "quick", at)
     with pytest.raises(KernelError, match="kernel 'sdpa' can't compute this attention: softcap; kernel 'native' can"):

@@ -418,6 +418,9 @@ def test_few_queries_go_elsewhere_unless_it_is_asked_for() -> None:
     q, k, v = drawn(length=40)
     chosen = []
     original = native.forward
+    # The kernel is checked before.
+    run(q, k, v, Dense(), "native", causal=False), run(q[:, :, :8], k, v, Dense(), "native", causal=False)
+    run(q[:, :, :1], k, v, Dense(), "native", causal=False)
     try:
         native.forward = lambda call: chosen.append(call.problem.q_len) or original(call)  # type: ignore[func-returns-value,assignment]
         for rows in (1, 7, 8, 40):

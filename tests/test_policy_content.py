@@ -346,7 +346,7 @@ matches = st.fixed_dictionaries(
         "layers": st.sampled_from([0, "0-3,30-", (1, 5)]),
         "layer_type": texts,
         "compute_capability": st.sampled_from([">=9.0", 9.0, 8]),
-        "min_seq": counts,
+        "min_seq": counts | st.just("auto"),
     },
 )
 dilated = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4).map(

@@ -16,7 +16,7 @@ from dilcompile.policy import Policy
 from dilcompile.policy.load import PRESETS
 
 HAS = "this version has keep, dense, sliding_window, dilated"
-KERNELS = "'native', 'sdpa', 'flash', 'cpu', 'reference' or 'triton'"
+KERNELS = "'native', 'sdpa', 'triton', 'flash', 'cpu' or 'reference'"
 TAIL = "apply: {form: keep}"
 
 
@@ -70,12 +70,13 @@ def test_dict_problems_name_the_path() -> None:
 
 IN_RULE = {
     # match
-    "match: {min_seq: true}": "match.min_seq: expected a whole number of at least 1, got true",
+    "match: {min_seq: true}": "match.min_seq: expected a whole number of at least 1 or 'auto', got true",
     "match: {min_seq: 0}": "match.min_seq: expected a whole number of at least 1, got 0",
-    "match: {min_seq: 2.5}": "match.min_seq: expected a whole number of at least 1, got 2.5",
-    "match: {min_seq: .nan}": "match.min_seq: expected a whole number of at least 1, got nan",
-    "match: {min_seq: '16'}": "match.min_seq: expected a whole number of at least 1, got '16'",
-    "match: {min_seq: }": "match.min_seq: expected a whole number of at least 1, got nothing",
+    "match: {min_seq: 2.5}": "match.min_seq: expected a whole number of at least 1 or 'auto', got 2.5",
+    "match: {min_seq: .nan}": "match.min_seq: expected a whole number of at least 1 or 'auto', got nan",
+    "match: {min_seq: '16'}": "match.min_seq: expected a whole number of at least 1 or 'auto', got '16'",
+    "match: {min_seq: auot}": "match.min_seq: expected a whole number of at least 1 or 'auto', got 'auot' (did you mean 'auto'?)",
+    "match: {min_seq: }": "match.min_seq: expected a whole number of at least 1 or 'auto', got nothing",
     "match: {causal: yes}": "match.causal: expected true or false, got 'yes'",
     "match: {causal: 1}": "match.causal: expected true or false, got 1",
     "match: {kind: slef}": "match.kind: expected 'self', 'cross' or 'any', got 'slef' (did you mean 'self'?)",

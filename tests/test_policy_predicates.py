@@ -57,7 +57,7 @@ ROWS: dict[str, tuple[list[tuple[AttentionSite, object]], list[tuple[AttentionSi
     ),
     "phase": ([(GQA, "train"), (ANY, "prefill"), (ANY, "any")], [(ANY, "train"), (ANY, "decode")]),
     "world_size": ([(ANY, 1), (ANY, "1-4")], [(ANY, "2-")]),
-    "min_seq": ([(ANY, 4096), (site(q_len=1), 4096)], [(ANY, 4097), (site(q_len=8192), 4097)]),
+    "min_seq": ([(ANY, 4096), (site(q_len=1), 4096), (site(k_len=1), "auto")], [(ANY, 4097), (site(q_len=8192), 4097)]),
     "max_seq": ([(ANY, 4096)], [(ANY, 4095)]),
 }
 
@@ -102,6 +102,8 @@ COVERS = [
     ("layers", "0-3,4-9", "2-8"),
     ("dtype", ("bf16", "fp16"), "bfloat16"),
     ("min_seq", 1024, 4096),
+    ("min_seq", "auto", 4096),
+    ("min_seq", 1, "auto"),
     ("max_seq", 4096, 1024),
     ("ignore", "a", ("a", "b")),
 ]
@@ -113,6 +115,7 @@ COVERS_NOT = [
     ("masked", "none", ("none", "causal")),
     ("layers", "0-3,5-9", "2-8"),
     ("min_seq", 4096, 1024),
+    ("min_seq", 2, "auto"),
     ("max_seq", 1024, 4096),
     ("ignore", ("a", "b"), "a"),
     ("compute_capability", ">=8.0", ">=9.0"),

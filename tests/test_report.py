@@ -329,6 +329,7 @@ SITE_KEYS = {
     "form": {"type": ["string", "null"]}, "fidelity": {"enum": ["exact", "approximate", None]},
     "kernel": {"type": ["string", "null"]}, "kernel_backward": {"type": ["string", "null"]},
     "kernel_asked": {"type": ["string", "null"]}, "kernel_reason": {"type": ["string", "null"]},
+    "kernel_passed_over": {"type": ["string", "null"]},
     "reason": {"type": ["string", "null"]}, "cure": {"type": ["string", "null"]}, "notes": {"type": "array"},
     "costs": {"type": ["object", "null"]},
 }  # fmt: skip

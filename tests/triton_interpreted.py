@@ -27,7 +27,8 @@ from test_kernels import (
 from torch import Tensor
 
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
-from dilcompile.lowering import ops, triton
+from dilcompile.lowering import ops, triton, trust
+from dilcompile.lowering.call import Call
 from dilcompile.lowering.triton import plan
 from dilcompile.relation import Relation, Term
 
@@ -312,6 +313,15 @@ def test_every_mutation_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -
     mutate(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError)):
         check(where)
+
+
+def test_the_check_that_comes_before_a_device_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = drawn(batch=1, heads=1, kv_heads=1, q_len=17, k_len=17, dtype=torch.float32)
+    call = Call(q, k, v, None, None, None, None, FORMS[3].relation(_problem(q, k, v)), 0.3)
+    assert trust.check(triton, call, False).passes
+    with_the_wrong_residue(monkeypatch)
+    plan.plan_of.cache_clear()
+    assert not trust.check(triton, call, False).passes
 
 
 def test_the_same_numbers_every_time() -> None:

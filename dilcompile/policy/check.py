@@ -64,13 +64,17 @@ def shadows(earlier: Rule, later: Rule) -> bool:
 
 def _open(key: str, value: object) -> bool:
     """A key that every site satisfies."""
-    return value == "any" or (key == "module" and value == "*") or (key == "min_seq" and value == 1)
+    return value == "any" or (key == "module" and value == "*") or (key == "min_seq" and value in (1, "auto"))
 
 
 def _impossible(rule: Rule) -> Iterator[str]:
     """Why no site can match, or why every site that matches is refused."""
     match = rule.match.given()
-    if match.get("min_seq", 1) > match.get("max_seq", math.inf):
+    least = match.get("min_seq", 1)
+    if least == "auto":
+        if rule.apply.build() is None:
+            yield "has min_seq auto but keeps its sites as they are: nothing could be faster than that"
+    elif least > match.get("max_seq", math.inf):
         yield f"can match no site: min_seq {match['min_seq']} is above max_seq {match['max_seq']}"
     if "module" in match and "ignore" in match and patterns.covers(match["ignore"], match["module"]):
         yield f"can match no site: ignore {match['ignore']!r} covers module {match['module']!r}"

@@ -198,12 +198,16 @@ def world_size(site: AttentionSite, value: Ranges) -> bool:
     return ranges.within(_ranks(), value)
 
 
-@predicate("16384", operator.le)
-def min_seq(site: AttentionSite, value: Count) -> bool:
-    """The site has at least this many keys.
+def _as_number(least: int | Literal["auto"]) -> int:
+    return 1 if least == "auto" else least
+
+
+@predicate("16384", lambda wide, narrow: _as_number(wide) <= _as_number(narrow))
+def min_seq(site: AttentionSite, value: Count | Literal["auto"]) -> bool:
+    """The site has at least this many keys; `auto`: any number, but it is left as it is where dense attention is faster.
     For a symbolic length this adds a guard, so that shorter inputs are decided anew.
     """
-    return bool(site.k_len >= value)
+    return value == "auto" or bool(site.k_len >= value)
 
 
 @predicate("65536", operator.ge)

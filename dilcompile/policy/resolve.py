@@ -89,6 +89,7 @@ def _decide(policy: Policy, site: AttentionSite) -> Verdict:
         kernel=rule.apply.kernel,
         fallback=policy.fallback_of(rule).unsupported,
         check=_check(policy, rule),
+        if_faster=rule.match.given().get("min_seq") == "auto",
         notes=(*form.notes(site), *without_effect(policy, rule)),
     )
 

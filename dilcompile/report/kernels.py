@@ -30,11 +30,13 @@ class Choice:
         forward: None where it is not known.
         backward: None where no gradient is asked for, or where it is not known.
         reason: why there is none.
+        passed_over: the faster kernel that would be taken if its numbers were right on this device, and what was found.
     """
 
     forward: str | None
     backward: str | None = None
     reason: str | None = None
+    passed_over: str | None = None
 
 
 def kernel_of(decision: Decision) -> Choice:
@@ -45,7 +47,7 @@ def kernel_of(decision: Decision) -> Choice:
         return Choice(None, reason="a length is known only when the model runs")
     if site.device.type == "meta":
         return Choice(None, reason="a meta tensor has no device to choose for")
-    return _choose(decision.form, problem, _Traits.of(decision), decision.kernel, site.phase == "train")
+    return _choose(decision.form, problem, _Traits.of(decision), decision.kernel, site.phase == "train", _num_verdicts())
 
 
 def able(verdicts: Sequence[Verdict]) -> list[Verdict]:
@@ -77,7 +79,7 @@ def refusal_of(decision: Decision) -> str | None:
     offsets = (problem.q_offset,) if fixed else (problem.q_offset, problem.q_offset + 1)
     train = site.phase == "train"
     reasons = (
-        _refused(decision.form, replace(problem, q_offset=offset), _Traits.of(decision), decision.kernel, train)
+        _refused(decision.form, replace(problem, q_offset=offset), _Traits.of(decision), decision.kernel, train, _num_verdicts())
         for offset in offsets
     )
     return next((reason for reason in reasons if reason is not None), None)
@@ -120,26 +122,35 @@ class _Traits:
 
 
 @lru_cache(maxsize=256)
-def _choose(form: Form, problem: Problem, traits: _Traits, asked: str | None, train: bool) -> Choice:
-    from dilcompile.lowering.select import KERNELS, select
+def _choose(form: Form, problem: Problem, traits: _Traits, asked: str | None, train: bool, known: int) -> Choice:
+    """``known``: with more verdicts about kernels the choice may be another."""
+    from dilcompile.lowering.select import KERNELS, passed_over, select
 
     try:
         with FakeTensorMode():
             call = _call(form, problem, traits)
             names = {id(kernel): name for name, kernel in KERNELS.items()}
             forward = names[id(select(call, asked))]
-            return Choice(forward, names[id(select(call, asked, backward=True))] if train else None)
+            backward = names[id(select(call, asked, backward=True))] if train else None
+            doubts = (passed_over(call, step) for step in ((False, True) if train else (False,)) if asked is None)
+            return Choice(forward, backward, passed_over=next((doubt for doubt in doubts if doubt is not None), None))
     except DilcompileError as error:
         return Choice(None, reason=str(error))
 
 
 @lru_cache(maxsize=256)
-def _refused(form: Form, problem: Problem, traits: _Traits, asked: str, train: bool) -> str | None:
-    from dilcompile.lowering.select import KERNELS, refusal
+def _refused(form: Form, problem: Problem, traits: _Traits, asked: str, train: bool, known: int) -> str | None:
+    from dilcompile.lowering.select import KERNELS, reason_against
 
     with FakeTensorMode():
         call = _call(form, problem, traits)
-        return refusal(KERNELS[asked], call, False) or (refusal(KERNELS[asked], call, True) if train else None)
+        return reason_against(KERNELS[asked], call, False) or (reason_against(KERNELS[asked], call, True) if train else None)
+
+
+def _num_verdicts() -> int:
+    from dilcompile.lowering.trust import num_known
+
+    return num_known()
 
 
 def _call(form: Form, size: Problem, traits: _Traits) -> Call:

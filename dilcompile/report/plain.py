@@ -81,6 +81,7 @@ def _kernel(choice: Choice, asked: str | None) -> dict[str, Any]:
         "kernel_backward": choice.backward,
         "kernel_asked": asked,
         "kernel_reason": choice.reason,
+        "kernel_passed_over": choice.passed_over,
     }
 
 

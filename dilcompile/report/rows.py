@@ -104,6 +104,8 @@ def row_of(verdict: Decision | Rejection) -> Row:
     choice = kernel_of(verdict)
     if choice.reason is not None and problem is None:
         notes = (*notes, f"no kernel is named: {choice.reason}")
+    if choice.passed_over is not None:
+        notes = (*notes, choice.passed_over)
     return Row(
         **common,  # type: ignore[arg-type]
         becomes=(str(verdict.form), _rule(verdict.rule)),

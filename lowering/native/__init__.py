@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dilcompile.lowering import digest
 from dilcompile.lowering.call import Call, Gradients, empty_output
 from dilcompile.lowering.native.build import (
     BIAS_DTYPES,
@@ -24,6 +25,7 @@ from dilcompile.lowering.native.build import (
     SquareStruct,
     TermStruct,
     library,
+    made_from,
 )
 from dilcompile.lowering.union import beyond_union
 from dilcompile.relation import Everything, Relation, Segment, Sinks, Window
@@ -35,6 +37,11 @@ LEAST_ROWS = 16
 _MOST_KEYS = 2**31 - 1
 # How many values a draw of dropout.py may have.
 _DRAWS = 2**32
+
+
+def fingerprint(call: Call) -> str | None:
+    """See ``Kernel``; the source names the processor that it is compiled for."""
+    return f"{digest.of_files('native')}, {made_from(call.q.dtype)}"
 
 
 def supports(call: Call, backward: bool) -> str | None:

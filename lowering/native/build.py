@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from dilcompile.lowering import digest
+
 log = logging.getLogger(__name__)
 
 ELEMENTS = {
@@ -116,6 +118,14 @@ def source(dtype: torch.dtype) -> str:
     """The whole program for a dtype in one text: what the code cache compiles and takes as its key."""
     head = f"// torch {torch.__version__}, {_machine()}\n#define DILCOMPILE_ELEMENT {ELEMENTS[dtype]}\n"
     return head + _included("native.cpp", set())
+
+
+@lru_cache(maxsize=len(ELEMENTS))
+def made_from(dtype: torch.dtype) -> str:
+    """The program, and the compiler that builds it."""
+    from torch._inductor.cpp_builder import get_compiler_version_info, get_cpp_compiler
+
+    return f"source {digest.of_text(source(dtype))}, {get_compiler_version_info(get_cpp_compiler())}"
 
 
 def _included(name: str, done: set[str]) -> str:

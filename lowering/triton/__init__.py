@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dilcompile.lowering import digest
 from dilcompile.lowering.call import Call, Gradients, empty_output
 from dilcompile.lowering.triton import split
 from dilcompile.lowering.triton.config import INTERPRETED, Masks, Pass, Tile, tile_of
@@ -42,6 +43,15 @@ BiasBy = Literal["none", "keys", "rows", "pairs"]
 def interpreting() -> bool:
     """Triton runs kernels as Python, on tensors of the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def fingerprint(call: Call) -> str | None:
+    """See ``Kernel``; nothing is compiled where Triton interprets."""
+    if interpreting():
+        return None
+    import triton
+
+    return f"{digest.of_files('triton', 'union.py')}, Triton {triton.__version__}, {_arch(call.q.device)}"
 
 
 def supports(call: Call, backward: bool) -> str | None:

@@ -1,0 +1,153 @@
+"""A small call that goes the same ways through a kernel as a given one: which calls are of a class, and what stands for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from dilcompile.lowering.call import Call
+from dilcompile.lowering.pairs import Pairs
+from dilcompile.relation import Generator, Problem, Relation, Segment, Sinks, Term, Window
+
+# Several tiles of rows and several blocks of keys of every kernel, the last ones ragged.
+ROWS, KEYS = 136, 200
+_BATCH = 2
+# With fewer rows kernels go other ways.
+_FEW_ROWS = 16
+_MOST_GROUPED = 8
+# Rows of a residue class: with fewer, kernels may not tile by class any more.
+_FINE = 32
+
+
+@lru_cache(maxsize=1024)
+def kinds(relation: Relation) -> str:
+    """The class of a relation as text: equal for relations that one small relation stands for."""
+    small = _relation(relation)
+    size = small.problem
+    return f"{small}, {size.q_len} rows from {size.q_offset}, heads {size.heads}/{size.kv_heads}"
+
+
+def miniature(call: Call) -> Call:
+    """A small call of the same class, the same whenever it is made. No random state is touched."""
+    relation, device = _relation(call.relation), call.q.device
+    size = relation.problem
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def operand(heads: int, length: int, dim: int) -> Tensor:
+        return drawn(_BATCH, length, heads, dim).transpose(1, 2)
+
+    # Scores that grow from block to block move the running maximum.
+    k = operand(size.kv_heads, size.k_len, size.head_dim) * torch.linspace(0, 2, size.k_len, dtype=torch.float64)[:, None]
+    q, v = operand(size.heads, size.q_len, size.head_dim), operand(size.kv_heads, size.k_len, size.v_dim)
+    pages = None if call.pages is None else torch.randperm(_BATCH * -(-size.k_len // call.k.shape[2]), generator=generator)
+    if pages is not None:
+        pages = pages.view(_BATCH, -1)
+        k, v = (_in_pages(x, pages, call.k.shape[2]) for x in (k, v))
+    keep = torch.rand(_BATCH, size.k_len, generator=generator) > 0.3
+    # Some first rows see no key at all.
+    keep[0, :5] = False
+    documents = (torch.rand(_BATCH, size.k_len, generator=generator) > 0.98).cumsum(1)
+    first = torch.randint(0, size.k_len, (_BATCH, size.q_len), generator=generator)
+    limits = torch.stack([first, first + torch.randint(0, size.k_len, first.shape, generator=generator)])
+    rows, keys = (torch.randint(-2, 3, (2, 1, n), generator=generator).to(device) for n in (size.q_len, size.k_len))
+    return replace(
+        call,
+        q=q.to(device, call.q.dtype),
+        k=k.to(device, call.q.dtype),
+        v=v.to(device, call.q.dtype),
+        key_padding=None if call.key_padding is None else keep.to(device),
+        documents=None if call.documents is None else documents[: _several(call.documents.shape[0])].to(device),
+        bias=None if call.bias is None else drawn(*_bias_shape(call.bias, size)).to(device, call.bias.dtype),
+        dropout_seed=None if call.dropout_seed is None else torch.tensor([11], device=device),
+        relation=relation,
+        scale=size.head_dim**-0.5,
+        softcap=None if call.softcap is None else 2.0,
+        dropout_p=0.3 if call.dropout_p > 0 else 0.0,
+        row_limits=None if call.row_limits is None else limits[:, : _several(call.row_limits.shape[1])].to(device),
+        pairs=None if call.pairs is None else Pairs("g0 | e1", rows, keys),
+        pages=None if pages is None else pages.to(device, torch.int32),
+    )
+
+
+def _in_pages(x: Tensor, pages: Tensor, size: int) -> Tensor:
+    """Keys or values [B, Hkv, Sk, D] as a pool [pages, Hkv, size, D]: page n of batch row b is number ``pages[b, n]``."""
+    padded = torch.nn.functional.pad(x, (0, 0, 0, pages.shape[1] * size - x.shape[2]))
+    batch, heads, _, dim = padded.shape
+    pool = padded.view(batch, heads, -1, size, dim).transpose(1, 2).reshape(-1, heads, size, dim)
+    return pool.index_select(0, pages.flatten().argsort())
+
+
+def _several(rows: int) -> int:
+    """As many batch rows as the operand has: one for all, or each its own."""
+    return 1 if rows == 1 else _BATCH
+
+
+def _bias_shape(bias: Tensor, size: Problem) -> tuple[int, ...]:
+    whole = (_BATCH, size.heads, size.q_len, size.k_len)[4 - bias.dim() :]
+    return tuple(1 if held == 1 else length for held, length in zip(bias.shape, whole, strict=True))
+
+
+def _relation(relation: Relation) -> Relation:
+    size = _problem(relation.problem)
+    # Terms that become alike are one.
+    terms = dict.fromkeys(Term(_generator(term.generator, relation.problem, size), term.dedupe) for term in relation.terms)
+    return Relation(size, tuple(terms))
+
+
+def _problem(size: Problem) -> Problem:
+    rows = ROWS if size.q_len >= _FEW_ROWS else min(size.q_len, 7)
+    group = min(size.group, _MOST_GROUPED)
+    kv_heads = 2 if group <= _MOST_GROUPED // 2 else 1
+    return Problem(
+        batch=_BATCH,
+        heads=group * kv_heads,
+        kv_heads=kv_heads,
+        q_len=rows,
+        k_len=KEYS,
+        head_dim=size.head_dim,
+        v_dim=size.v_dim,
+        q_offset=0 if size.q_offset == 0 else KEYS - rows,
+        is_causal=size.is_causal,
+        window_left=_before(size.window_left, 90),
+        window_right=_behind(size.window_right, 50),
+    )
+
+
+def _before(limit: int | None, small: int) -> int | None:
+    """A limit on what lies before the query; negative: the query itself is left out."""
+    return None if limit is None else small if limit >= 0 else -1
+
+
+def _behind(limit: int | None, small: int) -> int | None:
+    """A limit on what lies behind the query; 0, as good as causal, stays 0."""
+    return 0 if limit == 0 else _before(limit, small)
+
+
+def _generator(generator: Generator, whole: Problem, size: Problem) -> Generator:
+    if isinstance(generator, Segment):
+        rate = _rate(generator.rate, whole)
+        residues = None if generator.residues is None else tuple(head % rate for head in range(size.kv_heads))
+        # Neither a multiple of tiles nor of the whole length.
+        return Segment(96 if rate == 1 else 192, rate, residues, size.group, _half(generator.heads, size.heads))
+    if isinstance(generator, Window):
+        return Window(_before(generator.left, 70), _behind(generator.right, 40), min(generator.step, 3))
+    return Sinks(3) if isinstance(generator, Sinks) else generator
+
+
+def _rate(rate: int, whole: Problem) -> int:
+    if rate == 1:
+        return 1
+    return 4 if rate * _FINE <= max(whole.q_len, whole.k_len) else 64
+
+
+def _half(heads: tuple[int, int] | None, count: int) -> tuple[int, int] | None:
+    """The first heads or the last, as a branch of some heads has them."""
+    if heads is None:
+        return None
+    return (0, -(-count // 2)) if heads[0] == 0 else (count // 2, count)
