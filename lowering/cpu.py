@@ -20,6 +20,7 @@ from dilcompile.lowering.engines import (
     masked_cuts,
     needs_math,
 )
+from dilcompile.lowering.pieces import unpieceable
 from dilcompile.lowering.strided import Block
 
 TAKES_ROW_MASKS = True
@@ -73,10 +74,10 @@ class FlashEngine:
 
 
 def supports(call: Call, backward: bool) -> str | None:
-    """Everything, on a CPU."""
+    """What has pieces, on a CPU."""
     if call.q.device.type != "cpu":
         return f"the tensors are on {call.q.device}, not on a CPU"
-    return None
+    return unpieceable(call.relation)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

@@ -20,9 +20,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from dilcompile.relation import Everything, Generator, Problem, Relation, Segment, Sinks, Window
+from dilcompile.relation import Blocks, Everything, Generator, Problem, Relation, Segment, Sinks, Window
 
 _NARROWEST_TILE, _WIDEST_TILE = 32, 256
+
+
+def unpieceable(relation: Relation) -> str | None:
+    """Why this relation has no pieces, or None."""
+    if any(isinstance(term.generator, Blocks) for term in relation.terms):
+        return "the blocks of a pattern, which are no strided rectangles"
+    return None
 
 
 @dataclass(frozen=True)
