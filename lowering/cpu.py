@@ -20,7 +20,6 @@ from dilcompile.lowering.engines import (
     masked_cuts,
     needs_math,
 )
-from dilcompile.lowering.pieces import unpieceable
 from dilcompile.lowering.strided import Block
 
 TAKES_ROW_MASKS = True
@@ -74,10 +73,10 @@ class FlashEngine:
 
 
 def supports(call: Call, backward: bool) -> str | None:
-    """What has pieces, on a CPU."""
+    """Everything, on a CPU."""
     if call.q.device.type != "cpu":
         return f"the tensors are on {call.q.device}, not on a CPU"
-    return unpieceable(call.relation)
+    return None
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,6 @@ from dilcompile.lowering.engines import (
     finite_for_backward,
     needs_math,
 )
-from dilcompile.lowering.pieces import unpieceable
 from dilcompile.lowering.strided import Block
 
 TAKES_ROW_MASKS = True
@@ -96,7 +95,7 @@ def supports(call: Call, backward: bool) -> str | None:
         return f"the dtype is {call.q.dtype}, not float16 or bfloat16"
     if call.problem.head_dim % 8 or call.problem.head_dim > _LARGEST_HEAD:
         return f"the head size {call.problem.head_dim} is not a multiple of 8 up to {_LARGEST_HEAD}"
-    return needs_math(call) or unpieceable(call.relation)
+    return needs_math(call)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

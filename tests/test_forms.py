@@ -207,4 +207,4 @@ def test_notes() -> None:
 
 
 def test_registry() -> None:
-    assert list(FORMS) == ["dense", "sliding_window", "dilated"]
+    assert list(FORMS) == ["dense", "sliding_window", "dilated", "block_sparse"]

@@ -337,6 +337,8 @@ def test_permuting_heads_and_batch_permutes_the_output(form: Form) -> None:
     torch.testing.assert_close(moved, out[order], rtol=0, atol=1e-13)
     if isinstance(form, Dilated) and (form.heads == "grouped" or form.offset in ("head_mod", "head_block")):
         return
+    if "by_head" in str(form):
+        return
     order = [3, 1, 0, 2]
     moved, _ = run(q[:, order], k[:, order], v[:, order], form, None, at)
     torch.testing.assert_close(moved, out[:, order], rtol=0, atol=1e-13)
