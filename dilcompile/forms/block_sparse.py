@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from dilcompile.blocks.spec import frozen, pattern_of, plain, problems_of
 from dilcompile.errors import OptionProblem
-from dilcompile.forms.base import Form, cross_site, not_integer, unread_mask
+from dilcompile.forms.base import Form, Says, cross_site, not_integer, unread_mask
 from dilcompile.relation import Blocks, Problem, Relation, Term, grid_of
 
 if TYPE_CHECKING:
     from dilcompile.site import AttentionSite
 
 _LEAST, _MOST = 16, 256
+Size = Annotated[int, Says("minimum", _LEAST), Says("maximum", _MOST)]
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class BlockSparse(Form):
 
     name: ClassVar[str] = "block_sparse"
 
-    block: Any
-    pattern: Any
+    block: Size | tuple[Size, ...]
+    pattern: dict[str, Any]
 
     def __post_init__(self) -> None:
         if isinstance(self.block, list):
@@ -43,7 +44,7 @@ class BlockSparse(Form):
         """Sizes out of range, and what is wrong with the pattern."""
         found = problems_of(self.pattern, ("pattern",))
         sizes = self.block if isinstance(self.block, tuple) else (self.block,)
-        if len(sizes) not in (1, 2) or (isinstance(self.block, tuple) and len(sizes) != 2):
+        if isinstance(self.block, tuple) and len(sizes) != 2:
             return [*found, OptionProblem(("block",), f"must be one number or two (queries, keys), not {list(sizes)!r}")]
         for size in sizes:
             wrong = not_integer(("block",), size, _LEAST)
@@ -55,12 +56,14 @@ class BlockSparse(Form):
     @property
     def sizes(self) -> tuple[int, int]:
         """Queries and keys in a block."""
-        return self.block if isinstance(self.block, tuple) else (self.block, self.block)
+        first, *others = self.block if isinstance(self.block, tuple) else (self.block,)
+        return first, others[0] if others else first
 
     def relation(self, problem: Problem) -> Relation:
         """The blocks, with the problem's own mask inside."""
-        grid = grid_of(problem, *self.sizes)
-        return Relation(problem, (Term(Blocks(grid, pattern_of(self.pattern), problem.group)),))
+        spec = frozen(self.pattern)
+        assert isinstance(spec, tuple), "options were checked"
+        return Relation(problem, (Term(Blocks(grid_of(problem, *self.sizes), pattern_of(spec), problem.group)),))
 
     def fidelity(self, site: AttentionSite) -> Literal["exact", "approximate"]:
         """Approximate: which blocks hold all that the site's mask lets through is not asked."""
