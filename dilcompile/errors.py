@@ -37,7 +37,7 @@ class OptionProblem:
     about: tuple[Place, ...] = ()
 
     def __str__(self) -> str:
-        place = "".join(f"[{step}]" if isinstance(step, int) else step for step in self.at)
+        place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in self.at).removeprefix(".")
         value = f"={self.held}" if self.held else ""
         return f"{place}{value} {self.message}" if place else self.message
 

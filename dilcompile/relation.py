@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dilcompile.blocks.grid import Grid
+from dilcompile.blocks.lists import BlockLists, lists_of
+from dilcompile.blocks.patterns import Pattern
 from dilcompile.progression import Positions, Progression, RowKeys, union_count
 
 _ROWS_AT_ONCE = 1 << 18
@@ -241,7 +244,57 @@ class Sinks:
         return f"sinks({self.count})"
 
 
-Generator = Everything | Segment | Window | Sinks
+def grid_of(problem: Problem, q_block: int, k_block: int) -> Grid:
+    """The blocks of a problem. Queries before position 0 are in none."""
+    start, stop = (max(0, problem.q_offset + n) for n in (0, problem.q_len))
+    return Grid(q_block, k_block, start, stop, problem.k_len, problem.left, problem.right)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The pairs in the blocks of a pattern.
+
+    Args:
+        grid: the blocks of the whole problem; it stays as it is for a part of the queries or keys.
+        group: query heads per key head.
+    """
+
+    grid: Grid
+    pattern: Pattern
+    group: int = 1
+
+    def contains(self, h: Tensor, t: Tensor, k: Tensor) -> Tensor:
+        """Bool over the broadcast of the int64 tensors ``h`` (query head), ``t`` and ``k`` (positions)."""
+        row = torch.div(t, self.grid.q_block, rounding_mode="floor").clamp(min=0)
+        column = torch.div(k, self.grid.k_block, rounding_mode="floor")
+        return self.pattern.contains(h, row, column, self.grid) & (t >= 0)
+
+    def lists(self, head: int, problem: Problem) -> BlockLists:
+        """The blocks in which the problem's queries and keys meet under this query head."""
+        grid = grid_of(problem, self.grid.q_block, self.grid.k_block)
+        rows, columns = np.divmod(self.pattern.codes(head, grid.rows, self.grid), max(1, self.grid.columns))
+        there = columns < grid.columns
+        return lists_of(rows[there] * grid.columns + columns[there], grid)
+
+    def needed(self, kv_head: int, rows: Progression, k_len: int) -> list[Progression]:
+        """Keys that the query positions ``rows`` may read under this key head, before the mask."""
+        size = self.grid
+        lines = np.arange(max(0, rows.start) // size.q_block, -(-max(1, rows.stop) // size.q_block), dtype=np.int64)
+        heads = range(kv_head * self.group, (kv_head + 1) * self.group) if self.pattern.by_head else range(1)
+        columns = np.unique(np.concatenate([self.pattern.codes(h, lines, size) for h in heads]) % max(1, size.columns))
+        return [
+            Progression(int(run[0]) * size.k_block, min((int(run[-1]) + 1) * size.k_block, k_len))
+            for run in np.split(columns, np.flatnonzero(np.diff(columns) != 1) + 1)
+            if len(run)
+        ]
+
+    def __str__(self) -> str:
+        return f"blocks({self.grid.q_block} x {self.grid.k_block}, {self.pattern})"
+
+
+# Whose rows hold one progression of keys each.
+ByRow = Everything | Segment | Window | Sinks
+Generator = ByRow | Blocks
 
 
 @dataclass(frozen=True)
@@ -332,7 +385,27 @@ class Relation:
     def _head_pairs(self, head: int) -> int:
         return sum(self._term_pairs(index, head) for index in range(len(self.terms)))
 
+    def _block_pairs(self, index: int, head: int) -> int:
+        """``_term_pairs`` where blocks are involved."""
+        term, size = self.terms[index], self.problem
+        if isinstance(term.generator, Blocks) and (index == 0 or not term.dedupe):
+            lists = term.generator.lists(head, size)
+            grid = grid_of(size, term.generator.grid.q_block, term.generator.grid.k_block)
+            return int(grid.pairs(lists.owners(), lists.blocks).sum())
+        # Which pairs an earlier term holds is asked pair by pair.
+        total, h, k = 0, torch.tensor(head), torch.arange(size.k_len)
+        step = max(1, _ROWS_AT_ONCE // max(1, size.k_len))
+        for start in range(size.q_offset, size.q_offset + size.q_len, step):
+            t = torch.arange(start, min(start + step, size.q_offset + size.q_len))[:, None]
+            found = term.generator.contains(h, t, k) & self.allowed(t, k)
+            for earlier in self.terms[:index]:
+                found = found & ~earlier.generator.contains(h, t, k)
+            total += int(found.sum())
+        return total
+
     def _term_pairs(self, index: int, head: int) -> int:
+        if any(isinstance(term.generator, Blocks) for term in self._involved(index)):
+            return self._block_pairs(index, head)
         start, stop = self.problem.q_offset, self.problem.q_offset + self.problem.q_len
         period = self._period(index)
         # Whole periods hold equally many pairs, so one of them is counted.
@@ -343,9 +416,12 @@ class Relation:
         before = self._rows_pairs(index, head, start, first * period)
         return before + whole + self._rows_pairs(index, head, last * period, stop)
 
+    def _involved(self, index: int) -> tuple[Term, ...]:
+        """The terms that say how many pairs a term adds."""
+        return self.terms[: index + 1] if self.terms[index].dedupe else (self.terms[index],)
+
     def _period(self, index: int) -> int:
-        involved = [term.generator for term in self.terms[: index + 1]] if self.terms[index].dedupe else []
-        involved.append(self.terms[index].generator)
+        involved = [term.generator for term in self._involved(index)]
         never = self.problem.k_len + 1
         if not all(isinstance(generator, Segment) for generator in involved):
             return never
@@ -353,15 +429,16 @@ class Relation:
 
     def _rows_pairs(self, index: int, head: int, start: int, stop: int) -> int:
         term, total = self.terms[index], 0
-        for t in self._active(term.generator, head, start, stop):
-            keys = self._masked(term.generator.rows(head, t, self.problem.k_len), t)
+        generator, *before = (_by_row(each.generator) for each in (term, *self.terms[:index]))
+        for t in self._active(generator, head, start, stop):
+            keys = self._masked(generator.rows(head, t, self.problem.k_len), t)
             total += int(keys.count.sum())
             if term.dedupe and index:
-                earlier = [e.generator.rows(head, t, self.problem.k_len).meet(keys) for e in self.terms[:index]]
+                earlier = [each.rows(head, t, self.problem.k_len).meet(keys) for each in before]
                 total -= int(union_count(earlier).sum())
         return total
 
-    def _active(self, generator: Generator, head: int, start: int, stop: int) -> Iterator[Positions]:
+    def _active(self, generator: ByRow, head: int, start: int, stop: int) -> Iterator[Positions]:
         for low in range(start, stop, _ROWS_AT_ONCE):
             t = generator.active(head, low, min(stop, low + _ROWS_AT_ONCE))
             if len(t):
@@ -381,8 +458,15 @@ class Relation:
         return f"{terms}{mask}"
 
 
+def _by_row(generator: Generator) -> ByRow:
+    assert not isinstance(generator, Blocks), "the keys of a row of blocks are no progression"
+    return generator
+
+
 def _kind(generator: Generator, head: int) -> object:
     """What distinguishes heads under a generator: equal kinds have equal keys."""
+    if isinstance(generator, Blocks):
+        return head if generator.pattern.by_head else None
     if not isinstance(generator, Segment):
         return None
     here = generator.heads is None or generator.heads[0] <= head < generator.heads[1]

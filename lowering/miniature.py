@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dilcompile.lowering.call import Call
 from dilcompile.lowering.pairs import Pairs
-from dilcompile.relation import Generator, Problem, Relation, Segment, Sinks, Term, Window
+from dilcompile.relation import Blocks, Generator, Problem, Relation, Segment, Sinks, Term, Window, grid_of
 
 # Several tiles of rows and several blocks of keys of every kernel, the last ones ragged.
 ROWS, KEYS = 136, 200
@@ -137,6 +137,8 @@ def _generator(generator: Generator, whole: Problem, size: Problem) -> Generator
         return Segment(96 if rate == 1 else 192, rate, residues, size.group, _half(generator.heads, size.heads))
     if isinstance(generator, Window):
         return Window(_before(generator.left, 70), _behind(generator.right, 40), min(generator.step, 3))
+    if isinstance(generator, Blocks):
+        return Blocks(grid_of(size, generator.grid.q_block, generator.grid.k_block), generator.pattern, size.group)
     return Sinks(3) if isinstance(generator, Sinks) else generator
 
 

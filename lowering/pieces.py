@@ -20,7 +20,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from dilcompile.relation import Everything, Generator, Problem, Relation, Segment, Sinks, Window
+import numpy as np
+
+from dilcompile.relation import Blocks, ByRow, Everything, Generator, Problem, Relation, Segment, Sinks, Window
 
 _NARROWEST_TILE, _WIDEST_TILE = 32, 256
 
@@ -127,8 +129,7 @@ def plan(relation: Relation, first_head: int, last_head: int) -> Plan:
     """The pieces of all terms for the key heads ``first_head`` up to ``last_head``."""
     pieces: list[Piece] = []
     for index, term in enumerate(relation.terms):
-        strip = _strip(term.generator, relation.problem)
-        for piece in _strip_pieces(strip, relation.problem, first_head, last_head):
+        for piece in _term_pieces(term.generator, relation.problem, first_head, last_head):
             fresh = piece.fresh and index == 0
             pieces.append(replace(piece, term=index, exclusive=term.dedupe and index > 0, fresh=fresh))
     written = sum(piece.rows * piece.copies for piece in pieces if piece.fresh)
@@ -136,7 +137,42 @@ def plan(relation: Relation, first_head: int, last_head: int) -> Plan:
     return Plan(tuple(pieces), written == rows)
 
 
-def _strip(generator: Generator, problem: Problem) -> _Strip:
+def _term_pieces(generator: Generator, problem: Problem, first_head: int, last_head: int) -> Iterator[Piece]:
+    if isinstance(generator, Blocks):
+        return _block_pieces(generator, problem, first_head, last_head)
+    return _strip_pieces(_strip(generator, problem), problem, first_head, last_head)
+
+
+def _block_pieces(generator: Blocks, problem: Problem, first_head: int, last_head: int) -> Iterator[Piece]:
+    """A rectangle for each block row and each run of neighbouring blocks in it, cut by the problem's limits."""
+    width, height = generator.grid.k_block, generator.grid.q_block
+    first_row, stop_row = problem.q_offset, problem.q_offset + problem.q_len
+    for query_head, head, axes in _block_heads(generator, problem, first_head, last_head):
+        lists = generator.lists(query_head, problem)
+        for number, line in enumerate(lists.lines.tolist()):
+            row, stop = max(line * height, first_row), min((line + 1) * height, stop_row)
+            columns = lists.of_line(number)
+            for turn, run in enumerate(np.split(columns, np.flatnonzero(np.diff(columns) != 1) + 1)):
+                if len(run) == 0:
+                    continue
+                key, last = int(run[0]) * width, min((int(run[-1]) + 1) * width, problem.k_len)
+                for band in _bands(0, stop - row, last - key, row - key, problem.left, problem.right):
+                    piece = _piece(band, axes, head, query_head % problem.group, row - first_row, key, 1)
+                    yield replace(piece, fresh=band.fresh and turn == 0)
+
+
+def _block_heads(
+    generator: Blocks, problem: Problem, first_head: int, last_head: int
+) -> Iterator[tuple[int, int, tuple[Axis, ...]]]:
+    """(query head, key head, axes) of heads that have the same blocks."""
+    group = problem.group
+    if generator.pattern.by_head:
+        yield from ((h, h // group, ()) for h in range(first_head * group, last_head * group))
+    else:
+        yield first_head * group, first_head, (Axis(last_head - first_head, head=1), Axis(group, group=1))
+
+
+def _strip(generator: ByRow, problem: Problem) -> _Strip:
     zeros, heads = (0,) * problem.kv_heads, (0, problem.heads)
     left, right = problem.left, problem.right
     if isinstance(generator, Everything):

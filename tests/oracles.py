@@ -10,6 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dilcompile.blocks.grid import Grid
+from dilcompile.blocks.patterns import Random
+from dilcompile.blocks.spec import plain
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -58,7 +62,29 @@ def _count(form: Any, at: Setting, documents: tuple[int, ...] | None, h: int, t:
     if form.name == "sliding_window":
         in_window = near < form.window and (t - k) % form.step == 0
         return int(in_window or k < form.sinks)
+    if form.name == "block_sparse":
+        q_block, k_block = form.sizes
+        return int(t >= 0 and _in_block(plain(form.pattern), form, at, h, t // q_block, k // k_block))
     return _dilated(form, at, h, t, k)
+
+
+def _in_block(pattern: Any, form: Any, at: Setting, h: int, i: int, j: int) -> bool:
+    """Whether a pattern, as users write it, holds block (i, j)."""
+    (name, said), (q_block, k_block) = next(iter(pattern.items())), form.sizes
+    if name in ("any", "all"):
+        return (any if name == "any" else all)(_in_block(part, form, at, h, i, j) for part in said)
+    own, first = ((i + 1) * q_block - 1) // k_block, i * q_block // k_block
+    if name == "local":
+        return first - said.get("before", 0) <= j <= own + said.get("behind", 0)
+    if name == "global":
+        return j < said.get("columns", 0) or i < said.get("rows", 0)
+    if name == "strided":
+        return (own - j) % said["stride"] == 0
+    assert name == "random", name
+    right = at.right if not at.causal else 0 if at.right is None else min(0, at.right)
+    drawn = Random(said["blocks"], said.get("seed", 0), said.get("by_head", False))
+    grid = Grid(q_block, k_block, 0, (i + 1) * q_block, at.k_len, at.left, right)
+    return i * grid.columns + j in drawn.codes(h, np.array([i]), grid)
 
 
 def _dilated(form: Any, at: Setting, h: int, t: int, k: int) -> int:

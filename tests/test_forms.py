@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dilcompile.errors import FormError
-from dilcompile.forms import FORMS, Dense, Dilated, Form, SlidingWindow, make_form, parse_form
+from dilcompile.forms import FORMS, BlockSparse, Dense, Dilated, Form, SlidingWindow, make_form, parse_form
 from dilcompile.relation import Problem
 from dilcompile.site import AttentionSite, MaskSpec
 
@@ -22,6 +22,8 @@ ALL = [
     Dilated([2048, "seq"], [1, 4]),
     Dilated([8, 16], [1, 2], offset="own", union="set", heads="grouped", output_scale="1/k", sinks=1, local=2),
     Dilated([8], [2], coverage="zero", merge_grad="detach", output_scale=0.5),
+    BlockSparse(64, {"any": [{"local": {"before": 2}}, {"random": {"blocks": 1, "by_head": True}}]}),
+    BlockSparse([16, 32], {"all": [{"bigbird": {}}, {"explicit": {"starts": [0, 1], "columns": [0]}}]}),
 ]
 
 
@@ -74,7 +76,43 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("sliding_window", {"window": 4, "sink": 3}, "unknown option 'sink' (did you mean 'sinks'?); the options are window, sinks"),
     ("dense", {"window": 4}, "form dense: unknown option 'window'; it has no options"),
     ("sliding_window", {}, "form sliding_window: the option 'window' is missing; give it, as in sliding_window(window=...)"),
-    ("dens", {}, "form 'dens' is unknown (did you mean 'dense'?); the forms are dense, sliding_window, dilated"),
+    ("dens", {}, "form 'dens' is unknown (did you mean 'dense'?); the forms are dense, sliding_window, dilated, block_sparse"),
+    ("block_sparse", {"block": 64}, "the option 'pattern' is missing"),
+    ("block_sparse", {"block": 8, "pattern": {"local": {}}}, "block must be a whole number of at least 16, not 8"),
+    ("block_sparse", {"block": 512, "pattern": {"local": {}}}, "block must be at most 256, not 512"),
+    ("block_sparse", {"block": [16, 16, 16], "pattern": {"local": {}}}, "block must be one number or two (queries, keys), not"),
+    ("block_sparse", {"block": 64, "pattern": "local"}, "pattern must be one pattern by name, such as {local: {before: 2}}"),
+    (
+        "block_sparse",
+        {"block": 64, "pattern": {"locl": {}}},
+        "pattern 'locl' is unknown (did you mean 'local'?); the patterns are",
+    ),
+    ("block_sparse", {"block": 64, "pattern": {"any": []}}, "pattern.any must be a list of patterns, not []"),
+    (
+        "block_sparse",
+        {"block": 64, "pattern": {"any": [{"local": {"befor": 1}}]}},
+        "pattern.any[0].local unknown option 'befor' (did",
+    ),
+    ("block_sparse", {"block": 64, "pattern": {"random": {}}}, "pattern.random the option 'blocks' is missing"),
+    (
+        "block_sparse",
+        {"block": 64, "pattern": {"random": {"blocks": -1}}},
+        "pattern.random.blocks must be a whole number of at least 0",
+    ),
+    ("block_sparse", {"block": 64, "pattern": {"random": {"blocks": 1, "by_head": 1}}}, "by_head must be true or false, not 1"),
+    ("block_sparse", {"block": 64, "pattern": {"fixed": {"stride": 4, "offset": 4}}}, "offset 4 is not below stride 4"),
+    ("block_sparse", {"block": 64, "pattern": {"hierarchical": {"spans": [2, 3]}}}, "each is a multiple of the one before"),
+    (
+        "block_sparse",
+        {"block": 64, "pattern": {"hierarchical": {"spans": [2], "heads": [1, 1]}}},
+        "heads has 2 entries but spans has 1",
+    ),
+    ("block_sparse", {"block": 64, "pattern": {"explicit": {"starts": [0, 2], "columns": [1]}}}, "starts must rise from 0 to"),
+    (
+        "block_sparse",
+        {"block": 64, "pattern": {"vertical_slash": {"slashes": 3}}},
+        "slashes must be a list of whole numbers, not 3",
+    ),
     ("sliding_window", {"window": 0}, "window must be a whole number of at least 1, not 0"),
     ("sliding_window", {"window": "8"}, "window must be a whole number of at least 1, not '8'"),
     ("sliding_window", {"window": 8, "step": 0}, "step must be a whole number of at least 1, not 0"),
@@ -169,4 +207,4 @@ def test_notes() -> None:
 
 
 def test_registry() -> None:
-    assert list(FORMS) == ["dense", "sliding_window", "dilated"]
+    assert list(FORMS) == ["dense", "sliding_window", "dilated", "block_sparse"]

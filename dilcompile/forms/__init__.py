@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 
 from dilcompile.errors import FormError
 from dilcompile.forms.base import Form, parse_options
+from dilcompile.forms.block_sparse import BlockSparse
 from dilcompile.forms.dense import Dense
 from dilcompile.forms.dilated import Dilated
 from dilcompile.forms.sliding_window import SlidingWindow
@@ -15,6 +16,7 @@ FORMS: dict[str, type[Form]] = {
     Dense.name: Dense,
     SlidingWindow.name: SlidingWindow,
     Dilated.name: Dilated,
+    BlockSparse.name: BlockSparse,
 }
 
 
@@ -51,4 +53,4 @@ def parse_form(text: str) -> Form:
     return make_form(name, options)
 
 
-__all__ = ["FORMS", "Dense", "Dilated", "Form", "SlidingWindow", "make_form", "parse_form"]
+__all__ = ["FORMS", "BlockSparse", "Dense", "Dilated", "Form", "SlidingWindow", "make_form", "parse_form"]

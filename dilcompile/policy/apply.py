@@ -19,7 +19,7 @@ from dilcompile.policy.values import conform, shown
 
 FORM_NAMES = ("keep", *FORMS)
 # Named in the policy language, built in a later version.
-RESERVED = ("block_sparse", "union", "per_head", "ring")
+RESERVED = ("union", "per_head", "ring")
 
 
 class Apply(Section):

@@ -49,6 +49,11 @@ def conform(kind: Any, value: object) -> Any:
         return _conform_union(kind, value)
     if origin is tuple:
         return _conform_list(kind, value)
+    if origin is dict:
+        # What stands in it is the form's own business.
+        if isinstance(value, dict):
+            return value
+        raise Misfit(f"expected {expected(kind)}, got {shown(value)}")
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise Misfit(f"expected a finite number, got {value}", near=True)
@@ -136,6 +141,8 @@ def expected(kind: Any) -> str:
         return _either(_expected_members(kind))
     if origin is tuple:
         return f"a list (each entry {expected(get_args(kind)[0])})"
+    if origin is dict:
+        return "a mapping"
     return WORDS.get(kind, "nothing")
 
 
@@ -164,6 +171,8 @@ def written(value: object) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {written(entry)}' for key, entry in value.items())}}}"
     return repr(value)
 
 

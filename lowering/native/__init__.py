@@ -7,9 +7,11 @@ running softmax per query, no output per branch, nothing gathered but the block 
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ from dilcompile.lowering.native.build import (
     made_from,
 )
 from dilcompile.lowering.union import beyond_union
-from dilcompile.relation import Everything, Relation, Segment, Sinks, Window
+from dilcompile.relation import Blocks, Everything, Problem, Relation, Segment, Sinks, Window
 
 TAKES_ROW_MASKS = True
 # Queries lie in the lanes of vectors: with fewer most of the work would be for nobody.
@@ -109,7 +111,7 @@ class _Bound(NamedTuple):
 
 
 def _bind(call: Call, out: Tensor, lse: Tensor) -> _Bound:
-    size, terms = call.problem, _terms(call.relation)
+    size, terms = call.problem, _terms(call.relation, call.documents is not None)
     q, k, v = (_dense_rows(x) for x in (call.q, call.k, call.v))
     padding = call.key_padding
     documents = None if call.documents is None else call.documents.to(torch.int64).contiguous()
@@ -138,12 +140,12 @@ def _bind(call: Call, out: Tensor, lse: Tensor) -> _Bound:
 
 class _Terms(NamedTuple):
     structs: ctypes.Array[TermStruct]
-    residues: tuple[ctypes.Array[ctypes.c_int64], ...]
+    kept: tuple[object, ...]
 
 
 @lru_cache(maxsize=256)
-def _terms(relation: Relation) -> _Terms:
-    structs, kept = (TermStruct * len(relation.terms))(), []
+def _terms(relation: Relation, by_document: bool) -> _Terms:
+    structs, kept = (TermStruct * len(relation.terms))(), list[object]()
     for struct, term in zip(structs, relation.terms, strict=True):
         generator = term.generator
         struct.dedupe = term.dedupe
@@ -159,6 +161,8 @@ def _terms(relation: Relation) -> _Terms:
         elif isinstance(generator, Window):
             struct.kind, struct.step = 2, generator.step
             struct.left, struct.right = _limit(generator.left), _limit(generator.right)
+        elif isinstance(generator, Blocks):
+            kept += _list_blocks(struct, generator, relation.problem, by_document)
         else:
             assert isinstance(generator, Sinks), generator
             struct.kind, struct.count = 3, generator.count
@@ -168,6 +172,21 @@ def _terms(relation: Relation) -> _Terms:
 def _least_draw(dropout_p: float) -> int:
     """The least draw that keeps a pair."""
     return round(dropout_p * _DRAWS)
+
+
+def _list_blocks(struct: TermStruct, generator: Blocks, size: Problem, by_document: bool) -> list[object]:
+    """Point ``struct`` to the blocks of each line; what is pointed to."""
+    if by_document:
+        # Positions count from the start of each document, which may be as long as the keys.
+        size = replace(size, q_offset=0, q_len=size.k_len)
+    lists = [generator.lists(head, size) for head in range(size.heads if generator.pattern.by_head else 1)]
+    entries = np.cumsum([0, *(len(one) for one in lists)])
+    starts = np.concatenate([one.starts + first for one, first in zip(lists, entries, strict=False)])
+    columns, lines = np.concatenate([one.blocks for one in lists]), lists[0].lines
+    struct.kind, struct.q_block, struct.k_block = 4, generator.grid.q_block, generator.grid.k_block
+    struct.first_line, struct.lines, struct.lists = int(lines[0]) if len(lines) else 0, len(lines), len(lists)
+    struct.starts, struct.columns = starts.ctypes.data, columns.ctypes.data
+    return [starts, columns]
 
 
 def _limit(value: int | None) -> int:

@@ -19,7 +19,7 @@ struct Square {
 
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
-enum Kind : int64_t { kEverything = 0, kSegment = 1, kWindow = 2, kSinks = 3 };
+enum Kind : int64_t { kEverything = 0, kSegment = 1, kWindow = 2, kSinks = 3, kBlocks = 4 };
 
 struct Term {
   int64_t kind, dedupe;
@@ -27,6 +27,11 @@ struct Term {
   const int64_t* residues;                      // segment: one per key head, or null: each query's own class
   int64_t left, right, step;                    // window
   int64_t count;                                // sinks
+  // Blocks: the columns of line n of list l are columns[starts[l * (lines + 1) + n]] to before the next start; one list for each
+  // query head, or one for all.
+  int64_t q_block, k_block, first_line, lines, lists;
+  const int64_t* starts;
+  const int64_t* columns;
 };
 
 struct Call {

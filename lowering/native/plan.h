@@ -72,6 +72,8 @@ class Plan {
         unite(0, std::min(term.count, span_.k_len), 1, term.dedupe);
       } else if (term.kind == kWindow) {
         window = &term;
+      } else if (term.kind == kBlocks) {
+        unite_blocks(term, *first);
       } else if (has_head(term, *first)) {
         int64_t start = floor_to(first->position, term.length), own = (first->position - start) % term.rate;
         int64_t residue = term.residues ? term.residues[span_.kv_head] : own;
@@ -121,8 +123,15 @@ class Plan {
     }
   }
 
+  // Query heads of the group whose blocks differ.
+  int64_t heads_of(const Term& term) const { return term.lists > 1 ? per_key_head_ : 1; }
+
   int64_t kinds_of(const Term& term) const {
     if (term.kind == kWindow) return term.step;
+    if (term.kind == kBlocks) {
+      int64_t rows = (floor_to(span_.end - 1, term.q_block) - floor_to(span_.begin, term.q_block)) / term.q_block + 1;
+      return rows * heads_of(term);
+    }
     if (term.kind != kSegment) return 1;
     bool every_head = term.head_start <= span_.kv_head * per_key_head_ && term.head_stop >= (span_.kv_head + 1) * per_key_head_;
     if (term.rate == 1 && every_head) return 1;
@@ -133,6 +142,14 @@ class Plan {
     int64_t heads = per_key_head_;
     if (term.kind == kWindow) {
       for (size_t i = 0; i < lanes.size(); ++i) codes_[i] = codes_[i] * kinds + floor_mod(lanes[i].position, kinds);
+      return;
+    }
+    if (term.kind == kBlocks) {
+      int64_t base = floor_to(span_.begin, term.q_block) / term.q_block, differ = heads_of(term);
+      for (size_t i = 0; i < lanes.size(); ++i) {
+        int64_t row = floor_to(lanes[i].position, term.q_block) / term.q_block - base;
+        codes_[i] = codes_[i] * kinds + row * differ + (differ > 1 ? lanes[i].head : 0);
+      }
       return;
     }
     // Inside a span the segment is one, so the residue only counts up.
@@ -166,15 +183,26 @@ class Plan {
     lanes.swap(sorted);
   }
 
+  void unite_blocks(const Term& term, const Lane& lane) {
+    int64_t line = floor_to(lane.position, term.q_block) / term.q_block - term.first_line;
+    if (line < 0 || line >= term.lines) return;
+    int64_t list = term.lists > 1 ? span_.kv_head * per_key_head_ + lane.head : 0;
+    const int64_t* start = term.starts + list * (term.lines + 1) + line;
+    for (int64_t i = start[0], next; i < start[1]; i = next) {
+      for (next = i + 1; next < start[1] && term.columns[next] == term.columns[next - 1] + 1;) ++next;
+      unite(term.columns[i] * term.k_block, std::min((term.columns[next - 1] + 1) * term.k_block, span_.k_len), 1, term.dedupe);
+    }
+  }
+
   // Add the keys start, start + step, ... below stop; with `once` only those that are not there yet.
   void unite(int64_t start, int64_t stop, int64_t step, bool once) {
     if (start < low_) start += (low_ - start + step - 1) / step * step;
     stop = std::min(stop, high_);
     if (start >= stop) return;
     size_t count = size_t((stop - start + step - 1) / step), i = 0, end = shared.position.size();
-    if (end == 0) {
-      shared.position.resize(count), shared.times.assign(count, 1.0f);
-      for (size_t n = 0; n < count; ++n) shared.position[n] = int32_t(start + int64_t(n) * step);
+    if (end == 0 || shared.position.back() < start) {
+      shared.position.resize(end + count), shared.times.resize(end + count, 1.0f);
+      for (size_t n = 0; n < count; ++n) shared.position[end + n] = int32_t(start + int64_t(n) * step);
       return;
     }
     merged_position_.resize(end + count), merged_times_.resize(end + count);

@@ -19,7 +19,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from dilcompile.relation import Everything, Problem, Relation, Segment, Sinks, Term, Window
+from dilcompile.relation import Blocks, Everything, Problem, Relation, Segment, Sinks, Term, Window
 
 # Stands for "no limit"; positions stay below it, and sums of two fit in 32 bits.
 FAR = 1 << 30
@@ -77,6 +77,8 @@ def unplannable(relation: Relation) -> str | None:
         return f"{size.k_len} keys and {size.q_len} queries from {size.q_offset}: positions are held in 32 bits, below {FAR // 2}"
     for term in relation.terms:
         generator = term.generator
+        if isinstance(generator, Blocks):
+            return "the blocks of a pattern"
         if _rate(term) > _LARGEST_RATE:
             return f"a rate of {_rate(term)}, more than {_LARGEST_RATE}"
         if isinstance(generator, Segment) and generator.length % generator.rate and generator.length < size.k_len:

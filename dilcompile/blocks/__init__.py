@@ -1,0 +1,1 @@
+"""Blocks of pairs: their grid, patterns of them, and lists of those that are computed."""

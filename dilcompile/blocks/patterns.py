@@ -1,0 +1,356 @@
+"""Patterns: which blocks of pairs are computed, as arithmetic on block numbers. Nothing of rows x columns numbers is built.
+
+Each pattern says the same thing twice: ``contains`` of single blocks (what the oracle asks), and ``codes`` of whole rows (what
+the lists are made of), in time and memory of the blocks that are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dilcompile.blocks.grid import Grid
+from dilcompile.progression import Positions
+
+
+class Pattern(Protocol):
+    """A set of blocks.
+
+    ``by_head``: heads differ.
+    """
+
+    @property
+    def by_head(self) -> bool:
+        """Whether heads differ."""
+
+    def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
+        """Bool over the broadcast of the int64 tensors ``h`` (query head), ``i`` (block row) and ``j`` (block column)."""
+
+    def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
+        """The blocks of these rows (ascending) as ``row * columns + column``, ascending, each once."""
+
+
+def spread(rows: Positions, first: Positions, stop: Positions, step: int, grid: Grid) -> Positions:
+    """Codes of the columns ``first, first + step, ...`` below ``stop`` of each row, those outside of the grid left out."""
+    missing = np.maximum(0, -first)
+    first = first + -(-missing // step) * step
+    counts = np.maximum(0, -((first - np.minimum(stop, grid.columns)) // step))
+    ends = np.cumsum(counts)
+    number = np.arange(ends[-1] if len(ends) else 0, dtype=np.int64) - np.repeat(ends - counts, counts)
+    found: Positions = np.repeat(rows * grid.columns + first, counts) + number * step
+    return found
+
+
+def _everywhere(found: Tensor, *others: Tensor) -> Tensor:
+    return found & torch.ones_like(sum(others, torch.zeros_like(others[0])), dtype=torch.bool)
+
+
+def _beside(i: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    floor: Callable[[Tensor], Tensor] = lambda x: torch.div(x, grid.k_block, rounding_mode="floor")  # noqa: E731
+    return floor(i * grid.q_block), floor((i + 1) * grid.q_block - 1)
+
+
+@dataclass(frozen=True)
+class Local:
+    """The columns beside the row, ``before`` more on the left and ``behind`` more on the right."""
+
+    before: int
+    behind: int
+    by_head = False
+
+    def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
+        """See ``Pattern``."""
+        first, last = _beside(i, grid)
+        return _everywhere((j >= first - self.before) & (j <= last + self.behind), h)
+
+    def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
+        """See ``Pattern``."""
+        first, last = grid.beside(rows)
+        return spread(rows, first - self.before, last + self.behind + 1, 1, grid)
+
+
+@dataclass(frozen=True)
+class Global:
+    """The first ``columns`` columns for every row, and every column for the first ``rows`` rows."""
+
+    columns: int
+    rows: int = 0
+    by_head = False
+
+    def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
+        """See ``Pattern``."""
+        return _everywhere((j < self.columns) | (i < self.rows), h)
+
+    def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
+        """See ``Pattern``."""
+        return spread(rows, np.zeros_like(rows), np.where(rows < self.rows, grid.columns, self.columns), 1, grid)
+
+
+@dataclass(frozen=True)
+class Strided:
+    """Every ``stride``-th column, counted from the row's own; ``most`` of them on each side, None: all.
+
+    With ``most`` this is a dilated sliding window (Longformer, arXiv 2004.05150, section 3.1), without it the strided pattern of
+    Sparse Transformers (arXiv 1904.10509, section 4.2).
+    """
+
+    stride: int
+    most: int | None = None
+    by_head = False
+
+    def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
+        """See ``Pattern``."""
+        _, own = _beside(i, grid)
+        found = torch.remainder(own - j, self.stride) == 0
+        if self.most is not None:
+            found = found & ((own - j).abs() <= self.most * self.stride)
+        return _everywhere(found, h)
+
+    def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
+        """See ``Pattern``."""
+        _, own = grid.beside(rows)
+        if self.most is None:
+            return spread(rows, own % self.stride, np.full_like(rows, grid.columns), self.stride, grid)
+        reach = self.most * self.stride
+        return spread(rows, own - reach, own + reach + 1, self.stride, grid)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The columns whose number is ``offset`` modulo ``stride`` (Sparse Transformers, arXiv 1904.10509, section 4.3)."""
+
+    stride: int
+    offset: int = 0
+    by_head = False
+
+    def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
+        """See ``Pattern``."""
+        return _everywhere(torch.remainder(j, self.stride) == self.offset, h, i)
+
+    def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
+        """See ``Pattern``."""
+        return spread(rows, np.full_like(rows, self.offset), np.full_like(rows, grid.columns), self.stride, grid)
+
+
+@dataclass(frozen=True)
+class VerticalSlash:
+    """Some columns for every row, and some distances from the row's own column to the left (MInference, arXiv 2407.02490)."""
+
+    verticals: tuple[int, ...]
+    slashes: tuple[int, ...]
+    by_head = False
+
+    def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
+        """See ``Pattern``."""
+        _, own = _beside(i, grid)
+        found = torch.isin(j, torch.tensor(self.verticals, dtype=j.dtype, device=j.device)) | torch.zeros_like(
+            own, dtype=torch.bool
+        )
+        return _everywhere(found | torch.isin(own - j, torch.tensor(self.slashes, dtype=j.dtype, device=j.device)), h)
+
+    def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
+        """See ``Pattern``."""
+        _, own = grid.beside(rows)
+        columns = [np.full_like(rows, column) for column in self.verticals] + [own - distance for distance in self.slashes]
+        return _joined([spread(rows, column, column + 1, 1, grid) for column in columns])
+
+
+@dataclass(frozen=True)
+class Hierarchical:
+    """Groups of groups of columns: every column of the row's own group, and of wider groups the first ones of each part.
+
+    Args:
+        spans: columns in a group of each level, each a multiple of the one before.
+        heads: the first columns of each group of the level before that the whole group sees; one for each level but the first.
+            One more than that: of each group of the last level, seen by every row.
+    """
+
+    spans: tuple[int, ...]
+    heads: tuple[int, ...]
+    by_head = False
+
+    def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
+        """See ``Pattern``."""
+        _, own = _beside(i, grid)
+        found = torch.div(own, self.spans[0], rounding_mode="floor") == torch.div(j, self.spans[0], rounding_mode="floor")
+        for level, most in enumerate(self.heads):
+            seen = torch.remainder(j, self.spans[level]) < most
+            if level + 1 < len(self.spans):
+                span = self.spans[level + 1]
+                seen = seen & (torch.div(own, span, rounding_mode="floor") == torch.div(j, span, rounding_mode="floor"))
+            found = found | seen
+        return _everywhere(found, h)
+
+    def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
+        """See ``Pattern``."""
+        _, own = grid.beside(rows)
+        first = own // self.spans[0] * self.spans[0]
+        parts = [spread(rows, first, first + self.spans[0], 1, grid)]
+        for level, most in enumerate(self.heads):
+            first, stop = np.zeros_like(rows), np.full_like(rows, grid.columns)
+            if level + 1 < len(self.spans):
+                first = own // self.spans[level + 1] * self.spans[level + 1]
+                stop = first + self.spans[level + 1]
+            parts += [spread(rows, first + n, stop, self.spans[level], grid) for n in range(most)]
+        return _joined(parts)
+
+
+@dataclass(frozen=True)
+class Random:
+    """``count`` different columns for each row, drawn from those that its first query may see (all of them, if they are fewer).
+
+    The draw is a permutation computed from the seed, the row and the head, so every rank and every device has the same one.
+    """
+
+    count: int
+    seed: int = 0
+    by_head: bool = False
+
+    def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
+        """See ``Pattern``."""
+        heads, rows, columns = np.broadcast_arrays(*(x.cpu().numpy() for x in (h, i, j)))
+        low, high = grid.drawn_from(rows)
+        inside = (columns >= low) & (columns < high)
+        place = unshuffled(np.where(inside, columns - low, 0), np.maximum(1, high - low), self._keys(heads, rows))
+        return torch.from_numpy(np.asarray(inside & (place < self.count))).to(i.device)
+
+    def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
+        """See ``Pattern``."""
+        low, high = grid.drawn_from(rows)
+        counts = np.clip(high - low, 0, self.count)
+        owners = np.repeat(np.arange(len(rows)), counts)
+        number = np.arange(len(owners), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
+        row = rows[owners]
+        column = low[owners] + shuffled(number, np.maximum(1, high - low)[owners], self._keys(np.full_like(row, h), row))
+        return np.sort(row * grid.columns + column)
+
+    def _keys(self, h: Positions, i: Positions) -> Positions:
+        return _mixed(_mixed(np.asarray(i + self.seed * 0x9E3779B1)) + (h if self.by_head else 0) * 0x85EBCA6B)
+
+
+@dataclass(frozen=True)
+class Explicit:
+    """Listed blocks, for all heads alike: row i has ``columns[starts[i]:starts[i + 1]]``, rows behind the last have none."""
+
+    starts: tuple[int, ...]
+    columns: tuple[int, ...]
+    by_head = False
+
+    def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
+        """See ``Pattern``."""
+        held = torch.from_numpy(self._held(grid)).to(i.device)
+        wanted = i * grid.columns + j
+        return _everywhere(torch.isin(wanted, held) & (j < grid.columns), h)
+
+    def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
+        """See ``Pattern``."""
+        held = self._held(grid)
+        found: Positions = held[np.isin(held // max(1, grid.columns), rows)]
+        return found
+
+    def _held(self, grid: Grid) -> Positions:
+        starts, columns = np.asarray(self.starts, dtype=np.int64), np.asarray(self.columns, dtype=np.int64)
+        rows = np.repeat(np.arange(len(starts) - 1, dtype=np.int64), np.diff(starts))
+        inside = columns < grid.columns
+        return np.unique(rows[inside] * grid.columns + columns[inside])
+
+
+@dataclass(frozen=True)
+class AnyOf:
+    """The blocks of any part."""
+
+    parts: tuple[Pattern, ...]
+
+    @property
+    def by_head(self) -> bool:
+        """See ``Pattern``."""
+        return any(part.by_head for part in self.parts)
+
+    def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
+        """See ``Pattern``."""
+        return reduce(torch.logical_or, (part.contains(h, i, j, grid) for part in self.parts))
+
+    def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
+        """See ``Pattern``."""
+        return _joined([part.codes(h, rows, grid) for part in self.parts])
+
+
+@dataclass(frozen=True)
+class AllOf:
+    """The blocks of all parts."""
+
+    parts: tuple[Pattern, ...]
+
+    @property
+    def by_head(self) -> bool:
+        """See ``Pattern``."""
+        return any(part.by_head for part in self.parts)
+
+    def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
+        """See ``Pattern``."""
+        return reduce(torch.logical_and, (part.contains(h, i, j, grid) for part in self.parts))
+
+    def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
+        """See ``Pattern``."""
+        found = [part.codes(h, rows, grid) for part in self.parts]
+        return reduce(lambda one, other: np.intersect1d(one, other, assume_unique=True), found)
+
+
+def _joined(parts: list[Positions]) -> Positions:
+    found: Positions = np.unique(np.concatenate(parts)) if parts else np.arange(0, dtype=np.int64)
+    return found
+
+
+_MASK32 = np.uint64(0xFFFFFFFF)
+
+
+def _mixed(x: Positions) -> Positions:
+    """The 32-bit mixer lowbias32 (Chris Wellons, hash-prospector)."""
+    y = x.astype(np.uint64) & _MASK32
+    y = ((y ^ (y >> np.uint64(16))) * np.uint64(0x7FEB352D)) & _MASK32
+    y = ((y ^ (y >> np.uint64(15))) * np.uint64(0x846CA68B)) & _MASK32
+    found: Positions = (y ^ (y >> np.uint64(16))).astype(np.int64)
+    return found
+
+
+_ROUNDS = 4
+
+
+def shuffled(x: Positions, size: Positions, keys: Positions) -> Positions:
+    """Where a permutation of 0 to before ``size``, one for each of ``keys``, takes ``x``; all arrays of one shape."""
+    return _walked(x, size, keys, range(_ROUNDS))
+
+
+def unshuffled(x: Positions, size: Positions, keys: Positions) -> Positions:
+    """The inverse of ``shuffled``."""
+    return _walked(x, size, keys, range(_ROUNDS - 1, -1, -1))
+
+
+def _walked(x: Positions, size: Positions, keys: Positions, rounds: range) -> Positions:
+    """A Feistel network permutes a power of 4 that holds ``size``; numbers behind ``size`` go on until they are inside."""
+    half = np.ceil(np.log2(np.maximum(size, 2)) / 2).astype(np.int64)
+    half += (np.int64(1) << (2 * half)) < size
+    found: Positions = np.array(x, dtype=np.int64)
+    open_ones = np.ones(found.shape, dtype=np.bool_)
+    while open_ones.any():
+        found[open_ones] = _permuted(found[open_ones], half[open_ones], keys[open_ones], rounds)
+        open_ones &= found >= size
+    return found
+
+
+def _permuted(x: Positions, half: Positions, keys: Positions, rounds: range) -> Positions:
+    mask = (np.int64(1) << half) - 1
+    high, low = x >> half, x & mask
+    for number in rounds:
+        if rounds.step > 0:
+            high, low = low, high ^ (_mixed(low + keys + number * 0x632BE5AB) & mask)
+        else:
+            high, low = low ^ (_mixed(high + keys + number * 0x632BE5AB) & mask), high
+    found: Positions = (high << half) | low
+    return found

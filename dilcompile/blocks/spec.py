@@ -1,0 +1,182 @@
+"""Patterns as users write them, ``{any: [{local: {before: 3}}, {global: {columns: 1}}]}``: read, checked, written back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from dilcompile.blocks.patterns import (
+    AllOf,
+    AnyOf,
+    Explicit,
+    Fixed,
+    Global,
+    Hierarchical,
+    Local,
+    Pattern,
+    Random,
+    Strided,
+    VerticalSlash,
+)
+from dilcompile.errors import OptionProblem, Place
+from dilcompile.near import hint
+
+# (name, options): hashable, and ``plain`` gives the mapping back.
+Spec = tuple[str, tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A named pattern.
+
+    Args:
+        options: the least value of each whole-number option; for a list of them ``[least]``; ``bool`` for a truth.
+        required: those without a default.
+        build: the pattern of the options that are given.
+        wrong: what is wrong with options that are right one by one, or None.
+    """
+
+    options: dict[str, Any]
+    required: tuple[str, ...]
+    build: Callable[..., Pattern]
+    wrong: Callable[..., str | None] = lambda **given: None
+
+
+def _bigbird(local: int = 1, columns: int = 1, rows: int = 1, random: int = 3, seed: int = 0) -> Pattern:
+    return AnyOf((Local(local, local), Global(columns, rows), Random(random, seed)))
+
+
+def _longformer(local: int = 1, columns: int = 1, rows: int = 1) -> Pattern:
+    return AnyOf((Local(local, local), Global(columns, rows)))
+
+
+def _dilated_sliding(dilation: int, blocks: int) -> Pattern:
+    return Strided(dilation, blocks)
+
+
+def _hierarchical(spans: tuple[int, ...], heads: tuple[int, ...] = ()) -> Pattern:
+    return Hierarchical(spans, heads)
+
+
+def _random(blocks: int, seed: int = 0, by_head: bool = False) -> Pattern:
+    return Random(blocks, seed, by_head)
+
+
+def _not_nested(spans: tuple[int, ...], heads: tuple[int, ...] = ()) -> str | None:
+    if any(wide % narrow for narrow, wide in pairwise(spans)) or not spans:
+        return f"spans {list(spans)} must be a list in which each is a multiple of the one before"
+    if len(heads) > len(spans):
+        return f"heads has {len(heads)} entries but spans has {len(spans)}; at most one head a span"
+    return None
+
+
+def _not_rows(starts: tuple[int, ...], columns: tuple[int, ...]) -> str | None:
+    rising = all(one <= other for one, other in pairwise(starts))
+    if not starts or starts[0] != 0 or starts[-1] != len(columns) or not rising:
+        return f"starts must rise from 0 to the number of columns ({len(columns)})"
+    return None
+
+
+KINDS: dict[str, _Kind] = {
+    "local": _Kind({"before": 0, "behind": 0}, (), lambda before=0, behind=0: Local(before, behind)),
+    "global": _Kind({"columns": 0, "rows": 0}, (), lambda columns=0, rows=0: Global(columns, rows)),
+    "strided": _Kind({"stride": 1}, ("stride",), Strided),
+    "dilated_sliding": _Kind(
+        {"dilation": 1, "blocks": 0}, ("dilation", "blocks"), lambda dilation, blocks: Strided(dilation, blocks)
+    ),
+    "fixed": _Kind(
+        {"stride": 1, "offset": 0},
+        ("stride",),
+        Fixed,
+        lambda stride, offset=0: None if offset < stride else f"offset {offset} is not below stride {stride}",
+    ),
+    "vertical_slash": _Kind(
+        {"verticals": [0], "slashes": [0]}, (), lambda verticals=(), slashes=(): VerticalSlash(verticals, slashes)
+    ),
+    "hierarchical": _Kind(
+        {"spans": [1], "heads": [0]}, ("spans",), lambda spans, heads=(): Hierarchical(spans, heads), _not_nested
+    ),
+    "random": _Kind({"blocks": 0, "seed": 0, "by_head": bool}, ("blocks",), _random),
+    "explicit": _Kind({"starts": [0], "columns": [0]}, ("starts", "columns"), Explicit, _not_rows),
+    "bigbird": _Kind({"local": 0, "columns": 0, "rows": 0, "random": 0, "seed": 0}, (), _bigbird),
+    "longformer": _Kind({"local": 0, "columns": 0, "rows": 0}, (), _longformer),
+}
+SETS: dict[str, Callable[[tuple[Pattern, ...]], Pattern]] = {"any": AnyOf, "all": AllOf}
+
+
+def problems_of(data: object, at: Place) -> list[OptionProblem]:
+    """Everything that is wrong with a pattern."""
+    data = plain(data)
+    if not isinstance(data, dict) or len(data) != 1:
+        return [OptionProblem(at, f"must be one pattern by name, such as {{local: {{before: 2}}}}, not {data!r}")]
+    (name, options), names = next(iter(data.items())), [*SETS, *KINDS]
+    if name in SETS:
+        if not isinstance(options, (list, tuple)) or not options:
+            return [OptionProblem((*at, name), f"must be a list of patterns, not {options!r}")]
+        return [problem for n, part in enumerate(options) for problem in problems_of(part, (*at, name, n))]
+    if name not in KINDS:
+        return [OptionProblem(at, f"pattern {name!r} is unknown{hint(str(name), names)}; the patterns are {', '.join(names)}")]
+    return _problems_of_options(KINDS[name], {} if options is None else options, (*at, name))
+
+
+def _problems_of_options(kind: _Kind, options: object, at: Place) -> list[OptionProblem]:
+    if not isinstance(options, dict):
+        return [OptionProblem(at, f"must be a mapping of options ({', '.join(kind.options)}), not {options!r}")]
+    found = [
+        OptionProblem(at, f"unknown option {key!r}{hint(str(key), kind.options)}; the options are {', '.join(kind.options)}")
+        for key in options
+        if key not in kind.options
+    ]
+    found += [OptionProblem(at, f"the option {key!r} is missing") for key in kind.required if key not in options]
+    for key, value in options.items():
+        found += _problems_of_value(value, kind.options.get(key), (*at, key))
+    if not found:
+        wrong = kind.wrong(**_frozen(options))
+        found += [] if wrong is None else [OptionProblem(at, wrong)]
+    return found
+
+
+def _problems_of_value(value: object, wanted: Any, at: Place) -> list[OptionProblem]:
+    if wanted is bool:
+        return [] if isinstance(value, bool) else [OptionProblem(at, f"must be true or false, not {value!r}")]
+    if isinstance(wanted, list):
+        if not isinstance(value, (list, tuple)):
+            return [OptionProblem(at, f"must be a list of whole numbers, not {value!r}")]
+        return [problem for n, one in enumerate(value) for problem in _problems_of_value(one, wanted[0], (*at, n))]
+    if wanted is not None and (isinstance(value, bool) or not isinstance(value, int) or value < wanted):
+        return [OptionProblem(at, f"must be a whole number of at least {wanted}, not {value!r}")]
+    return []
+
+
+def _frozen(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+
+
+def frozen(data: object) -> object:
+    """A right pattern as a ``Spec``; anything else as it is."""
+    if not isinstance(data, dict) or problems_of(data, ()):
+        return data
+    name, options = next(iter(data.items()))
+    if name in SETS:
+        return (name, tuple(frozen(part) for part in options))
+    return (name, tuple(_frozen(options or {}).items()))
+
+
+def plain(spec: object) -> Any:
+    """What a ``Spec`` was made of; anything else as it is."""
+    if not isinstance(spec, tuple):
+        return spec
+    name, options = spec
+    if name in SETS:
+        return {name: [plain(part) for part in options]}
+    return {name: {key: list(value) if isinstance(value, tuple) else value for key, value in options}}
+
+
+def pattern_of(spec: Spec) -> Pattern:
+    """The pattern of a right ``Spec``."""
+    name, options = spec
+    if name in SETS:
+        return SETS[name](tuple(pattern_of(part) for part in options))
+    return KINDS[name].build(**dict(options))
