@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import CausalAttention, Stack
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention
 
 import dilcompile
@@ -37,6 +38,7 @@ def mask(length: int, block: int = 16) -> Tensor:
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     torch._dynamo.reset()
+    counters.clear()
     torch.manual_seed(0)
 
 
@@ -67,7 +69,7 @@ def test_a_compiled_model_is_the_model_under_the_mask_of_the_blocks() -> None:
             for out, module in ((found, model), (expected, masked))
         )
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_the_report_names_the_form_and_calls_it_approximate() -> None:
