@@ -98,7 +98,7 @@ def _key(kernel: Kernel, call: Call, backward: bool) -> tuple[object, ...]:
         call.key_padding is None,
         None if documents is None else documents.shape[0] > 1,
         None if limits is None else limits.shape[1] > 1,
-        None if bias is None else (call.bias_grad, *(length > 1 for length in bias.shape)),
+        None if bias is None else (call.bias_grad, bias.dtype, *(length > 1 for length in bias.shape)),
         call.pairs is None,
         None if call.pages is None else call.k.shape[2],
         call.dropout_p > 0,
@@ -228,7 +228,8 @@ class _Eager(Call):
 
 
 def _eager(call: Call) -> Call:
-    return _Eager(**{field.name: getattr(call, field.name) for field in fields(call)})
+    held = {field.name: getattr(call, field.name) for field in fields(call)}
+    return _Eager(**{**held, "bias": None if call.bias is None else call.bias.to(call.q.dtype)})
 
 
 def _exact(call: Call) -> Call:
@@ -279,14 +280,18 @@ def _worst(
 ) -> Verdict:
     """The verdict about the result that is the farthest from exact, for its bound."""
     held = [
-        (name, mine.cpu().double(), theirs.cpu().double(), true)
+        (name, mine, theirs.cpu().double(), true)
         for name, mine, theirs, true in zip(names, found, eager, exact, strict=False)
         if mine is not None and theirs is not None and true is not None
     ]
     # Gradients may cancel to nothing, where a row sees one key alone: what rounds is of the size of the largest.
     size = max(_largest(true) for *_, true in held)
-    rounding = torch.finfo(small.q.dtype).eps * size * _num_rounded(small)
-    made = [_judged(name, mine, theirs, true, rounding) for name, mine, theirs, true in held]
+    rounding = torch.finfo(small.q.dtype).eps * size
+    made = [
+        # A gradient has its operand's dtype, which a bias has for itself.
+        _judged(name, mine.cpu().double(), theirs, true, rounding * _num_rounded(small, true) + _half_digit(mine.dtype, true))
+        for name, mine, theirs, true in held
+    ]
     return max(made, key=lambda verdict: verdict.ratio)
 
 
@@ -294,13 +299,21 @@ def _largest(x: Tensor) -> float:
     return float(torch.where(x.isfinite(), x, 0).abs().max())
 
 
-def _num_rounded(small: Call) -> float:
+def _half_digit(dtype: torch.dtype, result: Tensor) -> float:
+    """What rounding to a dtype changes at most."""
+    return torch.finfo(dtype).eps / 2 * _largest(result)
+
+
+def _num_rounded(small: Call, result: Tensor) -> float:
     """How many roundings of a result's size are allowed beside eager's error."""
+    size = small.problem
+    # A bias that pairs share gets the sum of theirs.
+    summed = max(size.k_len + size.head_dim, size.batch * size.heads * size.q_len * size.k_len // max(1, result.numel()))
     if small.q.dtype == torch.float64:
         # The reference rounds each sum too, which eager attention, the same sums, does not show.
-        return small.problem.k_len
+        return summed
     # The largest of many errors is one draw from their tail: sums of float32 in another order wander off by their root.
-    return math.sqrt(small.problem.k_len + small.problem.head_dim) if small.q.dtype == torch.float32 else 1.0
+    return math.sqrt(summed) if small.q.dtype == torch.float32 else 1.0
 
 
 def _judged(name: str, found: Tensor, eager: Tensor, exact: Tensor, rounding: float) -> Verdict:

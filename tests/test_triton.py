@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dilcompile.errors import KernelError
-from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
+from dilcompile.forms import BlockSparse, Dense, Dilated, Form, SlidingWindow
 from dilcompile.lowering import ops, triton
 from dilcompile.lowering.triton import compiled, plan, split
 from dilcompile.lowering.triton.compiled import Case
@@ -83,6 +83,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, q: torch.Tensor, form: Form = Dense
         ({"dropout_p": 1.0, "seed": torch.tensor([1])}, "dropout of 1.0, which keeps nothing; kernel 'cpu' can"),
         ({"scale": math.inf}, "scale inf"),
         ({"masks": {"flat": True}}, "flat scores"),
+        ({"form": BlockSparse(16, {"local": {}})}, "the blocks of a pattern; kernel 'native' can"),
         ({"q_offset": 1 << 29}, "4 keys and 4 queries from 536870912: positions are held in 32 bits, below 536870912"),
     ],
     ids=str,

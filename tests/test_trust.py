@@ -157,6 +157,17 @@ def test_right_kernels_pass(form: Form) -> None:
                 assert trust.check(native, call, backward).passes
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_right_kernels_pass_with_every_operand(dtype: torch.dtype) -> None:
+    biases = [torch.zeros(shape, dtype=of) for shape in ((1,), (20,), (20, 1), (2, 4, 20, 20)) for of in (dtype, torch.float32)]
+    for more in (*DIFFERENT.values(), *({"bias": bias} for bias in biases)):
+        call = call_of(**{"dtype": dtype, **more})
+        for backward in (False, True):
+            if select.refusal(native, call, backward) is None:
+                verdict = trust.check(native, call, backward)
+                assert verdict.passes, (more, verdict)
+
+
 # What follows from it
 
 
@@ -255,6 +266,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
     "dropout": {"dropout_p": 0.1, "dropout_seed": torch.tensor([1])},
     "bias": {"bias": torch.zeros(20, 20)},
     "bias of heads": {"bias": torch.zeros(4, 20, 20)},
+    "bias dtype": {"bias": torch.zeros(20, 20, dtype=torch.bfloat16)},
 }
 
 

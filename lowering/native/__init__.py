@@ -58,8 +58,6 @@ def supports(call: Call, backward: bool) -> str | None:
         return f"a bias of dtype {call.bias.dtype}"
     if call.problem.k_len > _MOST_KEYS:
         return f"{call.problem.k_len} keys: positions are held in 32 bits"
-    if call.bias is not None:
-        return "a bias over all pairs"
     reason = beyond_union(call, backward) or _unequal_counts(call.relation)
     if reason is not None:
         return reason
