@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dilcompile.errors import KernelError
-from dilcompile.lowering import transforms
+from dilcompile.lowering import reference, transforms
 from dilcompile.lowering.call import (
     Call,
     empty_output,
@@ -153,12 +153,29 @@ def attention_backward(
     of_output = output_scale(form_of(form), k.shape[2])
     if of_output != 1.0:
         grad_out, out = grad_out * of_output, out / of_output
-    grads = select(call, kernel, backward=True).backward(call, out, lse, grad_out, grad_lse)
+    chosen = reference if _swallows(call, lse) else select(call, kernel, backward=True)
+    grads = chosen.backward(call, out, lse, grad_out, grad_lse)
     shaped = [_laid_out(grad, like) for grad, like in zip(grads[:3], (q, k, v), strict=True)]
     if factor != 1.0:
         shaped[0].mul_(factor)
     grad_bias = q.new_empty(0) if bias is None or not bias_grad or grads[3] is None else grads[3].contiguous()
     return shaped[0], shaped[1], shaped[2], grad_bias
+
+
+def _swallows(call: Call, lse: Tensor) -> bool:
+    """Does a row see nothing but a fill so large that its LSE can't hold the logarithm of the number of keys?
+
+    Weights made from such an LSE are 1 where they are 1 / n. The reference computes them anew. On a CUDA device nobody looks,
+    because the answer would have to be waited for (docs/limits.md).
+    """
+    if call.bias is None or call.q.device.type != "cpu":
+        return False
+    digit = torch.finfo(lse.dtype).eps
+    return bool(((lse < -_LOST / digit) & lse.isfinite()).any())
+
+
+# Of a weight: what a digit of the LSE may be worth.
+_LOST = 1e-3
 
 
 def _positive(scale: float, dtype: torch.dtype) -> tuple[float, float]:

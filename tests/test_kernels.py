@@ -605,3 +605,19 @@ def test_a_bias_that_hides_every_key_with_a_finite_fill_gives_the_mean(kernel: s
     )  # fmt: skip
     torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias))
     torch.testing.assert_close(out[:, :, 5], v.mean(2))
+
+
+@pytest.mark.parametrize("fill", [torch.finfo(torch.float32).min, -1e9, -1e4])
+@pytest.mark.parametrize("kernel", ["native", "cpu", "reference"])
+def test_such_a_row_gives_every_value_its_share_of_the_gradient(kernel: str, fill: float) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 12, 16).requires_grad_() for _ in range(3))
+    bias = torch.randn(1, 2, 12, 12)
+    bias[:, :, 5] = fill
+    weight = torch.randn(1, 2, 12, 16)
+    found, _ = torch.ops.dilcompile.attention(
+        q, k, v, None, None, bias, None, "dense()", False, None, None, 0, 0.25, None, 0.0, kernel
+    )  # fmt: skip
+    plain = ((q @ k.mT) * 0.25 + bias).softmax(-1) @ v
+    for mine, theirs in zip(*(torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (found, plain)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=2e-4)
