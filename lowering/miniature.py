@@ -8,9 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dilcompile.generators import Blocks, Generator, Segment, Sinks, Window
 from dilcompile.lowering.call import Call
 from dilcompile.lowering.pairs import Pairs
-from dilcompile.relation import Blocks, Generator, Problem, Relation, Segment, Sinks, Term, Window, grid_of
+from dilcompile.relation import Problem, Relation, Term, grid_of
 
 # Several tiles of rows and several blocks of keys of every kernel, the last ones ragged.
 ROWS, KEYS = 136, 200

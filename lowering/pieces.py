@@ -22,7 +22,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from dilcompile.relation import Blocks, ByRow, Everything, Generator, Problem, Relation, Segment, Sinks, Window
+from dilcompile.generators import Blocks, ByRow, Everything, Generator, Segment, Sinks, Window
+from dilcompile.relation import Problem, Relation, grid_of
 
 _NARROWEST_TILE, _WIDEST_TILE = 32, 256
 
@@ -147,8 +148,9 @@ def _block_pieces(generator: Blocks, problem: Problem, first_head: int, last_hea
     """A rectangle for each block row and each run of neighbouring blocks in it, cut by the problem's limits."""
     width, height = generator.grid.k_block, generator.grid.q_block
     first_row, stop_row = problem.q_offset, problem.q_offset + problem.q_len
+    grid = grid_of(problem, height, width)
     for query_head, head, axes in _block_heads(generator, problem, first_head, last_head):
-        lists = generator.lists(query_head, problem)
+        lists = generator.lists(query_head, grid)
         for number, line in enumerate(lists.lines.tolist()):
             row, stop = max(line * height, first_row), min((line + 1) * height, stop_row)
             columns = lists.of_line(number)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dilcompile.generators import Everything
 from dilcompile.lowering.call import Call, Gradients
 from dilcompile.lowering.engines import finite_for_backward, needs_math
-from dilcompile.relation import Everything, Term
+from dilcompile.relation import Term
 
 TAKES_ROW_MASKS = False
 LEAST_ROWS = 1

@@ -13,6 +13,7 @@ from finding import Call, Mutation, check, double, must_be_noticed  # noqa: F401
 from spellings import agree
 from test_find_mutations import case, spelt
 
+from dilcompile.lowering import ops
 from dilcompile.passes import biases, empty_rows, read_operands, rewrite
 from dilcompile.passes.masks import arithmetic, documents, emptiness, factors, hiding, interval, reader, separable, symbols, terms
 from dilcompile.passes.masks.rules import indexing, values
@@ -33,6 +34,13 @@ def kind(name: str) -> Callable[[], None]:
     tables = (kinds.KINDS, kinds.FILLS, kinds.TENSORS)
     (found,) = [entry for table in tables for entry in table if entry[0] == name]
     return lambda: check(found)  # type: ignore[func-returns-value]
+
+
+def _as_on_a_gpu() -> None:
+    """A float mask where no kernel's caller looks for swallowed rows (on the CPU the gradients are right either way)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "_swallows", lambda call, lse: False)
+        kind("a float mask")()
 
 
 def _fractions() -> None:
@@ -82,7 +90,7 @@ MUTATIONS: list[Mutation] = [
     ("cut-off keys come back", emptiness, "_not_just", lambda *_: True, kind("one fill, then the same added")),
     ("what shares a softmax has one each", empty_rows, "_joined", lambda emit, calls: calls[0], kind("fills of two sizes")),
     ("gradients flow through fills", empty_rows, "_kept", lambda emit, inputs, instead: inputs, kind("fills of two sizes")),
-    ("nothing swallows", biases, "swallows", lambda dtype: float("-inf"), kind("a float mask")),
+    ("nothing swallows", biases, "swallows", lambda dtype: float("-inf"), _as_on_a_gpu),
     ("masks are read at the end", rewrite, "place_of", lambda mask, output, mutations: output, case("padding, after it was used")),
     ("remainders are not taken apart", separable, "_apart", lambda truth: sympy.expand(truth.expr), kind("each third key")),
     ("the lesser of two is the greater", reader, "READ", {**reader.READ, "min": reader.READ["max"]}, kind("the lesser of two masks")),

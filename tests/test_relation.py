@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from oracles import Setting, counts
 
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
+from dilcompile.generators import Segment, Sinks, Window
 from dilcompile.lowering import pieces
 from dilcompile.lowering.pieces import plan
 from dilcompile.progression import Progression, RowKeys, union_count
-from dilcompile.relation import Problem, Relation, Segment, Sinks, Term, Window
+from dilcompile.relation import Problem, Relation, Term
 
 
 def problem_of(at: Setting) -> Problem:

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 
 from dilcompile.errors import KernelError
 from dilcompile.forms import BlockSparse, Dense, Dilated, Form, SlidingWindow
+from dilcompile.generators import Segment
 from dilcompile.lowering import ops, triton
 from dilcompile.lowering.triton import compiled, plan, split
 from dilcompile.lowering.triton.compiled import Case
 from dilcompile.lowering.triton.config import INTERPRETED, Masks
-from dilcompile.relation import Problem, Relation, Segment, Term
+from dilcompile.relation import Problem, Relation, Term
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -247,8 +248,8 @@ def instruction(case: Case) -> str:
 
 
 def must_not_spill(case: Case) -> bool:
-    decodes = case.step == "decode" and case.head_dim in (64, 128) and case.dtype == torch.bfloat16
-    return decodes or proven(case)
+    """All but one: a decode step whose two head sizes differ takes 24 bytes."""
+    return (case.step, case.head_dim, case.v_dim) != ("decode", 192, 128)
 
 
 def test_the_table_lists_every_case_without_spills() -> None:

@@ -47,6 +47,7 @@ def step_of(q: Tensor, k: Tensor, **mask: Any) -> Setting:
 
 
 def assert_exact(q: Tensor, k: Tensor, v: Tensor, form: Form, at: Setting, **operands: Any) -> None:
+    # float64, which the interpreter computes in: no more than its rounding.
     for found, exact in zip(run(q, k, v, form, "triton", at, **operands), expected(q, k, v, form, at, **operands), strict=True):
         torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
 
@@ -80,6 +81,7 @@ def test_the_number_of_parts_changes_rounding_only(monkeypatch: pytest.MonkeyPat
         in_parts(monkeypatch, parts)
         found.append(run(q, k, v, LONG, "triton", step_of(q, k)))
         assert torch.equal(run(q, k, v, LONG, "triton", step_of(q, k))[0], found[-1][0])
+    # Some digits of float32, near numbers of about 1 and an LSE of about 5.
     for out, lse in found[1:]:
         torch.testing.assert_close(out, found[0][0], rtol=0, atol=1e-6)
         torch.testing.assert_close(lse, found[0][1], rtol=0, atol=2e-6)

@@ -143,6 +143,7 @@ def test_dropout_depends_on_positions_only() -> None:
         operands = {"bias": leaves[3], "dropout_p": 0.3, "seed": torch.tensor([(7 << 40) + 11])}
         results = [run(*leaves[:3], FORMS[3], kernel, at, **operands) for kernel in ("triton", "reference")]
         grads = [torch.autograd.grad(loss_of(*result, True), leaves) for result in results]
+        # float64; the gradient of a number a key is a sum over all rows.
         for found, exact in zip((*results[0], *grads[0]), (*results[1], *grads[1]), strict=True):
             torch.testing.assert_close(found, exact, rtol=0, atol=1e-11)
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from dilcompile.blocks.spec import frozen, pattern_of, plain, problems_of
 from dilcompile.errors import OptionProblem
 from dilcompile.forms.base import Form, Says, cross_site, not_integer, unread_mask
-from dilcompile.relation import Blocks, Problem, Relation, Term, grid_of
+from dilcompile.generators import Blocks
+from dilcompile.relation import Problem, Relation, Term, grid_of
 
 if TYPE_CHECKING:
     from dilcompile.site import AttentionSite

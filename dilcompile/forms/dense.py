@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dilcompile.forms.base import Form, unread_mask
-from dilcompile.relation import Everything, Problem, Relation, Term, Window
+from dilcompile.generators import Everything, Window
+from dilcompile.relation import Problem, Relation, Term
 
 if TYPE_CHECKING:
     from dilcompile.site import AttentionSite

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from dilcompile.errors import FormError, OptionProblem
 from dilcompile.forms.base import Form, NotNegative, Positive, Says, cross_site, not_integer, not_one_of, unread_mask
-from dilcompile.relation import Problem, Relation, Segment, Sinks, Term, Window
+from dilcompile.generators import Segment, Sinks, Window
+from dilcompile.relation import Problem, Relation, Term
 
 if TYPE_CHECKING:
     from dilcompile.site import AttentionSite

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dilcompile.errors import OptionProblem
 from dilcompile.forms.base import Form, NotNegative, Positive, cross_site, not_integer, unread_mask
-from dilcompile.relation import Problem, Relation, Sinks, Term, Window
+from dilcompile.generators import Sinks, Window
+from dilcompile.relation import Problem, Relation, Term
 
 if TYPE_CHECKING:
     from dilcompile.site import AttentionSite

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dilcompile.generators import Blocks, Everything, Segment, Sinks, Window
 from dilcompile.lowering import digest
 from dilcompile.lowering.call import Call, Gradients, empty_output
 from dilcompile.lowering.native.build import (
@@ -30,7 +31,7 @@ from dilcompile.lowering.native.build import (
     made_from,
 )
 from dilcompile.lowering.union import beyond_union
-from dilcompile.relation import Blocks, Everything, Problem, Relation, Segment, Sinks, Window
+from dilcompile.relation import Problem, Relation, grid_of
 
 TAKES_ROW_MASKS = True
 # Queries lie in the lanes of vectors: with fewer most of the work would be for nobody.
@@ -177,7 +178,8 @@ def _list_blocks(struct: TermStruct, generator: Blocks, size: Problem, by_docume
     if by_document:
         # Positions count from the start of each document, which may be as long as the keys.
         size = replace(size, q_offset=0, q_len=size.k_len)
-    lists = [generator.lists(head, size) for head in range(size.heads if generator.pattern.by_head else 1)]
+    grid = grid_of(size, generator.grid.q_block, generator.grid.k_block)
+    lists = [generator.lists(head, grid) for head in range(size.heads if generator.pattern.by_head else 1)]
     entries = np.cumsum([0, *(len(one) for one in lists)])
     starts = np.concatenate([one.starts + first for one, first in zip(lists, entries, strict=False)])
     columns, lines = np.concatenate([one.blocks for one in lists]), lists[0].lines

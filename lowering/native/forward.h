@@ -11,7 +11,12 @@ class Forward {
 
  public:
   explicit Forward(const Call& call)
-      : call_(call), rows_(call), row_(rows_.value_row), factor_(T(exponent_factor(call))), bias_(call), dropout_(call, kMaxLanes + kTile<T>) {
+      : call_(call),
+        rows_(call),
+        row_(rows_.value_row),
+        factor_(T(exponent_factor(call))),
+        bias_(call),
+        dropout_(call, kMaxLanes + kTile<T>) {
     int64_t lanes = kMaxLanes + kTile<T>;
     queries_.take(lanes * call.head_dim), sums_.take(lanes * row_), most_.take(lanes), total_.take(lanes);
     low_.take(lanes), high_.take(lanes), scores_.take(Rows<X>::kBlock * kTile<T>), one_.take(call.head_dim);

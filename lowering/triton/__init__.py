@@ -189,7 +189,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
 
 def _gradient_of_bias(bound: _Bound, operands: tuple[Tensor, ...], grad_lse: Tensor | None) -> Tensor | None:
     """The gradient of the bias, None where it is not asked for; operands: q, k, v, grad_out, lse, delta."""
-    from dilcompile.lowering.triton.gradients import gradient_of_bias
+    from dilcompile.lowering.triton.bias_gradient import gradient_of_bias
 
     call, size, (q, k, v, grad_out, lse, delta) = bound.call, bound.call.problem, operands
     if call.bias is None or not call.bias_grad:

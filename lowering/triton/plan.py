@@ -19,7 +19,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from dilcompile.relation import Blocks, Everything, Problem, Relation, Segment, Sinks, Term, Window
+from dilcompile.generators import Blocks, Everything, Segment, Sinks, Window
+from dilcompile.relation import Problem, Relation, Term
 
 # Stands for "no limit"; positions stay below it, and sums of two fit in 32 bits.
 FAR = 1 << 30
