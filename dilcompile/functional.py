@@ -95,6 +95,7 @@ def attention(
         kernel,
         pages=block_table,
         k_len=k_len,
+        exact_lse=return_lse,
     )
     return (out, lse) if return_lse else out
 

@@ -35,6 +35,7 @@ class Call:
         pages: int32 [B, most pages]: the key at position p of batch row b is in slot ``p % page size`` of page
             ``pages[b, p // page size]``; Sk, the length in positions, is that of the problem. Numbers of no page are never
             read through; what a row that sees such keys gets is not said.
+        exact_lse: False where nobody reads the LSE for its digits: it may be as rough as q's dtype (-inf still says no keys).
         flat: the products count as 0, so that all weights of a row are alike; their gradient is that of ordinary scores.
     """
 
@@ -56,6 +57,7 @@ class Call:
     narrow: bool = False
     bias_grad: bool = True
     pages: Tensor | None = None
+    exact_lse: bool = True
 
     @property
     def problem(self) -> Problem:

@@ -27,7 +27,7 @@ _OPERANDS = (
     "Tensor q, Tensor k, Tensor v, Tensor? key_padding, Tensor? documents, Tensor? bias, Tensor? dropout_seed, str form, "
     "bool is_causal, int? window_left, int? window_right, SymInt q_offset, float scale, float? softcap, float dropout_p, "
     "str? kernel, Tensor? q_start=None, Tensor? row_limits=None, Tensor? row_terms=None, Tensor? key_terms=None, "
-    "str? pairs=None, bool flat=False, bool narrow=False, Tensor? pages=None, SymInt? k_len=None"
+    "str? pairs=None, bool flat=False, bool narrow=False, Tensor? pages=None, SymInt? k_len=None, bool exact_lse=True"
 )
 
 
@@ -58,6 +58,7 @@ def attention(
     narrow: bool = False,
     pages: Tensor | None = None,
     k_len: int | None = None,
+    exact_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the relation that ``form`` means here.
 
@@ -72,6 +73,7 @@ def attention(
         row_limits: see ``Call``.
         flat, narrow: see ``Call``.
         pages: see ``Call``; k_len: Sk, needed with pages and given with nothing else.
+        exact_lse: see ``Call``; where gradients are recorded it is exact in any case.
         row_terms, key_terms, pairs: the formula over pairs and its terms, see ``Pairs``.
 
     Returns:
@@ -88,6 +90,7 @@ def attention(
     call = _call(
         scaled, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
         scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs, flat, narrow, pages=pages, k_len=k_len,
+        exact_lse=exact_lse,
     )  # fmt: skip
     out, lse = select(call, kernel).forward(call)
     of_output = output_scale(form_of(form), call.problem.k_len)
@@ -133,6 +136,7 @@ def attention_backward(
     narrow: bool = False,
     pages: Tensor | None = None,
     k_len: int | None = None,
+    exact_lse: bool = True,
     bias_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v [as their operand, laid out [B, S, H, D]] and of the bias (an empty tensor without one)."""
@@ -216,6 +220,7 @@ def _call(
     bias_grad: bool = True,
     pages: Tensor | None = None,
     k_len: int | None = None,
+    exact_lse: bool = True,
 ) -> Call:
     first = q_offset if q_start is None else q_offset + int(q_start)
     assert (pages is None) == (k_len is None), "pages and k_len, the length in positions, come together"
@@ -229,6 +234,8 @@ def _call(
     return Call(
         q, k, v, key_padding, documents, bias, dropout_seed, relation_of(form_of(form), problem),
         scale, softcap, dropout_p, merge_grad(form_of(form)), row_limits, formula, flat, narrow, bias_grad, pages,
+        # In q's own dtype is exact where scores are not wider.
+        exact_lse or q.dtype in (torch.float32, torch.float64),
     )  # fmt: skip
 
 
@@ -268,7 +275,7 @@ def _(
 
 
 # Where the backward's last argument stands among those after the bias.
-_BIAS_GRAD = 19
+_BIAS_GRAD = 20
 
 
 def _register_autocast() -> torch.library.Library:

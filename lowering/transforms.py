@@ -18,6 +18,8 @@ from dilcompile.errors import DilcompileError
 
 # Among the operands of ``attention``: where the tensors end, where the ones with a default begin and end, the bias, dropout_p.
 TENSORS, MORE, LAST, BIAS, DROPOUT = 7, 16, 20, 5, 14
+# Where ``exact_lse`` stands, the last of them.
+EXACT_LSE = 25
 # The operands of ``attention_backward`` that come before those of ``attention``.
 UPSTREAM = 4
 
@@ -30,7 +32,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         """See ``attention``."""
-        out, lse = _next_level(torch.ops.dilcompile.attention.default, keyset, inputs)
+        # The gradient is made from the LSE.
+        out, lse = _next_level(torch.ops.dilcompile.attention.default, keyset, inputs[:EXACT_LSE])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:TENSORS], *inputs[MORE:LAST], out, lse)
         ctx.options, ctx.last = inputs[TENSORS:MORE], inputs[LAST:]

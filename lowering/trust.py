@@ -103,6 +103,7 @@ def _key(kernel: Kernel, call: Call, backward: bool) -> tuple[object, ...]:
         None if call.pages is None else call.k.shape[2],
         call.dropout_p > 0,
         call.flat,
+        call.exact_lse,
         call.merge_grad,
         _precision(q),
     )

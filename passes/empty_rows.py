@@ -38,6 +38,7 @@ def attend(
     form: str,
     kernel: str | None,
     flat: bool = False,
+    exact_lse: bool = True,
 ) -> Node:
     """One call of the operator: (out, lse)."""
     return emit(
@@ -64,6 +65,7 @@ def attend(
         mask.key_terms,
         mask.pairs,
         *((flat, inputs.narrow) if flat or inputs.narrow else ()),
+        **({} if exact_lse else {"exact_lse": False}),
     )
 
 

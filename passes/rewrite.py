@@ -62,7 +62,9 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
     biases = emit_biases(emit, match.bias, roles, axes)
     seed = _seed(emit, q) if site.dropout_p > 0 else None
     inputs = Inputs(q, k, v, biases, seed, repeats_rounding(decision))
-    call = attend(emit, inputs, mask, spec, site, str(decision.form), decision.kernel)
+    # Rows without keys are told from the others by an LSE of any precision.
+    exact_lse = graph.training or bool(match.sinks)
+    call = attend(emit, inputs, mask, spec, site, str(decision.form), decision.kernel, exact_lse=exact_lse)
     out = emit.item(call, 0)
     if decision.fidelity == "exact" and spec.empty_rows != "zero":
         out = rows_without_keys(emit, out, emit.item(call, 1), inputs, match, others)

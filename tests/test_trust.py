@@ -267,6 +267,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
     "bias": {"bias": torch.zeros(20, 20)},
     "bias of heads": {"bias": torch.zeros(4, 20, 20)},
     "bias dtype": {"bias": torch.zeros(20, 20, dtype=torch.bfloat16)},
+    "LSE": {"dtype": torch.bfloat16, "exact_lse": False},
 }
 
 
@@ -285,7 +286,7 @@ def test_every_part_of_a_call_is_thought_of() -> None:
     by_shape = {"q", "k", "v", "relation"}
     in_the_class = {
         "key_padding", "documents", "bias", "dropout_seed", "softcap", "dropout_p", "merge_grad", "row_limits", "pairs", "flat",
-        "bias_grad", "pages",
+        "bias_grad", "pages", "exact_lse",
     }  # fmt: skip
     # Any scale is a factor; a narrow softmax is the reference's alone.
     of_no_matter = {"scale", "narrow"}

@@ -133,7 +133,7 @@ def _bind(call: Call, out: Tensor, lse: Tensor) -> _Bound:
         struct.dropout_seed, struct.dropout_least = int(call.dropout_seed), _least_draw(call.dropout_p)
         struct.dropout_factor = 1 / (1 - call.dropout_p)
     struct.scale, struct.softcap = call.scale, call.softcap or 0.0
-    struct.threads = torch.get_num_threads()
+    struct.threads, struct.exact_lse = torch.get_num_threads(), call.exact_lse
     return _Bound(struct, (q, k, v, out, lse, padding, documents, limits, call.bias, terms))
 
 

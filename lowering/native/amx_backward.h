@@ -54,9 +54,9 @@ class TileBackward {
   void run(const Span& span, const KeySums<float>& into, const BiasSums<float>& bias) {
     TileRegisters registers;
     Plan plan(call_, span);
-    plan.each_group(kMaxLanes, [&](const Lane* lanes, int64_t count) {
-      begin(span, lanes, count);
-      attend(span, plan.shared, lanes, into, bias), attend(span, plan.windowed, lanes, into, bias);
+    plan.each_batch(kMaxLanes, 32, [&](const Lane* lanes, const std::vector<Group>& groups, const std::vector<Keys>& lists) {
+      begin(span, lanes, groups);
+      for (const Keys& keys : lists) attend(span, keys, lanes, into, bias);
       for (const Tile& tile : tiles_)
         write_rows(call_, call_.grad_q, span, tile, lanes, call_.head_dim, sums_ + tile.first * dim_, dim_, +scales_);
     });
@@ -76,8 +76,8 @@ class TileBackward {
   Dropout<float> dropout_;
   Buffer<int32_t> low_, high_;
 
-  void begin(const Span& span, const Lane* lanes, int64_t count) {
-    tiles_ = wide_tiles_of(count, kWideTile);
+  void begin(const Span& span, const Lane* lanes, const std::vector<Group>& groups) {
+    tiles_ = wide_tiles_of(groups, kWideTile);
     for (const Tile& tile : tiles_) {
       int64_t first = tile.first, width = tile.vectors * 16;
       dropout_.begin(span, tile, lanes);

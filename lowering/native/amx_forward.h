@@ -6,20 +6,23 @@
 namespace dil {
 
 class TileForward {
-  static constexpr int64_t kMaxLanes = 1152, kWideTile = 32;
+  static constexpr int64_t kMaxLanes = 2304, kWideTile = 32;
+  static constexpr float kLargestExponent = 1 << 20;
 
  public:
   explicit TileForward(const Call& call)
       : call_(call),
         rows_(call),
         factor_(float(exponent_factor(call))),
+        unit_(float(score_unit(call))),
+        margin_(std::min(8 / factor_, std::numeric_limits<float>::max())),
         biased_(call.bias.data),
-        most_unit_(biased_ ? 1.0f : float(kLn2)),
         pairs_(rows_.key_row / 2),
         bias_(call),
         dropout_(call, kMaxLanes + kWideTile) {
     int64_t lanes = kMaxLanes + kWideTile;
     queries_.take(lanes * pairs_), sums_.take(lanes * rows_.value_rows), most_.take(lanes), total_.take(lanes);
+    largest_.take(lanes);
     low_.take(lanes), high_.take(lanes), scores_.take(kPanelKeys * kWideTile), weights_.take(kTileBlock / 2 * kWideTile);
     maxima_.take(kWideTile);
     if (biased_) numbers_.take(kTileBlock * kWideTile);
@@ -28,9 +31,9 @@ class TileForward {
   void run(const Span& span) {
     TileRegisters registers;
     Plan plan(call_, span);
-    plan.each_group(kMaxLanes, [&](const Lane* lanes, int64_t count) {
-      begin(span, lanes, count);
-      attend(span, plan.shared, lanes), attend(span, plan.windowed, lanes);
+    plan.each_batch(kMaxLanes, kWideTile, [&](const Lane* lanes, const std::vector<Group>& groups, const std::vector<Keys>& lists) {
+      begin(span, lanes, groups);
+      for (const Keys& keys : lists) attend(span, keys, lanes);
       finish(span, lanes);
     });
   }
@@ -38,24 +41,25 @@ class TileForward {
  private:
   const Call& call_;
   TileRows rows_;
-  float factor_;
-  // The maxima are exponents of 2, but scores where a bias may be the lowest number, which times log2(e) is infinite.
+  float factor_, unit_, margin_;
   bool biased_;
-  float most_unit_;
   int64_t pairs_;
   std::vector<Tile> tiles_;
   Buffer<uint32_t> queries_, weights_;
   Buffer<float> sums_, most_, total_, scores_, maxima_, numbers_;
+  Buffer<float> largest_;  // magnitude of a tile's queries, at its first lane
   Bias<float> bias_;
   Dropout<float> dropout_;
   Buffer<int32_t> low_, high_;
+  float often_[kTileBlock];         // how often a block's keys count, as steps of the exponent
+  const float* counted_ = nullptr;  // what they were made from
 
-  void begin(const Span& span, const Lane* lanes, int64_t count) {
-    tiles_ = wide_tiles_of(count, kWideTile);
+  void begin(const Span& span, const Lane* lanes, const std::vector<Group>& groups) {
+    tiles_ = wide_tiles_of(groups, kWideTile);
     for (const Tile& tile : tiles_) {
       int64_t first = tile.first, width = tile.vectors * 16;
       dropout_.begin(span, tile, lanes);
-      read_pairs(call_, call_.q, span, tile, lanes, call_.head_dim, queries_ + first * pairs_);
+      largest_[first] = read_pairs(call_, call_.q, span, tile, lanes, call_.head_dim, queries_ + first * pairs_);
       std::fill_n(most_ + first, width, -std::numeric_limits<float>::infinity());
       std::fill_n(total_ + first, width, 0.0f);
       std::fill_n(sums_ + first * rows_.value_rows, width * rows_.value_rows, 0.0f);
@@ -63,21 +67,33 @@ class TileForward {
   }
 
   void attend(const Span& span, const Keys& keys, const Lane* lanes) {
+    counted_ = nullptr;
     auto use = [&](const Tile& tile, int64_t a, int64_t b, const KeyBlock& keys) {
       if (biased_)
         bias_.read(span, tile, lanes, keys.positions + a, std::min(b, keys.count) - a, b - a,
                    {numbers_ + (bias_.by_key ? a : a * 16), 16, kTileBlock * 16});
       dropout_.read(span, keys, a, b);
+      if (keys.times) count(keys);
       with_vectors(tile.vectors, std::integer_sequence<int, 2>(),
                    [&](auto n) { this->template block<n()>(tile, a, b, keys); });
     };
     each_block<BFloat16>(call_, span, keys, lanes, tiles_, +low_, +high_, rows_, use, [](const KeyBlock&) {});
   }
 
+  void count(const KeyBlock& keys) {
+    if (counted_ == keys.times) return;
+    counted_ = keys.times;
+    for (int64_t j = 0; j < kTileBlock; ++j)
+      often_[j] = j < keys.count && keys.times[j] != 1 ? NarrowExp2::kStep * std::log2(keys.times[j]) : 0.0f;
+  }
+
   template <int N>
   void block(const Tile& tile, int64_t a, int64_t b, const KeyBlock& keys) {
     constexpr int64_t panel = kPanelKeys * 16;
     const uint32_t* queries = queries_ + tile.first * pairs_;
+    // Exponents are surely numbers, and not too large to be told apart; a comparison with what is none is false.
+    float most = largest_[tile.first] * rows_.largest_key * float(rows_.key_row) * factor_;
+    bool narrow = !call_.exact_lse && !biased_ && !dropout_.on && most < kLargestExponent;
     int64_t summed = a;
     for (int64_t j = a; j < b; j += kPanelKeys) {
       for (int64_t c = 0; c < N; c += 2)
@@ -93,9 +109,11 @@ class TileForward {
         add_up<N>(tile, summed, j), shift<N>(tile);
         summed = j;
       }
-      with_flag(biased_, [&](auto biased) {
-        with_flag(dropout_.on, [&](auto dropped) { this->template weigh<N, biased(), dropped()>(tile, keys, j); });
-      });
+      if (narrow) {
+        with_flag(keys.times != nullptr, [&](auto times) { this->template weigh_narrow<N, times()>(tile, j); });
+      } else {
+        with_flag(dropout_.on, [&](auto dropped) { this->template weigh<N, dropped()>(tile, keys, j); });
+      }
     }
     add_up<N>(tile, summed, b);
   }
@@ -118,12 +136,11 @@ class TileForward {
   template <int N>
   bool exceeds(const Tile& tile) {
     __mmask16 left = 0;
-    const Vec<float> margin = fill(8 * float(kLn2) / most_unit_);
+    const Vec<float> margin = fill(margin_);
     for (int c = 0; c < N; ++c) {
       const float* scores = scores_ + c * kPanelKeys * 16;
       Vec<float> now = load(scores);
       for (int64_t j = 1; j < kPanelKeys; ++j) now = larger(now, load(scores + j * 16));
-      if (!biased_) now *= fill(factor_);
       store(maxima_ + c * 16, now);
       left |= _mm512_cmp_ps_mask((__m512)now, (__m512)(load(most_ + tile.first + c * 16) + margin), _CMP_GT_OQ);
     }
@@ -136,14 +153,38 @@ class TileForward {
     for (int c = 0; c < N; ++c) {
       Vec<float> before = load(most + c * 16), after = larger(before, load(maxima_ + c * 16));
       Vec<float> none = fill(-std::numeric_limits<float>::infinity()),
-                 keep = exp2_up_to_8(after == none ? Vec<float>{} : (before - after) * fill(most_unit_ * float(kLog2E)));
+                 keep = exp2_up_to_8(after == none ? Vec<float>{} : (before - after) * fill(factor_));
       store(most + c * 16, after), store(total + c * 16, load(total + c * 16) * keep);
       float* column = sums + c * rows_.value_rows * 16;
       for (int64_t d = 0; d < rows_.value_rows; ++d) store(column + d * 16, load(column + d * 16) * keep);
     }
   }
 
-  template <int N, bool kBiased, bool kDropped>
+  // The weights of a panel where nothing is to be done with them but to add them up.
+  template <int N, bool kTimes>
+  void weigh_narrow(const Tile& tile, int64_t key) {
+    typedef Vec<float> V;
+    uint32_t* weights = weights_ + key / 2 * 16;
+    const V none = fill(-std::numeric_limits<float>::infinity()), factor = fill(factor_ * NarrowExp2::kStep);
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3F80);
+    const NarrowExp2 narrow;
+    for (int c = 0; c < N; ++c) {
+      V most = load(most_ + tile.first + c * 16);
+      V shift = fma(most == none ? V{} : -most, factor, fill(NarrowExp2::kZero));
+      __m512 sum = (__m512)load(total_ + tile.first + c * 16);
+      const float* scores = scores_ + c * kPanelKeys * 16;
+      for (int64_t j = 0; j < kPanelKeys; j += 2) {
+        V even = fma(load(scores + j * 16), factor, shift), odd = fma(load(scores + j * 16 + 16), factor, shift);
+        if constexpr (kTimes) even += fill(often_[key + j]), odd += fill(often_[key + j + 1]);
+        __m512i pairs = narrow(even, odd);
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)pairs, ones);
+        _mm512_storeu_si512(weights + (c * kTileBlock / 2 + j / 2) * 16, pairs);
+      }
+      store(total_ + tile.first + c * 16, (Vec<float>)sum);
+    }
+  }
+
+  template <int N, bool kDropped>
   void weigh(const Tile& tile, const KeyBlock& keys, int64_t key) {
     typedef Vec<float> V;
     const float* times = keys.times ? keys.times + key : nullptr;
@@ -155,11 +196,8 @@ class TileForward {
       const float* scores = scores_ + c * kPanelKeys * 16;
       for (int64_t j = 0; j < kPanelKeys; j += 2) {
         V even = load(scores + j * 16), odd = load(scores + j * 16 + 16);
-        if constexpr (kBiased) {
-          even = exp2_fast((even + shift) * factor), odd = exp2_fast((odd + shift) * factor);
-        } else {
-          even = exp2_fast(fma(even, factor, shift)), odd = exp2_fast(fma(odd, factor, shift));
-        }
+        // Differences first: a bias may hide every key of a query with the lowest number, which times log2(e) is infinite.
+        even = exp2_fast((even + shift) * factor), odd = exp2_fast((odd + shift) * factor);
         if (times) even *= fill(j < count ? times[j] : 1.0f), odd *= fill(j + 1 < count ? times[j + 1] : 1.0f);
         sum += even + odd;
         if constexpr (kDropped) {
@@ -177,8 +215,8 @@ class TileForward {
       for (int64_t i = 0; i < tile.lanes; ++i) {
         float &total = total_[tile.first + i], shift = most_[tile.first + i];
         *row_of<float>(call_, call_.lse, span, lanes[tile.first + i]) =
-            total > 0 ? shift * most_unit_ + std::log(total) : -std::numeric_limits<float>::infinity();
-        total = total > 0 ? 1 / total : 0;
+            total == 0 ? -std::numeric_limits<float>::infinity() : shift * unit_ + std::log(total);
+        total = total == 0 ? 0 : 1 / total;
       }
       write_rows(call_, call_.out, span, tile, lanes, call_.v_dim, sums_ + tile.first * rows_.value_rows, rows_.value_rows,
                  total_ + tile.first);

@@ -63,9 +63,9 @@ class Backward {
 
   void run(const Span& span, const KeySums<T>& into, const BiasSums<T>& bias) {
     Plan plan(call_, span);
-    plan.each_group(kMaxLanes, [&](const Lane* lanes, int64_t count) {
-      begin(span, lanes, count);
-      attend(span, plan.shared, lanes, into, bias), attend(span, plan.windowed, lanes, into, bias);
+    plan.each_batch(kMaxLanes, kWidth<T>, [&](const Lane* lanes, const std::vector<Group>& groups, const std::vector<Keys>& lists) {
+      begin(span, lanes, groups);
+      for (const Keys& keys : lists) attend(span, keys, lanes, into, bias);
       finish(span, lanes);
     });
   }
@@ -84,8 +84,8 @@ class Backward {
 
   static int64_t wide(int64_t n) { return (n + kWidth<T> - 1) / kWidth<T> * kWidth<T>; }
 
-  void begin(const Span& span, const Lane* lanes, int64_t count) {
-    tiles_ = tiles_of<T>(count);
+  void begin(const Span& span, const Lane* lanes, const std::vector<Group>& groups) {
+    tiles_ = tiles_of<T>(groups);
     for (const Tile& tile : tiles_) {
       int64_t width = tile.vectors * kWidth<T>;
       dropout_.begin(span, tile, lanes);

@@ -25,9 +25,9 @@ class Forward {
 
   void run(const Span& span) {
     Plan plan(call_, span);
-    plan.each_group(kMaxLanes, [&](const Lane* lanes, int64_t count) {
-      begin(span, lanes, count);
-      attend(span, plan.shared, lanes), attend(span, plan.windowed, lanes);
+    plan.each_batch(kMaxLanes, kWidth<T>, [&](const Lane* lanes, const std::vector<Group>& groups, const std::vector<Keys>& lists) {
+      begin(span, lanes, groups);
+      for (const Keys& keys : lists) attend(span, keys, lanes);
       finish(span, lanes);
     });
   }
@@ -43,8 +43,8 @@ class Forward {
   Buffer<T> queries_, sums_, most_, total_, scores_, one_, numbers_;
   Buffer<int32_t> low_, high_;
 
-  void begin(const Span& span, const Lane* lanes, int64_t count) {
-    tiles_ = tiles_of<T>(count);
+  void begin(const Span& span, const Lane* lanes, const std::vector<Group>& groups) {
+    tiles_ = tiles_of<T>(groups);
     for (const Tile& tile : tiles_) {
       dropout_.begin(span, tile, lanes);
       read_queries<X>(call_, call_.q, span, tile, lanes, call_.head_dim, T(query_factor(call_)),
@@ -138,11 +138,11 @@ class Forward {
       for (int64_t i = 0; i < tile.lanes; ++i) {
         const Lane& lane = lanes[tile.first + i];
         T total = total_[tile.first + i], most = most_[tile.first + i];
-        T inverse = total > 0 ? 1 / total : 0;
+        T inverse = total == 0 ? 0 : 1 / total;
         X* out = row_of<X>(call_, call_.out, span, lane);
         for (int64_t d = 0; d < call_.v_dim; ++d) put(out + d, sums[d * width + i] * inverse);
         *row_of<T>(call_, call_.lse, span, lane) =
-            total > 0 ? T(most * T(score_unit(call_)) + std::log(total)) : -std::numeric_limits<T>::infinity();
+            total == 0 ? -std::numeric_limits<T>::infinity() : T(most * T(score_unit(call_)) + std::log(total));
       }
     }
   }

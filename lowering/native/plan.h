@@ -7,6 +7,10 @@
 //
 //     segments 8 and 16, rates 1 and 2, queries 0 to 7 of residue 1:   keys  0 1 2 3 4 5 6 7 9 11 13 15
 //                                                                      times 1 2 1 2 1 2 1 2 1 1  1  1
+//
+// Groups of a span share most of their keys (there the queries of residue 0 see the keys 0 to 7 too, once). Fetching keys is dear
+// beside computing with them, so groups form a batch, and the batch's keys form lists by which groups see them: each key is
+// fetched once for all of these, and counts for each as often as that group has it.
 #pragma once
 #include <algorithm>
 #include <numeric>
@@ -23,19 +27,28 @@ struct Span {
   int64_t begin, end;     // query positions
 };
 
+// Keys that the same groups of a batch see.
 struct Keys {
-  std::vector<int32_t> position;  // ascending
-  std::vector<float> times;
-  bool repeated = false;  // any of `times` is not 1
+  std::vector<int32_t> position;          // ascending
+  std::vector<std::vector<float>> times;  // by group, how often each key counts; empty: once
+  uint64_t groups = 0;                    // bit n: the n-th group sees these keys
   int64_t left = kNoLimit, right = kNoLimit;
 
   int64_t size() const { return int64_t(position.size()); }
-  void clear() { position.clear(), times.clear(), repeated = false; }
+  bool seen_by(int group) const { return groups >> group & 1; }
+  const float* times_of(int group, int64_t at) const {
+    return times[size_t(group)].empty() ? nullptr : &times[size_t(group)][size_t(at)];
+  }
 };
 
 // One query: a position and a query head inside the group of heads that share a key head.
 struct Lane {
   int32_t position, head;
+};
+
+// A group in a batch: lanes `first` to `first + lanes`. It begins at a whole vector.
+struct Group {
+  int64_t first, lanes;
 };
 
 inline int64_t floor_mod(int64_t a, int64_t b) {
@@ -47,80 +60,202 @@ inline int64_t tighter(int64_t a, int64_t b) { return a == kNoLimit ? b : b == k
 
 class Plan {
  public:
-  std::vector<Lane> lanes;            // group after group, ascending positions inside a group
-  std::vector<int64_t> group_starts;  // and the end
-  Keys shared, windowed;              // of the group last asked for
-
   Plan(const Call& call, const Span& span) : call_(call), span_(span), per_key_head_(call.heads / call.kv_heads) {
-    count_lanes();
-    sort_lanes();
+    for (int64_t i = 0; i < call.num_terms; ++i) shares_ = shares_ && call.terms[i].kind != kBlocks;
+    sort_lanes(count_lanes());
   }
 
-  void find_keys(int64_t group) {
-    const Lane* first = &lanes[size_t(group_starts[size_t(group)])];
-    const Lane* last = &lanes[size_t(group_starts[size_t(group) + 1]) - 1];
-    shared.clear(), windowed.clear();
-    shared.left = call_.left, shared.right = call_.right;
-    low_ = call_.left == kNoLimit ? 0 : std::max<int64_t>(0, first->position - call_.left);
-    high_ = call_.right == kNoLimit ? span_.k_len : std::min<int64_t>(span_.k_len, last->position + call_.right + 1);
-    const Term* window = nullptr;
-    for (int64_t i = 0; i < call_.num_terms; ++i) {
-      const Term& term = call_.terms[i];
-      if (term.kind == kEverything) {
-        unite(0, span_.k_len, 1, term.dedupe);
-      } else if (term.kind == kSinks) {
-        unite(0, std::min(term.count, span_.k_len), 1, term.dedupe);
-      } else if (term.kind == kWindow) {
-        window = &term;
-      } else if (term.kind == kBlocks) {
-        unite_blocks(term, *first);
-      } else if (has_head(term, *first)) {
-        int64_t start = floor_to(first->position, term.length), own = (first->position - start) % term.rate;
-        int64_t residue = term.residues ? term.residues[span_.kv_head] : own;
-        if (own == residue) unite(start + residue, std::min(start + term.length, span_.k_len), term.rate, term.dedupe);
-      }
-    }
-    if (window) find_window(*window, *first, *last);
-    drop_padding(shared), drop_padding(windowed);
-  }
-
-  // use(lanes, count) for at most `most` lanes of a group at a time, its keys found.
+  // use(lanes, groups, lists) for batches of at most `most` lanes, counted in whole vectors of `width`.
   template <class Use>
-  void each_group(int64_t most, Use use) {
-    for (size_t g = 0; g + 1 < group_starts.size(); ++g) {
-      find_keys(int64_t(g));
-      for (int64_t first = group_starts[g]; first < group_starts[g + 1]; first += most)
-        use(&lanes[size_t(first)], std::min(most, group_starts[g + 1] - first));
+  void each_batch(int64_t most, int64_t width, Use use) {
+    auto whole = [&](size_t g) { return (group_starts_[g + 1] - group_starts_[g] + width - 1) / width * width; };
+    for (size_t g = 0, next; g + 1 < group_starts_.size(); g = next) {
+      int64_t together = whole(g);
+      for (next = g + 1; shares_ && next + 1 < group_starts_.size() && next - g < kMostGroups; ++next) {
+        if (together + whole(next) > most) break;
+        together += whole(next);
+      }
+      find_batch(g, next);
+      if (next - g > 1 && join(g, next - g)) {
+        lay_out(g, next, width);
+        use(batch_lanes_.data(), groups_, lists_);
+        continue;
+      }
+      for (size_t one = g; one < next; ++one) {
+        take_own(one - g);
+        for (int64_t first = group_starts_[one]; first < group_starts_[one + 1]; first += most) {
+          groups_ = {{0, std::min(most, group_starts_[one + 1] - first)}};
+          use(&lanes_[size_t(first)], groups_, lists_);
+        }
+      }
     }
   }
 
  private:
+  static constexpr size_t kMostGroups = 64;
+  static constexpr int64_t kFewCodes = 1 << 12;
+  // What fetching a key costs, and beginning a block of 128 keys for a lane.
+  static constexpr int64_t kFetch = 12, kBlockKeys = 128;
+
+  // The keys of one group, from all terms but windows, or from windows alone.
+  struct Own {
+    std::vector<int32_t> position;
+    std::vector<float> times;
+    bool repeated = false;  // any of `times` is not 1
+
+    void clear() { position.clear(), times.clear(), repeated = false; }
+  };
+
   const Call& call_;
   const Span& span_;
   int64_t per_key_head_, low_ = 0, high_ = 0;
+  // Groups of a pattern's block rows have few keys in common.
+  bool shares_ = true;
+  std::vector<Lane> lanes_;            // group after group, ascending positions inside a group
+  std::vector<int64_t> group_starts_;  // and the end
+  std::vector<Own> shared_, windowed_;  // of the groups of a batch
+  int64_t window_left_ = kNoLimit, window_right_ = kNoLimit;
+  std::vector<Lane> batch_lanes_;
+  std::vector<Group> groups_;
+  std::vector<Keys> lists_;
   std::vector<int64_t> codes_;
   std::vector<int32_t> merged_position_;
   std::vector<float> merged_times_;
+
+  // The keys of each group from `begin` to before `end`, inside limits of all of their lanes.
+  void find_batch(size_t begin, size_t end) {
+    int64_t first = INT64_MAX, last = INT64_MIN;
+    for (size_t g = begin; g < end; ++g) {
+      first = std::min<int64_t>(first, lanes_[size_t(group_starts_[g])].position);
+      last = std::max<int64_t>(last, lanes_[size_t(group_starts_[g + 1]) - 1].position);
+    }
+    low_ = call_.left == kNoLimit ? 0 : std::max<int64_t>(0, first - call_.left);
+    high_ = call_.right == kNoLimit ? span_.k_len : std::min<int64_t>(span_.k_len, last + call_.right + 1);
+    if (shared_.size() < end - begin) shared_.resize(end - begin), windowed_.resize(end - begin);
+    for (size_t g = begin; g < end; ++g)
+      find_keys(lanes_[size_t(group_starts_[g])], first, last, shared_[g - begin], windowed_[g - begin]);
+  }
+
+  void find_keys(const Lane& lane, int64_t first, int64_t last, Own& shared, Own& windowed) {
+    shared.clear(), windowed.clear();
+    const Term* window = nullptr;
+    for (int64_t i = 0; i < call_.num_terms; ++i) {
+      const Term& term = call_.terms[i];
+      if (term.kind == kEverything) {
+        unite(shared, 0, span_.k_len, 1, term.dedupe);
+      } else if (term.kind == kSinks) {
+        unite(shared, 0, std::min(term.count, span_.k_len), 1, term.dedupe);
+      } else if (term.kind == kWindow) {
+        window = &term;
+      } else if (term.kind == kBlocks) {
+        unite_blocks(shared, term, lane);
+      } else if (has_head(term, lane)) {
+        int64_t start = floor_to(lane.position, term.length), own = (lane.position - start) % term.rate;
+        int64_t residue = term.residues ? term.residues[span_.kv_head] : own;
+        if (own == residue) unite(shared, start + residue, std::min(start + term.length, span_.k_len), term.rate, term.dedupe);
+      }
+    }
+    if (window) find_window(shared, windowed, *window, lane, first, last);
+    drop_padding(shared), drop_padding(windowed);
+  }
+
+  // The lists of the group alone.
+  void take_own(size_t n) {
+    lists_.resize(2);
+    for (Own* own : {&shared_[n], &windowed_[n]}) {
+      Keys& to = lists_[own == &windowed_[n]];
+      to.position.swap(own->position), to.groups = 1, to.times.resize(1), to.times[0].clear();
+      if (own->repeated) to.times[0].swap(own->times);
+      limit(to, own == &windowed_[n]);
+    }
+  }
+
+  void limit(Keys& keys, bool windowed) const {
+    keys.left = windowed ? window_left_ : call_.left, keys.right = windowed ? window_right_ : call_.right;
+  }
+
+  // The lists of `count` groups from `begin`; false if each group by itself is less work.
+  bool join(size_t begin, size_t count) {
+    lists_.clear();
+    int64_t work = 0, apart = 0;
+    for (bool windowed : {false, true}) {
+      const std::vector<Own>& own = windowed ? windowed_ : shared_;
+      join_lists(own, count, windowed);
+      for (size_t g = 0; g < count; ++g) apart += work_of(int64_t(own[g].position.size()), lanes_of(begin + g));
+    }
+    for (const Keys& keys : lists_) {
+      int64_t lanes = 0;
+      for (size_t g = 0; g < count; ++g) lanes += keys.seen_by(int(g)) ? lanes_of(begin + g) : 0;
+      work += work_of(keys.size(), lanes);
+    }
+    return work < apart;
+  }
+
+  int64_t lanes_of(size_t group) const { return group_starts_[group + 1] - group_starts_[group]; }
+  static int64_t work_of(int64_t keys, int64_t lanes) {
+    return keys * kFetch + (keys + kBlockKeys - 1) / kBlockKeys * lanes;
+  }
+
+  void join_lists(const std::vector<Own>& own, size_t count, bool windowed) {
+    size_t at[kMostGroups] = {}, first = lists_.size();
+    Keys* last = nullptr;
+    while (true) {
+      int32_t position = INT32_MAX;
+      for (size_t g = 0; g < count; ++g)
+        if (at[g] < own[g].position.size()) position = std::min(position, own[g].position[at[g]]);
+      if (position == INT32_MAX) return;
+      uint64_t groups = 0;
+      for (size_t g = 0; g < count; ++g)
+        groups |= uint64_t(at[g] < own[g].position.size() && own[g].position[at[g]] == position) << g;
+      if (!last || last->groups != groups) last = &list_of(groups, first, own, count, windowed);
+      last->position.push_back(position);
+      for (size_t g = 0; g < count; ++g) {
+        if (!(groups >> g & 1)) continue;
+        if (own[g].repeated) last->times[g].push_back(own[g].times[at[g]]);
+        ++at[g];
+      }
+    }
+  }
+
+  Keys& list_of(uint64_t groups, size_t first, const std::vector<Own>& own, size_t count, bool windowed) {
+    for (size_t n = first; n < lists_.size(); ++n)
+      if (lists_[n].groups == groups) return lists_[n];
+    Keys& made = lists_.emplace_back();
+    made.groups = groups, made.times.resize(count);
+    limit(made, windowed);
+    return made;
+  }
+
+  // The lanes of a batch, every group beginning at a whole vector.
+  void lay_out(size_t begin, size_t end, int64_t width) {
+    batch_lanes_.clear(), groups_.clear();
+    for (size_t g = begin; g < end; ++g) {
+      groups_.push_back({int64_t(batch_lanes_.size()), lanes_of(g)});
+      batch_lanes_.insert(batch_lanes_.end(), lanes_.begin() + group_starts_[g], lanes_.begin() + group_starts_[g + 1]);
+      batch_lanes_.resize((batch_lanes_.size() + size_t(width) - 1) / size_t(width) * size_t(width), batch_lanes_.back());
+    }
+  }
 
   bool has_head(const Term& term, const Lane& lane) const {
     int64_t head = span_.kv_head * per_key_head_ + lane.head;
     return head >= term.head_start && head < term.head_stop;
   }
 
-  // A number for each lane, equal for lanes with the same keys.
-  void count_lanes() {
+  // A number for each lane, equal for lanes with the same keys; and what is above all of them.
+  int64_t count_lanes() {
     int64_t count = (span_.end - span_.begin) * per_key_head_;
-    lanes.resize(size_t(count)), codes_.assign(size_t(count), 0);
-    for (int64_t i = 0; i < count; ++i) lanes[size_t(i)] = {int32_t(span_.begin + i / per_key_head_), int32_t(i % per_key_head_)};
+    lanes_.resize(size_t(count)), codes_.assign(size_t(count), 0);
+    for (int64_t i = 0; i < count; ++i) lanes_[size_t(i)] = {int32_t(span_.begin + i / per_key_head_), int32_t(i % per_key_head_)};
     int64_t bound = 1;
     for (int64_t i = 0; i < call_.num_terms; ++i) {
       const Term& term = call_.terms[i];
       int64_t kinds = kinds_of(term);
       if (kinds == 1) continue;
-      if (bound > INT64_MAX / 2 / kinds) bound = renumber();
+      if (bound > INT64_MAX / 2 / kinds) bound = renumber(bound);
       bound *= kinds;
       code(term, kinds);
     }
+    return bound;
   }
 
   // Query heads of the group whose blocks differ.
@@ -141,30 +276,40 @@ class Plan {
   void code(const Term& term, int64_t kinds) {
     int64_t heads = per_key_head_;
     if (term.kind == kWindow) {
-      for (size_t i = 0; i < lanes.size(); ++i) codes_[i] = codes_[i] * kinds + floor_mod(lanes[i].position, kinds);
+      for (size_t i = 0; i < lanes_.size(); ++i) codes_[i] = codes_[i] * kinds + floor_mod(lanes_[i].position, kinds);
       return;
     }
     if (term.kind == kBlocks) {
       int64_t base = floor_to(span_.begin, term.q_block) / term.q_block, differ = heads_of(term);
-      for (size_t i = 0; i < lanes.size(); ++i) {
-        int64_t row = floor_to(lanes[i].position, term.q_block) / term.q_block - base;
-        codes_[i] = codes_[i] * kinds + row * differ + (differ > 1 ? lanes[i].head : 0);
+      for (size_t i = 0; i < lanes_.size(); ++i) {
+        int64_t row = floor_to(lanes_[i].position, term.q_block) / term.q_block - base;
+        codes_[i] = codes_[i] * kinds + row * differ + (differ > 1 ? lanes_[i].head : 0);
       }
       return;
     }
     // Inside a span the segment is one, so the residue only counts up.
     int64_t rate = term.rate, at = floor_mod(span_.begin, term.length) % rate;
     int64_t residue = term.residues ? term.residues[span_.kv_head] : -1;
-    for (size_t i = 0; i < lanes.size(); i += size_t(heads)) {
+    for (size_t i = 0; i < lanes_.size(); i += size_t(heads)) {
       for (size_t g = i; g < i + size_t(heads); ++g) {
-        int64_t found = !has_head(term, lanes[g]) ? 0 : residue < 0 ? at + 1 : at == residue;
+        int64_t found = !has_head(term, lanes_[g]) ? 0 : residue < 0 ? at + 1 : at == residue;
         codes_[g] = codes_[g] * kinds + found;
       }
       if (++at == rate) at = 0;
     }
   }
 
-  int64_t renumber() {
+  // Codes as 0, 1, ... in their order; how many there are. `bound`: above all codes.
+  int64_t renumber(int64_t bound) {
+    if (bound <= kFewCodes) {
+      std::vector<int64_t> number(size_t(bound), 0);
+      for (int64_t c : codes_) number[size_t(c)] = 1;
+      int64_t found = 0;
+      for (int64_t& n : number)
+        if (n) n = found++;
+      for (int64_t& c : codes_) c = number[size_t(c)];
+      return found;
+    }
     std::vector<int64_t> sorted(codes_);
     std::sort(sorted.begin(), sorted.end());
     sorted.erase(std::unique(sorted.begin(), sorted.end()), sorted.end());
@@ -172,30 +317,30 @@ class Plan {
     return int64_t(sorted.size());
   }
 
-  void sort_lanes() {
-    int64_t numbers = renumber();
-    group_starts.assign(size_t(numbers) + 1, 0);
-    for (int64_t c : codes_) ++group_starts[size_t(c) + 1];
-    std::partial_sum(group_starts.begin(), group_starts.end(), group_starts.begin());
-    std::vector<int64_t> next(group_starts.begin(), group_starts.end() - 1);
-    std::vector<Lane> sorted(lanes.size());
-    for (size_t i = 0; i < lanes.size(); ++i) sorted[size_t(next[size_t(codes_[i])]++)] = lanes[i];
-    lanes.swap(sorted);
+  void sort_lanes(int64_t bound) {
+    int64_t numbers = renumber(bound);
+    group_starts_.assign(size_t(numbers) + 1, 0);
+    for (int64_t c : codes_) ++group_starts_[size_t(c) + 1];
+    std::partial_sum(group_starts_.begin(), group_starts_.end(), group_starts_.begin());
+    std::vector<int64_t> next(group_starts_.begin(), group_starts_.end() - 1);
+    std::vector<Lane> sorted(lanes_.size());
+    for (size_t i = 0; i < lanes_.size(); ++i) sorted[size_t(next[size_t(codes_[i])]++)] = lanes_[i];
+    lanes_.swap(sorted);
   }
 
-  void unite_blocks(const Term& term, const Lane& lane) {
+  void unite_blocks(Own& shared, const Term& term, const Lane& lane) {
     int64_t line = floor_to(lane.position, term.q_block) / term.q_block - term.first_line;
     if (line < 0 || line >= term.lines) return;
     int64_t list = term.lists > 1 ? span_.kv_head * per_key_head_ + lane.head : 0;
     const int64_t* start = term.starts + list * (term.lines + 1) + line;
     for (int64_t i = start[0], next; i < start[1]; i = next) {
       for (next = i + 1; next < start[1] && term.columns[next] == term.columns[next - 1] + 1;) ++next;
-      unite(term.columns[i] * term.k_block, std::min((term.columns[next - 1] + 1) * term.k_block, span_.k_len), 1, term.dedupe);
+      unite(shared, term.columns[i] * term.k_block, std::min((term.columns[next - 1] + 1) * term.k_block, span_.k_len), 1, term.dedupe);
     }
   }
 
   // Add the keys start, start + step, ... below stop; with `once` only those that are not there yet.
-  void unite(int64_t start, int64_t stop, int64_t step, bool once) {
+  void unite(Own& shared, int64_t start, int64_t stop, int64_t step, bool once) {
     if (start < low_) start += (low_ - start + step - 1) / step * step;
     stop = std::min(stop, high_);
     if (start >= stop) return;
@@ -220,12 +365,12 @@ class Plan {
     shared.position.swap(merged_position_), shared.times.swap(merged_times_);
   }
 
-  void find_window(const Term& term, const Lane& first, const Lane& last) {
-    windowed.left = tighter(call_.left, term.left), windowed.right = tighter(call_.right, term.right);
+  void find_window(const Own& shared, Own& windowed, const Term& term, const Lane& lane, int64_t first, int64_t last) {
+    window_left_ = tighter(call_.left, term.left), window_right_ = tighter(call_.right, term.right);
     int64_t start = low_, stop = high_;
-    if (term.left != kNoLimit) start = std::max(start, int64_t(first.position) - term.left);
-    if (term.right != kNoLimit) stop = std::min(stop, int64_t(last.position) + term.right + 1);
-    start += floor_mod(first.position - start, term.step);
+    if (term.left != kNoLimit) start = std::max(start, first - term.left);
+    if (term.right != kNoLimit) stop = std::min(stop, last + term.right + 1);
+    start += floor_mod(lane.position - start, term.step);
     auto next = std::lower_bound(shared.position.begin(), shared.position.end(), int32_t(std::max<int64_t>(0, start)));
     for (int64_t p = start; p < stop; p += term.step) {
       while (next != shared.position.end() && *next < p) ++next;
@@ -234,7 +379,7 @@ class Plan {
     }
   }
 
-  void drop_padding(Keys& keys) {
+  void drop_padding(Own& keys) {
     if (!call_.key_padding) return;
     const bool* keep = call_.key_padding + span_.batch * call_.padding_batch + span_.origin * call_.padding_key;
     size_t n = 0;
@@ -250,6 +395,13 @@ class Plan {
 inline void find_ranges(const Call& call, const Span& span, const Keys& keys, const Lane* lanes, int64_t count, int32_t* low,
                         int32_t* high) {
   int64_t size = keys.size(), a = 0, b = 0;
+  // Lanes ascend: only the first is looked for in the whole list.
+  auto first_from = [&](int64_t position) {
+    position = std::clamp<int64_t>(position, INT32_MIN, INT32_MAX);
+    return std::lower_bound(keys.position.begin(), keys.position.end(), int32_t(position)) - keys.position.begin();
+  };
+  if (keys.left != kNoLimit) a = first_from(lanes[0].position - keys.left);
+  if (keys.right != kNoLimit) b = first_from(lanes[0].position + keys.right + 1);
   for (int64_t i = 0; i < count; ++i) {
     int64_t t = lanes[i].position;
     if (keys.left != kNoLimit)

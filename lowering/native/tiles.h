@@ -29,8 +29,8 @@ class Buffer {
 
 // Up to kTile queries, one in each lane.
 struct Tile {
-  int vectors;
-  int64_t first, lanes;  // in the group
+  int vectors, group;
+  int64_t first, lanes;  // in the batch
   int32_t low_min, low_max, high_min, high_max;
 };
 
@@ -51,14 +51,16 @@ inline __attribute__((always_inline)) void with_flag(bool flag, Body body) {
 }
 
 template <class T>
-std::vector<Tile> tiles_of(int64_t lanes) {
+std::vector<Tile> tiles_of(const std::vector<Group>& groups) {
   std::vector<Tile> found;
-  int64_t width = kWidth<T>, vectors = (lanes + width - 1) / width;
-  for (int64_t first = 0; vectors > 0;) {
-    // Four vectors are 2 + 2: a tile of one would wait for its own sums.
-    int64_t now = vectors == 4 || vectors == 2 ? 2 : std::min<int64_t>(vectors, kMaxVectors);
-    found.push_back({int(now), first, std::min(lanes - first, now * width), 0, 0, 0, 0});
-    first += now * width, vectors -= now;
+  for (size_t g = 0; g < groups.size(); ++g) {
+    int64_t width = kWidth<T>, end = groups[g].first + groups[g].lanes, vectors = (groups[g].lanes + width - 1) / width;
+    for (int64_t first = groups[g].first; vectors > 0;) {
+      // Four vectors are 2 + 2: a tile of one would wait for its own sums.
+      int64_t now = vectors == 4 || vectors == 2 ? 2 : std::min<int64_t>(vectors, kMaxVectors);
+      found.push_back({int(now), int(g), first, std::min(end - first, now * width), 0, 0, 0, 0});
+      first += now * width, vectors -= now;
+    }
   }
   return found;
 }
@@ -74,6 +76,8 @@ void prefetch(const Operand& from, const Span& span, const int32_t* positions, i
   for (int64_t i = 0; i < count; ++i) {
     const char* row = reinterpret_cast<const char*>(base + int64_t(positions[i]) * from.row);
     for (int64_t at = 0; at < dim * int64_t(sizeof(X)); at += 64) __builtin_prefetch(row + at, 0, 2);
+    // GCC before 14 takes a function that does nothing but prefetch for one without effect, and leaves out its calls.
+    asm volatile("");
   }
 }
 
@@ -149,35 +153,36 @@ struct KeyBlock {
   const float* times;  // or null: each counts once
 };
 
-// Walks a list of keys block by block for the tiles that share it. `Held` is the block's memory, `Rows` or another.
+// Walks a list of keys block by block for the tiles whose groups see them. `Held` is the block's memory, `Rows` or another.
 // use(tile, a, b, block): keys a to b (whole steps) of the block. after(block): all tiles have used it.
 template <class X, class Held, class Use, class After>
 void each_block(const Call& call, const Span& span, const Keys& list, const Lane* lanes, std::vector<Tile>& tiles, int32_t* low,
                 int32_t* high, Held& held, Use use, After after) {
   if (list.size() == 0) return;
   int32_t begin = INT32_MAX, end = 0;
+  int64_t seeing = 0;
   for (Tile& tile : tiles) {
+    if (!list.seen_by(tile.group)) continue;
     limit<typename Score<X>::T>(call, span, tile, list, lanes, low + tile.first, high + tile.first);
-    begin = std::min(begin, tile.low_min), end = std::max(end, tile.high_max);
+    begin = std::min(begin, tile.low_min), end = std::max(end, tile.high_max), ++seeing;
   }
-  int64_t lanes_in_all = tiles.back().first + tiles.back().lanes;
   for (int64_t start = begin; start < end; start += Held::kBlock) {
     int64_t count = std::min(Held::kBlock, list.size() - start);
     const int32_t* positions = &list.position[size_t(start)];
     held.gather(span, positions, count);
-    const KeyBlock block{start, count, positions, list.repeated ? &list.times[size_t(start)] : nullptr};
-    int64_t next = std::clamp<int64_t>(end - start - Held::kBlock, 0, Held::kBlock), fetched = 0;
+    int64_t next = std::clamp<int64_t>(end - start - Held::kBlock, 0, Held::kBlock), fetched = 0, done = 0;
     for (const Tile& tile : tiles) {
+      if (!list.seen_by(tile.group)) continue;
       // Fetching the next block goes along with the work on this one.
-      int64_t until = next * (tile.first + tile.lanes) / lanes_in_all;
+      int64_t until = next * ++done / seeing;
       prefetch<X>(call.k, span, positions + Held::kBlock + fetched, until - fetched, call.head_dim);
       prefetch<X>(call.v, span, positions + Held::kBlock + fetched, until - fetched, call.v_dim);
       fetched = until;
       int64_t a = std::max<int64_t>(0, tile.low_min - start) / Held::kStep * Held::kStep;
       int64_t b = (std::min<int64_t>(count, tile.high_max - start) + Held::kStep - 1) / Held::kStep * Held::kStep;
-      if (a < b) use(tile, a, b, block);
+      if (a < b) use(tile, a, b, KeyBlock{start, count, positions, list.times_of(tile.group, start)});
     }
-    after(block);
+    after(KeyBlock{start, count, positions, nullptr});
   }
 }
 
