@@ -30,7 +30,15 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
 
 @needs_triton
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["triton_interpreted.py", "triton_interpreted_bias.py", "triton_decode_interpreted.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "triton_interpreted.py",
+        "triton_interpreted_bias.py",
+        "triton_decode_interpreted.py",
+        "triton_decode_interpreted_bias.py",
+    ],
+)
 def test_the_numbers_in_the_interpreter(name: str) -> None:
     """They need a process in which Triton is imported to interpret."""
     tests = Path(__file__).with_name(name)
@@ -92,12 +100,6 @@ def refusal(monkeypatch: pytest.MonkeyPatch, q: torch.Tensor, form: Form = Dense
 def test_what_it_refuses(more: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = refusal(monkeypatch, torch.ones(1, 1, 4, 8), **more)
     assert f"kernel 'triton' can't compute this attention: {reason}" in found
-
-
-def test_a_bias_over_pages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    pages = {"pages": torch.zeros(1, 2, dtype=torch.int32), "k_len": 5}
-    found = refusal(monkeypatch, torch.ones(1, 1, 4, 8), bias=torch.zeros(1), masks=pages)
-    assert "kernel 'triton' can't compute this attention: a bias over keys in pages; kernel 'reference' can" in found
 
 
 def test_head_sizes_and_dtypes_that_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,8 +160,8 @@ def test_dropout_depends_on_positions_only(monkeypatch: pytest.MonkeyPatch) -> N
 def limited(q: Tensor, k: Tensor, v: Tensor, form: Form, limits: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
     offset = k.shape[2] - q.shape[2]
     return ops.attention(
-        q, k, v, more.get("key_padding"), None, None, None, str(form), False, None, None, offset, SCALE, None, 0.0, "triton",
-        row_limits=limits,
+        q, k, v, more.get("key_padding"), None, more.get("bias"), None, str(form), False, None, None, offset, SCALE, None, 0.0,
+        "triton", row_limits=limits,
     )  # fmt: skip
 
 
@@ -260,8 +260,8 @@ def paged(k: Tensor, v: Tensor, page_size: int, spare: int = 2) -> tuple[Tensor,
 
 def run_paged(q: Tensor, k: Tensor, v: Tensor, table: Tensor, form: Form, at: Setting, **operands: Any) -> tuple[Tensor, Tensor]:
     return ops.attention(
-        q, k, v, operands.get("key_padding"), operands.get("documents"), None, None, str(form), at.causal, at.left, at.right,
-        at.q_offset, SCALE, operands.get("softcap"), 0.0, "triton", pages=table, k_len=at.k_len,
+        q, k, v, operands.get("key_padding"), operands.get("documents"), operands.get("bias"), None, str(form), at.causal,
+        at.left, at.right, at.q_offset, SCALE, operands.get("softcap"), 0.0, "triton", pages=table, k_len=at.k_len,
     )  # fmt: skip
 
 

@@ -74,8 +74,6 @@ def supports(call: Call, backward: bool) -> str | None:
         return f"a bias of dtype {call.bias.dtype}"
     if call.dropout_p >= 1:
         return f"dropout of {call.dropout_p}, which keeps nothing"
-    if call.pages is not None and call.bias is not None:
-        return "a bias over keys in pages"
     return beyond_union(call, backward) or unplannable(call.relation)
 
 
@@ -88,8 +86,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     lse = call.q.new_empty((size.batch, size.heads, size.q_len), dtype=call.score_dtype)
     if lse.numel() == 0:
         return out, lse
-    # The decode kernel reads no bias, and only it reads pages, whatever the number of queries.
-    if call.pages is not None or (split.is_decode(size) and call.bias is None):
+    # Only the decode kernel reads pages, whatever the number of queries.
+    if call.pages is not None or split.is_decode(size):
         return _decode(call, out, lse)
     bound = _bind(call)
     tile = bound.tile("forward")
@@ -121,15 +119,16 @@ def _decode(call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     tiles, heads, batch = bound.grid(plan.queries)
     with _current(q.device):
         decode[(tiles * parts, heads, batch)](
-            q, k, v, sums, tops, totals, plan.terms, plan.residues, plan.queries.tiles, plan.patterns, *bound.masks, bound.seed,
-            _kept(bound), pages, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bound.mask_strides,
+            q, k, v, sums, tops, totals, plan.terms, plan.residues, plan.queries.tiles, plan.patterns,
+            *bound.masks, bound.bias, bound.seed, _kept(bound), pages,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bound.mask_strides, *bound.bias_strides,
             0 if pages is None else pages.stride(0), k.shape[0], *bound.sizes(plan.queries), parts, **bound.switches(plan),
             PAGE_SIZE=1 if pages is None else k.shape[2], BLOCK_M=tile.own, BLOCK_N=tile.other, **tile.options,
         )  # fmt: skip
         tile = bound.tile("join")
         join[(size.q_len, size.heads, size.batch)](
-            sums, tops, totals, out, lse, *out.stride()[:3], parts, V_DIM=size.v_dim, BLOCK_DV=_block(size.v_dim),
-            BLOCK_S=tile.own, **tile.options,
+            sums, tops, totals, out, lse, *out.stride()[:3], parts, NATURAL=bound.bias is not None, V_DIM=size.v_dim,
+            BLOCK_DV=_block(size.v_dim), BLOCK_S=tile.own, **tile.options,
         )  # fmt: skip
     return out, lse
 

@@ -197,7 +197,8 @@ def _fixed(case: Case, tile: Tile) -> dict[str, object]:
         "PRECISION": "ieee", "PRODUCTS": element, "SCORES": tl.float32, "BLOCK_S": case.tile.own, "PAGE_SIZE": 16,
     }  # fmt: skip
     by = next((word for switch, word in (("bias", "pairs"), ("key_bias", "keys")) if switch in case.switches), "none")
-    fixed |= {"BIAS_BY": by, "ALL_QUERIES": by == "keys", **({"BIAS": None} if by == "none" else {"bias_key": 1})}
+    fixed |= {"BIAS_BY": by, "ALL_QUERIES": by == "keys", "NATURAL": by != "none"}
+    fixed |= {"BIAS": None} if by == "none" else {"bias_key": 1}
     if "dropout" not in case.switches:
         fixed["SEED"] = None
     if "limits" not in case.switches:
