@@ -12,7 +12,8 @@ from test_kernels import FORMS, SCALE, assert_as_good_as_eager, assert_grads, dr
 from torch import Tensor
 
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
-from dilcompile.lowering import ops, triton
+from dilcompile.lowering import ops, triton, trust
+from dilcompile.lowering.call import Call, problem_of
 from dilcompile.lowering.triton import decode, plan, split
 
 WINDOW = SlidingWindow(20, sinks=3)
@@ -370,3 +371,16 @@ def test_every_mutation_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -
     MUTATIONS[name](monkeypatch)
     with pytest.raises(AssertionError):
         check(**operands_of({"key_padding": True} if "padding" in name else {}, length=63))
+
+
+@pytest.mark.parametrize("name", [None, "without the last part", "every part worth the same"])
+def test_the_check_on_a_device_computes_a_step_in_parts(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands for a decode step (``trust.check``) is one too, so that a device that joins the parts wrongly is not trusted."""
+    monkeypatch.setattr(split, "LEAST_KEYS", 256)
+    q, k, v = drawn(batch=1, heads=4, kv_heads=2, q_len=1, k_len=300, dtype=torch.float32)
+    relation = Dense().relation(problem_of(q, k, v, True, None, None, 299))
+    if name is not None:
+        MUTATIONS[name](monkeypatch)
+    verdict = trust.check(triton, Call(q, k, v, None, None, None, None, relation, SCALE), False)
+    assert verdict.failure is None
+    assert verdict.passes == (name is None)

@@ -148,6 +148,15 @@ def _decode_cases() -> Iterator[Case]:
     yield Case("decode", "sm90", torch.float32, 64, 64)
     for switch in ("padding", "documents", "dropout", "grouped", "paged"):
         yield Case("decode", "sm90", torch.bfloat16, 128, 128, (switch,))
+    for dim in (64, 128):
+        for arch in ("sm80", "sm90", "sm100", "sm120", "gfx942"):
+            for switch in ("bias", "key_bias"):
+                yield Case("decode", arch, torch.bfloat16, dim, dim, (switch,))
+            yield Case("decode", arch, torch.bfloat16, dim, dim, ("one_key", "bias"))
+        yield Case("decode", "sm90", torch.bfloat16, dim, dim, ("documents", "bias"))
+    yield Case("decode", "sm90", torch.bfloat16, 256, 256, ("bias",))
+    yield Case("decode", "sm90", torch.float32, 64, 64, ("bias",))
+    yield Case("decode", "sm90", torch.bfloat16, 128, 128, ("paged", "key_bias"))
 
 
 def compile_case(case: Case, tile: Tile | None = None) -> Resources:
