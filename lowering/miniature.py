@@ -89,7 +89,7 @@ def miniature(call: Call) -> Call:
         bias=None if call.bias is None else drawn(*_bias_shape(call.bias, size)).to(device, call.bias.dtype),
         dropout_seed=None if call.dropout_seed is None else torch.tensor([11], device=device),
         relation=relation,
-        scale=size.head_dim**-0.5,
+        scale=max(1, size.head_dim) ** -0.5,
         softcap=None if call.softcap is None else 2.0,
         dropout_p=0.3 if call.dropout_p > 0 else 0.0,
         row_limits=None if call.row_limits is None else limits[:, : _several(call.row_limits.shape[1])].to(device),
@@ -135,7 +135,7 @@ def _lengths(whole: Problem) -> _Lengths:
 def _num_rows(size: Problem) -> int:
     """As many as there are if they are few; else many, or nearly the 16, 32 or 64 that a tile of few has place for."""
     if size.q_len <= _FEW_ROWS // 2 - 1:
-        return size.q_len
+        return max(1, size.q_len)
     if not _is_shared(size):
         return _ROWS if size.q_len >= _FEW_ROWS else 7
     grouped = min(size.group, _MOST_GROUPED)
