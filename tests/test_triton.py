@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import subprocess
 import sys
+import threading
+import weakref
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -213,6 +216,34 @@ def test_the_most_keys_of_a_row_bound_what_it_sees(form: Form) -> None:
         seen = int(relation.multiplicity(h, t, k).sum(1).max())
         assert seen <= plan.most_keys(relation, False) <= seen + 8
         assert int((relation.multiplicity(h, t, k) > 0).sum(1).max()) <= plan.most_keys(relation, True) <= 37
+
+
+def planned() -> plan.Plan:
+    plan.plan_of.cache_clear()
+    relation = Dilated([8, 16], [1, 2]).relation(Problem(1, 2, 2, 40, 40, 8, 8))
+    return plan.held(plan.plan_of(relation, 16, 16, False, torch.device("meta")))
+
+
+def test_plans_are_not_made_in_the_pool_of_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool is its thread's; what a default device says is that thread's too."""
+    right, threads = plan._moved, []
+    monkeypatch.setattr(plan, "_moved", lambda *args: threads.append(threading.get_ident()) or right(*args))
+    with torch.device("meta"):
+        made = planned()
+    assert {x.device.type for x in (made.terms, made.residues, made.patterns, made.queries.tiles, made.keys.tiles)} == {"meta"}
+    assert threads
+    assert threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize("capturing", [True, False])
+def test_a_plan_that_a_cuda_graph_reads_is_kept(capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_captured", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    terms = weakref.ref(planned().terms)
+    plan.plan_of.cache_clear()
+    gc.collect()
+    assert (terms() is not None) == capturing
 
 
 OWN = {

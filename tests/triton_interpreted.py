@@ -335,6 +335,28 @@ def test_the_same_numbers_every_time() -> None:
         assert torch.equal(one, other)
 
 
+FAR = 2**48
+
+
+@pytest.mark.parametrize(
+    ("form", "mask"),
+    [
+        (Dense(), {"left": 2**63 - 1, "right": 2**63 - 1}),
+        (Dense(), {"left": 3, "right": -(2**62)}),
+        (FORMS[3], {"left": 2**40, "q_offset": 2**29 - 23}),
+        (FORMS[3], {"q_offset": -(2**29) + 23}),
+        (SlidingWindow(FAR, sinks=FAR), {"causal": True}),
+        (SlidingWindow(4, step=FAR), {"causal": True}),
+        (Dilated([FAR, 8], [16, 1]), {"causal": True}),
+        (Dilated([8], [1], sinks=FAR, local=FAR), {"causal": True}),
+    ],
+    ids=str,
+)
+def test_numbers_far_outside_of_the_sequence(form: Form, mask: dict[str, Any]) -> None:
+    q, k, v = drawn(batch=1, heads=2, kv_heads=1, q_len=20, k_len=20)
+    assert_grads("triton", form, setting_of(q, k, **mask), q, k, v)
+
+
 def test_classes_that_are_too_fine_are_not_cut() -> None:
     form = Dilated([42, 55], [7, 11], coverage="zero")
     q, k, v = drawn(batch=1, heads=2, kv_heads=1, q_len=55, k_len=55)

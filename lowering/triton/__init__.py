@@ -21,7 +21,7 @@ from dilcompile.lowering import digest
 from dilcompile.lowering.call import Call, Gradients, empty_output
 from dilcompile.lowering.triton import split
 from dilcompile.lowering.triton.config import INTERPRETED, Masks, Pass, Tile, tile_of
-from dilcompile.lowering.triton.plan import Plan, Rows, plan_of, plan_of_few, unplannable
+from dilcompile.lowering.triton.plan import Plan, Rows, held, plan_of, plan_of_few, unplannable
 from dilcompile.lowering.union import beyond_union
 from dilcompile.relation import Problem
 
@@ -111,7 +111,7 @@ def _decode(call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     size = call.problem
     bound = replace(_bind(call), pack=split.packed(size))
     tile = bound.tile("decode", split.rows_of_tile(size))
-    plan = plan_of_few(call.relation, tile.own // bound.pack, call.documents is not None, call.q.device)
+    plan = held(plan_of_few(call.relation, tile.own // bound.pack, call.documents is not None, call.q.device))
     parts = split.parts_of(call.relation, plan, tile, _programs_at_once(call.q.device))
     sums, tops, totals = (lse.new_empty((parts, *lse.shape, *last)) for last in ((size.v_dim,), (), ()))
     q, k, v = (_dense_rows(x) for x in (call.q, call.k, call.v))
@@ -245,7 +245,7 @@ class _Bound:
 
     def plan(self, queries: int, keys: int) -> Plan:
         """The relation, with this many positions in the tiles of each side."""
-        return plan_of(self.call.relation, queries, keys, self.masks[0] is not None, self.call.q.device)
+        return held(plan_of(self.call.relation, queries, keys, self.masks[0] is not None, self.call.q.device))
 
     def grid(self, rows: Rows) -> tuple[int, int, int]:
         """Tiles, key heads (or parts of their query heads), batch rows."""
