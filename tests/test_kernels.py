@@ -294,6 +294,25 @@ def test_grouped_query_heads(form: Form, heads: int, kv_heads: int) -> None:
     assert_grads("cpu", form, setting_of(q, k, causal=True), q, k, v)
 
 
+@pytest.mark.parametrize("sizes", [{"q_len": 0}, {"k_len": 0}, {"batch": 0}, {"dim": 0}, {"v_dim": 0}], ids=str)
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[3], FORMS[1], FORMS[10]], ids=str)
+@pytest.mark.parametrize("kernel", [None, "native", "cpu", "reference"])
+def test_dims_of_no_size(kernel: str | None, form: Form, sizes: dict[str, int]) -> None:
+    q, k, v = (x.requires_grad_() for x in drawn(**{"q_len": 9, "k_len": 9, **sizes}))
+    at = setting_of(q, k, causal=True)
+    bias = torch.randn(at.q_len, at.k_len, dtype=torch.float64).requires_grad_()
+    for operands in ({}, {"bias": bias}):
+        out, lse = run(q, k, v, form, kernel, at, **operands)
+        grads = torch.autograd.grad(loss_of(out, lse, True), (q, k, v, *operands.values()))
+        exact = run(q, k, v, form, "reference", at, **operands)
+        exact_grads = torch.autograd.grad(loss_of(*exact, True), (q, k, v, *operands.values()))
+        for found, true in zip((out, lse, *grads), (*exact, *exact_grads), strict=True):
+            torch.testing.assert_close(found, true, rtol=0, atol=1e-12)
+        if not at.k_len:
+            assert not out.any()
+            assert bool((lse == -torch.inf).all())
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_values_of_one_give_one(form: Form) -> None:
     q, k, v = drawn()
