@@ -7,6 +7,7 @@ import logging
 import math
 import platform
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +364,16 @@ def test_without_a_compiler_the_view_path_computes_and_it_is_said_once(
 def test_what_it_refuses(more: dict[str, Any], reason: str) -> None:
     with pytest.raises(KernelError, match=f"kernel 'native' can't compute this attention: {reason}"):
         run(*drawn(length=20), Dense(), **more)
+
+
+def test_several_callers_at_once() -> None:
+    """Each thread of Python has its own workspaces."""
+    inputs = [drawn(length=200, dim=16, seed=seed) for seed in range(4)]
+    wanted = [gradients(*qkv, LONG, "native") for qkv in inputs]
+    with ThreadPoolExecutor(4) as callers:
+        found = list(callers.map(lambda qkv: gradients(*qkv, LONG, "native"), inputs * 5))
+    for mine, exact in zip(found, wanted * 5, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(mine, exact, strict=True))
 
 
 @pytest.mark.parametrize("scale", [1e30, -1e30, 1e10])

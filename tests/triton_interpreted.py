@@ -16,6 +16,7 @@ from test_kernels import (
     FORMS,
     SCALE,
     assert_as_good_as_eager,
+    assert_gradients_in_any_layout,
     assert_grads,
     drawn,
     expected,
@@ -333,6 +334,10 @@ def test_the_same_numbers_every_time() -> None:
     grads = [torch.autograd.grad(loss_of(*result, True), (q, k, v)) for result in results]
     for one, other in zip((*results[0], *grads[0]), (*results[1], *grads[1]), strict=True):
         assert torch.equal(one, other)
+
+
+def test_gradients_that_come_in_any_layout() -> None:
+    assert_gradients_in_any_layout("triton", 17)
 
 
 FAR = 2**48
