@@ -38,6 +38,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
     [
         "triton_interpreted.py",
         "triton_interpreted_bias.py",
+        "triton_interpreted_tiles.py",
         "triton_decode_interpreted.py",
         "triton_decode_interpreted_bias.py",
     ],

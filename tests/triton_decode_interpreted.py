@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
 from dilcompile.lowering import ops, triton, trust
 from dilcompile.lowering.call import Call, problem_of
 from dilcompile.lowering.triton import decode, plan, split
+from dilcompile.lowering.triton.compiled import ARCHS
+from dilcompile.lowering.triton.config import Tile, tile_of
 
 WINDOW = SlidingWindow(20, sinks=3)
 # Segments of many blocks of 16 keys.
@@ -306,6 +309,26 @@ def test_numbers_of_no_page_are_not_read_through(monkeypatch: pytest.MonkeyPatch
         out, _ = run_paged(q, pool_k, pool_v, table, Dense(), at, key_padding=keep)
         assert bool(out.isfinite().all())
         torch.testing.assert_close(out[0], wanted[0][0], rtol=0, atol=1e-12)
+
+
+def tiles_of_the_table() -> list[Tile]:
+    kinds = itertools.product(ARCHS, (64, 128, 256), (torch.bfloat16, torch.float32), ("none", "some"), (16, 32, 64))
+    found = [tile_of("decode", arch, head, dtype, masks, rows) for arch, head, dtype, masks, rows in kinds]
+    return list({(tile.own, tile.other): tile for tile in found}.values())
+
+
+@pytest.mark.parametrize("tile", tiles_of_the_table(), ids=str)
+def test_every_tile_of_the_table(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_parts(monkeypatch, 2)
+    right = triton._Bound.tile
+    monkeypatch.setattr(
+        triton._Bound, "tile", lambda bound, step, rows=16: tile if step == "decode" else right(bound, step, rows)
+    )
+    group = tile.own // 2
+    q, k, v = drawn(batch=1, heads=group, kv_heads=1, q_len=2, k_len=300)
+    keep = torch.rand(1, 300, generator=torch.Generator().manual_seed(0)) > 0.2
+    for form, operands in ((Dense(), {}), (LONG, {"key_padding": keep})):
+        assert_exact(q, k, v, form, step_of(q, k), **operands)
 
 
 # Each mutation is a mistake that a split over keys invites; the check must notice it.

@@ -336,6 +336,14 @@ def test_the_same_numbers_every_time() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(("dim", "v_dim"), [(1, 1), (32, 32), (40, 24), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)])
+def test_every_head_size(dim: int, v_dim: int) -> None:
+    q, k, v = drawn(batch=1, heads=2, kv_heads=1, q_len=17, k_len=17, dim=dim, v_dim=v_dim)
+    # Scores of the size that a model's are.
+    q = q * (dim**-0.5 / SCALE)
+    assert_grads("triton", FORMS[3], setting_of(q, k, causal=True), q, k, v)
+
+
 def test_gradients_that_come_in_any_layout() -> None:
     assert_gradients_in_any_layout("triton", 17)
 
