@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import test_ops
 import torch
 from oracles import counts, output_scale, softmax
 from test_kernels import (
@@ -30,7 +31,7 @@ from torch import Tensor
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
 from dilcompile.lowering import ops, triton, trust
 from dilcompile.lowering.call import Call
-from dilcompile.lowering.triton import plan
+from dilcompile.lowering.triton import plan, split
 from dilcompile.relation import Relation, Term
 
 HEAD_DEPENDENT = [FORMS[3], FORMS[6], FORMS[9]]
@@ -342,6 +343,14 @@ def test_every_head_size(dim: int, v_dim: int) -> None:
     # Scores of the size that a model's are.
     q = q * (dim**-0.5 / SCALE)
     assert_grads("triton", FORMS[3], setting_of(q, k, causal=True), q, k, v)
+
+
+@pytest.mark.parametrize("least_keys", [1, 256])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_the_fake_has_the_strides_of_the_real(contiguous: bool, least_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the forward and, with few keys split too, of a decode step."""
+    monkeypatch.setattr(split, "LEAST_KEYS", least_keys)
+    test_ops.test_the_fake_has_the_strides_of_the_real(contiguous, "triton")
 
 
 def test_gradients_that_come_in_any_layout() -> None:
