@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +14,32 @@ from dilcompile.lowering.call import Call
 from dilcompile.lowering.pairs import Pairs
 from dilcompile.relation import Problem, Relation, Term, grid_of
 
+
+class _Lengths(NamedTuple):
+    """How long things are in a small call.
+
+    Args:
+        segment: of a branch of rate 1; others are twice as long, no segment ends where the keys do. before, behind: of windows.
+        site_before, site_behind: of the site's own window.
+    """
+
+    keys: int
+    segment: int
+    before: int
+    behind: int
+    site_before: int
+    site_behind: int
+
+
 # Several tiles of rows and several blocks of keys of every kernel, the last ones ragged.
-ROWS, KEYS = 136, 200
+_ROWS = 136
+_USUAL = _Lengths(200, 96, 70, 40, 90, 50)
+# Keys of a few rows that are shared out to several programs: two parts at least in what each term holds.
+_SHARED = _Lengths(840, 448, 280, 160, 360, 200)
 _BATCH = 2
-# With fewer rows kernels go other ways.
+# With fewer rows kernels go other ways, and with so few of a key head over so many keys too; no more query heads count for that.
 _FEW_ROWS = 16
+_FEW_OF_MANY, _MANY_KEYS = 64, 256
 _MOST_GROUPED = 8
 # Rows of a residue class: with fewer, kernels may not tile by class any more.
 _FINE = 32
@@ -67,7 +89,7 @@ def miniature(call: Call) -> Call:
         bias=None if call.bias is None else drawn(*_bias_shape(call.bias, size)).to(device, call.bias.dtype),
         dropout_seed=None if call.dropout_seed is None else torch.tensor([11], device=device),
         relation=relation,
-        scale=size.head_dim**-0.5,
+        scale=max(1, size.head_dim) ** -0.5,
         softcap=None if call.softcap is None else 2.0,
         dropout_p=0.3 if call.dropout_p > 0 else 0.0,
         row_limits=None if call.row_limits is None else limits[:, : _several(call.row_limits.shape[1])].to(device),
@@ -101,22 +123,41 @@ def _relation(relation: Relation) -> Relation:
     return Relation(size, tuple(terms))
 
 
+def _is_shared(size: Problem) -> bool:
+    """Are the query rows of a key head so few and the keys so many that these are shared out?"""
+    return size.q_len * min(size.group, _MOST_GROUPED) <= _FEW_OF_MANY and size.k_len >= _MANY_KEYS
+
+
+def _lengths(whole: Problem) -> _Lengths:
+    return _SHARED if _is_shared(whole) else _USUAL
+
+
+def _num_rows(size: Problem) -> int:
+    """As many as there are if they are few; else many, or nearly the 16, 32 or 64 that a tile of few has place for."""
+    if size.q_len <= _FEW_ROWS // 2 - 1:
+        return max(1, size.q_len)
+    if not _is_shared(size):
+        return _ROWS if size.q_len >= _FEW_ROWS else 7
+    grouped = min(size.group, _MOST_GROUPED)
+    return next(rows for rows in (16, 32, 64) if size.q_len * grouped <= rows) // grouped - 1
+
+
 def _problem(size: Problem) -> Problem:
-    rows = ROWS if size.q_len >= _FEW_ROWS else min(size.q_len, 7)
-    group = min(size.group, _MOST_GROUPED)
+    rows, lengths = _num_rows(size), _lengths(size)
+    group = min(size.group, _FEW_OF_MANY if _is_shared(size) else _MOST_GROUPED)
     kv_heads = 2 if group <= _MOST_GROUPED // 2 else 1
     return Problem(
         batch=_BATCH,
         heads=group * kv_heads,
         kv_heads=kv_heads,
         q_len=rows,
-        k_len=KEYS,
+        k_len=lengths.keys,
         head_dim=size.head_dim,
         v_dim=size.v_dim,
-        q_offset=0 if size.q_offset == 0 else KEYS - rows,
+        q_offset=0 if size.q_offset == 0 else lengths.keys - rows,
         is_causal=size.is_causal,
-        window_left=_before(size.window_left, 90),
-        window_right=_behind(size.window_right, 50),
+        window_left=_before(size.window_left, lengths.site_before),
+        window_right=_behind(size.window_right, lengths.site_behind),
     )
 
 
@@ -131,13 +172,15 @@ def _behind(limit: int | None, small: int) -> int | None:
 
 
 def _generator(generator: Generator, whole: Problem, size: Problem) -> Generator:
+    lengths = _lengths(whole)
     if isinstance(generator, Segment):
         rate = _rate(generator.rate, whole)
         residues = None if generator.residues is None else tuple(head % rate for head in range(size.kv_heads))
-        # Neither a multiple of tiles nor of the whole length.
-        return Segment(96 if rate == 1 else 192, rate, residues, size.group, _half(generator.heads, size.heads))
+        return Segment(
+            lengths.segment if rate == 1 else 2 * lengths.segment, rate, residues, size.group, _half(generator.heads, size.heads)
+        )
     if isinstance(generator, Window):
-        return Window(_before(generator.left, 70), _behind(generator.right, 40), min(generator.step, 3))
+        return Window(_before(generator.left, lengths.before), _behind(generator.right, lengths.behind), min(generator.step, 3))
     if isinstance(generator, Blocks):
         return Blocks(grid_of(size, generator.grid.q_block, generator.grid.k_block), generator.pattern, size.group)
     return Sinks(3) if isinstance(generator, Sinks) else generator

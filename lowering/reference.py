@@ -204,4 +204,4 @@ def _add_broadcast(grad: Tensor, chunk: _Chunk, d_scores: Tensor) -> None:
 
 def _per_key_head(grad: Tensor, kv_heads: int) -> Tensor:
     """Sum [H, K, D] over the query heads of each key head."""
-    return grad.reshape(kv_heads, -1, *grad.shape[1:]).sum(1)
+    return grad.reshape(kv_heads, grad.shape[0] // kv_heads, *grad.shape[1:]).sum(1)

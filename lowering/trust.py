@@ -297,7 +297,7 @@ def _worst(
 
 
 def _largest(x: Tensor) -> float:
-    return float(torch.where(x.isfinite(), x, 0).abs().max())
+    return float(torch.where(x.isfinite(), x, 0).abs().max()) if x.numel() else 0.0
 
 
 def _half_digit(dtype: torch.dtype, result: Tensor) -> float:

@@ -249,6 +249,22 @@ def test_bad_options(options: dict[str, Any], text: str) -> None:
         compiled(Stack(), options)(torch.randn(2, 8, 32))
 
 
+@pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_the_mode_is_inductors(mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor gets the settings that torch.compile gives it for a mode, and the graph with its attention."""
+    seen = []
+
+    def compile_fx(gm: Any, example_inputs: Any, config_patches: Any) -> Any:
+        seen.append((config_patches, sum("dilcompile.attention" in str(node.target) for node in gm.graph.nodes)))
+        return gm.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    model, x = Stack().double(), x64(2, 24, 32)
+    assert_same(compiled(model, {"policy": "exact"} | ({} if mode is None else {"mode": mode}))(x), model(x))
+    assert seen == [({} if mode is None else torch._inductor.list_mode_options(mode), 2)]
+    assert mode != "reduce-overhead" or seen[0][0]["triton.cudagraphs"]
+
+
 def _rule(**fallback: str) -> dict[str, Any]:
     rule = {"name": "w", "match": {}, "apply": {"form": "dense"}}
     return {"policy": {"version": 1, "defaults": {"fallback": fallback}, "rules": [rule]}, "inner": "eager"}

@@ -116,6 +116,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("sliding_window", {"window": 0}, "window must be a whole number of at least 1, not 0"),
     ("sliding_window", {"window": "8"}, "window must be a whole number of at least 1, not '8'"),
     ("sliding_window", {"window": 8, "step": 0}, "step must be a whole number of at least 1, not 0"),
+    ("sliding_window", {"window": 2**48 + 1}, "window must be at most 2**48, longer than any sequence, not 281474976710657"),
+    ("dilated", {"segments": [2**63], "rates": [1]}, "segments[0] must be at most 2**48, longer than any sequence, not 92233"),
     ("sliding_window", {"window": 8, "sinks": None}, "sinks must be a whole number of at least 0, not None"),
     ("ring", {}, "form 'ring' is unknown; the forms are dense, sliding_window, dilated"),
 ]

@@ -294,6 +294,50 @@ def test_grouped_query_heads(form: Form, heads: int, kv_heads: int) -> None:
     assert_grads("cpu", form, setting_of(q, k, causal=True), q, k, v)
 
 
+def assert_gradients_in_any_layout(kernel: str, q_len: int = 37) -> None:
+    """What comes in may be expanded, transposed or a part of something: the same as if it lay dense."""
+    q, k, v = (x.requires_grad_() for x in drawn(q_len=q_len, k_len=q_len))
+    out, lse = run(q, k, v, FORMS[3], kernel, setting_of(q, k, causal=True))
+    batch, heads, rows, dim = out.shape
+    for grad_out, grad_lse in (
+        (torch.randn(rows, dim, heads, batch, dtype=out.dtype).permute(3, 2, 0, 1), torch.randn_like(lse.mT).mT),
+        (torch.randn(1, heads, 1, 1, dtype=out.dtype).expand_as(out), torch.randn((), dtype=lse.dtype).expand_as(lse)),
+        (
+            torch.randn(batch, heads, rows, 2 * dim, dtype=out.dtype)[..., ::2],
+            torch.randn(batch, heads, rows + 3).double()[..., 3:],
+        ),
+    ):
+        found = torch.autograd.grad((out, lse), (q, k, v), (grad_out, grad_lse), retain_graph=True)
+        dense = [x.clone(memory_format=torch.contiguous_format) for x in (grad_out, grad_lse)]
+        wanted = torch.autograd.grad((out, lse), (q, k, v), dense, retain_graph=True)
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kernel", ["native", "cpu", "reference"])
+def test_gradients_that_come_in_any_layout(kernel: str) -> None:
+    assert_gradients_in_any_layout(kernel)
+
+
+@pytest.mark.parametrize("sizes", [{"q_len": 0}, {"k_len": 0}, {"batch": 0}, {"dim": 0}, {"v_dim": 0}], ids=str)
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[3], FORMS[1], FORMS[10]], ids=str)
+@pytest.mark.parametrize("kernel", [None, "native", "cpu", "reference"])
+def test_dims_of_no_size(kernel: str | None, form: Form, sizes: dict[str, int]) -> None:
+    q, k, v = (x.requires_grad_() for x in drawn(**{"q_len": 9, "k_len": 9, **sizes}))
+    at = setting_of(q, k, causal=True)
+    bias = torch.randn(at.q_len, at.k_len, dtype=torch.float64).requires_grad_()
+    for operands in ({}, {"bias": bias}):
+        out, lse = run(q, k, v, form, kernel, at, **operands)
+        grads = torch.autograd.grad(loss_of(out, lse, True), (q, k, v, *operands.values()))
+        exact = run(q, k, v, form, "reference", at, **operands)
+        exact_grads = torch.autograd.grad(loss_of(*exact, True), (q, k, v, *operands.values()))
+        for found, true in zip((out, lse, *grads), (*exact, *exact_grads), strict=True):
+            torch.testing.assert_close(found, true, rtol=0, atol=1e-12)
+        if not at.k_len:
+            assert not out.any()
+            assert bool((lse == -torch.inf).all())
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_values_of_one_give_one(form: Form) -> None:
     q, k, v = drawn()

@@ -50,9 +50,9 @@ def test_opcheck(changes: dict[str, Any], contiguous: bool) -> None:
     torch.library.opcheck(torch.ops.dilcompile.attention.default, arguments(contiguous, **changes))
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "reference", "sdpa"])
+@pytest.mark.parametrize("kernel", [None, "native", "cpu", "reference", "sdpa"])
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_the_fake_has_the_strides_of_the_real(contiguous: bool, kernel: str) -> None:
+def test_the_fake_has_the_strides_of_the_real(contiguous: bool, kernel: str | None) -> None:
     form = "dense()" if kernel == "sdpa" else str(DILATED)
     args = list(arguments(contiguous, form=form, kernel=kernel))
     if kernel == "sdpa":

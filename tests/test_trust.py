@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_kernels import FORMS, drawn, run, setting_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,12 +25,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dilcompile.decision import Decision
 from dilcompile.errors import DilcompileError, DilcompileWarning, KernelError
-from dilcompile.forms import Dense, Dilated, Form
+from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
 from dilcompile.functional import attention
 from dilcompile.lowering import native, reference, select, triton, trust, verdicts
 from dilcompile.lowering.call import Call, problem_of, relation_of
 from dilcompile.lowering.miniature import kinds, miniature
+from dilcompile.lowering.triton import plan, split
+from dilcompile.lowering.triton.config import INTERPRETED
 from dilcompile.lowering.verdicts import Verdict
+from dilcompile.relation import Problem
 from dilcompile.report.kernels import kernel_of, refusal_of
 from dilcompile.report.rows import row_of
 from dilcompile.site import AttentionSite, MaskSpec
@@ -306,6 +311,31 @@ def test_what_stands_for_a_call_is_taken_by_the_kernel(kernel: str, form: Form, 
                 assert select.refusal(select.KERNELS[kernel], small, backward) is None
                 assert kinds(small.relation) == kinds(call.relation)
                 assert trust._key(native, small, backward) == trust._key(native, call, backward)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(1, 80), st.sampled_from([1, 2, 3, 4, 7, 8, 16, 24, 64, 128]), st.sampled_from([1, 200, 255, 256, 5000, 1 << 20])
+)
+def test_what_stands_for_few_rows_goes_to_the_same_kernel(q_len: int, group: int, k_len: int) -> None:
+    size = Problem(3, 2 * group, 2, q_len, k_len, 64, 64, q_offset=5)
+    small = miniature(replace(call_of(), relation=Dense().relation(size))).problem
+    assert split.is_decode(small) == split.is_decode(size)
+    if split.is_decode(size) and group <= 64:
+        assert split.rows_of_tile(small) == split.rows_of_tile(size)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [Dense(), SlidingWindow(4096), Dilated([2048, 8192], [1, 4]), Dilated([2048, 8192], [1, 4], offset="own", sinks=4)],
+    ids=str,
+)
+def test_what_stands_for_a_decode_step_is_shared_out(form: Form) -> None:
+    """As on a device that runs 264 programs at once."""
+    problem = Problem(1, 32, 8, 1, 1 << 17, 64, 64, q_offset=(1 << 17) - 1, is_causal=True)
+    small = miniature(replace(call_of(), relation=form.relation(problem))).relation
+    made = plan.plan_of_few(small, 4, False, torch.device("cpu"))
+    assert split.parts_of(small, made, INTERPRETED, 264) > 1
 
 
 def test_keys_in_pages_are_those_in_a_row() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,8 +13,11 @@ from test_kernels import FORMS, SCALE, assert_as_good_as_eager, assert_grads, dr
 from torch import Tensor
 
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
-from dilcompile.lowering import ops, triton
+from dilcompile.lowering import ops, triton, trust
+from dilcompile.lowering.call import Call, problem_of
 from dilcompile.lowering.triton import decode, plan, split
+from dilcompile.lowering.triton.compiled import ARCHS
+from dilcompile.lowering.triton.config import Tile, tile_of
 
 WINDOW = SlidingWindow(20, sinks=3)
 # Segments of many blocks of 16 keys.
@@ -160,8 +164,8 @@ def test_dropout_depends_on_positions_only(monkeypatch: pytest.MonkeyPatch) -> N
 def limited(q: Tensor, k: Tensor, v: Tensor, form: Form, limits: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
     offset = k.shape[2] - q.shape[2]
     return ops.attention(
-        q, k, v, more.get("key_padding"), None, None, None, str(form), False, None, None, offset, SCALE, None, 0.0, "triton",
-        row_limits=limits,
+        q, k, v, more.get("key_padding"), None, more.get("bias"), None, str(form), False, None, None, offset, SCALE, None, 0.0,
+        "triton", row_limits=limits,
     )  # fmt: skip
 
 
@@ -260,8 +264,8 @@ def paged(k: Tensor, v: Tensor, page_size: int, spare: int = 2) -> tuple[Tensor,
 
 def run_paged(q: Tensor, k: Tensor, v: Tensor, table: Tensor, form: Form, at: Setting, **operands: Any) -> tuple[Tensor, Tensor]:
     return ops.attention(
-        q, k, v, operands.get("key_padding"), operands.get("documents"), None, None, str(form), at.causal, at.left, at.right,
-        at.q_offset, SCALE, operands.get("softcap"), 0.0, "triton", pages=table, k_len=at.k_len,
+        q, k, v, operands.get("key_padding"), operands.get("documents"), operands.get("bias"), None, str(form), at.causal,
+        at.left, at.right, at.q_offset, SCALE, operands.get("softcap"), 0.0, "triton", pages=table, k_len=at.k_len,
     )  # fmt: skip
 
 
@@ -305,6 +309,26 @@ def test_numbers_of_no_page_are_not_read_through(monkeypatch: pytest.MonkeyPatch
         out, _ = run_paged(q, pool_k, pool_v, table, Dense(), at, key_padding=keep)
         assert bool(out.isfinite().all())
         torch.testing.assert_close(out[0], wanted[0][0], rtol=0, atol=1e-12)
+
+
+def tiles_of_the_table() -> list[Tile]:
+    kinds = itertools.product(ARCHS, (64, 128, 256), (torch.bfloat16, torch.float32), ("none", "some"), (16, 32, 64))
+    found = [tile_of("decode", arch, head, dtype, masks, rows) for arch, head, dtype, masks, rows in kinds]
+    return list({(tile.own, tile.other): tile for tile in found}.values())
+
+
+@pytest.mark.parametrize("tile", tiles_of_the_table(), ids=str)
+def test_every_tile_of_the_table(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_parts(monkeypatch, 2)
+    right = triton._Bound.tile
+    monkeypatch.setattr(
+        triton._Bound, "tile", lambda bound, step, rows=16: tile if step == "decode" else right(bound, step, rows)
+    )
+    group = tile.own // 2
+    q, k, v = drawn(batch=1, heads=group, kv_heads=1, q_len=2, k_len=300)
+    keep = torch.rand(1, 300, generator=torch.Generator().manual_seed(0)) > 0.2
+    for form, operands in ((Dense(), {}), (LONG, {"key_padding": keep})):
+        assert_exact(q, k, v, form, step_of(q, k), **operands)
 
 
 # Each mutation is a mistake that a split over keys invites; the check must notice it.
@@ -370,3 +394,16 @@ def test_every_mutation_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -
     MUTATIONS[name](monkeypatch)
     with pytest.raises(AssertionError):
         check(**operands_of({"key_padding": True} if "padding" in name else {}, length=63))
+
+
+@pytest.mark.parametrize("name", [None, "without the last part", "every part worth the same"])
+def test_the_check_on_a_device_computes_a_step_in_parts(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands for a decode step (``trust.check``) is one too, so that a device that joins the parts wrongly is not trusted."""
+    monkeypatch.setattr(split, "LEAST_KEYS", 256)
+    q, k, v = drawn(batch=1, heads=4, kv_heads=2, q_len=1, k_len=300, dtype=torch.float32)
+    relation = Dense().relation(problem_of(q, k, v, True, None, None, 299))
+    if name is not None:
+        MUTATIONS[name](monkeypatch)
+    verdict = trust.check(triton, Call(q, k, v, None, None, None, None, relation, SCALE), False)
+    assert verdict.failure is None
+    assert verdict.passes == (name is None)

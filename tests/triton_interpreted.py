@@ -10,12 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import test_ops
 import torch
 from oracles import counts, output_scale, softmax
 from test_kernels import (
     FORMS,
     SCALE,
     assert_as_good_as_eager,
+    assert_gradients_in_any_layout,
     assert_grads,
     drawn,
     expected,
@@ -29,7 +31,7 @@ from torch import Tensor
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
 from dilcompile.lowering import ops, triton, trust
 from dilcompile.lowering.call import Call
-from dilcompile.lowering.triton import plan
+from dilcompile.lowering.triton import plan, split
 from dilcompile.relation import Relation, Term
 
 HEAD_DEPENDENT = [FORMS[3], FORMS[6], FORMS[9]]
@@ -333,6 +335,48 @@ def test_the_same_numbers_every_time() -> None:
     grads = [torch.autograd.grad(loss_of(*result, True), (q, k, v)) for result in results]
     for one, other in zip((*results[0], *grads[0]), (*results[1], *grads[1]), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("dim", "v_dim"), [(1, 1), (32, 32), (40, 24), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)])
+def test_every_head_size(dim: int, v_dim: int) -> None:
+    q, k, v = drawn(batch=1, heads=2, kv_heads=1, q_len=17, k_len=17, dim=dim, v_dim=v_dim)
+    # Scores of the size that a model's are.
+    q = q * (dim**-0.5 / SCALE)
+    assert_grads("triton", FORMS[3], setting_of(q, k, causal=True), q, k, v)
+
+
+@pytest.mark.parametrize("least_keys", [1, 256])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_the_fake_has_the_strides_of_the_real(contiguous: bool, least_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the forward and, with few keys split too, of a decode step."""
+    monkeypatch.setattr(split, "LEAST_KEYS", least_keys)
+    test_ops.test_the_fake_has_the_strides_of_the_real(contiguous, "triton")
+
+
+def test_gradients_that_come_in_any_layout() -> None:
+    assert_gradients_in_any_layout("triton", 17)
+
+
+FAR = 2**48
+
+
+@pytest.mark.parametrize(
+    ("form", "mask"),
+    [
+        (Dense(), {"left": 2**63 - 1, "right": 2**63 - 1}),
+        (Dense(), {"left": 3, "right": -(2**62)}),
+        (FORMS[3], {"left": 2**40, "q_offset": 2**29 - 23}),
+        (FORMS[3], {"q_offset": -(2**29) + 23}),
+        (SlidingWindow(FAR, sinks=FAR), {"causal": True}),
+        (SlidingWindow(4, step=FAR), {"causal": True}),
+        (Dilated([FAR, 8], [16, 1]), {"causal": True}),
+        (Dilated([8], [1], sinks=FAR, local=FAR), {"causal": True}),
+    ],
+    ids=str,
+)
+def test_numbers_far_outside_of_the_sequence(form: Form, mask: dict[str, Any]) -> None:
+    q, k, v = drawn(batch=1, heads=2, kv_heads=1, q_len=20, k_len=20)
+    assert_grads("triton", form, setting_of(q, k, **mask), q, k, v)
 
 
 def test_classes_that_are_too_fine_are_not_cut() -> None:

@@ -90,11 +90,15 @@ def parse_options(text: str) -> tuple[str, dict[str, object]]:
     return call.func.id, {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
 
 
+# More than the length of any sequence; kernels compute with it in 64 bits.
+_FAR = 2**48
+
+
 def not_integer(at: Place, value: object, least: int) -> list[OptionProblem]:
-    """The problem, unless ``value`` is an int (bool is not) of at least ``least``."""
+    """The problem, unless ``value`` is an int (bool is not) of at least ``least`` and a length that a sequence may have."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         return [OptionProblem(at, f"must be a whole number of at least {least}, not {value!r}")]
-    return []
+    return [] if value <= _FAR else [OptionProblem(at, f"must be at most 2**48, longer than any sequence, not {value!r}")]
 
 
 def not_one_of(at: Place, value: object, allowed: tuple[str, ...]) -> list[OptionProblem]:

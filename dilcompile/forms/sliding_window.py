@@ -45,7 +45,8 @@ class SlidingWindow(Form):
             left = min(left, problem.left)
         if problem.right is not None:
             right = min(right, problem.right)
-        terms = [Term(Window(left, right, self.step))]
+        # A step beyond the window leaves the query's own key, as does the next longer one.
+        terms = [Term(Window(left, right, min(self.step, self.window)))]
         if self.sinks:
             terms.append(Term(Sinks(self.sinks), dedupe=True))
         return Relation(problem, tuple(terms))

@@ -37,7 +37,7 @@ TAKES_ROW_MASKS = True
 # Queries lie in the lanes of vectors: with fewer most of the work would be for nobody.
 LEAST_ROWS = 16
 
-_MOST_KEYS = 2**31 - 1
+_MOST_POSITIONS = 2**31 - 1
 # How many values a draw of dropout.py may have.
 _DRAWS = 2**32
 
@@ -57,8 +57,9 @@ def supports(call: Call, backward: bool) -> str | None:
         return f"dropout of {call.dropout_p}, which keeps nothing"
     if call.bias is not None and call.bias.dtype not in BIAS_DTYPES:
         return f"a bias of dtype {call.bias.dtype}"
-    if call.problem.k_len > _MOST_KEYS:
-        return f"{call.problem.k_len} keys: positions are held in 32 bits"
+    size = call.problem
+    if max(size.k_len, abs(size.q_offset) + size.q_len) > _MOST_POSITIONS:
+        return f"{size.k_len} keys and {size.q_len} queries from {size.q_offset}: positions are held in 32 bits"
     reason = beyond_union(call, backward) or _unequal_counts(call.relation)
     if reason is not None:
         return reason
@@ -190,7 +191,8 @@ def _list_blocks(struct: TermStruct, generator: Blocks, size: Problem, by_docume
 
 
 def _limit(value: int | None) -> int:
-    return NO_LIMIT if value is None else value
+    """A limit on the distance of two positions, which are less than 2^32 apart."""
+    return NO_LIMIT if value is None else max(-(2**32), min(value, 2**32))
 
 
 def _operand(x: Tensor) -> OperandStruct:

@@ -177,8 +177,11 @@ class Backward {
           for (int c = 0; c < N; ++c) s[r][c] -= lse[c];
       for (int r = 0; r < kPanel; ++r) {
         Vec<T> often = fill(times && j + r < keys.count ? T(times[j + r]) : T(1));
-        for (int c = 0; c < N; ++c)
-          store(weights + (j + r) * N * W + c * W, exp2_up_to_8(fma(s[r][c], fill(factor), shift[c])) * often);
+        for (int c = 0; c < N; ++c) {
+          // Above 0 by rounding alone, which among huge scores may be more than the exponential bears.
+          Vec<T> power = fma(s[r][c], fill(factor), shift[c]);
+          store(weights + (j + r) * N * W + c * W, exp2_up_to_8(power > 0 ? Vec<T>{} : power) * often);
+        }
       }
     });
     for (int64_t j = a; j < b; j += kPanel) {

@@ -21,7 +21,7 @@ from dilcompile.lowering import digest
 from dilcompile.lowering.call import Call, Gradients, empty_output
 from dilcompile.lowering.triton import split
 from dilcompile.lowering.triton.config import INTERPRETED, Masks, Pass, Tile, tile_of
-from dilcompile.lowering.triton.plan import Plan, Rows, plan_of, plan_of_few, unplannable
+from dilcompile.lowering.triton.plan import Plan, Rows, held, plan_of, plan_of_few, unplannable
 from dilcompile.lowering.union import beyond_union
 from dilcompile.relation import Problem
 
@@ -74,8 +74,6 @@ def supports(call: Call, backward: bool) -> str | None:
         return f"a bias of dtype {call.bias.dtype}"
     if call.dropout_p >= 1:
         return f"dropout of {call.dropout_p}, which keeps nothing"
-    if call.pages is not None and call.bias is not None:
-        return "a bias over keys in pages"
     return beyond_union(call, backward) or unplannable(call.relation)
 
 
@@ -88,8 +86,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     lse = call.q.new_empty((size.batch, size.heads, size.q_len), dtype=call.score_dtype)
     if lse.numel() == 0:
         return out, lse
-    # The decode kernel reads no bias, and only it reads pages, whatever the number of queries.
-    if call.pages is not None or (split.is_decode(size) and call.bias is None):
+    # Only the decode kernel reads pages, whatever the number of queries.
+    if call.pages is not None or split.is_decode(size):
         return _decode(call, out, lse)
     bound = _bind(call)
     tile = bound.tile("forward")
@@ -113,7 +111,7 @@ def _decode(call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     size = call.problem
     bound = replace(_bind(call), pack=split.packed(size))
     tile = bound.tile("decode", split.rows_of_tile(size))
-    plan = plan_of_few(call.relation, tile.own // bound.pack, call.documents is not None, call.q.device)
+    plan = held(plan_of_few(call.relation, tile.own // bound.pack, call.documents is not None, call.q.device))
     parts = split.parts_of(call.relation, plan, tile, _programs_at_once(call.q.device))
     sums, tops, totals = (lse.new_empty((parts, *lse.shape, *last)) for last in ((size.v_dim,), (), ()))
     q, k, v = (_dense_rows(x) for x in (call.q, call.k, call.v))
@@ -121,15 +119,16 @@ def _decode(call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     tiles, heads, batch = bound.grid(plan.queries)
     with _current(q.device):
         decode[(tiles * parts, heads, batch)](
-            q, k, v, sums, tops, totals, plan.terms, plan.residues, plan.queries.tiles, plan.patterns, *bound.masks, bound.seed,
-            _kept(bound), pages, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bound.mask_strides,
+            q, k, v, sums, tops, totals, plan.terms, plan.residues, plan.queries.tiles, plan.patterns,
+            *bound.masks, bound.bias, bound.seed, _kept(bound), pages,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bound.mask_strides, *bound.bias_strides,
             0 if pages is None else pages.stride(0), k.shape[0], *bound.sizes(plan.queries), parts, **bound.switches(plan),
             PAGE_SIZE=1 if pages is None else k.shape[2], BLOCK_M=tile.own, BLOCK_N=tile.other, **tile.options,
         )  # fmt: skip
         tile = bound.tile("join")
         join[(size.q_len, size.heads, size.batch)](
-            sums, tops, totals, out, lse, *out.stride()[:3], parts, V_DIM=size.v_dim, BLOCK_DV=_block(size.v_dim),
-            BLOCK_S=tile.own, **tile.options,
+            sums, tops, totals, out, lse, *out.stride()[:3], parts, NATURAL=bound.bias is not None, V_DIM=size.v_dim,
+            BLOCK_DV=_block(size.v_dim), BLOCK_S=tile.own, **tile.options,
         )  # fmt: skip
     return out, lse
 
@@ -246,7 +245,7 @@ class _Bound:
 
     def plan(self, queries: int, keys: int) -> Plan:
         """The relation, with this many positions in the tiles of each side."""
-        return plan_of(self.call.relation, queries, keys, self.masks[0] is not None, self.call.q.device)
+        return held(plan_of(self.call.relation, queries, keys, self.masks[0] is not None, self.call.q.device))
 
     def grid(self, rows: Rows) -> tuple[int, int, int]:
         """Tiles, key heads (or parts of their query heads), batch rows."""

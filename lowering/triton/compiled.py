@@ -148,6 +148,15 @@ def _decode_cases() -> Iterator[Case]:
     yield Case("decode", "sm90", torch.float32, 64, 64)
     for switch in ("padding", "documents", "dropout", "grouped", "paged"):
         yield Case("decode", "sm90", torch.bfloat16, 128, 128, (switch,))
+    for dim in (64, 128):
+        for arch in ("sm80", "sm90", "sm100", "sm120", "gfx942"):
+            for switch in ("bias", "key_bias"):
+                yield Case("decode", arch, torch.bfloat16, dim, dim, (switch,))
+            yield Case("decode", arch, torch.bfloat16, dim, dim, ("one_key", "bias"))
+        yield Case("decode", "sm90", torch.bfloat16, dim, dim, ("documents", "bias"))
+    yield Case("decode", "sm90", torch.bfloat16, 256, 256, ("bias",))
+    yield Case("decode", "sm90", torch.float32, 64, 64, ("bias",))
+    yield Case("decode", "sm90", torch.bfloat16, 128, 128, ("paged", "key_bias"))
 
 
 def compile_case(case: Case, tile: Tile | None = None) -> Resources:
@@ -197,7 +206,8 @@ def _fixed(case: Case, tile: Tile) -> dict[str, object]:
         "PRECISION": "ieee", "PRODUCTS": element, "SCORES": tl.float32, "BLOCK_S": case.tile.own, "PAGE_SIZE": 16,
     }  # fmt: skip
     by = next((word for switch, word in (("bias", "pairs"), ("key_bias", "keys")) if switch in case.switches), "none")
-    fixed |= {"BIAS_BY": by, "ALL_QUERIES": by == "keys", **({"BIAS": None} if by == "none" else {"bias_key": 1})}
+    fixed |= {"BIAS_BY": by, "ALL_QUERIES": by == "keys", "NATURAL": by != "none"}
+    fixed |= {"BIAS": None} if by == "none" else {"bias_key": 1}
     if "dropout" not in case.switches:
         fixed["SEED"] = None
     if "limits" not in case.switches:

@@ -52,7 +52,8 @@ def tile_of(step: Pass, arch: str, head: int, dtype: torch.dtype, masks: Masks, 
     size = max(64, head)
     if step == "decode":
         family = "float32" if dtype == torch.float32 else _family(arch) if size <= 128 else "sm90"
-        return replace(next(tile for tile in _DECODE[family, size] if rows <= tile.own), own=rows)
+        tiles = _DECODE if masks in ("none", "counted") else _DECODE_MASKED
+        return replace(next(tile for tile in tiles[family, size] if rows <= tile.own), own=rows)
     if dtype == torch.float32:
         return _FLOAT32[step, size]
     if size > 128:
@@ -188,15 +189,30 @@ _PLAIN: dict[tuple[str, Pass, int], Tile] = {
     ("gfx942", "keys", 128): Tile(64, 32, 4, 2),
 }
 
-# By architecture and head size; ``own`` is the largest that a tile is used for.
+# By architecture and head size; ``own`` is the largest that a tile is used for. Documents take the tiles of no mask.
 _DECODE: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("sm80", 64): (Tile(32, 64, 4, 3), Tile(64, 64, 8, 3)),
     ("sm80", 128): (Tile(64, 64, 8, 3),),
     ("sm90", 64): (Tile(64, 64, 4, 3),),
     ("sm90", 128): (Tile(32, 64, 4, 3), Tile(64, 64, 8, 3)),
-    ("sm90", 256): (Tile(16, 32, 4, 2), Tile(64, 32, 8, 2)),
+    ("sm90", 256): (Tile(16, 32, 4, 1), Tile(64, 32, 8, 2)),
     ("sm100", 64): (Tile(16, 64, 4, 3), Tile(64, 64, 8, 3)),
     ("sm100", 128): (Tile(32, 64, 4, 3), Tile(64, 64, 8, 3)),
+    ("gfx942", 64): (Tile(64, 64, 4, 3),),
+    ("gfx942", 128): (Tile(64, 32, 4, 3),),
+    ("float32", 64): (Tile(64, 16, 4, 1),),
+    ("float32", 128): (Tile(16, 16, 4, 1), Tile(64, 16, 8, 1)),
+    ("float32", 256): (Tile(64, 16, 8, 1),),
+}
+
+_DECODE_MASKED: dict[tuple[str, int], tuple[Tile, ...]] = {
+    ("sm80", 64): (Tile(64, 32, 8, 3),),
+    ("sm80", 128): (Tile(16, 64, 8, 3), Tile(64, 32, 8, 3)),
+    ("sm90", 64): (Tile(16, 32, 8, 3), Tile(64, 32, 4, 3)),
+    ("sm90", 128): (Tile(16, 64, 4, 2), Tile(64, 32, 8, 3)),
+    ("sm90", 256): (Tile(16, 16, 4, 1), Tile(64, 16, 8, 1)),
+    ("sm100", 64): (Tile(64, 32, 8, 3),),
+    ("sm100", 128): (Tile(16, 32, 8, 3), Tile(64, 32, 8, 1)),
     ("gfx942", 64): (Tile(64, 64, 4, 3),),
     ("gfx942", 128): (Tile(64, 32, 4, 3),),
     ("float32", 64): (Tile(64, 16, 4, 1),),

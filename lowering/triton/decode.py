@@ -8,7 +8,16 @@ import triton
 import triton.language as tl
 
 from dilcompile.lowering.triton.attend import attend
-from dilcompile.lowering.triton.scores import LN_2, facts_of_queries, load_rows, row_state, tile_of_queries
+from dilcompile.lowering.triton.scores import (
+    LN_2,
+    bias_of_tile,
+    facts_of_queries,
+    load_rows,
+    logarithm,
+    power,
+    row_state,
+    tile_of_queries,
+)
 from dilcompile.lowering.triton.walk import FAR, blocks_of, bounds, part_of_term, reach_of_all
 
 
@@ -70,9 +79,10 @@ def blocks_of_step(
     do_not_specialize=["q_len", "k_len", "q_offset", "num_terms", "num_tiles", "kv_heads", "least_drawn", "parts", "num_pages"]
 )
 def decode(
-    Q, K, V, SUMS, TOPS, TOTALS, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, SEED, KEPT, PAGES,
+    Q, K, V, SUMS, TOPS, TOTALS, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, BIAS, SEED, KEPT, PAGES,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    document_batch, limit_batch, limit_stride, padding_batch, padding_stride, page_batch, num_pages,
+    document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
+    bias_batch, bias_head, bias_row, bias_key, page_batch, num_pages,
     q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, scale, softcap, least_drawn, kept_factor, parts,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -82,7 +92,7 @@ def decode(
     """One program a part of the keys of a tile of queries, a key head (or part of its query heads) and a batch row.
 
     With PAGES [B, most pages] the first dim of K and V is that of the pages, and their rows are slots of one. SUMS [parts, B, H,
-    Sq, Dv], TOPS and TOTALS [parts, B, H, Sq]: the running softmax of the part, in base 2. BIAS_BY is "none".
+    Sq, Dv], TOPS and TOTALS [parts, B, H, Sq]: the running softmax of the part, in the base of the scores.
     """
     kv_head, batch, first_head, last_head, first, last, position, h, there = tile_of_queries(
         tl.program_id(0) // parts, TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M
@@ -104,9 +114,12 @@ def decode(
         LIMITS += batch * limit_batch
     if PADDING is not None:
         PADDING += batch * padding_batch
+    if BIAS is not None:
+        BIAS += batch * bias_batch + first_head.to(tl.int64) * bias_head
     row, head = (position - q_offset).to(tl.int64), h.to(tl.int64)
     q = load_rows(Q + batch * q_batch, row * q_row + head * q_head, there, dims, HEAD_DIM, BLOCK_D, True).to(PRODUCTS)
     t, document, limit_low, limit_high = facts_of_queries(position, there, STARTS, LIMITS, q_offset, limit_stride, k_len)
+    bias = bias_of_tile(BIAS, row * bias_row + (head - first_head) * bias_head, there, BIAS_BY, "rows", SCORES)
     begin, end, inner_begin, inner_end = visible(LIMITS, KEPT, batch, there, limit_low, limit_high, k_len)
     total = tl.zeros([BLOCK_M], SCORES)
     top = tl.full([BLOCK_M], -float("inf"), SCORES)
@@ -125,7 +138,7 @@ def decode(
         total, top, sums = attend(
             total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
             TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, 0, kv_head, kv_heads,
-            t, document, h, limit_low, limit_high, t, t, scale, softcap, None, t, 0, SEED, state, least_drawn,
+            t, document, h, limit_low, limit_high, t, t, scale, softcap, BIAS, bias, bias_key, SEED, state, least_drawn,
             blocks, 0, 0, start, high, 1,
             HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, True, PRECISION,
             PAGES, num_pages, k_batch, v_batch, PAGE_SIZE,
@@ -155,7 +168,7 @@ def decode(
                 total, top, sums = attend(
                     total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
                     TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
-                    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, None, t, 0, SEED, state,
+                    t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key, SEED, state,
                     least_drawn, mine, full_from, full_to, start, high, rate,
                     HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, masks == 1, PRECISION,
                     PAGES, num_pages, k_batch, v_batch, PAGE_SIZE,
@@ -171,9 +184,10 @@ def decode(
 @triton.jit(do_not_specialize=["parts"])
 def join(
     SUMS, TOPS, TOTALS, OUT, LSE, out_batch, out_head, out_row, parts,
-    V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
+    NATURAL: tl.constexpr, V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """The parts of one row, query head and batch row as one: each is worth 2 ** (its maximum - the joint maximum)."""
+    """The parts of one row, query head and batch row as one: each is worth the base of the scores to the power of its maximum
+    less the joint one."""
     row, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     rows, heads, batches = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
     place = (batch * heads + head) * rows + row
@@ -190,7 +204,7 @@ def join(
         higher = tl.maximum(top, tl.max(tops, 0))
         # A row that no part has seen a key of: anything finite keeps its weights 0 instead of not a number.
         shift = tl.where(higher == -float("inf"), 0.0, higher)
-        weights, fade = tl.exp2(tops - shift), tl.exp2(top - shift)
+        weights, fade = power(tops - shift, NATURAL), power(top - shift, NATURAL)
         total = total * fade + tl.sum(weights * totals, 0)
         sums = sums * fade + tl.sum(weights[:, None] * values, 0)
         top = higher
@@ -198,4 +212,5 @@ def join(
     out = sums / tl.where(seen, total, 1.0)
     pointers = OUT + batch * out_batch + head * out_head + row * out_row + v_dims
     tl.store(pointers, out.to(OUT.dtype.element_ty), mask=v_dims < V_DIM)
-    tl.store(LSE + place, (top + tl.log2(tl.where(seen, total, 1.0))) * LN_2)
+    lse = top + logarithm(tl.where(seen, total, 1.0), NATURAL)
+    tl.store(LSE + place, lse if NATURAL else lse * LN_2)

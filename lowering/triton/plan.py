@@ -12,7 +12,8 @@ Nothing here imports Triton.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd
 
@@ -87,6 +88,36 @@ def unplannable(relation: Relation) -> str | None:
     return None
 
 
+# Plans that CUDA graphs read each time they are replayed, by their identity.
+_captured: dict[int, Plan] = {}
+
+
+def held(plan: Plan) -> Plan:
+    """The plan, kept for good if a CUDA graph is being captured: the graph holds addresses, not tensors."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        _captured[id(plan)] = plan
+    return plan
+
+
+def _moved(plan: Plan, device: torch.device) -> Plan:
+    """The plan with its tensors on a device, there for every stream."""
+    queries, keys = (replace(side, tiles=side.tiles.to(device)) for side in (plan.queries, plan.keys))
+    terms, residues, patterns = (x.to(device) for x in (plan.terms, plan.residues, plan.patterns))
+    return replace(plan, terms=terms, residues=residues, patterns=patterns, queries=queries, keys=keys)
+
+
+def _placed(plan: Plan, device: torch.device) -> Plan:
+    """The plan on a device, in memory of its own.
+
+    While Inductor warms up or records a CUDA graph, what its thread allocates comes from the graph's pool, in which nothing may
+    stay (``mode: reduce-overhead``); a plan stays in the cache. Hence a thread for it.
+    """
+    if device.type == "cpu":
+        return plan
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(_moved, plan, device).result()
+
+
 @lru_cache(maxsize=256)
 def plan_of(relation: Relation, queries: int, keys: int, by_document: bool, device: torch.device) -> Plan:
     """The plan of a relation.
@@ -106,10 +137,10 @@ def plan_of(relation: Relation, queries: int, keys: int, by_document: bool, devi
         patterns, classes = [of_head[0]], [[(0, 1)]]
     # Causal queries have the more keys the later they stand, keys the more queries the earlier: the longest work goes first.
     sides = [
-        Rows(_tiles(classes, *span, backwards).to(device), *span)
+        Rows(_tiles(classes, *span, backwards), *span)
         for span, backwards in zip(spans, (size.right is not None, False), strict=True)
     ]
-    return _plan(relation, patterns, sides[0], sides[1], counted, device)
+    return _placed(_plan(relation, patterns, sides[0], sides[1], counted), device)
 
 
 @lru_cache(maxsize=256)
@@ -123,19 +154,17 @@ def plan_of_few(relation: Relation, queries: int, by_document: bool, device: tor
     if not by_document:
         wanted = [tuple(zip(_rates(relation), pattern, strict=True)) for pattern in patterns]
         classes = [sorted({class_of(t, each) for t in range(begin, end)}) for each in wanted]
-    rows = Rows(_tiles(classes, begin, end, queries, False).to(device), begin, end, queries)
-    no_keys = Rows(torch.empty((len(patterns), 0, 2), dtype=torch.int32, device=device), 0, size.k_len, 1)
-    return _plan(relation, patterns, rows, no_keys, by_document, device)
+    rows = Rows(_tiles(classes, begin, end, queries, False), begin, end, queries)
+    no_keys = Rows(torch.empty((len(patterns), 0, 2), dtype=torch.int32, device="cpu"), 0, size.k_len, 1)
+    return _placed(_plan(relation, patterns, rows, no_keys, by_document), device)
 
 
-def _plan(
-    relation: Relation, patterns: list[tuple[int, ...]], queries: Rows, keys: Rows, counted: bool, device: torch.device
-) -> Plan:
+def _plan(relation: Relation, patterns: list[tuple[int, ...]], queries: Rows, keys: Rows, counted: bool) -> Plan:
     size, of_head = relation.problem, _residues_by_head(relation)
     return Plan(
-        terms=torch.tensor([_columns(term, size) for term in relation.terms], dtype=torch.int32, device=device),
-        residues=torch.tensor(list(zip(*of_head, strict=True)), dtype=torch.int32, device=device),
-        patterns=torch.tensor([0 if counted else patterns.index(x) for x in of_head], dtype=torch.int32, device=device),
+        terms=torch.tensor([_columns(term, size) for term in relation.terms], dtype=torch.int32, device="cpu"),
+        residues=torch.tensor(list(zip(*of_head, strict=True)), dtype=torch.int32, device="cpu"),
+        patterns=torch.tensor([0 if counted else patterns.index(x) for x in of_head], dtype=torch.int32, device="cpu"),
         queries=queries,
         keys=keys,
         counted=counted,
@@ -233,7 +262,7 @@ def _tiles(classes: list[list[Class]], begin: int, end: int, count: int, backwar
             tiles += [(t, stride) for t in range(first, end, stride * count)]
         lists.append(sorted(tiles, reverse=backwards))
     longest = max(1, *(len(tiles) for tiles in lists))
-    return torch.tensor([tiles + [(FAR, 1)] * (longest - len(tiles)) for tiles in lists], dtype=torch.int32)
+    return torch.tensor([tiles + [(FAR, 1)] * (longest - len(tiles)) for tiles in lists], dtype=torch.int32, device="cpu")
 
 
 def _rate(term: Term) -> int:
