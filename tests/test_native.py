@@ -377,7 +377,7 @@ def test_several_callers_at_once() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e30, -1e30, 1e10])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_gradients_of_huge_scores_are_finite(dtype: torch.dtype, scale: float) -> None:
     """The LSE of such rows is rounded by more than exponentials bear; weights are not larger than 1 for that."""
     inputs = drawn(length=40, dim=16, dtype=dtype)

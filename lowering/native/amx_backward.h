@@ -207,7 +207,9 @@ class TileBackward {
           for (int n = 0; n < 2; ++n) {
             int64_t at = ((c + n) * kPanelKeys + i + r) * 16;
             V score = load(scores_ + at);
-            weight[r][n] = exp2_fast(kBiased ? (score - lse[n]) * factor : fma(score, factor, -lse[n]));
+            // Above 0 by rounding alone, which among huge scores may be more than the exponential bears.
+            V power = kBiased ? (score - lse[n]) * factor : fma(score, factor, -lse[n]);
+            weight[r][n] = exp2_fast((V)_mm512_min_ps(_mm512_setzero_ps(), (__m512)power));
             if (times) weight[r][n] *= fill(i + r < count ? times[i + r] : 1.0f);
             V grad = load(slopes_ + at), keep = fill(1.0f);
             if constexpr (kDropped) keep = dropout_.keep(tile.first + (c + n) * 16, j + i + r), grad *= keep;
