@@ -79,34 +79,44 @@ inline __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~__mmask32(0)
 inline __mmask16 first_of_16(int64_t count) { return count >= 16 ? __mmask16(0xFFFF) : __mmask16((1 << count) - 1); }
 inline int64_t up_to_32(int64_t n) { return (n + 31) / 32 * 32; }
 
-// The larger magnitude of each pair of numbers, as bits: not a number is above infinity, which is above all others.
-inline __m512i larger_magnitude(__m512i a, __m512i b) {
-  return _mm512_max_epu16(a, _mm512_and_si512(b, _mm512_set1_epi16(0x7FFF)));
-}
-
-// The largest of them, as it is.
-inline float largest(__m512i magnitudes) {
-  alignas(64) uint16_t numbers[32];
-  _mm512_store_si512(numbers, magnitudes);
-  uint32_t bits = uint32_t(*std::max_element(numbers, numbers + 32)) << 16;
-  float found;
-  std::memcpy(&found, &bits, sizeof found);
-  return found;
-}
-
-// Rows of keys or values as columns of [kTileBlock][32], zeros up to whole tiles. Returns their magnitudes.
-inline __m512i pack_rows(const Operand& x, const Span& span, const int32_t* positions, int64_t count, int64_t dim, uint16_t* to) {
+// Rows of keys or values as columns of [kTileBlock][32], zeros up to whole tiles.
+inline void pack_rows(const Operand& x, const Span& span, const int32_t* positions, int64_t count, int64_t dim, uint16_t* to) {
   const BFloat16* from = key_rows<BFloat16>(x, span);
-  __m512i magnitudes = _mm512_setzero_si512();
   for (int64_t i = 0; i < up_to_32(count); ++i)
     for (int64_t d = 0; d < dim; d += 32) {
       __mmask32 there = i < count ? first_of_32(dim - d) : 0;
       const BFloat16* row = from + int64_t(positions[i < count ? i : 0]) * x.row + d;
-      __m512i part = _mm512_maskz_loadu_epi16(there, row);
-      magnitudes = larger_magnitude(magnitudes, part);
-      _mm512_storeu_si512(to + d * kTileBlock + i * 32, part);
+      _mm512_storeu_si512(to + d * kTileBlock + i * 32, _mm512_maskz_loadu_epi16(there, row));
     }
-  return magnitudes;
+}
+
+// Adds the squares of pairs of numbers.
+inline __m512 add_squares(__m512 sums, __m512i pairs) { return _mm512_dpbf16_ps(sums, (__m512bh)pairs, (__m512bh)pairs); }
+
+// The largest root; not a number if any is none.
+inline float largest_root(__m512 squares) {
+  if (_mm512_cmp_ps_mask(squares, squares, _CMP_UNORD_Q)) return std::numeric_limits<float>::quiet_NaN();
+  return std::sqrt(_mm512_reduce_max_ps(squares));
+}
+
+// The largest Euclidean norm of packed rows.
+inline float largest_norm(const uint16_t* packed, int64_t count, int64_t dim) {
+  float found = 0;
+  for (int64_t first = 0; first < up_to_32(count); first += 16) {
+    __m512i rows[16];
+    for (int64_t i = 0; i < 16; ++i) {
+      __m512 squares = _mm512_setzero_ps();
+      for (int64_t d = 0; d < dim; d += 32)
+        squares = add_squares(squares, _mm512_loadu_si512(packed + d * kTileBlock + (first + i) * 32));
+      rows[i] = _mm512_castps_si512(squares);
+    }
+    transpose(rows);
+    __m512 sums = _mm512_setzero_ps();
+    for (int64_t i = 0; i < 16; ++i) sums = _mm512_add_ps(sums, _mm512_castsi512_ps(rows[i]));
+    float norm = largest_root(sums);
+    found = norm > found || norm != norm ? norm : found;
+  }
+  return found;
 }
 
 // 32 rows of 32 into 32 columns: pairs of rows become elements of 32 bits, which are transposed.
@@ -136,14 +146,15 @@ class TileRows {
   static constexpr int64_t kBlock = kTileBlock, kStep = 32;
   const int64_t key_row, value_rows;
   Buffer<uint16_t> keys, values;
-  float largest_key = 0;
+  float largest_key = 0;  // norm
 
   explicit TileRows(const Call& call) : key_row(up_to_32(call.head_dim)), value_rows(up_to_32(call.v_dim)), call_(call) {
     keys.take(kBlock * key_row), values.take(kBlock * value_rows), packed_.take(kBlock * value_rows);
   }
 
   void gather(const Span& span, const int32_t* positions, int64_t count) {
-    largest_key = largest(pack_rows(call_.k, span, positions, count, call_.head_dim, +keys));
+    pack_rows(call_.k, span, positions, count, call_.head_dim, +keys);
+    largest_key = largest_norm(+keys, count, call_.head_dim);
     pack_rows(call_.v, span, positions, count, call_.v_dim, +packed_);
     turn_rows(+packed_, count, call_.v_dim, +values);
   }
@@ -229,23 +240,29 @@ inline std::vector<Tile> wide_tiles_of(const std::vector<Group>& groups, int64_t
 }
 
 // The rows of a tile's lanes in pairs of dims: columns of [dim / 2][lanes]. Unused lanes repeat the last. Returns the largest
-// magnitude.
+// norm.
 inline float read_pairs(const Call& call, const Operand& x, const Span& span, const Tile& tile, const Lane* lanes, int64_t dim,
                        uint32_t* to) {
-  __m512i rows[16], magnitudes = _mm512_setzero_si512();
+  __m512i rows[16];
+  float found = 0;
   int64_t column = (dim + 31) / 32 * 16 * 16;
   for (int64_t first = 0; first < tile.vectors * 16; first += 16, to += column) {
+    __m512 squares = _mm512_setzero_ps();
     for (int64_t d = 0; d < dim; d += 32) {
       for (int64_t i = 0; i < 16; ++i) {
         const Lane& lane = lanes[tile.first + std::min(first + i, tile.lanes - 1)];
         rows[i] = _mm512_maskz_loadu_epi16(first_of_32(dim - d), row_of<BFloat16>(call, x, span, lane) + d);
-        magnitudes = larger_magnitude(magnitudes, rows[i]);
       }
       transpose(rows);
-      for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(to + (d / 2 + i) * 16, rows[i]);
+      for (int64_t i = 0; i < 16; ++i) {
+        squares = add_squares(squares, rows[i]);
+        _mm512_storeu_si512(to + (d / 2 + i) * 16, rows[i]);
+      }
     }
+    float norm = largest_root(squares);
+    found = norm > found || norm != norm ? norm : found;
   }
-  return largest(magnitudes);
+  return found;
 }
 
 // Columns of [row][lanes] times a factor for each lane, into the rows of a tensor.

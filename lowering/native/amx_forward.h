@@ -7,7 +7,7 @@ namespace dil {
 
 class TileForward {
   static constexpr int64_t kMaxLanes = 2304, kWideTile = 32;
-  static constexpr float kLargestExponent = 1 << 20;
+  static constexpr float kLargestExponent = 1 << 20, kMargin = 32;
 
  public:
   explicit TileForward(const Call& call)
@@ -15,14 +15,15 @@ class TileForward {
         rows_(call),
         factor_(float(exponent_factor(call))),
         unit_(float(score_unit(call))),
-        margin_(std::min(8 / factor_, std::numeric_limits<float>::max())),
+        margin_(std::min(kMargin / factor_, std::numeric_limits<float>::max())),
+        largest_factor_(call.softcap == 0 ? 1.0f : float(std::max(1.0, call.scale))),
         biased_(call.bias.data),
         pairs_(rows_.key_row / 2),
         bias_(call),
         dropout_(call, kMaxLanes + kWideTile) {
     int64_t lanes = kMaxLanes + kWideTile;
     queries_.take(lanes * pairs_), sums_.take(lanes * rows_.value_rows), most_.take(lanes), total_.take(lanes);
-    largest_.take(lanes);
+    largest_.take(lanes), least_.take(lanes);
     low_.take(lanes), high_.take(lanes), scores_.take(kPanelKeys * kWideTile), weights_.take(kTileBlock / 2 * kWideTile);
     maxima_.take(kWideTile);
     if (biased_) numbers_.take(kTileBlock * kWideTile);
@@ -42,12 +43,13 @@ class TileForward {
   const Call& call_;
   TileRows rows_;
   float factor_, unit_, margin_;
+  float largest_factor_;  // of products, before the scores are capped
   bool biased_;
   int64_t pairs_;
   std::vector<Tile> tiles_;
   Buffer<uint32_t> queries_, weights_;
   Buffer<float> sums_, most_, total_, scores_, maxima_, numbers_;
-  Buffer<float> largest_;  // magnitude of a tile's queries, at its first lane
+  Buffer<float> largest_, least_;  // norm of a tile's queries, shift of its exponents; at its first lane
   Bias<float> bias_;
   Dropout<float> dropout_;
   Buffer<int32_t> low_, high_;
@@ -60,6 +62,7 @@ class TileForward {
       int64_t first = tile.first, width = tile.vectors * 16;
       dropout_.begin(span, tile, lanes);
       largest_[first] = read_pairs(call_, call_.q, span, tile, lanes, call_.head_dim, queries_ + first * pairs_);
+      least_[first] = -std::numeric_limits<float>::infinity();
       std::fill_n(most_ + first, width, -std::numeric_limits<float>::infinity());
       std::fill_n(total_ + first, width, 0.0f);
       std::fill_n(sums_ + first * rows_.value_rows, width * rows_.value_rows, 0.0f);
@@ -91,9 +94,10 @@ class TileForward {
   void block(const Tile& tile, int64_t a, int64_t b, const KeyBlock& keys) {
     constexpr int64_t panel = kPanelKeys * 16;
     const uint32_t* queries = queries_ + tile.first * pairs_;
-    // Exponents are surely numbers, and not too large to be told apart; a comparison with what is none is false.
-    float most = largest_[tile.first] * rows_.largest_key * float(rows_.key_row) * factor_;
+    // No exponent is larger than this. A comparison with what is no number is false.
+    float most = largest_[tile.first] * rows_.largest_key * factor_ * largest_factor_;
     bool narrow = !call_.exact_lse && !biased_ && !dropout_.on && most < kLargestExponent;
+    bool settled = !biased_ && most <= least_[tile.first] * factor_ + kMargin;
     int64_t summed = a;
     for (int64_t j = a; j < b; j += kPanelKeys) {
       for (int64_t c = 0; c < N; c += 2)
@@ -105,7 +109,7 @@ class TileForward {
                     kTileBlock * 16, bias_.by_key);
       if (keys.start + j < tile.low_max || keys.start + j + kPanelKeys > tile.high_min)
         hide_scores<N>(+scores_, low_ + tile.first, high_ + tile.first, keys.start + j);
-      if (exceeds<N>(tile)) {
+      if (!settled && exceeds<N>(tile)) {
         add_up<N>(tile, summed, j), shift<N>(tile);
         summed = j;
       }
@@ -131,8 +135,9 @@ class TileForward {
                            {sums + (c * rows + d) * 16, rows * 16});
   }
 
-  // The shift of the exponents lags behind the maximum until that is 2^8 times larger, so that sums are rarely rescaled: a
-  // shift is a common factor of sums and total. Here: the new maxima, and whether any is that much larger.
+  // The shift of the exponents lags behind the maximum until that is 2^32 times larger, so that sums are rarely rescaled: a
+  // shift is a common factor of sums and total. Here: the new maxima, and whether any is that much larger. Nobody asks where
+  // the norms of queries and keys say that none can be.
   template <int N>
   bool exceeds(const Tile& tile) {
     __mmask16 left = 0;
@@ -158,6 +163,7 @@ class TileForward {
       float* column = sums + c * rows_.value_rows * 16;
       for (int64_t d = 0; d < rows_.value_rows; ++d) store(column + d * 16, load(column + d * 16) * keep);
     }
+    least_[tile.first] = *std::min_element(most, most + tile.lanes);
   }
 
   // The weights of a panel where nothing is to be done with them but to add them up.
