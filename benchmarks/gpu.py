@@ -1,4 +1,5 @@
-"""Attention on a CUDA device: the union kernel against the best dense flash and compiled FlexAttention, a million keys, decoding.
+"""Attention on a CUDA device: the union kernel against the best dense flash and compiled FlexAttention, blocks, a million keys,
+decoding.
 
     PYTHONPATH=. python benchmarks/gpu.py
 
@@ -25,11 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask
 
 from dilcompile.bench import accuracy, geometric
-from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
+from dilcompile.forms import BlockSparse, Dense, Dilated, Form, SlidingWindow
 from dilcompile.functional import attention
-from dilcompile.relation import Problem, Relation
+from dilcompile.lowering.triton.lists import blocks_of
+from dilcompile.relation import Problem, Relation, grid_of
 
 HEADS = 8
 DENSE = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
@@ -55,15 +58,19 @@ def main() -> None:
         for head_dim in asked.head_dims:
             for causal in (False, True):
                 rows.append(_case(length, head_dim, causal, asked.repeats))
-                _save(path, rows, {}, [])
+                _save(path, rows, [], {}, [])
                 print(_line(rows[-1]), flush=True)
+    blocks = []
+    for length, head_dim, causal in itertools.product(asked.lengths, asked.head_dims, (False, True)):
+        blocks.append(_blocks(length, head_dim, causal, asked.repeats))
+        print(_block_line(blocks[-1]), flush=True)
     long = _longest(asked.longest) if asked.longest else {}
     print(json.dumps(long))
     steps = []
     for length, batch in itertools.product(asked.caches, asked.batches):
         steps.append(_decode(length, batch, asked.repeats))
         print(_step_line(steps[-1]), flush=True)
-    _save(path, rows, long, steps)
+    _save(path, rows, blocks, long, steps)
     print(path)
 
 
@@ -148,6 +155,69 @@ def _flex(form: Dilated, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Calla
     mask = create_block_mask(held, None, HEADS, length, length, device="cuda", _compile=True)
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(q, k, v, block_mask=mask)
+
+
+def _blocks(length: int, head_dim: int, causal: bool, repeats: int, block: int = 128) -> dict[str, Any]:
+    """The blocks of BigBird: the union kernel and compiled FlexAttention along the same lists."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch.manual_seed(0)
+    form = BlockSparse(block, {"bigbird": {}})
+    relation = form.relation(Problem(1, HEADS, HEADS, length, length, head_dim, head_dim, 0, causal))
+    shape = (1, length, HEADS, head_dim)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for _ in range(3))
+    grad, mask = torch.randn_like(q), block_mask(relation, torch.device("cuda"))
+    compiled = torch.compile(flex_attention, dynamic=False)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "blocks": lambda: attention(q, k, v, form, is_causal=causal, kernel="triton"),
+        "flex": lambda: compiled(q, k, v, block_mask=mask),
+        "flash": _dense(SDPBackend.FLASH_ATTENTION, q, k, v, causal),
+    }
+    forward, outs = _in_turns(calls, repeats), {name: call() for name, call in calls.items()}
+    backward = _in_turns(
+        {name: lambda out=out: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True) for name, out in outs.items()},
+        repeats,
+    )
+    on_cpu = (x.detach().cpu() for x in (q, k, v, outs["blocks"], outs["flash"]))
+    row: dict[str, Any] = {
+        "length": length, "head_dim": head_dim, "causal": causal, "heads": HEADS, "dtype": "bfloat16", "block": block,
+        "density": relation.density(), "forward_ms": {name: taken * 1e3 for name, taken in forward.items()},
+        "backward_ms": {name: taken * 1e3 for name, taken in backward.items()},
+        "forward_tflops": 4 * head_dim * relation.pairs() / forward["blocks"] / 1e12,
+        "backward_tflops": 10 * head_dim * relation.pairs() / backward["blocks"] / 1e12,
+        "less_flex": (outs["blocks"].float() - outs["flex"].float()).abs().max().item(),
+    }  # fmt: skip
+    return row | accuracy(relation, *on_cpu, causal)
+
+
+def block_mask(relation: Relation, device: torch.device) -> BlockMask:
+    """The blocks that a relation is made of, shared by all heads, as FlexAttention takes them."""
+    held = blocks_of(relation)
+    assert held is not None, "made of something else"
+    assert not held.pattern.by_head, "heads differ"
+    size = relation.problem
+    grid = grid_of(size, held.grid.q_block, held.grid.k_block)
+    lists = held.lists(0, grid)
+    whole = lists.full & ((lists.blocks + 1) * grid.k_block <= size.k_len)
+    tables = []
+    for some in (~whole, whole):
+        there = torch.zeros(len(grid.rows), grid.columns, dtype=torch.bool)
+        there[lists.owners()[some], lists.blocks[some]] = True
+        # Columns that are there come first, in ascending order.
+        order = there.int().argsort(dim=1, descending=True, stable=True)
+        tables += [there.sum(1).int()[None, None].to(device), order.int()[None, None].to(device)]
+
+    def seen(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return key <= row if size.is_causal else key < size.k_len
+
+    sizes = (grid.q_block, grid.k_block)
+    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=sizes, mask_mod=seen, seq_lengths=(size.q_len, size.k_len))
+
+
+def _block_line(row: dict[str, Any]) -> str:
+    times = "  ".join(f"{name} {row['forward_ms'][name]:.2f}/{row['backward_ms'][name]:.2f}" for name in row["forward_ms"])
+    where = f"blocks of {row['block']}, S {row['length']} D {row['head_dim']} causal {row['causal']!s:5}"
+    return f"{where}: density {row['density']:.3f}; correct {row['correct']}; ms forward/backward {times}"
 
 
 def _in_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -275,7 +345,13 @@ def _file_name() -> str:
     return f"{device}-{datetime.date.today().isoformat()}.json"
 
 
-def _save(path: Path, rows: Sequence[dict[str, Any]], longest: dict[str, Any], decode: Sequence[dict[str, Any]]) -> None:
+def _save(
+    path: Path,
+    rows: Sequence[dict[str, Any]],
+    blocks: Sequence[dict[str, Any]],
+    longest: dict[str, Any],
+    decode: Sequence[dict[str, Any]],
+) -> None:
     import triton
 
     machine = {
@@ -288,6 +364,7 @@ def _save(path: Path, rows: Sequence[dict[str, Any]], longest: dict[str, Any], d
         "command": "python benchmarks/gpu.py",
         "machine": machine,
         "rows": list(rows),
+        "blocks": list(blocks),
         "longest": longest,
         "decode": list(decode),
     }

@@ -15,7 +15,7 @@ from oracles import Setting
 from test_kernels import FORMS, SCALE, assert_as_good_as_eager, drawn, expected, loss_of, operands_of, refuses, run, setting_of
 from torch import Tensor
 
-from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
+from dilcompile.forms import BlockSparse, Dense, Dilated, Form, SlidingWindow
 from dilcompile.functional import attention
 from dilcompile.lowering import ops
 from dilcompile.lowering.select import KERNELS
@@ -27,6 +27,10 @@ LENGTH = 333 if DEVICE == "cuda" else 45
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Segments that cross tiles of 128 rows.
 WIDE = Dilated([64, 256], [1, 2])
+# Lists that all heads share, and a list for each.
+SHARED: dict[str, Any] = {"any": [{"local": {"before": 1}}, {"global": {"columns": 1, "rows": 1}}]}
+BY_HEAD: dict[str, Any] = {"any": [{"local": {}}, {"random": {"blocks": 2, "by_head": True}}]}
+BLOCKS = [*(BlockSparse(block, SHARED) for block in (16, 64, 128, (128, 32), (16, 256))), BlockSparse((40, 24), BY_HEAD)]
 
 
 def inputs_of(dim: int, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,6 +151,43 @@ def test_lengths_windows_and_offsets(length: int, mask: dict[str, Any]) -> None:
     check("triton", WIDE, inputs, setting_of(inputs[0], inputs[1], **mask))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("form", BLOCKS, ids=str)
+def test_blocks_of_any_size(form: Form, causal: bool, dtype: torch.dtype) -> None:
+    inputs = inputs_of(batch=1, kv_heads=2, q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, dtype=dtype)
+    check("triton", form, inputs, setting_of(inputs[0], inputs[1], causal=causal))
+
+
+@pytest.mark.parametrize(("dim", "v_dim"), [(32, 32), (80, 80), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize("block", [16, 64, 128], ids=str)
+def test_blocks_of_every_head_size(block: int, dim: int, v_dim: int) -> None:
+    inputs = inputs_of(batch=1, heads=4, kv_heads=1, q_len=LENGTH, k_len=LENGTH, dim=dim, v_dim=v_dim, dtype=torch.bfloat16)
+    check("triton", BlockSparse(block, SHARED), inputs, setting_of(inputs[0], inputs[1], causal=True))
+
+
+@pytest.mark.parametrize("asked", OPERANDS, ids=str)
+@pytest.mark.parametrize("form", [BLOCKS[0], BLOCKS[1], BLOCKS[-1]], ids=str)
+def test_blocks_with_caps_padding_and_documents(form: Form, asked: dict[str, Any]) -> None:
+    inputs = inputs_of(kv_heads=2, q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, dtype=torch.bfloat16)
+    at = setting_of(inputs[0], inputs[1], causal=True)
+    check("triton", form, inputs, at, **operands_of(asked, length=LENGTH))
+
+
+@pytest.mark.parametrize("shape", BIASES, ids=str)
+@pytest.mark.parametrize("form", [BLOCKS[3], BLOCKS[-1]], ids=str)
+def test_blocks_with_every_bias(form: Form, shape: tuple[int, ...]) -> None:
+    inputs = inputs_of(kv_heads=2, q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, dtype=torch.bfloat16)
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(7))
+    check("triton", form, inputs, setting_of(inputs[0], inputs[1], causal=True), bias=bias)
+
+
+@pytest.mark.parametrize("mask", [{"q_offset": 25}, {"q_offset": -20, "causal": True}, {"causal": True, "left": 60}], ids=str)
+def test_blocks_where_queries_are_not_the_keys(mask: dict[str, Any]) -> None:
+    inputs = inputs_of(batch=1, heads=2, kv_heads=1, q_len=LENGTH, k_len=LENGTH + 30, dim=64, v_dim=64, dtype=torch.float32)
+    check("triton", BlockSparse(64, SHARED), inputs, setting_of(inputs[0], inputs[1], **mask))
+
+
 # A decode step's keys: many blocks, and more parts than one.
 CACHE = 2040 if DEVICE == "cuda" else 300
 # Segments in which the last key stands far from the first.
@@ -168,7 +209,9 @@ def check_step(form: Form, inputs: tuple[Tensor, ...], at: Setting, found: tuple
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", [Dense(), SlidingWindow(500, sinks=4), DEEP, FORMS[7]], ids=str)
+@pytest.mark.parametrize(
+    "form", [Dense(), SlidingWindow(500, sinks=4), DEEP, FORMS[7], BlockSparse(64, SHARED), BlockSparse(64, BY_HEAD)], ids=str
+)
 @pytest.mark.parametrize("q_len", [1, 5])
 def test_a_decode_step(q_len: int, form: Form, dtype: torch.dtype) -> None:
     inputs, at = decode_inputs(q_len, dtype=dtype)
@@ -252,7 +295,7 @@ def test_nothing_outside_the_tensors_is_read() -> None:
 
     inputs = inputs_of(batch=1, heads=2, kv_heads=1, q_len=75, k_len=83, dim=40, v_dim=24, dtype=torch.float32)
     at = setting_of(inputs[0], inputs[1], causal=True)
-    for form in (Dense(), FORMS[3], FORMS[7]):
+    for form in (Dense(), FORMS[3], FORMS[7], BlockSparse((40, 24), BY_HEAD)):
         found = results(run, tuple(framed(x) for x in inputs), form, "triton", at)
         eager = results(expected, inputs, form, at, torch.float32)
         exact = results(expected, tuple(x.double() for x in inputs), form, at)

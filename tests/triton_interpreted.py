@@ -45,7 +45,7 @@ def fresh_plans() -> None:
 
 @pytest.mark.parametrize(
     ("form", "causal"),
-    [*((form, True) for form in FORMS if form.name != "block_sparse"), *((FORMS[n], False) for n in (0, 3, 5))],
+    [*((form, True) for form in FORMS), *((FORMS[n], False) for n in (0, 3, 5, 10))],
     ids=str,
 )
 def test_output_and_every_gradient(form: Form, causal: bool) -> None:

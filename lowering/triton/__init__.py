@@ -17,11 +17,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dilcompile.generators import Blocks
 from dilcompile.lowering import digest
 from dilcompile.lowering.call import Call, Gradients, empty_output
 from dilcompile.lowering.triton import split
 from dilcompile.lowering.triton.config import INTERPRETED, Masks, Pass, Tile, tile_of
-from dilcompile.lowering.triton.plan import Plan, Rows, held, plan_of, plan_of_few, unplannable
+from dilcompile.lowering.triton.lists import blocks_of
+from dilcompile.lowering.triton.plan import Plan, Rows, held, map_of, plan_of, plan_of_blocks, plan_of_few, unplannable
 from dilcompile.lowering.union import beyond_union
 from dilcompile.relation import Problem
 
@@ -95,10 +97,10 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     q, k, v = (_dense_rows(x) for x in (call.q, call.k, call.v))
     with _current(q.device):
         kernel[bound.grid(plan.queries)](
-            q, k, v, out, lse, plan.terms, plan.residues, plan.queries.tiles, plan.patterns,
+            q, k, v, out, lse, *plan.tables, plan.queries.tiles, plan.patterns,
             *bound.masks, bound.bias, bound.seed,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *bound.mask_strides, *bound.bias_strides,
-            *bound.sizes(plan.queries), **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other,
+            *bound.sizes(plan, plan.queries), **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other,
             **tile.options,
         )  # fmt: skip
     return out, lse
@@ -109,8 +111,9 @@ def _decode(call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     from dilcompile.lowering.triton.decode import decode, join
 
     size = call.problem
-    bound = replace(_bind(call), pack=split.packed(size))
-    tile = bound.tile("decode", split.rows_of_tile(size))
+    bound = _bind(call)
+    bound = bound if bound.by_head else replace(bound, pack=split.packed(size))
+    tile = bound.tile("decode", split.rows_of_tile(size, bound.pack))
     plan = held(plan_of_few(call.relation, tile.own // bound.pack, call.documents is not None, call.q.device))
     parts = split.parts_of(call.relation, plan, tile, _programs_at_once(call.q.device))
     sums, tops, totals = (lse.new_empty((parts, *lse.shape, *last)) for last in ((size.v_dim,), (), ()))
@@ -119,10 +122,10 @@ def _decode(call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     tiles, heads, batch = bound.grid(plan.queries)
     with _current(q.device):
         decode[(tiles * parts, heads, batch)](
-            q, k, v, sums, tops, totals, plan.terms, plan.residues, plan.queries.tiles, plan.patterns,
+            q, k, v, sums, tops, totals, *plan.tables, plan.queries.tiles, plan.patterns,
             *bound.masks, bound.bias, bound.seed, _kept(bound), pages,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bound.mask_strides, *bound.bias_strides,
-            0 if pages is None else pages.stride(0), k.shape[0], *bound.sizes(plan.queries), parts, **bound.switches(plan),
+            0 if pages is None else pages.stride(0), k.shape[0], *bound.sizes(plan, plan.queries), parts, **bound.switches(plan),
             PAGE_SIZE=1 if pages is None else k.shape[2], BLOCK_M=tile.own, BLOCK_N=tile.other, **tile.options,
         )  # fmt: skip
         tile = bound.tile("join")
@@ -169,18 +172,19 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
         tile = bound.tile("queries")
         plan = bound.plan(tile.own // bound.pack, tile.other)
         gradient_of_queries[bound.grid(plan.queries)](
-            q, k, v, grad_out, lse, delta, grad_q, plan.terms, plan.residues, plan.queries.tiles, plan.patterns,
+            q, k, v, grad_out, lse, delta, grad_q, *plan.tables, plan.queries.tiles, plan.patterns,
             *bound.masks, bound.bias, bound.seed,
-            *strides, *grad_q.stride()[:3], *bound.mask_strides, *bound.bias_strides, *bound.sizes(plan.queries), call.scale,
-            **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other, **tile.options,
+            *strides, *grad_q.stride()[:3], *bound.mask_strides, *bound.bias_strides, *bound.sizes(plan, plan.queries),
+            call.scale, **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other, **tile.options,
         )  # fmt: skip
         tile = bound.tile("keys")
-        plan = bound.plan(tile.other // bound.pack, tile.own)
+        plan = bound.plan(tile.other // bound.pack, tile.own, transposed=True)
         gradient_of_keys[(plan.keys.tiles.shape[1], size.kv_heads, size.batch)](
-            q, k, v, grad_out, lse, delta, grad_k, grad_v, plan.terms, plan.residues, plan.keys.tiles,
+            q, k, v, grad_out, lse, delta, grad_k, grad_v, *plan.tables, plan.keys.tiles,
             plan.patterns, *bound.masks, bound.bias, bound.seed,
             *strides, *grad_k.stride()[:3], *grad_v.stride()[:3], *bound.mask_strides, *bound.bias_strides,
-            *bound.sizes(plan.keys), call.scale, **bound.switches(plan), BLOCK_M=tile.other, BLOCK_N=tile.own, **tile.options,
+            *bound.sizes(plan, plan.keys), call.scale, **bound.switches(plan), BLOCK_M=tile.other, BLOCK_N=tile.own,
+            **tile.options,
         )  # fmt: skip
         grad_bias = _gradient_of_bias(bound, (q, k, v, grad_out, lse, delta), grad_lse)
     return grad_q, grad_k, grad_v, grad_bias
@@ -203,15 +207,24 @@ def _gradient_of_bias(bound: _Bound, operands: tuple[Tensor, ...], grad_lse: Ten
         # Each head and batch row by itself: a number a key, which then is summed where the bias is shared.
         batch, heads = size.batch, size.heads
     grad = q.new_empty((batch, heads, rows, size.k_len), dtype=call.score_dtype if rows == 1 else call.bias.dtype)
-    tile, plan = bound.tile("bias"), bound.plan(16, 16)
+    tile, tiles, there, first_row = bound.tile("bias"), None, None, 0
+    if bound.blocks is not None and rows == 1:
+        tile = tile.along(bound.blocks.grid.k_block, bound.blocks.grid.q_block)
+    plan = bound.plan(16, tile.own, transposed=True)
+    if bound.blocks is not None and rows == 1:
+        tiles = plan.keys.tiles
+    elif bound.blocks is not None:
+        there, first_row = held(map_of(call.relation, bound.masks[0] is not None, q.device))
     switches = bound.switches(plan) | {"BIAS_BY": bound.bias_by(1), "ALL_QUERIES": rows == 1}
     del switches["PACK"], switches["COUNTED"]
     blocks = -(-size.k_len // tile.own) * (1 if rows == 1 else -(-size.q_len // tile.other))
+    blocks = blocks if tiles is None else tiles.shape[1]
     counts = (size.q_len, size.k_len, size.q_offset, len(call.relation.terms), size.kv_heads)
+    map_strides = (0, 0) if there is None else (there.stride(0) if there.shape[0] > 1 else 0, there.stride(1))
     gradient_of_bias[(blocks, heads, batch)](
-        q, k, v, grad_out, lse, delta, grad, plan.terms, plan.residues, *bound.masks, bound.bias, bound.seed,
+        q, k, v, grad_out, lse, delta, grad, *plan.tables, tiles, there, *bound.masks, bound.bias, bound.seed,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *bound.mask_strides, *bound.bias_strides,
-        *counts, size.heads // heads, size.batch // batch, *bound.factors(), **switches,
+        *counts, size.heads // heads, size.batch // batch, *bound.factors(), *plan.places, *map_strides, first_row, **switches,
         BLOCK_M=tile.other, BLOCK_N=tile.own, **tile.options,
     )  # fmt: skip
     return grad.sum_to_size(shape).view(call.bias.shape).to(call.bias.dtype)
@@ -236,6 +249,16 @@ class _Bound:
     bias_strides: tuple[int, ...]
 
     @property
+    def blocks(self) -> Blocks | None:
+        """Those that the relation is made of."""
+        return blocks_of(self.call.relation)
+
+    @property
+    def by_head(self) -> bool:
+        """Whether query heads have lists of blocks of their own: those of one tile walk one list."""
+        return self.blocks is not None and self.blocks.pattern.by_head
+
+    @property
     def seed(self) -> Tensor | None:
         """The seed of dropout, or None without."""
         if self.call.dropout_p == 0:
@@ -243,9 +266,12 @@ class _Bound:
         assert self.call.dropout_seed is not None, "dropout needs a seed"
         return self.call.dropout_seed
 
-    def plan(self, queries: int, keys: int) -> Plan:
-        """The relation, with this many positions in the tiles of each side."""
-        return held(plan_of(self.call.relation, queries, keys, self.masks[0] is not None, self.call.q.device))
+    def plan(self, queries: int, keys: int, transposed: bool = False) -> Plan:
+        """The relation, with this many positions in the tiles of each side; of blocks only the side that walks."""
+        relation, by_document, device = self.call.relation, self.masks[0] is not None, self.call.q.device
+        if self.blocks is not None:
+            return held(plan_of_blocks(relation, keys if transposed else queries, transposed, by_document, device))
+        return held(plan_of(relation, queries, keys, by_document, device))
 
     def grid(self, rows: Rows) -> tuple[int, int, int]:
         """Tiles, key heads (or parts of their query heads), batch rows."""
@@ -267,13 +293,18 @@ class _Bound:
             return replace(INTERPRETED, own=rows)
         size, q = self.call.problem, self.call.q
         head = max(_block(size.head_dim), _block(size.v_dim))
-        return tile_of(step, _arch(q.device), head, q.dtype, _masks(self.call, self.bias_by(self.pack)), rows)
+        masks, blocks = _masks(self.call, self.bias_by(self.pack)), self.blocks
+        tile = tile_of(step, _arch(q.device), head, q.dtype, masks, rows, blocks is not None)
+        if blocks is None or step not in ("forward", "queries", "keys"):
+            return tile
+        own, other = blocks.grid.q_block * self.pack, blocks.grid.k_block
+        return tile.along(other, blocks.grid.q_block, self.pack) if step == "keys" else tile.along(own, other)
 
-    def sizes(self, rows: Rows) -> tuple[float, ...]:
+    def sizes(self, plan: Plan, rows: Rows) -> tuple[float, ...]:
         """What comes after the strides: lengths, counts, factors."""
         size = self.call.problem
         counts = (size.q_len, size.k_len, size.q_offset, len(self.call.relation.terms), rows.tiles.shape[1], size.kv_heads)
-        return (*counts, *self.factors())
+        return (*counts, *plan.places, *self.factors())
 
     def factors(self) -> tuple[float, ...]:
         """Those of the scores, in base e with a bias, else 2; the least draw kept (less 2**31) and its factor."""
@@ -295,6 +326,8 @@ class _Bound:
             "GROUP": size.group, "PACK": self.pack, "HEAD_DIM": size.head_dim, "V_DIM": size.v_dim,
             "BLOCK_D": _block(size.head_dim), "BLOCK_DV": _block(size.v_dim), "CAPPED": self.call.softcap is not None,
             "BIAS_BY": self.bias_by(self.pack), "HEADS": plan.by_head, "DEDUPE": plan.dedupes, "COUNTED": plan.counted,
+            "Q_BLOCK": 0 if self.blocks is None else self.blocks.grid.q_block,
+            "K_BLOCK": 0 if self.blocks is None else self.blocks.grid.k_block,
             "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
             "PRODUCTS": dtypes[products], "SCORES": dtypes[self.call.score_dtype],
         }  # fmt: skip
@@ -302,7 +335,10 @@ class _Bound:
 
 def _bind(call: Call) -> _Bound:
     size = call.problem
-    pack = max(n for n in range(1, _MOST_PACKED + 1) if size.group % n == 0)
+    blocks = blocks_of(call.relation)
+    # Query heads of one tile walk one list.
+    most = 1 if blocks is not None and blocks.pattern.by_head else _MOST_PACKED
+    pack = max(n for n in range(1, most + 1) if size.group % n == 0)
     starts = ends = limits = padding = None
     document_batch = limit_batch = 0
     if call.documents is not None and size.k_len:

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from dilcompile.lowering.triton.listed import step_of, steps_of
 from dilcompile.lowering.triton.scores import (
     LN_2,
     bias_of_tile,
@@ -15,7 +16,7 @@ from dilcompile.lowering.triton.scores import (
     scores_of_keys,
     tile_of_queries,
 )
-from dilcompile.lowering.triton.walk import FAR, blocks_of, bounds, part_of_term, reach_of_all, turns
+from dilcompile.lowering.triton.walk import FAR, VARYING, reach_of_all, turns
 
 
 @triton.jit
@@ -23,10 +24,10 @@ def attend(
     total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
     TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
     t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key, SEED, state,
-    least_drawn, blocks, full_from, full_to, start, high, rate,
+    least_drawn, blocks, full_from, full_to, start, high, rate, LINE, origin,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCKS: tl.constexpr, CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr,
+    COUNTED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     PAGES=None, num_pages=0, k_page=0, v_page=0, PAGE_SIZE: tl.constexpr = 1,
 ):  # fmt: skip
     """Some blocks of keys joined to the sum of exponentials, the maximum and the weighted sum of values."""
@@ -36,8 +37,9 @@ def attend(
             n, q, K, V, k_row, v_row, dims, v_dims,
             TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
             t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key,
-            full_from, full_to, start, high, rate,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, MASKED, PRECISION, sums.dtype,
+            full_from, full_to, start, high, rate, LINE, origin,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, BLOCKS, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, MASKED, PRECISION,
+            sums.dtype,
             PAGES, num_pages, k_page, v_page, PAGE_SIZE,
         )  # fmt: skip
         higher = tl.maximum(top, tl.max(s, 1))
@@ -57,24 +59,25 @@ def attend(
     return total, top, sums
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "q_offset", "num_terms", "num_tiles", "kv_heads", "least_drawn"])
+@triton.jit(do_not_specialize=VARYING)
 def attention(
-    Q, K, V, OUT, LSE, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
+    Q, K, V, OUT, LSE, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
     document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
     bias_batch, bias_head, bias_row, bias_key,
-    q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, scale, softcap, least_drawn, kept_factor,
+    q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, first_line, line_head,
+    scale, softcap, least_drawn, kept_factor,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
-    PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
+    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries, key head (or part of its query heads) and batch row.
 
     PRODUCTS: dtype of the operands of matrix products; SCORES: of scores and sums.
     """
-    kv_head, batch, first_head, last_head, first, last, position, h, there = tile_of_queries(
-        tl.program_id(0), TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M
+    kv_head, batch, first_head, last_head, first, last, position, h, there, line = tile_of_queries(
+        tl.program_id(0), TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M, Q_BLOCK
     )
     if first == FAR:
         return
@@ -83,6 +86,8 @@ def attention(
     V += batch * v_batch + kv_head.to(tl.int64) * v_head
     if STARTS is not None:
         STARTS, ENDS = STARTS + batch * document_batch, ENDS + batch * document_batch
+    if LINES is not None:
+        LINES += first_head.to(tl.int64) * line_head
     if LIMITS is not None:
         LIMITS += batch * limit_batch
     if PADDING is not None:
@@ -109,28 +114,27 @@ def attention(
             total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
             TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, 0, kv_head, kv_heads,
             t, document, h, limit_low, limit_high, t, t, scale, softcap, BIAS, bias, bias_key, SEED, state, least_drawn,
-            blocks, 0, 0, low, high, 1,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, True, PRECISION,
+            blocks, 0, 0, low, high, 1, TERMS, 0,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, 0, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, True, PRECISION,
         )  # fmt: skip
     else:
-        PARTS: tl.constexpr = 2 if DEDUPE else 1
-        for step in range(num_terms * PARTS):
-            term = step // PARTS
-            low, high, inner_low, inner_high, rate = part_of_term(
-                TERMS, RESIDUES, term, step % PARTS, kv_head, kv_heads, first_head, last_head, first, last, 0, k_len, False,
-                DEDUPE,
+        # Runs of documents have nothing without a mask.
+        FIRST: tl.constexpr = 1 if STARTS is not None else 0
+        steps, at = steps_of(STARTS, ENDS, num_terms, first, last, k_len, DEDUPE, Q_BLOCK)
+        for step in range(steps):
+            term, LINE, origin, start, high, rate, blocks, full_from, full_to, row_low, row_high, at = step_of(
+                step, at, TERMS, RESIDUES, LINES, ENTRIES, STARTS, ENDS, LIMITS, line - first_line, kv_head, kv_heads,
+                first_head, last_head, first, last, 0, k_len, k_len, position,
+                False, DEDUPE, Q_BLOCK, K_BLOCK, BLOCK_N,
             )  # fmt: skip
-            if LIMITS is not None:
-                inner_high = inner_low
-            start, blocks, full_from, full_to = blocks_of(low, high, inner_low, inner_high, rate, first, BLOCK_N)
-            row_low, row_high, _, _ = bounds(TERMS, RESIDUES, term, kv_head, kv_heads, t, False)
-            for masks in tl.static_range(2):
+            for masks in tl.static_range(FIRST, 2):
                 total, top, sums = attend(
                     total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
                     TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
                     t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key,
-                    SEED, state, least_drawn, blocks, full_from, full_to, start, high, rate,
-                    HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, masks == 1, PRECISION,
+                    SEED, state, least_drawn, blocks, full_from, full_to, start, high, rate, LINE, origin,
+                    HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, K_BLOCK, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, masks == 1,
+                    PRECISION,
                 )  # fmt: skip
     seen = total > 0
     out = sums / tl.where(seen, total, 1.0)[:, None]

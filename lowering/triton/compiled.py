@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ class Case:
     Args:
         switches: of ``padding``, ``documents``, ``limits`` (by row), ``softcap``, ``dropout``, ``dedupe`` (terms that count only
             what is new), ``heads`` (terms of some query heads), ``grouped`` (4 query heads a key head), ``one_key`` (all of 64
-            query heads have one), ``bias`` (one a pair), ``key_bias`` (one a key), ``paged`` (pages of 16 keys); none: causal or
-            not.
+            query heads have one), ``bias`` (one a pair), ``key_bias`` (one a key), ``paged`` (pages of 16 keys),
+            ``128-blocks`` (lists of blocks of so many queries and keys); none: causal or not.
     """
 
     step: Pass
@@ -75,13 +76,23 @@ class Case:
             return "counted pairs" if "bias" in self.switches else "counted"
         if "bias" in self.switches:
             return "pairs"
-        return "some" if set(self.switches) - {"grouped", "one_key", "paged", "heads"} else "none"
+        plain = {"grouped", "one_key", "paged", "heads", f"{self.block}-blocks"}
+        return "some" if set(self.switches) - plain else "none"
 
     @property
     def tile(self) -> Tile:
         """The tile sizes that a call of this kind gets."""
         rows = max(16, self.group) if self.step == "decode" else 64
-        return tile_of(self.step, self.arch, max(_block(self.head_dim), _block(self.v_dim)), self.dtype, self.masks, rows)
+        head, block = max(_block(self.head_dim), _block(self.v_dim)), self.block
+        tile = tile_of(self.step, self.arch, head, self.dtype, self.masks, rows, block > 0)
+        if block == 0 or self.step == "decode" or (self.step == "bias" and "bias" in self.switches):
+            return tile
+        return tile.along(block, block, self.group) if self.step == "keys" else tile.along(block * self.group, block)
+
+    @property
+    def block(self) -> int:
+        """Positions in a block of a pattern; 0: there are none."""
+        return next((int(size) for switch in self.switches for size in re.findall(r"^(\d+)-blocks$", switch)), 0)
 
     @property
     def group(self) -> int:
@@ -134,6 +145,20 @@ def cases() -> Iterator[Case]:
     yield Case("bias", "sm90", torch.bfloat16, 256, 256, ("bias",))
     yield Case("bias", "sm90", torch.float32, 64, 64, ("bias",))
     yield from _decode_cases()
+    yield from _block_cases()
+
+
+def _block_cases() -> Iterator[Case]:
+    steps: tuple[Pass, ...] = ("forward", "queries", "keys")
+    for arch, dtype, dim, step in product(ARCHS, (torch.bfloat16, torch.float16), (64, 128), steps):
+        yield Case(step, arch, dtype, dim, dim, ("128-blocks",))
+    for dim, step in product((64, 128), steps):
+        for switches in (("16-blocks",), ("40-blocks",), ("128-blocks", "documents"), ("128-blocks", "bias")):
+            yield Case(step, "sm90", torch.bfloat16, dim, dim, switches)
+    for dim in (64, 128):
+        for switch in ("bias", "key_bias"):
+            yield Case("bias", "sm90", torch.bfloat16, dim, dim, ("128-blocks", switch))
+        yield Case("decode", "sm90", torch.bfloat16, dim, dim, ("128-blocks",))
 
 
 def _decode_cases() -> Iterator[Case]:
@@ -202,12 +227,18 @@ def _fixed(case: Case, tile: Tile) -> dict[str, object]:
     fixed: dict[str, object] = {
         "GROUP": case.group, "PACK": case.group, "HEAD_DIM": case.head_dim, "V_DIM": case.v_dim, "BLOCK_D": _block(case.head_dim),
         "BLOCK_DV": _block(case.v_dim), own: tile.own, other: tile.other, "CAPPED": "softcap" in case.switches,
-        "COUNTED": "documents" in case.switches, "HEADS": "heads" in case.switches, "DEDUPE": "dedupe" in case.switches,
+        "COUNTED": "documents" in case.switches and not case.block, "HEADS": "heads" in case.switches,
+        "DEDUPE": "dedupe" in case.switches,
         "PRECISION": "ieee", "PRODUCTS": element, "SCORES": tl.float32, "BLOCK_S": case.tile.own, "PAGE_SIZE": 16,
     }  # fmt: skip
     by = next((word for switch, word in (("bias", "pairs"), ("key_bias", "keys")) if switch in case.switches), "none")
     fixed |= {"BIAS_BY": by, "ALL_QUERIES": by == "keys", "NATURAL": by != "none"}
     fixed |= {"BIAS": None} if by == "none" else {"bias_key": 1}
+    fixed |= {"Q_BLOCK": case.block, "K_BLOCK": case.block, **({} if case.block else {"LINES": None, "ENTRIES": None})}
+    if case.step == "bias":
+        # Of blocks, a bias by key walks their lists, one by pair asks their map.
+        fixed |= {} if case.block and by == "keys" else {"LINES": None, "ENTRIES": None, "TILES": None}
+        fixed |= {} if case.block and by == "pairs" else {"MAP": None}
     if "dropout" not in case.switches:
         fixed["SEED"] = None
     if "limits" not in case.switches:
@@ -224,10 +255,10 @@ def _fixed(case: Case, tile: Tile) -> dict[str, object]:
 def _type(name: str, dtype: torch.dtype) -> str:
     if name in ("LSE", "DELTA", "GRAD_LSE", "SUMS", "TOPS", "TOTALS"):
         return "*fp32"
-    if name in ("TERMS", "RESIDUES", "TILES", "PATTERNS", "STARTS", "ENDS", "LIMITS", "KEPT", "PAGES"):
+    if name in ("TERMS", "RESIDUES", "LINES", "ENTRIES", "TILES", "PATTERNS", "STARTS", "ENDS", "LIMITS", "KEPT", "PAGES"):
         return "*i32"
-    if name in ("PADDING", "SEED"):
-        return {"PADDING": "*u8", "SEED": "*i64"}[name]
+    if name in ("PADDING", "MAP", "SEED"):
+        return {"PADDING": "*u8", "MAP": "*u8", "SEED": "*i64"}[name]
     if name.isupper():
         return "*" + {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     return "fp32" if name in ("scale", "softcap", "grad_scale", "kept_factor") else "i32"
@@ -280,7 +311,7 @@ def row(case: Case, found: Resources) -> str:
 
 def _line(words: tuple[object, ...]) -> str:
     widths = (8, 7, 9, 4, 4, 15, 8, 6, 7, 10, 6, 7, 9, 16, 3)
-    return "".join(str(word).ljust(width) for word, width in zip(words, widths, strict=True)).rstrip()
+    return "".join(f"{str(word).ljust(width - 1)} " for word, width in zip(words, widths, strict=True)).rstrip()
 
 
 def header() -> str:

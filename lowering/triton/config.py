@@ -28,11 +28,25 @@ class Tile:
         """What Triton's compiler is told."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
+    def along(self, own: int, other: int, pack: int = 1) -> Tile:
+        """The tile of a walk along lists of blocks.
+
+        Args:
+            own: rows of its own side that a line of blocks has; more would be for nobody.
+            other: positions in a block of the other side. A large tile takes a part of one block at a time: pieces of several
+                take a pointer a row.
+            pack: rows that stand at a position of the other side.
+        """
+        rows, visit = min(self.own, max(16, 1 << (own - 1).bit_length())), self.other
+        while rows > 32 and visit > 16 and other % (visit // pack):
+            visit //= 2
+        return replace(self, own=rows, other=visit)
+
 
 INTERPRETED = Tile(16, 16, 4, 1)
 
 
-def tile_of(step: Pass, arch: str, head: int, dtype: torch.dtype, masks: Masks, rows: int = 64) -> Tile:
+def tile_of(step: Pass, arch: str, head: int, dtype: torch.dtype, masks: Masks, rows: int = 64, listed: bool = False) -> Tile:
     """The tile sizes of a pass.
 
     Args:
@@ -44,6 +58,7 @@ def tile_of(step: Pass, arch: str, head: int, dtype: torch.dtype, masks: Masks, 
         masks: ``counted``: documents; ``some``: a softcap, dropout, padding, limits by row, a bias by key or by row, or keys
             that count only once; ``pairs``: a bias by pair. They take registers.
         rows: of few queries, 16, 32 or 64.
+        listed: tiles walk lists of blocks; see ``Tile.along``.
     """
     if step in ("sums", "join"):
         return Tile(16, 1, 4, 1)
@@ -64,7 +79,8 @@ def tile_of(step: Pass, arch: str, head: int, dtype: torch.dtype, masks: Masks, 
         return _PAIRS[_family(arch), step, size]
     if masks != "none":
         return {"counted": _COUNTED, "counted pairs": _COUNTED_PAIRS, "some": _MASKED}[masks][step, size]
-    return _PLAIN[_family(arch), step, size]
+    found = _PLAIN[_family(arch), step, size]
+    return _LISTED.get((_family(arch), step, size), found) if listed else found
 
 
 def _family(arch: str) -> str:
@@ -187,6 +203,13 @@ _PLAIN: dict[tuple[str, Pass, int], Tile] = {
     ("gfx942", "queries", 128): Tile(64, 32, 4, 2),
     ("gfx942", "keys", 64): Tile(64, 32, 4, 2),
     ("gfx942", "keys", 128): Tile(64, 32, 4, 2),
+}
+
+# Where ``_PLAIN`` would spill.
+_LISTED: dict[tuple[str, Pass, int], Tile] = {
+    ("sm80", "forward", 128): Tile(128, 32, 8, 2),
+    ("sm80", "keys", 128): Tile(64, 32, 8, 2),
+    ("gfx942", "keys", 128): Tile(64, 16, 4, 2),
 }
 
 # By architecture and head size; ``own`` is the largest that a tile is used for. Documents take the tiles of no mask.

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from dilcompile.lowering.triton.attend import attend
+from dilcompile.lowering.triton.listed import step_of, steps_of
 from dilcompile.lowering.triton.scores import (
     LN_2,
     bias_of_tile,
@@ -18,7 +19,7 @@ from dilcompile.lowering.triton.scores import (
     row_state,
     tile_of_queries,
 )
-from dilcompile.lowering.triton.walk import FAR, blocks_of, bounds, part_of_term, reach_of_all
+from dilcompile.lowering.triton.walk import FAR, VARYING, blocks_of, bounds, part_of_term, reach_of_all
 
 
 @triton.jit
@@ -60,42 +61,58 @@ def share(begin, end, before, start, blocks, full_from, full_to, span):
 
 
 @triton.jit
-def blocks_of_step(
-    step, TERMS, RESIDUES, kv_head, kv_heads, first_head, last_head, first, last, begin, end, inner_begin, inner_end,
-    DEDUPE: tl.constexpr, BLOCK_N: tl.constexpr,
+def share_of_step(
+    step, at, own_begin, own_end, before, TERMS, RESIDUES, LINES, ENTRIES, STARTS, ENDS, LIMITS, line, kv_head, kv_heads,
+    first_head, last_head, first, last, begin, end, inner_begin, inner_end, k_len, position,
+    DEDUPE: tl.constexpr, Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(term, high, rate, start, blocks, full_from, full_to): what a tile visits in one step, a term or a part of one."""
-    PARTS: tl.constexpr = 2 if DEDUPE else 1
-    term = step // PARTS
-    low, high, inner_low, inner_high, rate = part_of_term(
-        TERMS, RESIDUES, term, step % PARTS, kv_head, kv_heads, first_head, last_head, first, last, begin, end, False, DEDUPE
-    )
-    inner_low, inner_high = tl.maximum(inner_low, inner_begin), tl.minimum(inner_high, inner_end)
-    start, blocks, full_from, full_to = blocks_of(low, high, inner_low, inner_high, rate, first, BLOCK_N)
-    return term, high, rate, start, blocks, full_from, full_to
+    """What a tile visits in one step, and of it what is numbers own_begin to before own_end among all of the tile.
+
+    Returns:
+        blocks of the step; then as ``listed.step_of``, of this part alone.
+    """
+    if K_BLOCK > 0:
+        term, LINE, origin, start, high, rate, blocks, full_from, full_to, row_low, row_high, at = step_of(
+            step, at, TERMS, RESIDUES, LINES, ENTRIES, STARTS, ENDS, LIMITS, line, kv_head, kv_heads, first_head, last_head,
+            first, last, 0, k_len, k_len, position, False, DEDUPE, Q_BLOCK, K_BLOCK, BLOCK_N,
+        )  # fmt: skip
+        span = BLOCK_N
+    else:
+        term, LINE, origin = step // (2 if DEDUPE else 1), TERMS, 0
+        low, high, inner_low, inner_high, rate = part_of_term(
+            TERMS, RESIDUES, term, step % (2 if DEDUPE else 1), kv_head, kv_heads, first_head, last_head, first, last, begin, end,
+            False, DEDUPE,
+        )  # fmt: skip
+        inner_low, inner_high = tl.maximum(inner_low, inner_begin), tl.minimum(inner_high, inner_end)
+        start, blocks, full_from, full_to = blocks_of(low, high, inner_low, inner_high, rate, first, BLOCK_N)
+        row_low, row_high, _, _ = bounds(TERMS, RESIDUES, term, kv_head, kv_heads, position, False)
+        span = rate * BLOCK_N
+    start, mine, full_from, full_to = share(own_begin, own_end, before, start, blocks, full_from, full_to, span)
+    return blocks, term, LINE, origin, start, high, rate, mine, full_from, full_to, row_low, row_high, at
 
 
-@triton.jit(
-    do_not_specialize=["q_len", "k_len", "q_offset", "num_terms", "num_tiles", "kv_heads", "least_drawn", "parts", "num_pages"]
-)
+@triton.jit(do_not_specialize=VARYING)
 def decode(
-    Q, K, V, SUMS, TOPS, TOTALS, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, BIAS, SEED, KEPT, PAGES,
+    Q, K, V, SUMS, TOPS, TOTALS, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS,
+    STARTS, ENDS, LIMITS, PADDING, BIAS, SEED, KEPT, PAGES,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
     bias_batch, bias_head, bias_row, bias_key, page_batch, num_pages,
-    q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, scale, softcap, least_drawn, kept_factor, parts,
+    q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, first_line, line_head, scale, softcap, least_drawn, kept_factor,
+    parts,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
-    PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
 ):  # fmt: skip
     """One program a part of the keys of a tile of queries, a key head (or part of its query heads) and a batch row.
 
     With PAGES [B, most pages] the first dim of K and V is that of the pages, and their rows are slots of one. SUMS [parts, B, H,
     Sq, Dv], TOPS and TOTALS [parts, B, H, Sq]: the running softmax of the part, in the base of the scores.
     """
-    kv_head, batch, first_head, last_head, first, last, position, h, there = tile_of_queries(
-        tl.program_id(0) // parts, TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M
+    kv_head, batch, first_head, last_head, first, last, position, h, there, line = tile_of_queries(
+        tl.program_id(0) // parts, TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M, Q_BLOCK
     )
     if first == FAR:
         return
@@ -110,6 +127,8 @@ def decode(
         PAGES += batch * page_batch
     if STARTS is not None:
         STARTS, ENDS = STARTS + batch * document_batch, ENDS + batch * document_batch
+    if LINES is not None:
+        LINES += first_head.to(tl.int64) * line_head
     if LIMITS is not None:
         LIMITS += batch * limit_batch
     if PADDING is not None:
@@ -139,39 +158,39 @@ def decode(
             total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
             TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, 0, kv_head, kv_heads,
             t, document, h, limit_low, limit_high, t, t, scale, softcap, BIAS, bias, bias_key, SEED, state, least_drawn,
-            blocks, 0, 0, start, high, 1,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, True, PRECISION,
+            blocks, 0, 0, start, high, 1, TERMS, 0,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, 0, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, True, PRECISION,
             PAGES, num_pages, k_batch, v_batch, PAGE_SIZE,
         )  # fmt: skip
     else:
-        steps = num_terms * (2 if DEDUPE else 1)
-        all_blocks = 0
+        # Runs of documents have nothing without a mask.
+        FIRST: tl.constexpr = 1 if STARTS is not None else 0
+        steps, at = steps_of(STARTS, ENDS, num_terms, first, last, k_len, DEDUPE, Q_BLOCK)
+        all_blocks, begin_at = 0, at
         for step in range(steps):
-            _, _, _, _, blocks, _, _ = blocks_of_step(
-                step, TERMS, RESIDUES, kv_head, kv_heads, first_head, last_head, first, last, begin, end, inner_begin, inner_end,
-                DEDUPE, BLOCK_N,
+            blocks, _term, _line, _origin, _start, _high, _rate, _mine, _from, _to, _low, _row_high, at = share_of_step(
+                step, at, 0, 0, 0, TERMS, RESIDUES, LINES, ENTRIES, STARTS, ENDS, LIMITS, line - first_line, kv_head, kv_heads,
+                first_head, last_head, first, last, begin, end, inner_begin, inner_end, k_len, position,
+                DEDUPE, Q_BLOCK, K_BLOCK, BLOCK_N,
             )  # fmt: skip
             all_blocks += blocks
         each = tl.cdiv(all_blocks, parts)
-        before = 0
+        before, at = 0, begin_at
         for step in range(steps):
-            term, high, rate, start, blocks, full_from, full_to = blocks_of_step(
-                step, TERMS, RESIDUES, kv_head, kv_heads, first_head, last_head, first, last, begin, end, inner_begin, inner_end,
-                DEDUPE, BLOCK_N,
+            blocks, term, LINE, origin, start, high, rate, mine, full_from, full_to, row_low, row_high, at = share_of_step(
+                step, at, part * each, (part + 1) * each, before, TERMS, RESIDUES, LINES, ENTRIES, STARTS, ENDS, LIMITS,
+                line - first_line, kv_head, kv_heads, first_head, last_head, first, last, begin, end, inner_begin, inner_end,
+                k_len, position, DEDUPE, Q_BLOCK, K_BLOCK, BLOCK_N,
             )  # fmt: skip
-            start, mine, full_from, full_to = share(
-                part * each, (part + 1) * each, before, start, blocks, full_from, full_to, rate * BLOCK_N
-            )
             before += blocks
-            row_low, row_high, _, _ = bounds(TERMS, RESIDUES, term, kv_head, kv_heads, t, False)
-            for masks in tl.static_range(2):
+            for masks in tl.static_range(FIRST, 2):
                 total, top, sums = attend(
                     total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
                     TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
                     t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key, SEED, state,
-                    least_drawn, mine, full_from, full_to, start, high, rate,
-                    HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, masks == 1, PRECISION,
-                    PAGES, num_pages, k_batch, v_batch, PAGE_SIZE,
+                    least_drawn, mine, full_from, full_to, start, high, rate, LINE, origin,
+                    HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, K_BLOCK, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, masks == 1,
+                    PRECISION, PAGES, num_pages, k_batch, v_batch, PAGE_SIZE,
                 )  # fmt: skip
     if SEED is not None:
         sums *= kept_factor

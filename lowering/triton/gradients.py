@@ -6,6 +6,7 @@ Each program owns the rows that it writes, so nothing is added atomically and no
 import triton
 import triton.language as tl
 
+from dilcompile.lowering.triton.listed import step_of, steps_of, visited
 from dilcompile.lowering.triton.scores import (
     LOG2_E,
     bias_of_tile,
@@ -22,7 +23,7 @@ from dilcompile.lowering.triton.scores import (
     scores_of_keys,
     tile_of_queries,
 )
-from dilcompile.lowering.triton.walk import FAR, block_at, blocks_of, bounds, part_of_term, reach_of_all, turns
+from dilcompile.lowering.triton.walk import FAR, VARYING, block_at, reach_of_all, turns
 
 
 @triton.jit
@@ -56,10 +57,10 @@ def descend(
     sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
     TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
     t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key, SEED, state,
-    least_drawn, kept_factor, blocks, full_from, full_to, start, high, rate,
+    least_drawn, kept_factor, blocks, full_from, full_to, start, high, rate, LINE, origin,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCKS: tl.constexpr, CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr,
+    COUNTED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some blocks of keys added to the gradient of a tile of queries."""
     begin, end = turns(blocks, full_from, full_to, MASKED)
@@ -68,8 +69,9 @@ def descend(
             n, q, K, V, k_row, v_row, dims, v_dims,
             TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
             t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key,
-            full_from, full_to, start, high, rate,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, MASKED, PRECISION, sums.dtype,
+            full_from, full_to, start, high, rate, LINE, origin,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, BLOCKS, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, MASKED, PRECISION,
+            sums.dtype,
         )  # fmt: skip
         weights = power(s - lse[:, None], BIAS is not None)
         d_weights = tl.dot(grad, tl.trans(values.to(q.dtype)), input_precision=PRECISION, out_dtype=sums.dtype)
@@ -83,22 +85,24 @@ def descend(
     return sums
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "q_offset", "num_terms", "num_tiles", "kv_heads", "least_drawn"])
+@triton.jit(do_not_specialize=VARYING)
 def gradient_of_queries(
-    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_Q, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
+    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_Q, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS,
+    STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     out_batch, out_head, out_row, grad_batch, grad_head, grad_row,
     document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
     bias_batch, bias_head, bias_row, bias_key,
-    q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, scale, softcap, least_drawn, kept_factor, grad_scale,
+    q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, first_line, line_head,
+    scale, softcap, least_drawn, kept_factor, grad_scale,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
-    PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
+    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries, as in the forward; ``out_*`` are the strides of GRAD_OUT."""
-    kv_head, batch, first_head, last_head, first, last, position, h, there = tile_of_queries(
-        tl.program_id(0), TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M
+    kv_head, batch, first_head, last_head, first, last, position, h, there, line = tile_of_queries(
+        tl.program_id(0), TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M, Q_BLOCK
     )
     if first == FAR:
         return
@@ -107,6 +111,8 @@ def gradient_of_queries(
     V += batch * v_batch + kv_head.to(tl.int64) * v_head
     if STARTS is not None:
         STARTS, ENDS = STARTS + batch * document_batch, ENDS + batch * document_batch
+    if LINES is not None:
+        LINES += first_head.to(tl.int64) * line_head
     if LIMITS is not None:
         LIMITS += batch * limit_batch
     if PADDING is not None:
@@ -136,28 +142,27 @@ def gradient_of_queries(
             sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
             TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, 0, kv_head, kv_heads,
             t, document, h, limit_low, limit_high, t, t, scale, softcap, BIAS, bias, bias_key, SEED, state, least_drawn,
-            kept_factor, blocks, 0, 0, low, high, 1,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, True, PRECISION,
+            kept_factor, blocks, 0, 0, low, high, 1, TERMS, 0,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, 0, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, True, PRECISION,
         )  # fmt: skip
     else:
-        PARTS: tl.constexpr = 2 if DEDUPE else 1
-        for step in range(num_terms * PARTS):
-            term = step // PARTS
-            low, high, inner_low, inner_high, rate = part_of_term(
-                TERMS, RESIDUES, term, step % PARTS, kv_head, kv_heads, first_head, last_head, first, last, 0, k_len, False,
-                DEDUPE,
+        # Runs of documents have nothing without a mask.
+        FIRST: tl.constexpr = 1 if STARTS is not None else 0
+        steps, at = steps_of(STARTS, ENDS, num_terms, first, last, k_len, DEDUPE, Q_BLOCK)
+        for step in range(steps):
+            term, LINE, origin, start, high, rate, blocks, full_from, full_to, row_low, row_high, at = step_of(
+                step, at, TERMS, RESIDUES, LINES, ENTRIES, STARTS, ENDS, LIMITS, line - first_line, kv_head, kv_heads,
+                first_head, last_head, first, last, 0, k_len, k_len, position,
+                False, DEDUPE, Q_BLOCK, K_BLOCK, BLOCK_N,
             )  # fmt: skip
-            if LIMITS is not None:
-                inner_high = inner_low
-            start, blocks, full_from, full_to = blocks_of(low, high, inner_low, inner_high, rate, first, BLOCK_N)
-            row_low, row_high, _, _ = bounds(TERMS, RESIDUES, term, kv_head, kv_heads, t, False)
-            for masks in tl.static_range(2):
+            for masks in tl.static_range(FIRST, 2):
                 sums = descend(
                     sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
                     TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
                     t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key,
-                    SEED, state, least_drawn, kept_factor, blocks, full_from, full_to, start, high, rate,
-                    HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, masks == 1, PRECISION,
+                    SEED, state, least_drawn, kept_factor, blocks, full_from, full_to, start, high, rate, LINE, origin,
+                    HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, K_BLOCK, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, masks == 1,
+                    PRECISION,
                 )  # fmt: skip
     pointers = GRAD_Q + batch * grad_batch + (row * grad_row + head * grad_head)[:, None] + dims[None, :]
     tl.store(pointers, (sums * grad_scale).to(GRAD_Q.dtype.element_ty), mask=there[:, None] & (dims < HEAD_DIM)[None, :])
@@ -168,18 +173,25 @@ def scores_of_queries(
     n, keys, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
     TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
     k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale, softcap,
-    BIAS, bias, bias_head, bias_row, full_from, full_to, start, high, rate,
+    BIAS, bias, bias_head, bias_row, full_from, full_to, start, high, rate, LINE, origin,
     PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr,
-    COUNTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, SCORES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr,
+    DEDUPE: tl.constexpr, COUNTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    SCORES: tl.constexpr,
 ):  # fmt: skip
     """(scores, slope of the cap, LSE, delta, positions, query heads, queries, gradients of their output) of a tile of keys and
     the n-th block of queries; scores are held [keys, queries]."""
-    block = start + block_at(n, full_from, full_to, MASKED) * (BLOCK_M // PACK) * rate
-    position, member, there = rows_of_tile(block, rate, high, PACK, BLOCK_M)
+    partly: tl.constexpr = MASKED or BLOCK_M % PACK != 0
+    if BLOCKS == 0:
+        block = start + block_at(n, full_from, full_to, MASKED) * (BLOCK_M // PACK) * rate
+        position, member, there = rows_of_tile(block, rate, high, PACK, BLOCK_M)
+    else:
+        visit = block_at(n, full_from, full_to, MASKED)
+        number, member, there = rows_of_tile(0, 1, BLOCK_M // PACK, PACK, BLOCK_M)
+        position, inside = visited(visit, number, LINE, origin, start, high, rate, BLOCKS, BLOCK_M // PACK, partly)
+        there = there & inside & (position >= q_offset)
     h = first_head + member
     row, head = (position - q_offset).to(tl.int64), h.to(tl.int64)
-    partly: tl.constexpr = MASKED or BLOCK_M % PACK != 0
     q = load_rows(Q, row * q_row + head * q_head, there, dims, HEAD_DIM, BLOCK_D, partly).to(keys.dtype)
     grad = load_rows(GRAD_OUT, row * out_row + head * out_head, there, v_dims, V_DIM, BLOCK_DV, partly).to(keys.dtype)
     place = head * q_len + row
@@ -223,10 +235,10 @@ def gather(
     TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
     k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale, softcap,
     BIAS, bias, bias_head, bias_row, SEED, batch, least_drawn, kept_factor,
-    blocks, full_from, full_to, start, high, rate,
+    blocks, full_from, full_to, start, high, rate, LINE, origin,
     PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr,
-    COUNTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr,
+    DEDUPE: tl.constexpr, COUNTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some blocks of queries added to the gradients of a tile of keys and values."""
     begin, end = turns(blocks, full_from, full_to, MASKED)
@@ -235,8 +247,8 @@ def gather(
             n, keys, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
             TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
             k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale, softcap,
-            BIAS, bias, bias_head, bias_row, full_from, full_to, start, high, rate,
-            PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, PADDED, MASKED,
+            BIAS, bias, bias_head, bias_row, full_from, full_to, start, high, rate, LINE, origin,
+            PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCKS, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, PADDED, MASKED,
             PRECISION, k_sums.dtype,
         )  # fmt: skip
         weights = power(s - lse[None, :], BIAS is not None)
@@ -257,28 +269,32 @@ def gather(
     return k_sums, v_sums
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "q_offset", "num_terms", "num_tiles", "kv_heads", "least_drawn"])
+@triton.jit(do_not_specialize=VARYING)
 def gradient_of_keys(
-    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_K, GRAD_V, TERMS, RESIDUES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
+    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_K, GRAD_V, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS,
+    STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
     grad_k_batch, grad_k_head, grad_k_row, grad_v_batch, grad_v_head, grad_v_row,
     document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
     bias_batch, bias_head, bias_row, bias_key,
-    q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, scale, softcap, least_drawn, kept_factor, grad_scale,
+    q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, first_line, line_head,
+    scale, softcap, least_drawn, kept_factor, grad_scale,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
-    PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
+    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of keys of a key head: it walks the queries of all heads of the group."""
     kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     tile = TILES + (tl.load(PATTERNS + kv_head) * num_tiles + tl.program_id(0)) * 2
-    first, stride = tl.load(tile), tl.load(tile + 1)
+    first, stride, line, stop, end = tl.load(tile), tl.load(tile + 1), 0, k_len, q_offset + q_len
     if first == FAR:
         return
-    end = q_offset + q_len
-    last = tl.minimum(first + (BLOCK_N - 1) * stride, first + (k_len - 1 - first) // stride * stride)
-    k, _, inside = rows_of_tile(first, stride, k_len, 1, BLOCK_N)
+    if K_BLOCK > 0:
+        line, stride = stride, 1
+        stop = tl.minimum(stop, (line + 1) * K_BLOCK)
+    last = tl.minimum(first + (BLOCK_N - 1) * stride, first + (stop - 1 - first) // stride * stride)
+    k, _, inside = rows_of_tile(first, stride, stop, 1, BLOCK_N)
     dims, v_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     at_head, k_at = kv_head.to(tl.int64), k.to(tl.int64)
     keys = load_rows(K + batch * k_batch + at_head * k_head, k_at * k_row, inside, dims, HEAD_DIM, BLOCK_D, True).to(PRODUCTS)
@@ -313,30 +329,30 @@ def gradient_of_keys(
                 TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, 0, kv_head, kv_heads,
                 k, relative, k_document, keep, k, k, first_head, q_len, k_len, q_offset, scale, softcap,
                 of_part, bias, bias_head, bias_row, SEED, batch, least_drawn, kept_factor,
-                blocks, 0, 0, low, high, 1,
-                PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED,
+                blocks, 0, 0, low, high, 1, TERMS, 0,
+                PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, 0, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED,
                 PADDING is not None, True, PRECISION,
             )  # fmt: skip
         else:
-            PARTS: tl.constexpr = 2 if DEDUPE else 1
-            for step in range(num_terms * PARTS):
-                term = step // PARTS
-                low, high, inner_low, inner_high, rate = part_of_term(
-                    TERMS, RESIDUES, term, step % PARTS, kv_head, kv_heads, first_head, last_head, first, last, q_offset, end,
-                    True, DEDUPE,
+            FIRST: tl.constexpr = 1 if STARTS is not None else 0
+            of_heads = LINES
+            if LINES is not None:
+                of_heads = LINES + first_head.to(tl.int64) * line_head
+            steps, at = steps_of(STARTS, ENDS, num_terms, first, last, k_len, DEDUPE, K_BLOCK)
+            for step in range(steps):
+                term, LINE, origin, start, high, rate, blocks, full_from, full_to, row_low, row_high, at = step_of(
+                    step, at, TERMS, RESIDUES, of_heads, ENTRIES, STARTS, ENDS, LIMITS, line - first_line, kv_head, kv_heads,
+                    first_head, last_head, first, last, q_offset, end, k_len, k,
+                    True, DEDUPE, K_BLOCK, Q_BLOCK, BLOCK_M // PACK,
                 )  # fmt: skip
-                if LIMITS is not None:
-                    inner_high = inner_low
-                start, blocks, full_from, full_to = blocks_of(low, high, inner_low, inner_high, rate, first, BLOCK_M // PACK)
-                row_low, row_high, _, _ = bounds(TERMS, RESIDUES, term, kv_head, kv_heads, k, True)
-                for masks in tl.static_range(2):
+                for masks in tl.static_range(FIRST, 2):
                     k_sums, v_sums = gather(
                         k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
                         TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
                         k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale,
                         softcap, of_part, bias, bias_head, bias_row, SEED, batch, least_drawn, kept_factor,
-                        blocks, full_from, full_to, start, high, rate,
-                        PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED,
+                        blocks, full_from, full_to, start, high, rate, LINE, origin,
+                        PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, Q_BLOCK, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED,
                         PADDING is not None, masks == 1, PRECISION,
                     )  # fmt: skip
     at = batch * grad_k_batch + at_head * grad_k_head

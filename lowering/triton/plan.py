@@ -12,15 +12,18 @@ Nothing here imports Triton.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dilcompile.generators import Blocks, Everything, Segment, Sinks, Window
+from dilcompile.lowering.triton.lists import Lists, blocks_of, lists_on, map_on
 from dilcompile.relation import Problem, Relation, Term
 
 # Stands for "no limit"; positions stay below it, and sums of two fit in 32 bits.
@@ -60,6 +63,7 @@ class Plan:
             tiles are of one class and walk the keys of term after term.
         dedupes: some term counts only what earlier ones don't hold.
         by_head: some term is not one of all query heads.
+        lists: of the blocks that the relation is made of, as the side walks them whose tiles the plan has.
     """
 
     terms: Tensor
@@ -70,6 +74,18 @@ class Plan:
     counted: bool
     dedupes: bool
     by_head: bool
+    lists: Lists | None = None
+
+    @property
+    def tables(self) -> tuple[Tensor | None, ...]:
+        """What the kernels read of the terms: as numbers, residues, and of blocks their lines and entries."""
+        lists = self.lists
+        return (self.terms, self.residues, *((None, None) if lists is None else (lists.lines, lists.entries)))
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """The first line of the lists, and the distance from one query head's to the next one's."""
+        return (0, 0) if self.lists is None else (self.lists.first_line, self.lists.line_head)
 
 
 def unplannable(relation: Relation) -> str | None:
@@ -79,8 +95,8 @@ def unplannable(relation: Relation) -> str | None:
         return f"{size.k_len} keys and {size.q_len} queries from {size.q_offset}: positions are held in 32 bits, below {FAR // 2}"
     for term in relation.terms:
         generator = term.generator
-        if isinstance(generator, Blocks):
-            return "the blocks of a pattern"
+        if isinstance(generator, Blocks) and len(relation.terms) > 1:
+            return "the blocks of a pattern beside other terms"
         if _rate(term) > _LARGEST_RATE:
             return f"a rate of {_rate(term)}, more than {_LARGEST_RATE}"
         if isinstance(generator, Segment) and generator.length % generator.rate and generator.length < size.k_len:
@@ -89,11 +105,12 @@ def unplannable(relation: Relation) -> str | None:
 
 
 # Plans that CUDA graphs read each time they are replayed, by their identity.
-_captured: dict[int, Plan] = {}
+_captured: dict[int, object] = {}
+T = TypeVar("T")
 
 
-def held(plan: Plan) -> Plan:
-    """The plan, kept for good if a CUDA graph is being captured: the graph holds addresses, not tensors."""
+def held(plan: T) -> T:
+    """The plan or map, kept for good if a CUDA graph is being captured: the graph holds addresses, not tensors."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         _captured[id(plan)] = plan
     return plan
@@ -112,10 +129,15 @@ def _placed(plan: Plan, device: torch.device) -> Plan:
     While Inductor warms up or records a CUDA graph, what its thread allocates comes from the graph's pool, in which nothing may
     stay (``mode: reduce-overhead``); a plan stays in the cache. Hence a thread for it.
     """
+    return _elsewhere(lambda: _moved(plan, device), device)
+
+
+def _elsewhere(make: Callable[[], T], device: torch.device) -> T:
+    """What is made on a device, by a thread for it."""
     if device.type == "cpu":
-        return plan
+        return make()
     with ThreadPoolExecutor(1) as other:
-        return other.submit(_moved, plan, device).result()
+        return other.submit(make).result()
 
 
 @lru_cache(maxsize=256)
@@ -143,10 +165,34 @@ def plan_of(relation: Relation, queries: int, keys: int, by_document: bool, devi
     return _placed(_plan(relation, patterns, sides[0], sides[1], counted), device)
 
 
+@lru_cache(maxsize=64)
+def plan_of_blocks(relation: Relation, count: int, transposed: bool, by_document: bool, device: torch.device) -> Plan:
+    """The plan of a relation of blocks, for one side: tiles of ``count`` of its queries, or (transposed) of its keys."""
+
+    def made() -> Plan:
+        size = relation.problem
+        lists = lists_on(relation, count, transposed, by_document, device)
+        rows = Rows(lists.tiles[None], *((0, size.k_len) if transposed else (size.q_offset, size.q_offset + size.q_len)), count)
+        none = Rows(lists.tiles[None, :0], 0, 0, 1)
+        patterns = [_residues_by_head(relation)[0]]
+        plan = _plan(relation, patterns, none if transposed else rows, rows if transposed else none, False)
+        return replace(_moved(plan, device), lists=lists)
+
+    return _elsewhere(made, device)
+
+
+@lru_cache(maxsize=8)
+def map_of(relation: Relation, by_document: bool, device: torch.device) -> tuple[Tensor, int]:
+    """``lists.map_on`` in memory of its own."""
+    return _elsewhere(lambda: map_on(relation, by_document, device), device)
+
+
 @lru_cache(maxsize=256)
 def plan_of_few(relation: Relation, queries: int, by_document: bool, device: torch.device) -> Plan:
     """The plan of a relation with few query rows (a decode step): only the classes that hold one of them, however fine, and no
     tiles of keys, which nothing walks from. The arguments are those of ``plan_of``."""
+    if blocks_of(relation) is not None:
+        return plan_of_blocks(relation, queries, False, by_document, device)
     size, of_head = relation.problem, _residues_by_head(relation)
     begin, end = size.q_offset, size.q_offset + size.q_len
     patterns = [of_head[0]] if by_document else sorted(set(of_head))
@@ -290,7 +336,7 @@ def _columns(term: Term, size: Problem) -> tuple[int, ...]:
     elif isinstance(generator, Sinks):
         stop = min(stop, generator.count)
     else:
-        assert isinstance(generator, Everything), generator
+        assert isinstance(generator, Everything | Blocks), generator
     return length, _rate(term), _limit(left), _limit(right), stop, *heads, int(term.dedupe)
 
 

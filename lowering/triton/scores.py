@@ -7,6 +7,7 @@ become minus infinity by the factor between the two, and its rows would hold no 
 import triton
 import triton.language as tl
 
+from dilcompile.lowering.triton.listed import visited
 from dilcompile.lowering.triton.walk import COLUMNS, FAR, block_at, bounds, floor_mod, has_heads
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -34,17 +35,21 @@ def rows_of_tile(first, stride, end, PACK: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def tile_of_queries(
-    number, TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    """(key head, batch row, first and last query head, first and last position, positions, query heads, which there are) of this
-    program's tile, which has this number in its pattern; the first position of a tile that is none is ``FAR``."""
+    number, TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr,
+    Q_BLOCK: tl.constexpr = 0,
+):  # fmt: skip
+    """(key head, batch row, first and last query head, first and last position, positions, query heads, which there are, block
+    row) of this program's tile, which has this number in its pattern; the first position of a tile that is none is ``FAR``."""
     kv_head, batch = tl.program_id(1) // (GROUP // PACK), tl.program_id(2).to(tl.int64)
     first_head = kv_head * GROUP + tl.program_id(1) % (GROUP // PACK) * PACK
     tile = TILES + (tl.load(PATTERNS + kv_head) * num_tiles + number) * 2
-    first, stride, end = tl.load(tile), tl.load(tile + 1), q_offset + q_len
+    first, stride, line, end = tl.load(tile), tl.load(tile + 1), 0, q_offset + q_len
+    if Q_BLOCK > 0:
+        line, stride = stride, 1
+        end = tl.minimum(end, (line + 1) * Q_BLOCK)
     last = tl.minimum(first + (BLOCK_M // PACK - 1) * stride, first + (end - 1 - first) // stride * stride)
     position, member, there = rows_of_tile(first, stride, end, PACK, BLOCK_M)
-    return kv_head, batch, first_head, first_head + PACK - 1, first, last, position, first_head + member, there
+    return kv_head, batch, first_head, first_head + PACK - 1, first, last, position, first_head + member, there, line
 
 
 @triton.jit
@@ -194,15 +199,19 @@ def scores_of_keys(
     n, q, K, V, k_row, v_row, dims, v_dims,
     TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
     t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key,
-    full_from, full_to, start, high, rate,
+    full_from, full_to, start, high, rate, LINE, origin,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, SCORES: tl.constexpr,
+    BLOCKS: tl.constexpr, CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr,
+    COUNTED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, SCORES: tl.constexpr,
     PAGES=None, num_pages=0, k_page=0, v_page=0, PAGE_SIZE: tl.constexpr = 1,
 ):  # fmt: skip
     """(scores, slope of the cap, k, keys, values) of a tile of queries and the n-th block of keys, at positions k."""
-    k = start + (block_at(n, full_from, full_to, MASKED) * BLOCK_N + tl.arange(0, BLOCK_N)) * rate
-    inside = k < high
+    if BLOCKS == 0:
+        k = start + (block_at(n, full_from, full_to, MASKED) * BLOCK_N + tl.arange(0, BLOCK_N)) * rate
+        inside = k < high
+    else:
+        visit = block_at(n, full_from, full_to, MASKED)
+        k, inside = visited(visit, tl.arange(0, BLOCK_N), LINE, origin, start, high, rate, BLOCKS, BLOCK_N, MASKED)
     k_at, v_at, there = places_of_keys(k, inside, k_row, v_row, PAGES, num_pages, k_page, v_page, PAGE_SIZE)
     partly: tl.constexpr = MASKED or PAGES is not None
     keys = load_rows(K, k_at, there, dims, HEAD_DIM, BLOCK_D, partly).to(q.dtype)

@@ -31,9 +31,9 @@ def packed(size: Problem) -> int:
     return max(fitting, default=1)
 
 
-def rows_of_tile(size: Problem) -> int:
-    """16, 32 or 64: the fewest that hold the packed heads at all query positions."""
-    rows = packed(size) * size.q_len
+def rows_of_tile(size: Problem, pack: int) -> int:
+    """16, 32 or 64: the fewest that hold so many heads side by side at all query positions."""
+    rows = pack * size.q_len
     return next((count for count in (16, 32) if rows <= count), _MOST_ROWS)
 
 
@@ -45,5 +45,6 @@ def parts_of(relation: Relation, plan: Plan, tile: Tile, wanted: int) -> int:
     """
     size = relation.problem
     programs = plan.queries.tiles.shape[1] * (size.heads // packed(size)) * size.batch
-    most = most_keys(relation, plan.counted) // max(_LEAST_KEYS_OF_PART, tile.other)
+    keys = most_keys(relation, plan.counted) if plan.lists is None else plan.lists.most_positions
+    most = keys // max(_LEAST_KEYS_OF_PART, tile.other)
     return max(1, min(-(-wanted // programs), most, _MOST_PARTS))

@@ -10,6 +10,11 @@ import triton.language as tl
 # More than any position and its negative; two of them added fit in 32 bits.
 FAR = tl.constexpr(1 << 30)
 COLUMNS = tl.constexpr(8)
+# Numbers that change from call to call: a kernel is compiled once for all of them.
+VARYING = [
+    *("q_len", "k_len", "q_offset", "num_terms", "num_tiles", "kv_heads", "first_line", "line_head", "map_head", "map_row"),
+    *("first_row", "least_drawn", "heads", "batches", "parts", "num_pages"),
+]
 
 
 @triton.jit
