@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dilcompile.errors import KernelError
-from dilcompile.lowering import cpu, flash, native, reference, sdpa, triton, trust
+from dilcompile.lowering import cpu, cudnn, efficient, flash, flash_attn, flash_band, native, reference, sdpa, triton, trust
 from dilcompile.lowering.call import Call, Kernel
 from dilcompile.near import hint
 
@@ -11,10 +11,16 @@ from dilcompile.near import hint
 KERNELS: dict[str, Kernel] = {
     # On a CPU: the whole relation in one pass, at more than the rate of torch's own dense attention.
     "native": native,
-    # Every key, or causal: one call of torch's own flash op, on CPUs and on CUDA devices.
+    # On a CPU, every key, or causal: one call of torch's own flash op.
     "sdpa": sdpa,
+    # On CUDA devices every key, causal or a window, by one launch of torch's flash op.
+    "flash_band": flash_band,
     # On CUDA devices everything else in one launch, after its numbers were checked there.
     "triton": triton,
+    # Parts of what the two before take, by other code: where that was measured to be faster.
+    "flash_attn": flash_attn,
+    "cudnn": cudnn,
+    "efficient": efficient,
     # What is left in half precision on CUDA devices: an op a piece, and products where a piece is masked.
     "flash": flash,
     "cpu": cpu,

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dilcompile.errors import DilcompileError, DilcompileWarning
-from dilcompile.lowering import digest, reference, verdicts
+from dilcompile.lowering import aten_flash, digest, reference, verdicts
 from dilcompile.lowering.call import Call, Kernel, empty_output
 from dilcompile.lowering.miniature import kinds, miniature
 from dilcompile.lowering.verdicts import Verdict
@@ -105,14 +105,15 @@ def _key(kernel: Kernel, call: Call, backward: bool) -> tuple[object, ...]:
         call.flat,
         call.exact_lse,
         call.merge_grad,
-        _precision(q),
+        _chosen_by_user(q),
     )
 
 
-def _precision(q: Tensor) -> str:
-    """How CUDA devices multiply in float32, which the user may have lowered."""
-    lowers = q.dtype is torch.float32 and q.device.type == "cuda"
-    return torch.backends.cuda.matmul.fp32_precision if lowers else ""
+def _chosen_by_user(q: Tensor) -> str | None:
+    """How CUDA devices multiply in float32; the flash op that the user activated for half precision."""
+    if q.device.type != "cuda":
+        return None
+    return torch.backends.cuda.matmul.fp32_precision if q.dtype is torch.float32 else aten_flash.activated()
 
 
 def _name(kernel: Kernel) -> str:
