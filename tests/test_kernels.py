@@ -495,7 +495,8 @@ def test_choosing_a_kernel() -> None:
     q, k, v = drawn(kv_heads=4)
     at = setting_of(q, k)
     with pytest.raises(
-        KernelError, match="kernel 'quick' is unknown; the kernels are native, sdpa, flash_band, triton, flash_attn, cudnn, efficient, "
+        KernelError,
+        match="kernel 'quick' is unknown; the kernels are native, sdpa, flash_band, triton, flash_attn, cudnn, efficient, ",
     ):
         run(q, k, v, Dense(), "quick", at)
     with pytest.raises(KernelError, match="kernel 'sdpa' can't compute this attention: softcap; kernel 'native' can"):
