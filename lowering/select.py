@@ -70,7 +70,7 @@ def select(call: Call, name: str | None = None, backward: bool = False) -> Kerne
     if reason is not None:
         able = next(other for other, kernel in KERNELS.items() if reason_against(kernel, call, backward) is None)
         raise KernelError(f"kernel {name!r} can't compute this attention: {reason}; kernel {able!r} can, or leave the kernel out")
-    return KERNELS[name]
+    return _tuned(KERNELS[name], call, backward)
 
 
 def _fastest(call: Call, backward: bool) -> Kernel:
@@ -91,7 +91,14 @@ def _fitting(kernels: Iterable[Kernel], call: Call, backward: bool) -> Iterator[
     for kernel in kernels:
         able = _first_choice(kernel, call) and refusal(kernel, call, backward) is None
         if able and trust.trusted(kernel, call, backward):
-            yield kernel
+            yield _tuned(kernel, call, backward)
+
+
+def _tuned(kernel: Kernel, call: Call, backward: bool) -> Kernel:
+    """The kernel, its tiles found by the clock where the user asks for that."""
+    if kernel is triton:
+        triton.tune(call, backward)
+    return kernel
 
 
 def measured(call: Call, backward: bool) -> str | None:

@@ -153,6 +153,43 @@ def test_a_hopeless_candidate_runs_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(ran) == 2 + 1 + contest._RUNS
 
 
+class Events:
+    """Device events that a clock stands behind."""
+
+    now, synchronized = 0.0, 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = Events.now
+
+    def synchronize(self) -> None:
+        Events.synchronized += 1
+
+    def elapsed_time(self, other: Events) -> float:
+        """Milliseconds."""
+        assert Events.synchronized
+        return (other.at - self.at) * 1e3
+
+
+def test_device_events_give_the_median_after_two_runs_to_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Events)
+    taken = iter([100.0, 50.0, 3.0, 1.0, 2.0, 9.0, 4.0, 7.0, 7.0, 8.0])
+    runs: list[float] = []
+
+    def run() -> None:
+        runs.append(next(taken))
+        Events.now += runs[-1]
+
+    timer = contest.timer_of(torch.device("cuda"))
+    assert timer(run, float("inf")) == 3.0
+    assert runs == [100.0, 50.0, 3.0, 1.0, 2.0, 9.0, 4.0]
+    # More than twice the best: no further run.
+    assert timer(run, 3.0) == 8.0
+    assert len(runs) == 10
+
+
 # A class
 
 
