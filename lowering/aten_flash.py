@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -98,10 +99,10 @@ def refusal_of_half(call: Call, largest_head: int) -> str | None:
 
 def _of_device(device: torch.device, head_dim: int, backward: bool) -> str | None:
     """What the device does not do; nothing is asked of one that is not there."""
-    if not torch.cuda.is_available() or torch.version.hip is not None:
+    found = _capability(device)
+    if found is None:
         return None
-    major, minor = torch.cuda.get_device_capability(device)
-    name = activated()
+    (major, minor), name = found, activated()
     if name is not None:
         takes = _RUNS_ON.get(name)
         if takes is None or major in takes:
@@ -112,3 +113,10 @@ def _of_device(device: torch.device, head_dim: int, backward: bool) -> str | Non
     if backward and 192 < head_dim <= 224 and ((major, minor) in ((8, 6), (8, 9)) or major == 12):
         return f"the head size {head_dim} has no backward on compute capability {major}.{minor}"
     return None
+
+
+@lru_cache(maxsize=16)
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)

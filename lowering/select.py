@@ -81,10 +81,16 @@ def _fastest(call: Call, backward: bool) -> Kernel:
         found = next(_fitting((KERNELS[name] for name in timed), call, backward), None)
         if found is not None:
             return found
-    first = next(_fitting(KERNELS.values(), call, backward))
+    first = next(_fitting(_in_order(call), call, backward))
     if first not in rivals or not contest.decides(call):
         return first
     return contest.fastest([first, *_fitting((rival for rival in rivals if rival is not first), call, backward)], call, backward)
+
+
+def _in_order(call: Call) -> Iterator[Kernel]:
+    """The kernels as they are taken without a clock: without those that wait for the device to count documents."""
+    waits = (flash_band, flash_attn) if call.documents is not None else ()
+    return (kernel for kernel in KERNELS.values() if kernel not in waits)
 
 
 def _fitting(kernels: Iterable[Kernel], call: Call, backward: bool) -> Iterator[Kernel]:
@@ -119,10 +125,10 @@ def _first_choice(kernel: Kernel, call: Call) -> bool:
 
 def passed_over(call: Call, backward: bool) -> str | None:
     """Which faster kernel is not taken because its numbers are wrong, as far as that is known, and what was found; or None."""
-    for name, kernel in KERNELS.items():
+    for kernel in _in_order(call):
         if _first_choice(kernel, call) and refusal(kernel, call, backward) is None:
             doubt = trust.doubt(kernel, call, backward)
-            return None if doubt is None else f"kernel {name} is not used: {doubt}"
+            return None if doubt is None else f"kernel {trust.name_of(kernel)} is not used: {doubt}"
     raise AssertionError("the reference takes every call")
 
 

@@ -24,11 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
 from dilcompile.lowering import (
     aten_flash,
+    contest,
     cudnn,
     efficient,
     flash,
     flash_attn,
     flash_band,
+    native,
     pieces,
     reference,
     select,
@@ -645,8 +647,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int], str | 
     """A device of this compute capability, and what the user activated."""
 
     def of(capability: tuple[int, int], impl: str | None) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(aten_flash, "_capability", lambda device: capability)
         monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: impl)
 
     return of
@@ -685,6 +686,21 @@ def test_another_implementation_is_checked_anew(device: Callable[..., None]) -> 
     assert before[1] != after[1]
     assert after[1] is not None
     assert "FA3" in after[1]
+
+
+def test_documents_are_counted_on_the_cpu_only_where_the_clock_says_so(ops: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a clock a kernel that waits for nothing goes before: one that is also there while a graph is captured."""
+    monkeypatch.setattr(select, "RIVALS", {"cpu": ("flash_band", "native")})
+    monkeypatch.setattr(select, "KERNELS", {"flash_band": flash_band, **select.KERNELS})
+    without, packed_too = CALLS["causal"](), CALLS["documents"]()
+    monkeypatch.setenv(contest.OPTION, "off")
+    assert select.select(without) is flash_band
+    assert select.select(packed_too) is native
+    monkeypatch.setenv(contest.OPTION, "memory")
+    monkeypatch.setattr(contest, "timer_of", lambda device: lambda run, best: 1.0 if best == float("inf") else 0.5)
+    contest.forget()
+    assert select.select(packed_too) is flash_band
+    contest.forget()
 
 
 def test_while_a_graph_is_captured_documents_are_refused(ops: object, monkeypatch: pytest.MonkeyPatch) -> None:
