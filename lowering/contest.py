@@ -33,6 +33,8 @@ OPTION = "DILCOMPILE_TUNE"
 _RUNS = 5
 # A run that takes more times the best is the last of its candidate.
 _HOPELESS = 2.0
+# Seconds after which what was measured is enough.
+_ENOUGH = 0.5
 
 Times = dict[str, float]
 # By class of calls: seconds of each candidate, those that raised left out; empty: none could be timed.
@@ -159,20 +161,22 @@ def _contest(candidates: Sequence[Kernel], call: Call, backward: bool) -> Times:
         )
 
     with probing.undisturbed(call.q.device):
-        runs = {trust.name_of(kernel): run_of(kernel, call, backward) for kernel in candidates}
-        return timed(runs, call.q.device, tell)
+        run_of = runs_of(call, backward)
+        return {} if run_of is None else timed({trust.name_of(held): run_of(held) for held in candidates}, call.q.device, tell)
 
 
-def run_of(kernel: Kernel, call: Call, backward: bool) -> Callable[[], object]:
-    """The computation that is timed: on the call's own operands, the backward from some output and LSE."""
+def runs_of(call: Call, backward: bool) -> Callable[[Kernel], Callable[[], object]] | None:
+    """What is timed of a kernel, on the call's own operands and some output and LSE; None if there is no memory for those."""
     if not backward:
-        return lambda: kernel.forward(call)
-    size, generator = call.problem, torch.Generator(call.q.device).manual_seed(0)
-    out = empty_output(call.q, size.v_dim).fill_(0.1)
-    grad_out = empty_output(call.q, size.v_dim).normal_(generator=generator)
-    # Such that no weight overflows.
-    lse = torch.full(call.q.shape[:3], 50.0, dtype=call.score_dtype, device=call.q.device)
-    return lambda: kernel.backward(call, out, lse, grad_out, None)
+        return lambda kernel: lambda: kernel.forward(call)
+    generator = torch.Generator(call.q.device).manual_seed(0)
+    try:
+        out = empty_output(call.q, call.problem.v_dim).normal_(generator=generator)
+        # Such that no weight overflows.
+        lse = torch.full(call.q.shape[:3], 50.0, dtype=call.score_dtype, device=call.q.device)
+    except (torch.OutOfMemoryError, MemoryError):
+        return None
+    return lambda kernel: lambda: kernel.backward(call, out, lse, out, None)
 
 
 def _key(call: Call, backward: bool) -> tuple[object, ...]:
@@ -199,13 +203,17 @@ def _about(candidates: Sequence[Kernel], call: Call, backward: bool) -> dict[str
     }
 
 
+def _goes_on(seconds: Sequence[float], best: float) -> bool:
+    """Is another run worth its time?"""
+    return not seconds or (len(seconds) < _RUNS and sum(seconds) < _ENOUGH and seconds[-1] <= _HOPELESS * best)
+
+
 def _by_events(run: Callable[[], object], best: float) -> float:
     """The median of some runs between device events, on the current stream."""
-    # The first compiles, the second may still allocate.
-    run()
+    # It compiles.
     run()
     seconds: list[float] = []
-    while len(seconds) < _RUNS and not (seconds and seconds[-1] > _HOPELESS * best):
+    while _goes_on(seconds, best):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         run()
@@ -219,7 +227,7 @@ def _by_clock(run: Callable[[], object], best: float) -> float:
     """The same by the wall clock."""
     run()
     seconds: list[float] = []
-    while len(seconds) < _RUNS and not (seconds and seconds[-1] > _HOPELESS * best):
+    while _goes_on(seconds, best):
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)

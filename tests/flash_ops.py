@@ -174,10 +174,11 @@ def window_of(causal: bool, left: int | None, right: int | None, rows: int, keys
 
 
 class Flash:
-    """ATen's ``_flash_attention_forward`` and ``_backward``; ``launches``: how often each was called."""
+    """ATen's ``_flash_attention_forward`` and ``_backward``; ``launches``: what was called; ``given``: how the last forward was."""
 
     def __init__(self) -> None:
         self.launches: list[str] = []
+        self.given: dict[str, Any] = {}
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, cum_seq_q: Tensor | None, cum_seq_k: Tensor | None, max_q: int, max_k: int,
@@ -187,6 +188,10 @@ class Flash:
         assert dropout_p == 0
         assert not return_debug_mask
         assert all(held is None for held in rest.values())
+        self.given = {
+            "cum_seq_q": cum_seq_q, "cum_seq_k": cum_seq_k, "max_q": max_q, "max_k": max_k, "is_causal": is_causal, "scale": scale,
+            "window": (window_size_left, window_size_right),
+        }  # fmt: skip
         self.launches.append("forward" if cum_seq_q is None else "packed forward")
         check_operands(query, key, value)
         assert scale is not None

@@ -142,15 +142,30 @@ def test_real_kernels_by_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(max(times, key=lambda name: times[name]) == "reference" for times in contest._times.values())
 
 
-def test_a_hopeless_candidate_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hopeless_candidate_runs_once_and_a_slow_one_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[int] = []
-    now = iter(range(100))
-    monkeypatch.setattr(contest.time, "perf_counter", lambda: float(next(now)))
-    # Each run takes one second of this clock: more than twice the best, then not.
-    contest._by_clock(lambda: ran.append(1), 0.3)
+    ticks = iter(range(100))
+    monkeypatch.setattr(contest.time, "perf_counter", lambda: 0.01 * next(ticks))
+    # Each run takes one tick of this clock: more than twice the best, then not.
+    contest._by_clock(lambda: ran.append(1), 0.003)
     assert len(ran) == 2
-    contest._by_clock(lambda: ran.append(1), 0.6)
+    contest._by_clock(lambda: ran.append(1), 0.006)
     assert len(ran) == 2 + 1 + contest._RUNS
+    monkeypatch.setattr(contest.time, "perf_counter", lambda: 0.3 * next(ticks))
+    contest._by_clock(lambda: ran.append(1), float("inf"))
+    assert len(ran) == 2 + 1 + contest._RUNS + 1 + 2
+
+
+def test_without_memory_for_a_backwards_operands_the_first_computes(clocked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = clocked()
+
+    def full(*arguments: object, **options: object) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(contest, "empty_output", full)
+    for _ in range(2):
+        assert select.select(dense(), backward=True) is native
+    assert clock.runs == 0
 
 
 class Events:
@@ -173,9 +188,9 @@ class Events:
         return (other.at - self.at) * 1e3
 
 
-def test_device_events_give_the_median_after_two_runs_to_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_events_give_the_median_after_a_run_to_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Events)
-    taken = iter([100.0, 50.0, 3.0, 1.0, 2.0, 9.0, 4.0, 7.0, 7.0, 8.0])
+    taken = iter([9.0, 0.03, 0.01, 0.02, 0.09, 0.04, 7.0, 0.08])
     runs: list[float] = []
 
     def run() -> None:
@@ -183,11 +198,11 @@ def test_device_events_give_the_median_after_two_runs_to_warm_up(monkeypatch: py
         Events.now += runs[-1]
 
     timer = contest.timer_of(torch.device("cuda"))
-    assert timer(run, float("inf")) == 3.0
-    assert runs == [100.0, 50.0, 3.0, 1.0, 2.0, 9.0, 4.0]
+    assert timer(run, float("inf")) == pytest.approx(0.03)
+    assert runs == [9.0, 0.03, 0.01, 0.02, 0.09, 0.04]
     # More than twice the best: no further run.
-    assert timer(run, 3.0) == 8.0
-    assert len(runs) == 10
+    assert timer(run, 0.03) == pytest.approx(0.08)
+    assert len(runs) == 8
 
 
 # A class

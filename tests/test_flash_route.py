@@ -5,6 +5,7 @@ The ops run as stand-ins (``flash_ops``) under the real schemas and signatures; 
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,12 +17,13 @@ import flash_ops
 import pytest
 import torch
 from flash_ops import Flash, aten_on_cpu, package_on_cpu
-from test_kernels import drawn
+from test_kernels import assert_grads, drawn, operands_of, setting_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
+from dilcompile.functional import attention
 from dilcompile.lowering import (
     aten_flash,
     contest,
@@ -201,6 +203,19 @@ def assert_right(name: str, call: Call) -> None:
 @pytest.mark.parametrize(("name", "wanted"), PAIRS)
 def test_numbers(name: str, wanted: str, ops: object) -> None:
     assert_right(name, CALLS[wanted](**_heads(name)))
+
+
+@pytest.mark.parametrize("asked", [{}, {"documents": "own"}, {"documents": "shared"}], ids=str)
+@pytest.mark.parametrize("form", [Dense(), SlidingWindow(6)], ids=str)
+@pytest.mark.parametrize("name", ["flash_band", "flash_attn", "flash"])
+def test_through_the_operator_against_the_oracle(name: str, form: Form, asked: dict[str, Any], ops: object) -> None:
+    """By name, with autograd through the operator, and a scale that is not above 0."""
+    q, k, v = drawn()
+    at = setting_of(q, k, causal=True)
+    assert_grads(name, form, at, q, k, v, **operands_of(asked))
+    if not asked:
+        out = attention(q, k, v, form, is_causal=True, scale=-0.3, kernel=name)
+        torch.testing.assert_close(out, attention(q, k, v, form, is_causal=True, scale=-0.3, kernel="reference"))
 
 
 @pytest.mark.parametrize("layout", ["heads last", "contiguous", "gaps"])
@@ -433,6 +448,49 @@ def test_arguments_that_do_not_fit_are_noticed(ops: object) -> None:
     assert not fits(schema, args, kwargs | {"window_size_left": 1.5})
     with pytest.raises(RuntimeError, match=r"(?i)unknown keyword"):
         torch.ops.aten._flash_attention_forward(*args, **kwargs, window=3)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "window"), [("documents", (-1, 0)), ("documents for all", (-1, -1)), ("documents and a window", (3, 0))]
+)
+def test_packed_documents_are_given_as_torchs_varlen_attn_gives_them(
+    wanted: str, window: tuple[int, int], ops: tuple[Flash, Flash]
+) -> None:
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    call = CALLS[wanted]()
+    assert call.documents is not None
+    out, lse = flash_band.forward(call)
+    mine = ops[0].given
+    held = packed(call.documents, 2, 37, 0)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (call.q, call.k, call.v))
+    found: Any = varlen_attn(
+        q, k, v, held.queries, held.keys, held.most_queries, held.most_keys, return_aux=AuxRequest(lse=True), scale=call.scale,
+        window_size=window, enable_gqa=True,
+    )  # fmt: skip
+    for name, value in ops[0].given.items():
+        assert torch.equal(mine[name], value) if isinstance(value, Tensor) else mine[name] == value, name
+    assert torch.equal(out, found[0].view(2, 37, 4, 8).transpose(1, 2))
+    assert torch.equal(lse, found[1].view(4, 2, 37).transpose(0, 1))
+
+
+@pytest.mark.parametrize("impl", ["_fa3", "_fa4"])
+def test_arguments_bind_to_what_the_registry_puts_in_the_ops_place(impl: str, ops: object) -> None:
+    """torch's adapters of FlashAttention 3 and 4, which can be imported without them."""
+    module = importlib.import_module(f"torch.nn.attention.{impl}")
+    ends = {"forward": "_default" if impl == "_fa3" else "", "backward": ""}
+    adapters = {
+        f"aten::_flash_attention_{way}": inspect.signature(getattr(module, f"{impl}_flash_attention_{way}_impl{end}"))
+        for way, end in ends.items()
+    }
+    seen = Recorded()
+    with seen:
+        for wanted in ("every key", "causal", "window", "documents", "documents and a window"):
+            assert_right("flash_band", CALLS[wanted]())
+    assert {func._schema.name for func, *_ in seen.seen} == set(adapters)
+    for func, args, kwargs in seen.seen:
+        held = adapters[func._schema.name].bind(*args, **kwargs).arguments
+        assert all(isinstance(held[name], int) for name in ("window_size_left", "window_size_right", "max_q", "max_k"))
 
 
 @pytest.mark.parametrize("name", ["flash_band", "efficient", "cudnn"])

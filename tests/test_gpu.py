@@ -130,6 +130,7 @@ def test_torchs_flash_op_takes_what_it_should() -> None:
 
 
 @on_device_only
+@pytest.mark.filterwarnings("ignore::dilcompile.errors.DilcompileWarning")
 @pytest.mark.parametrize("form", [Dense(), SlidingWindow(512), WIDE], ids=str)
 def test_the_clock_decides(form: Form) -> None:
     """All that can compute a call were timed, the fastest is taken, and its numbers are right."""

@@ -144,7 +144,10 @@ def _timed(kernel: Kernel, call: Call, backward: bool, step: Pass, tried: Mappin
         log.info("tile %s is left out: %s", name, probing.first_line(error))
 
     with probing.undisturbed(call.q.device):
-        run = contest.run_of(kernel, call, backward)
+        run_of = contest.runs_of(call, backward)
+        if run_of is None:
+            return {}
+        run = run_of(kernel)
         times = contest.timed({name: by(one, run) for name, one in tried.items()}, call.q.device, tell)
     for name in sorted(times, key=lambda name: times[name]):
         with _trying(step, tried[name]):
