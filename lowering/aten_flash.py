@@ -63,6 +63,9 @@ def _lengths(laid: Laid) -> tuple[Tensor | None, Tensor | None, int, int]:
 
 
 def _options(laid: Laid) -> dict[str, Any]:
+    """A window only where there is one: torch 2.11 refuses even none for FA4's backward, if it is given as -1."""
+    if laid.band.is_full or laid.band.is_causal:
+        return {"scale": laid.scale}
     return {"scale": laid.scale, "window_size_left": laid.band.left, "window_size_right": laid.band.right}
 
 

@@ -468,7 +468,12 @@ def test_packed_documents_are_given_as_torchs_varlen_attn_gives_them(
         q, k, v, held.queries, held.keys, held.most_queries, held.most_keys, return_aux=AuxRequest(lse=True), scale=call.scale,
         window_size=window, enable_gqa=True,
     )  # fmt: skip
-    for name, value in ops[0].given.items():
+    theirs = ops[0].given
+    # No window, and what is behind the query of a causal one, may be said in two ways.
+    limits = [flash_ops.window_of(given["is_causal"], *given["window"], 9, 9) for given in (mine, theirs)]
+    assert torch.equal(*limits)
+    for name in set(theirs) - {"window"}:
+        value = theirs[name]
         assert torch.equal(mine[name], value) if isinstance(value, Tensor) else mine[name] == value, name
     assert torch.equal(out, found[0].view(2, 37, 4, 8).transpose(1, 2))
     assert torch.equal(lse, found[1].view(4, 2, 37).transpose(0, 1))
@@ -488,9 +493,12 @@ def test_arguments_bind_to_what_the_registry_puts_in_the_ops_place(impl: str, op
         for wanted in ("every key", "causal", "window", "documents", "documents and a window"):
             assert_right("flash_band", CALLS[wanted]())
     assert {func._schema.name for func, *_ in seen.seen} == set(adapters)
+    windows = []
     for func, args, kwargs in seen.seen:
         held = adapters[func._schema.name].bind(*args, **kwargs).arguments
-        assert all(isinstance(held[name], int) for name in ("window_size_left", "window_size_right", "max_q", "max_k"))
+        windows.append(tuple(held.get(name) for name in ("window_size_left", "window_size_right")))
+    # torch 2.11 refuses FA4's backward if any window is given, even none.
+    assert set(windows) == {(None, None), (5, 0), (3, 0)}
 
 
 @pytest.mark.parametrize("name", ["flash_band", "efficient", "cudnn"])
