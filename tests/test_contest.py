@@ -338,6 +338,27 @@ def test_operands_without_data_a_captured_graph_and_determinism_time_nothing(
         torch.use_deterministic_algorithms(False)
 
 
+def test_while_the_clock_does_not_decide_nobody_else_is_asked(clocked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking may check numbers, which warns while a graph is captured."""
+    clock, asked = clocked(), []
+    right = select.refusal
+
+    def watched(kernel: Any, call: Call, backward: bool) -> str | None:
+        asked.append(kernel)
+        return right(kernel, call, backward)
+
+    monkeypatch.setattr(select, "refusal", watched)
+    monkeypatch.setenv(contest.OPTION, "off")
+    select.select(dense())
+    monkeypatch.setenv(contest.OPTION, "memory")
+    monkeypatch.setattr(probing, "captured", lambda device: True)
+    monkeypatch.setenv(trust.OPTION, "off")
+    select.select(dense())
+    assert asked == [native, native]
+    assert contest.fastest([native, sdpa], dense(), False) is native
+    assert clock.runs == 0
+
+
 def test_a_named_kernel_is_not_timed(clocked: Any) -> None:
     clock = clocked()
     assert select.select(dense(), "cpu") is cpu

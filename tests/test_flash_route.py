@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -43,6 +44,7 @@ from dilcompile.lowering.band import Band, band_of
 from dilcompile.lowering.call import Call, merge_grad, problem_of, relation_of
 from dilcompile.lowering.miniature import miniature
 from dilcompile.lowering.packed import packed
+from dilcompile.report import kernels
 
 ONE_LAUNCH: tuple[ModuleType, ...] = (flash_band, flash_attn, efficient, cudnn)
 ROUTES: tuple[ModuleType, ...] = (*ONE_LAUNCH, flash)
@@ -243,6 +245,14 @@ def test_one_launch_a_pass(ops: tuple[Flash, Flash]) -> None:
             assert held.launches == [*one, f"{kind}backward", *one]
 
 
+def test_a_triangle_is_called_causal(ops: tuple[Flash, Flash]) -> None:
+    """Ops have kernels of their own for it, which windows don't get."""
+    for held, name in zip(ops, ("flash_band", "flash_attn"), strict=True):
+        for wanted, causal in (("causal", True), ("documents", True), ("window", False), ("every key", False)):
+            select.KERNELS[name].forward(CALLS[wanted]())
+            assert held.given["is_causal"] == causal
+
+
 def test_windows_of_pieces_go_through_the_op(ops: tuple[Flash, Flash], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a causal window, nothing is left to explicit products."""
     from dilcompile.lowering import engines
@@ -276,6 +286,22 @@ def test_the_window_of_every_piece_is_its_own() -> None:
             assert torch.equal(flash_ops.visible(piece.rows, piece.keys, band.left, band.right), wanted)
     assert taken > 50
     assert left == 0
+
+
+def test_any_band_of_a_piece_is_the_ops_window_or_none() -> None:
+    limits = (None, -4, -1, 0, 1, 2, 5)
+    taken = 0
+    for rows, keys, low, high in itertools.product((1, 3, 4), (1, 3, 6), limits, limits):
+        band = flash.band_of_piece(pieces.Piece((), 0, 0, 0, rows, 0, keys, 1, low, high))
+        if band is None:
+            continue
+        taken += 1
+        gap = torch.arange(keys) - torch.arange(rows)[:, None]
+        wanted = torch.ones_like(gap, dtype=torch.bool)
+        wanted &= torch.tensor(True) if low is None else gap >= low
+        wanted &= torch.tensor(True) if high is None else gap <= high
+        assert torch.equal(flash_ops.visible(rows, keys, band.left, band.right), wanted), (rows, keys, low, high)
+    assert taken > 100
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -752,6 +778,17 @@ def test_another_implementation_is_checked_anew(device: Callable[..., None]) -> 
     assert before[1] != after[1]
     assert after[1] is not None
     assert "FA3" in after[1]
+
+
+def test_explain_says_whose_code_torchs_flash_op_is(device: Callable[..., None]) -> None:
+    device((9, 0), "FA3")
+    said = ("torch's flash op is FA3 here, which was activated through its registry",)
+    assert kernels._whose("flash_band", None) == kernels._whose("triton", "flash") == said
+    assert kernels._whose("triton", "cudnn") == ()
+    known = kernels._known()
+    device((9, 0), None)
+    assert kernels._whose("flash_band", None) == ()
+    assert kernels._known() != known
 
 
 def test_documents_are_counted_on_the_cpu_only_where_the_clock_says_so(ops: object, monkeypatch: pytest.MonkeyPatch) -> None:
