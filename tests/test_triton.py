@@ -40,7 +40,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
         "triton_interpreted_bias.py",
         "triton_interpreted_tiles.py",
         "triton_decode_interpreted.py",
-        "triton_tiles_interpreted.py",
+        "triton_tuning_interpreted.py",
         "triton_decode_interpreted_bias.py",
     ],
 )
