@@ -38,8 +38,8 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv(tiles.OPTION, "memory")
     monkeypatch.setattr(tiles, "LEAST_ROWS", 16)
     # What is checked is interpreted, too.
-    monkeypatch.setattr(miniature, "ROWS", 20)
-    monkeypatch.setattr(miniature, "KEYS", 36)
+    monkeypatch.setattr(miniature, "_ROWS", 20)
+    monkeypatch.setattr(miniature, "_USUAL", miniature._USUAL._replace(keys=36))
     miniature.kinds.cache_clear()
     tiles.forget()
     plan.plan_of.cache_clear()
