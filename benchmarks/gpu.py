@@ -3,7 +3,8 @@ decoding.
 
     PYTHONPATH=. python benchmarks/gpu.py
 
-In one process and in turns; medians of times between device events. TFLOP/s count 4 D a pair and head forward, 10 D backward,
+In one process and in turns; medians of times between device events. Then windows, documents and branches by every kernel that
+takes them, and by the one that the clock chose. TFLOP/s count 4 D a pair and head forward, 10 D backward,
 of the pairs that the relation holds. A decode step counts tokens a second, and the bytes of the keys and values that it reads
 against the rate at which the device copies. Writes benchmarks/results/<device>-<date>.json and prints the table. ``make gpu``
 runs it.
@@ -29,12 +30,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
 
 from dilcompile.bench import accuracy, geometric
+from dilcompile.errors import KernelError
 from dilcompile.forms import BlockSparse, Dense, Dilated, Form, SlidingWindow
 from dilcompile.functional import attention
 from dilcompile.lowering.triton.lists import blocks_of
 from dilcompile.relation import Problem, Relation, grid_of
 
 HEADS = 8
+# Kernels that are timed on windows, documents and branches, beside each other.
+ROUTES = ("flash_band", "triton", "flash_attn", "cudnn", "efficient", "flash")
 DENSE = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 # FlexAttention's block mask is made from all pairs.
 FLEX_UP_TO = 16384
@@ -66,11 +70,17 @@ def main() -> None:
         print(_block_line(blocks[-1]), flush=True)
     long = _longest(asked.longest) if asked.longest else {}
     print(json.dumps(long))
+    routes = []
+    for length, head_dim in itertools.product(asked.lengths, asked.head_dims):
+        for name in ("dense", "window", "documents", "dilated"):
+            routes.append(_routes(name, length, head_dim, asked.repeats))
+            print(_route_line(routes[-1]), flush=True)
+            _save(path, rows, blocks, long, [], routes)
     steps = []
     for length, batch in itertools.product(asked.caches, asked.batches):
         steps.append(_decode(length, batch, asked.repeats))
         print(_step_line(steps[-1]), flush=True)
-    _save(path, rows, blocks, long, steps)
+    _save(path, rows, blocks, long, steps, routes)
     print(path)
 
 
@@ -120,6 +130,54 @@ def _case(length: int, head_dim: int, causal: bool, repeats: int) -> dict[str, A
         row |= {f"{way}_flex_over_set": rates["flex"][f"{way}_ms"] / rates["set"][f"{way}_ms"] for way in ("forward", "backward")}
     on_cpu = (x.detach().cpu() for x in (q, k, v, outs["union"], outs[next(name for name in DENSE if name in outs)]))
     return row | _memory(calls["union"]) | accuracy(relation, *on_cpu, causal)
+
+
+def _routes(name: str, length: int, head_dim: int, repeats: int, kv_heads: int = 2) -> dict[str, Any]:
+    """Every kernel that takes the relation, causal, 4 query heads a key head; and which one the clock chose by itself."""
+    torch.manual_seed(0)
+    forms: dict[str, Form] = {"window": SlidingWindow(1024), "dilated": geometric(length)}
+    form = forms.get(name, Dense())
+    q, k, v = (
+        torch.randn(1, length, heads, head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+        for heads in (HEADS, kv_heads, kv_heads)
+    )
+    # About 16 documents of different lengths.
+    begins = torch.rand(length - 1, generator=torch.Generator().manual_seed(0)).lt(16 / length).nonzero().flatten() + 1
+    cu_seqlens = torch.cat([begins.new_zeros(1), begins, begins.new_full((1,), length)]).int().to(q.device)
+    more = {"cu_seqlens": cu_seqlens} if name == "documents" else {}
+    calls: dict[str, Callable[[], Tensor]] = {}
+    refused = {}
+    for kernel in (*ROUTES, None):
+        call = lambda kernel=kernel: attention(q, k, v, form, is_causal=True, kernel=kernel, **more)  # noqa: E731
+        try:
+            call()
+        except KernelError as error:
+            refused[str(kernel)] = str(error)
+            continue
+        calls["chosen" if kernel is None else kernel] = call
+    forward = _in_turns(calls, repeats)
+    grad, outs = torch.randn_like(q), {kernel: call() for kernel, call in calls.items()}
+    backward: dict[str, float] = {}
+    for kernel, out in outs.items():
+        try:
+            backward |= _in_turns({kernel: lambda out=out: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)}, repeats)
+        except KernelError as error:
+            refused[f"{kernel}, backward"] = str(error)
+    first = next(iter(outs.values())).detach().float()
+    return {
+        "relation": name, "length": length, "head_dim": head_dim, "heads": HEADS, "kv_heads": kv_heads, "dtype": "bfloat16",
+        "forward_ms": {kernel: seconds * 1e3 for kernel, seconds in forward.items()},
+        "backward_ms": {kernel: seconds * 1e3 for kernel, seconds in backward.items()},
+        "largest_difference": max((out.detach().float() - first).abs().max().item() for out in outs.values()),
+        "refused": refused,
+    }  # fmt: skip
+
+
+def _route_line(row: dict[str, Any]) -> str:
+    taken = "  ".join(
+        f"{kernel} {ms:.3g}/{row['backward_ms'].get(kernel, float('nan')):.3g}" for kernel, ms in row["forward_ms"].items()
+    )
+    return f"{row['relation']}, S {row['length']} D {row['head_dim']}: ms forward/backward {taken}"
 
 
 def _dense(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Callable[[], Tensor]:
@@ -351,6 +409,7 @@ def _save(
     blocks: Sequence[dict[str, Any]],
     longest: dict[str, Any],
     decode: Sequence[dict[str, Any]],
+    routes: Sequence[dict[str, Any]] = (),
 ) -> None:
     import triton
 
@@ -367,6 +426,7 @@ def _save(
         "blocks": list(blocks),
         "longest": longest,
         "decode": list(decode),
+        "routes": list(routes),
     }
     path.write_text(json.dumps(held, indent=1) + "\n")
 

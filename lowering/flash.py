@@ -1,16 +1,17 @@
-"""The CUDA flash kernel: strided views through ATen's flash op; masked pieces by explicit products.
+"""The CUDA flash kernel: strided views through ATen's flash op; pieces that it can't mask by explicit products.
 
-The op masks nothing but the causal triangle, so window tiles, padding and shared keys go through matrix products.
+The op masks nothing but windows, so padding, masks by row and shared keys go through matrix products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from dilcompile.lowering import digest, views
+from dilcompile.lowering import aten_flash, digest, views
+from dilcompile.lowering.aten_flash import AtenFlash
+from dilcompile.lowering.band import Band
 from dilcompile.lowering.call import Call, Gradients
 from dilcompile.lowering.engines import (
     Downstream,
@@ -21,65 +22,68 @@ from dilcompile.lowering.engines import (
     finite_for_backward,
     needs_math,
 )
-from dilcompile.lowering.strided import Block
+from dilcompile.lowering.pieces import Piece
+from dilcompile.lowering.strided import Block, Operand
+from dilcompile.lowering.whole import Laid
 
 TAKES_ROW_MASKS = True
 LEAST_ROWS = 1
 
-_LARGEST_HEAD = 248
+# The gradient of the LSE takes eight more columns: Note [LSE gradient] in views.py.
+_LARGEST_HEAD = aten_flash.LARGEST_HEAD - 8
 
 
 class CudaFlashEngine:
-    """ATen's flash op for CUDA on full and causal blocks; ``MathEngine`` on all others."""
+    """ATen's flash op for CUDA on full, causal and windowed blocks; ``MathEngine`` on all others."""
 
     takes_grad_lse = False
 
     def forward(self, part: Part, block: Block) -> Iterator[Result]:
         """See ``Engine``."""
-        if not _unmasked(part, block):
+        laid = _laid(part, block)
+        if laid is None:
             yield from MathEngine().forward(part, block)
             return
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-            block.view(part.q),
-            block.view(part.k),
-            block.view(part.v),
-            0.0,
-            block.piece.is_causal,
-            return_debug_mask=False,
-            scale=part.call.scale,
-        )
-        yield Result(_whole(block), out, lse)
+        out, lse = AtenFlash().forward(laid)
+        yield Result(_whole(block), out.transpose(1, 2), lse)
 
     def backward(self, part: Part, block: Block, upstream: Upstream) -> Iterator[Downstream]:
         """See ``Engine``."""
-        if not _unmasked(part, block):
+        laid = _laid(part, block)
+        if laid is None:
             yield from MathEngine().backward(part, block, upstream)
             return
-        # Without dropout the op doesn't read its random state.
-        state = torch.zeros(2, dtype=torch.uint64, device=part.call.q.device)
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            block.view(upstream.grad_out),
-            block.view(part.q),
-            block.view(part.k),
-            block.view(part.v),
-            block.view(upstream.out),
-            finite_for_backward(block.view(upstream.lse)).contiguous(),
-            None,
-            None,
-            block.piece.rows,
-            block.piece.keys,
-            0.0,
-            block.piece.is_causal,
-            state,
-            state[:0],
-            scale=part.call.scale,
-        )
-        yield Downstream(_whole(block), *grads)
+        lse = finite_for_backward(block.view(upstream.lse)).contiguous()
+        grads = AtenFlash().backward(laid, _rows(block, upstream.out), lse, _rows(block, upstream.grad_out))
+        d_q, d_k, d_v = (grad.transpose(1, 2) for grad in grads)
+        yield Downstream(_whole(block), d_q, d_k, d_v)
 
 
-def _unmasked(part: Part, block: Block) -> bool:
-    piece = block.piece
-    return part.padding is None and part.row_masks is None and not piece.exclusive and (piece.is_full or piece.is_causal)
+def _laid(part: Part, block: Block) -> Laid | None:
+    """The block as the op takes it, or None if the op can't mask it."""
+    if part.padding is not None or part.row_masks is not None or block.piece.exclusive:
+        return None
+    band = band_of_piece(block.piece)
+    if band is None:
+        return None
+    q, k, v = (_rows(block, operand) for operand in (part.q, part.k, part.v))
+    return Laid(q, k, v, band, None, part.call.scale, None)
+
+
+def band_of_piece(piece: Piece) -> Band | None:
+    """The op's window over the keys of a piece, see Note [window of an op] in band.py, or None if it has none for it."""
+    if piece.is_full:
+        return Band(0, piece.keys, -1, -1)
+    diagonal = piece.keys - piece.rows
+    left = -1 if piece.low is None else diagonal - piece.low
+    right = -1 if piece.high is None else piece.high - diagonal
+    if diagonal < 0 or (piece.low is not None and left < 0) or (piece.high is not None and right < 0):
+        return None
+    return Band(0, piece.keys, left, right)
+
+
+def _rows(block: Block, operand: Operand) -> Tensor:
+    return block.view(operand).transpose(1, 2)
 
 
 def _whole(block: Block) -> tuple[slice, slice, slice, slice]:
@@ -89,19 +93,13 @@ def _whole(block: Block) -> tuple[slice, slice, slice, slice]:
 
 def fingerprint(call: Call) -> str | None:
     """See ``Kernel``; torch's own op, but given views, offsets and merged results."""
-    files = ("flash.py", "views.py", "engines.py", "pieces.py", "strided.py", "masking.py", "row_masks.py", "merge.py")
-    return f"{digest.of_files(*files)}, CUDA {torch.version.cuda}"
+    own = ("flash.py", "aten_flash.py", "views.py", "engines.py", "pieces.py", "strided.py")
+    return f"{digest.of_files(*own, 'masking.py', 'row_masks.py', 'merge.py')}, {aten_flash.origin()}"
 
 
 def supports(call: Call, backward: bool) -> str | None:
     """Half precision on CUDA without softcap, dropout or bias."""
-    if call.q.device.type != "cuda":
-        return f"the tensors are on {call.q.device}, not on a CUDA device"
-    if call.q.dtype not in (torch.float16, torch.bfloat16):
-        return f"the dtype is {call.q.dtype}, not float16 or bfloat16"
-    if call.problem.head_dim % 8 or call.problem.head_dim > _LARGEST_HEAD:
-        return f"the head size {call.problem.head_dim} is not a multiple of 8 up to {_LARGEST_HEAD}"
-    return needs_math(call)
+    return aten_flash.refusal(call, backward, _LARGEST_HEAD) or needs_math(call)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

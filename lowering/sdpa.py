@@ -1,4 +1,4 @@
-"""Dense attention by one ATen call that also gives the LSE."""
+"""Dense attention on a CPU by one ATen call that also gives the LSE."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def fingerprint(call: Call) -> str | None:
 
 
 def supports(call: Call, backward: bool) -> str | None:
-    """Every key, or causal from the top left; on CUDA without key padding in half precision."""
+    """Every key, or causal from the top left, on a CPU."""
     if call.relation.terms != (Term(Everything()),):
         return f"the relation is {call.relation}, not every key"
     if call.problem.is_causal and call.problem.q_offset != 0:
@@ -32,35 +32,18 @@ def supports(call: Call, backward: bool) -> str | None:
     if backward and call.merge_grad != "exact":
         return "the gradient of the merge is detached"
     reason = needs_math(call)
-    return reason if reason is not None else _device_reason(call)
-
-
-def _device_reason(call: Call) -> str | None:
-    if call.q.device.type == "cpu":
-        return None
-    if call.q.device.type != "cuda":
-        return f"the tensors are on {call.q.device}, not on a CPU or a CUDA device"
-    if call.q.dtype not in (torch.float16, torch.bfloat16):
-        return f"the dtype is {call.q.dtype}, not float16 or bfloat16"
-    if call.key_padding is not None:
-        return "key padding, which the CUDA op does not take"
-    if call.problem.head_dim % 8 or call.problem.head_dim > 248:
-        return f"the head size {call.problem.head_dim} is not a multiple of 8 up to 248"
-    return None
+    if reason is not None or call.q.device.type == "cpu":
+        return reason
+    return f"the tensors are on {call.q.device}, not on a CPU"
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """See ``Kernel``."""
     q, k, v = (_dense_rows(x) for x in (call.q, call.k, call.v))
     causal, scale = call.problem.is_causal, call.scale
-    if q.device.type == "cuda":
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-            q, k, v, 0.0, causal, return_debug_mask=False, scale=scale
-        )
-    else:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=_mask(call), scale=scale
-        )
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=_mask(call), scale=scale
+    )
     sees = _rows_that_see(call)
     if sees is not None:
         # The op gives LSE 0 to rows that see no key.
@@ -79,29 +62,9 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
         grad_out[..., -1] = grad_lse.to(grad_out.dtype)
     lse = finite_for_backward(lse)
     causal, scale = call.problem.is_causal, call.scale
-    if q.device.type == "cuda":
-        state = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad_out,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            None,
-            None,
-            q.shape[2],
-            k.shape[2],
-            0.0,
-            causal,
-            state,
-            state[:0],
-            scale=scale,
-        )
-    else:
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=_mask(call), scale=scale
-        )
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=_mask(call), scale=scale
+    )
     return grads[0][..., : sizes[0]], grads[1][..., : sizes[1]], grads[2][..., : sizes[2]], None
 
 

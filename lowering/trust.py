@@ -10,31 +10,25 @@ writes no files, ``off`` trusts every kernel unchecked.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import os
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from dilcompile.errors import DilcompileError, DilcompileWarning
-from dilcompile.lowering import digest, reference, verdicts
+from dilcompile.errors import DilcompileWarning
+from dilcompile.lowering import aten_flash, digest, probing, reference, verdicts
 from dilcompile.lowering.call import Call, Kernel, empty_output
 from dilcompile.lowering.miniature import kinds, miniature
 from dilcompile.lowering.verdicts import Verdict
-from dilcompile.near import hint
 
 log = logging.getLogger(__name__)
 
 OPTION = "DILCOMPILE_TRUST"
-_MODES = ("disk", "memory", "off")
 
 # By class of calls: why the kernel is not trusted; None: it is.
 _reasons: dict[tuple[object, ...], str | None] = {}
@@ -65,9 +59,9 @@ def trusted(kernel: Kernel, call: Call, backward: bool) -> bool:
     reason = doubt(kernel, call, backward)
     if reason is None:
         return True
-    if reason not in _told and not _without_data(call.q):
+    if reason not in _told and not probing.without_data(call.q):
         _told.add(reason)
-        warnings.warn(f"kernel {_name(kernel)!r} is not used: {reason}; the next one computes", DilcompileWarning, stacklevel=2)
+        warnings.warn(f"kernel {name_of(kernel)!r} is not used: {reason}; the next one computes", DilcompileWarning, stacklevel=2)
     return False
 
 
@@ -84,11 +78,13 @@ def num_known() -> int:
 
 
 def _key(kernel: Kernel, call: Call, backward: bool) -> tuple[object, ...]:
+    return kernel, backward, *class_of(call)
+
+
+def class_of(call: Call) -> tuple[object, ...]:
     """The class of a call, made on every call: what kernels compile different code for, or take different ways through it."""
     q, size, documents, limits, bias = call.q, call.problem, call.documents, call.row_limits, call.bias
     return (
-        kernel,
-        backward,
         q.device,
         q.dtype,
         size.head_dim,
@@ -105,39 +101,25 @@ def _key(kernel: Kernel, call: Call, backward: bool) -> tuple[object, ...]:
         call.flat,
         call.exact_lse,
         call.merge_grad,
-        _precision(q),
+        _chosen_by_user(q),
     )
 
 
-def _precision(q: Tensor) -> str:
-    """How CUDA devices multiply in float32, which the user may have lowered."""
-    lowers = q.dtype is torch.float32 and q.device.type == "cuda"
-    return torch.backends.cuda.matmul.fp32_precision if lowers else ""
+def _chosen_by_user(q: Tensor) -> str | None:
+    """How CUDA devices multiply in float32; the flash op that the user activated for half precision."""
+    if q.device.type != "cuda":
+        return None
+    return torch.backends.cuda.matmul.fp32_precision if q.dtype is torch.float32 else aten_flash.activated()
 
 
-def _name(kernel: Kernel) -> str:
+def name_of(kernel: Kernel) -> str:
+    """Its name among the kernels."""
     return kernel.__name__.rpartition(".")[2]
-
-
-def _mode() -> str:
-    mode = os.environ.get(OPTION, "disk")
-    if mode not in _MODES:
-        raise DilcompileError(f"{OPTION} takes {', '.join(_MODES)}, got {mode!r}{hint(mode, _MODES)}")
-    return mode
-
-
-def _without_data(x: Tensor) -> bool:
-    return isinstance(x, FakeTensor) or x.is_meta or torch._is_functional_tensor(x)
-
-
-def _captured(device: torch.device) -> bool:
-    """Is a CUDA graph being captured? Nothing can be compared then: no number reaches the CPU."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _settle(key: tuple[object, ...], kernel: Kernel, call: Call, backward: bool) -> str | None:
     """Find the verdict of a class that is not known yet, and keep it."""
-    mode, made_from = _mode(), kernel.fingerprint(call)
+    mode, made_from = probing.mode_of(OPTION, "disk"), kernel.fingerprint(call)
     if mode == "off" or made_from is None:
         return None
     with _lock:
@@ -146,9 +128,9 @@ def _settle(key: tuple[object, ...], kernel: Kernel, call: Call, backward: bool)
         about = _about(kernel, call, backward, made_from)
         verdict = verdicts.read(about) if mode == "disk" else None
         if verdict is None:
-            if _without_data(call.q):
+            if probing.without_data(call.q):
                 return None
-            if _captured(call.q.device):
+            if probing.captured(call.q.device):
                 return (
                     f"its numbers were never checked for calls like this ({about['class']}), and a CUDA graph is being captured; "
                     "call it once before capturing"
@@ -157,7 +139,7 @@ def _settle(key: tuple[object, ...], kernel: Kernel, call: Call, backward: bool)
                 verdict = check(kernel, call, backward)
             except (torch.OutOfMemoryError, MemoryError):
                 return "there was no memory left to check its numbers"
-            log.info("checked kernel %s: %s: %s", _name(kernel), about["class"], verdict)
+            log.info("checked kernel %s: %s: %s", name_of(kernel), about["class"], verdict)
             if mode == "disk" and verdict.failure is None:
                 verdicts.write(about, verdict)
         _reasons[key] = None if verdict.passes else _said(verdict, about)
@@ -168,20 +150,14 @@ def _about(kernel: Kernel, call: Call, backward: bool, made_from: str) -> dict[s
     """All that the verdict depends on, as text."""
     key = _key(kernel, call, backward)
     return {
-        "kernel": _name(kernel),
+        "kernel": name_of(kernel),
         "made from": f"{made_from}, torch {torch.__version__}",
-        "device": _device_name(call.q.device),
+        "device": probing.device_name(call.q.device),
         "dtype": str(call.q.dtype).removeprefix("torch."),
         "class": f"{'backward' if backward else 'forward'} of {kinds(call.relation)}",
         "switches": repr([str(part) for part in key[3:]]),
         "checked by": digest.of_files("trust.py", "miniature.py", "reference.py"),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _said(verdict: Verdict, about: dict[str, str]) -> str:
@@ -196,27 +172,14 @@ def _said(verdict: Verdict, about: dict[str, str]) -> str:
 
 def check(kernel: Kernel, call: Call, backward: bool) -> Verdict:
     """Compare a kernel with the reference on a small call of the same class; only the kernel runs on the call's device."""
-    with _undisturbed(call.q.device):
+    with probing.undisturbed(call.q.device):
         small = miniature(call)
         try:
             return _compare_gradients(kernel, small) if backward else _compare(kernel, small)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return Verdict(failure=f"{type(error).__name__}: {first}")
-
-
-@contextlib.contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
-    """What the caller has switched on does not reach the check, nor is anything recorded of it."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_disable_current_modes())
-        stack.enter_context(torch._C.DisableTorchFunction())
-        stack.enter_context(torch.no_grad())
-        for kind in {"cpu", device.type}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+            return Verdict(failure=probing.first_line(error))
 
 
 class _Eager(Call):

@@ -1,16 +1,13 @@
-"""Verdicts about kernels as files in torch's cache folder: one a class of calls, written whole or not at all."""
+"""Verdicts about kernels, and as files in torch's cache folder: one a class of calls."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dilcompile.lowering import digest
+from dilcompile.lowering import records
 
 log = logging.getLogger(__name__)
 
@@ -43,26 +40,17 @@ class Verdict:
 
 
 def folder() -> Path:
-    """Where the files lie: beside what torch compiles, so that ``TORCHINDUCTOR_CACHE_DIR`` moves them too.
-
-    Raises:
-        OSError: if torch's folder is not there and can't be made.
-    """
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "dilcompile" / "trust"
+    """Where the files lie."""
+    return records.folder("trust")
 
 
 def read(about: dict[str, str]) -> Verdict | None:
     """The verdict about exactly this, or None if there is no file of that content."""
     try:
-        held = json.loads(_path(about).read_text())
-        if not isinstance(held, dict) or held.get("about") != about:
-            return None
+        held = records.read(folder(), about) or {}
         found = held["verdict"]
         verdict = Verdict(str(found["of"]), float(found["error"]), float(found["bound"]))
     except (OSError, ValueError, TypeError, KeyError):
-        # A file cut short or of another origin says nothing: the check is made again, and its file replaces this one.
         return None
     return None if math.isnan(verdict.error) or not math.isfinite(verdict.bound) else verdict
 
@@ -72,20 +60,6 @@ def write(about: dict[str, str], verdict: Verdict) -> None:
     held = asdict(verdict)
     del held["failure"]
     try:
-        path = _path(about)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump({"about": about, "verdict": held}, file, indent=1)
-            # Processes that write at once each replace the whole file.
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        records.write(folder(), about, verdict=held)
     except OSError as error:
         log.info("the verdict about kernel %s could not be kept: %s", about.get("kernel"), error)
-
-
-def _path(about: dict[str, str]) -> Path:
-    return folder() / f"{digest.of_text(json.dumps(about, sort_keys=True))}.json"

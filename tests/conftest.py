@@ -8,6 +8,7 @@ import pytest
 
 # What a test finds about a kernel that it changed must not outlive it.
 os.environ["DILCOMPILE_TRUST"] = "memory"
+os.environ["DILCOMPILE_TUNE"] = "memory"
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from dilcompile.forms import BlockSparse, Dense, Dilated, Form, SlidingWindow
 from dilcompile.functional import attention
-from dilcompile.lowering import ops
-from dilcompile.lowering.select import KERNELS
+from dilcompile.lowering import contest, ops
+from dilcompile.lowering.select import KERNELS, RIVALS
+from dilcompile.lowering.triton import tiles
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,12 +75,91 @@ def check(kernel: str, form: Form, inputs: tuple[Tensor, ...], at: Setting, **op
 @pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "native"])
 def test_every_form(kernel: str, form: Form, causal: bool, dtype: torch.dtype) -> None:
     inputs = inputs_of(
-        kv_heads=4 if kernel in ("sdpa", "flash") else 2, q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, dtype=dtype
+        kv_heads=4 if kernel in ("sdpa", "flash", "efficient") else 2, q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, dtype=dtype
     )
     at = setting_of(inputs[0], inputs[1], causal=causal)
     if kernel not in ("triton", "reference") and refuses(kernel, form, *(x.to(DEVICE) for x in inputs), at):
         return
     check(kernel, form, inputs, at)
+
+
+# One launch of a flash op of torch, cuDNN or the package flash_attn, where that is installed.
+ONE_LAUNCH = ("flash_band", "flash_attn", "cudnn", "efficient")
+CHUNK = LENGTH // 3
+BANDS: dict[str, tuple[Form, dict[str, Any], int]] = {
+    "every key": (Dense(), {}, LENGTH),
+    "causal": (Dense(), {"causal": True}, LENGTH),
+    "causal window": (SlidingWindow(LENGTH // 4), {"causal": True}, LENGTH),
+    "window": (SlidingWindow(LENGTH // 4), {}, LENGTH),
+    "the site's window": (Dense(), {"left": 70, "right": 20}, LENGTH),
+    "a chunk at the end": (Dense(), {"causal": True, "q_offset": LENGTH - CHUNK}, CHUNK),
+    "a chunk in the middle": (SlidingWindow(LENGTH // 5), {"causal": True, "q_offset": LENGTH // 4}, CHUNK),
+    "causal from the first key, fewer queries than keys": (Dense(), {"causal": True}, CHUNK),
+    "one query": (Dense(), {"causal": True, "q_offset": LENGTH - 1}, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kv_heads", "dim"), [(4, 64), (2, 64), (1, 128), (4, 128), (2, 256), (4, 80)])
+@pytest.mark.parametrize("wanted", BANDS)
+@pytest.mark.parametrize("kernel", ONE_LAUNCH)
+def test_one_launch(kernel: str, wanted: str, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    form, mask, rows = BANDS[wanted]
+    inputs = inputs_of(kv_heads=kv_heads, q_len=rows, k_len=LENGTH, dim=dim, v_dim=dim, dtype=dtype)
+    at = setting_of(inputs[0], inputs[1], **mask)
+    if refuses(kernel, form, *(x.to(DEVICE) for x in inputs), at):
+        return
+    check(kernel, form, inputs, at)
+
+
+@pytest.mark.parametrize("whose", ["shared", "own"])
+@pytest.mark.parametrize("form", [Dense(), SlidingWindow(LENGTH // 5)], ids=str)
+@pytest.mark.parametrize("kernel", ONE_LAUNCH)
+def test_packed_documents_in_one_launch(kernel: str, form: Form, whose: str) -> None:
+    inputs = inputs_of(q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, dtype=torch.bfloat16)
+    operands = operands_of({"documents": whose}, length=LENGTH)
+    at = setting_of(inputs[0], inputs[1], causal=True)
+    placed = {name: there(value) for name, value in operands.items()}
+    if refuses(kernel, form, *(x.to(DEVICE) for x in inputs), at, **placed):
+        return
+    check(kernel, form, inputs, at, **operands)
+
+
+@on_device_only
+def test_torchs_flash_op_takes_what_it_should() -> None:
+    """That the tests above skip nothing of it."""
+    for form, mask, rows in BANDS.values():
+        q, k, v = inputs_of(q_len=rows, k_len=LENGTH, dim=64, v_dim=64, dtype=torch.bfloat16)
+        assert not refuses("flash_band", form, *map(there, (q, k, v)), setting_of(q, k, **mask))
+
+
+@on_device_only
+@pytest.mark.filterwarnings("ignore::dilcompile.errors.DilcompileWarning")
+@pytest.mark.parametrize("form", [Dense(), SlidingWindow(512), WIDE], ids=str)
+def test_the_clock_decides(form: Form) -> None:
+    """All that can compute a call were timed, the fastest is taken, and its numbers are right."""
+    contest.forget()
+    inputs = inputs_of(heads=4, kv_heads=4, q_len=1500, k_len=1500, dim=64, v_dim=64, dtype=torch.bfloat16)
+    q, k, v = (there(x).requires_grad_() for x in inputs)
+    at = setting_of(q, k, causal=True)
+    out, _ = run(q, k, v, form, None, at)
+    torch.autograd.grad(out.sum(), (q, k, v))
+    forward, backward = contest._times.values()
+    able = {name for name in RIVALS["cuda"] if not refuses(name, form, q.detach(), k.detach(), v.detach(), at)}
+    assert set(forward) == able
+    assert {"triton", "flash"} <= set(backward)
+    assert all(0 < seconds < 1 for times in (forward, backward) for seconds in times.values())
+    torch.testing.assert_close(out, run(q, k, v, form, "triton", at)[0], rtol=2e-2, atol=2e-2)
+
+
+@on_device_only
+def test_tuned_tiles_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tiles.OPTION, "memory")
+    tiles.forget()
+    inputs = inputs_of(heads=4, kv_heads=2, q_len=1100, k_len=1100, dim=64, v_dim=64, dtype=torch.bfloat16)
+    check("triton", WIDE, inputs, setting_of(inputs[0], inputs[1], causal=True))
+    assert {kind.step for kind in tiles._chosen} == {"forward", "queries", "keys"}
+    tiles.forget()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -36,8 +36,9 @@ FORMS: list[Form] = [
     BlockSparse(16, {"any": [{"local": {"before": 1, "behind": 1}}, {"random": {"blocks": 1, "by_head": True}}]}),
     BlockSparse([32, 16], {"all": [{"strided": {"stride": 2}}, {"local": {"before": 3}}]}),
 ]
-# flash needs a CUDA device; triton is tested in its interpreter (test_triton).
-ON_CPU = [name for name in KERNELS if name not in ("flash", "triton")]
+# Those of CUDA devices are tested by stand-ins for their ops (test_flash_route), triton in its interpreter (test_triton).
+ON_CUDA = {"flash_band", "triton", "flash_attn", "cudnn", "efficient", "flash"}
+ON_CPU = [name for name in KERNELS if name not in ON_CUDA]
 SCALE = 0.4
 
 
@@ -494,7 +495,8 @@ def test_choosing_a_kernel() -> None:
     q, k, v = drawn(kv_heads=4)
     at = setting_of(q, k)
     with pytest.raises(
-        KernelError, match="kernel 'quick' is unknown; the kernels are native, sdpa, triton, flash, cpu, reference"
+        KernelError,
+        match="kernel 'quick' is unknown; the kernels are native, sdpa, flash_band, triton, flash_attn, cudnn, efficient, ",
     ):
         run(q, k, v, Dense(), "quick", at)
     with pytest.raises(KernelError, match="kernel 'sdpa' can't compute this attention: softcap; kernel 'native' can"):
@@ -630,7 +632,7 @@ def test_every_mutation_is_noticed(mutation: Callable[[pytest.MonkeyPatch], None
 
 
 def test_every_kernel_is_in_the_matrix() -> None:
-    assert set(ON_CPU) | {"flash", "triton"} == set(select.KERNELS)
+    assert set(ON_CPU) | ON_CUDA == set(select.KERNELS)
 
 
 def test_policies_know_every_kernel_by_name() -> None:

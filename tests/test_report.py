@@ -330,6 +330,7 @@ SITE_KEYS = {
     "kernel": {"type": ["string", "null"]}, "kernel_backward": {"type": ["string", "null"]},
     "kernel_asked": {"type": ["string", "null"]}, "kernel_reason": {"type": ["string", "null"]},
     "kernel_passed_over": {"type": ["string", "null"]},
+    "kernel_remarks": {"type": "array", "items": {"type": "string"}},
     "reason": {"type": ["string", "null"]}, "cure": {"type": ["string", "null"]}, "notes": {"type": "array"},
     "costs": {"type": ["object", "null"]},
 }  # fmt: skip

@@ -41,6 +41,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
         "triton_interpreted_blocks.py",
         "triton_interpreted_tiles.py",
         "triton_decode_interpreted.py",
+        "triton_tuning_interpreted.py",
         "triton_decode_interpreted_bias.py",
     ],
 )
@@ -75,7 +76,9 @@ def test_no_kernel_is_imported_before_a_call() -> None:
         "print(sorted(name for name in sys.modules if name.startswith('dilcompile.lowering.triton.')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str([f"dilcompile.lowering.triton.{name}" for name in ("config", "lists", "plan", "split")])
+    assert done.stdout.strip() == str(
+        [f"dilcompile.lowering.triton.{name}" for name in ("config", "lists", "plan", "split", "tiles")]
+    )
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, q: torch.Tensor, form: Form = Dense(), **more: Any) -> str:  # noqa: B008

@@ -27,7 +27,7 @@ from dilcompile.decision import Decision
 from dilcompile.errors import DilcompileError, DilcompileWarning, KernelError
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
 from dilcompile.functional import attention
-from dilcompile.lowering import native, reference, select, triton, trust, verdicts
+from dilcompile.lowering import native, probing, reference, select, triton, trust, verdicts
 from dilcompile.lowering.call import Call, problem_of, relation_of
 from dilcompile.lowering.miniature import kinds, miniature
 from dilcompile.lowering.triton import plan, split
@@ -389,7 +389,7 @@ def test_tracing_checks_nothing(checks: list[str]) -> None:
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     state = [True]
-    monkeypatch.setattr(trust, "_captured", lambda device: state[0])
+    monkeypatch.setattr(probing, "captured", lambda device: state[0])
     return state
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -31,12 +31,14 @@ class Choice:
         backward: None where no gradient is asked for, or where it is not known.
         reason: why there is none.
         passed_over: the faster kernel that would be taken if its numbers were right on this device, and what was found.
+        remarks: what the kernels took that were timed, and whose code it is where the user has changed that.
     """
 
     forward: str | None
     backward: str | None = None
     reason: str | None = None
     passed_over: str | None = None
+    remarks: tuple[str, ...] = ()
 
 
 def kernel_of(decision: Decision) -> Choice:
@@ -47,7 +49,7 @@ def kernel_of(decision: Decision) -> Choice:
         return Choice(None, reason="a length is known only when the model runs")
     if site.device.type == "meta":
         return Choice(None, reason="a meta tensor has no device to choose for")
-    return _choose(decision.form, problem, _Traits.of(decision), decision.kernel, site.phase == "train", _num_verdicts())
+    return _choose(decision.form, problem, _Traits.of(decision), decision.kernel, site.phase == "train", _known())
 
 
 def able(verdicts: Sequence[Verdict]) -> list[Verdict]:
@@ -79,7 +81,7 @@ def refusal_of(decision: Decision) -> str | None:
     offsets = (problem.q_offset,) if fixed else (problem.q_offset, problem.q_offset + 1)
     train = site.phase == "train"
     reasons = (
-        _refused(decision.form, replace(problem, q_offset=offset), _Traits.of(decision), decision.kernel, train, _num_verdicts())
+        _refused(decision.form, replace(problem, q_offset=offset), _Traits.of(decision), decision.kernel, train, _known())
         for offset in offsets
     )
     return next((reason for reason in reasons if reason is not None), None)
@@ -122,9 +124,9 @@ class _Traits:
 
 
 @lru_cache(maxsize=256)
-def _choose(form: Form, problem: Problem, traits: _Traits, asked: str | None, train: bool, known: int) -> Choice:
-    """``known``: with more verdicts about kernels the choice may be another."""
-    from dilcompile.lowering.select import KERNELS, passed_over, select
+def _choose(form: Form, problem: Problem, traits: _Traits, asked: str | None, train: bool, known: Hashable) -> Choice:
+    """``known``: with more verdicts about kernels, and more of them timed, the choice may be another."""
+    from dilcompile.lowering.select import KERNELS, measured, passed_over, select
 
     try:
         with FakeTensorMode():
@@ -133,13 +135,25 @@ def _choose(form: Form, problem: Problem, traits: _Traits, asked: str | None, tr
             forward = names[id(select(call, asked))]
             backward = names[id(select(call, asked, backward=True))] if train else None
             doubts = (passed_over(call, step) for step in ((False, True) if train else (False,)) if asked is None)
-            return Choice(forward, backward, passed_over=next((doubt for doubt in doubts if doubt is not None), None))
+            passed = next((doubt for doubt in doubts if doubt is not None), None)
+            times = (measured(call, step) for step in ((False, True) if train else (False,)) if asked is None)
+            remarks = (*(text for text in times if text is not None), *_whose(forward, backward))
+            return Choice(forward, backward, passed_over=passed, remarks=remarks)
     except DilcompileError as error:
         return Choice(None, reason=str(error))
 
 
+def _whose(*kernels: str | None) -> tuple[str, ...]:
+    from dilcompile.lowering import aten_flash
+
+    name = aten_flash.activated()
+    if name is None or not {"flash_band", "flash"} & set(kernels):
+        return ()
+    return (f"torch's flash op is {name} here, which was activated through its registry",)
+
+
 @lru_cache(maxsize=256)
-def _refused(form: Form, problem: Problem, traits: _Traits, asked: str, train: bool, known: int) -> str | None:
+def _refused(form: Form, problem: Problem, traits: _Traits, asked: str, train: bool, known: Hashable) -> str | None:
     from dilcompile.lowering.select import KERNELS, reason_against
 
     with FakeTensorMode():
@@ -147,10 +161,11 @@ def _refused(form: Form, problem: Problem, traits: _Traits, asked: str, train: b
         return reason_against(KERNELS[asked], call, False) or (reason_against(KERNELS[asked], call, True) if train else None)
 
 
-def _num_verdicts() -> int:
-    from dilcompile.lowering.trust import num_known
+def _known() -> Hashable:
+    """What a choice depends on beside the call."""
+    from dilcompile.lowering import aten_flash, contest, trust
 
-    return num_known()
+    return trust.num_known(), contest.num_known(), aten_flash.activated()
 
 
 def _call(form: Form, size: Problem, traits: _Traits) -> Call:

@@ -82,6 +82,7 @@ def _kernel(choice: Choice, asked: str | None) -> dict[str, Any]:
         "kernel_asked": asked,
         "kernel_reason": choice.reason,
         "kernel_passed_over": choice.passed_over,
+        "kernel_remarks": list(choice.remarks),
     }
 
 

@@ -106,6 +106,7 @@ def row_of(verdict: Decision | Rejection) -> Row:
         notes = (*notes, f"no kernel is named: {choice.reason}")
     if choice.passed_over is not None:
         notes = (*notes, choice.passed_over)
+    notes = (*notes, *choice.remarks)
     return Row(
         **common,  # type: ignore[arg-type]
         becomes=(str(verdict.form), _rule(verdict.rule)),

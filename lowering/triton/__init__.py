@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,10 +21,11 @@ from torch import Tensor
 from dilcompile.generators import Blocks
 from dilcompile.lowering import digest
 from dilcompile.lowering.call import Call, Gradients, empty_output
-from dilcompile.lowering.triton import split
+from dilcompile.lowering.triton import split, tiles
 from dilcompile.lowering.triton.config import INTERPRETED, Masks, Pass, Tile, tile_of
 from dilcompile.lowering.triton.lists import blocks_of
 from dilcompile.lowering.triton.plan import Plan, Rows, held, map_of, plan_of, plan_of_blocks, plan_of_few, unplannable
+from dilcompile.lowering.triton.tiles import Kind
 from dilcompile.lowering.union import beyond_union
 from dilcompile.relation import Problem
 
@@ -38,6 +40,10 @@ _MOST_PACKED = 16
 # What a launch may have of the dims but the first.
 _MOST_PROGRAMS = 65535
 LOG2_E = math.log2(math.e)
+
+# The passes whose tiles can be tuned.
+_FORWARD: tuple[Pass, ...] = ("forward",)
+_BACKWARD: tuple[Pass, ...] = ("queries", "keys")
 
 BiasBy = Literal["none", "keys", "rows", "pairs"]
 
@@ -230,6 +236,16 @@ def _gradient_of_bias(bound: _Bound, operands: tuple[Tensor, ...], grad_lse: Ten
     return grad.sum_to_size(shape).view(call.bias.shape).to(call.bias.dtype)
 
 
+def tune(call: Call, backward: bool) -> None:
+    """Find the fastest tiles for calls of this kind, where the user asks for it (``tiles.OPTION``)."""
+    if tiles.is_off() or call.pages is not None or split.is_decode(call.problem):
+        return
+    bound = _bind(call)
+    kinds = [bound.kind(step) for step in (_BACKWARD if backward else _FORWARD)]
+    made_from = fingerprint(call) or "interpreted"
+    tiles.tune(sys.modules[__name__], call, backward, {kind: bound.table(kind) for kind in kinds}, made_from)
+
+
 @dataclass(frozen=True)
 class _Bound:
     """A call as the kernels take it.
@@ -289,16 +305,24 @@ class _Bound:
 
     def tile(self, step: Pass, rows: int = INTERPRETED.own) -> Tile:
         """The tile sizes of a pass; ``rows``: of few queries."""
-        if interpreting():
-            return replace(INTERPRETED, own=rows)
-        size, q = self.call.problem, self.call.q
-        head = max(_block(size.head_dim), _block(size.v_dim))
-        masks, blocks = _masks(self.call, self.bias_by(self.pack)), self.blocks
-        tile = tile_of(step, _arch(q.device), head, q.dtype, masks, rows, blocks is not None)
-        if blocks is None or step not in ("forward", "queries", "keys"):
+        kind, blocks = self.kind(step), self.blocks
+        tile = tiles.tile(kind, self.table(kind, rows))
+        if blocks is None or interpreting() or step not in ("forward", "queries", "keys"):
             return tile
         own, other = blocks.grid.q_block * self.pack, blocks.grid.k_block
         return tile.along(other, blocks.grid.q_block, self.pack) if step == "keys" else tile.along(own, other)
+
+    def kind(self, step: Pass) -> Kind:
+        """What the tile of a pass depends on."""
+        size, q = self.call.problem, self.call.q
+        head = max(_block(size.head_dim), _block(size.v_dim))
+        return Kind(step, q.device, head, q.dtype, _masks(self.call, self.bias_by(self.pack)), self.blocks is not None)
+
+    def table(self, kind: Kind, rows: int = INTERPRETED.own) -> Tile:
+        """The tile that was proven without a device."""
+        if interpreting():
+            return replace(INTERPRETED, own=rows)
+        return tile_of(kind.step, _arch(kind.device), kind.head, kind.dtype, kind.masks, rows, kind.listed)
 
     def sizes(self, plan: Plan, rows: Rows) -> tuple[float, ...]:
         """What comes after the strides: lengths, counts, factors."""
