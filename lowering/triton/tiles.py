@@ -180,7 +180,7 @@ def _shared_of(device: torch.device) -> int | None:
 def _about(kind: Kind, tried: Mapping[str, Tile], made_from: str) -> dict[str, str]:
     """All that the times depend on, as text."""
     return {
-        "class": f"{kind.step}, head size {kind.head}, {kind.dtype}, masks {kind.masks}{', lists of blocks' if kind.listed else ''}",
+        "class": f"{kind.step}, head size {kind.head}, {kind.dtype}, masks {kind.masks}, {'lists of blocks' if kind.listed else 'terms'}",
         "tiles": "; ".join(tried),
         "made from": f"{made_from}, torch {torch.__version__}",
         "device": probing.device_name(kind.device),
