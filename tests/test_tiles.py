@@ -24,7 +24,8 @@ def rows() -> list[dict[str, str]]:
 def of_row(row: dict[str, str]) -> tuple[Kind, Tile]:
     own, other = (int(side) for side in row["tile"].split("x"))
     head = max(16, *(1 << (int(row[size]) - 1).bit_length() for size in ("D", "Dv")))
-    kind = Kind(row["kernel"], CUDA, head, getattr(torch, row["dtype"]), "none")  # type: ignore[arg-type]
+    listed = row["switches"].endswith("blocks")
+    kind = Kind(row["kernel"], CUDA, head, getattr(torch, row["dtype"]), "none", listed)  # type: ignore[arg-type]
     return kind, Tile(own, other, int(row["warps"]), int(row["stages"]))
 
 

@@ -322,7 +322,7 @@ def test_what_stands_for_few_rows_goes_to_the_same_kernel(q_len: int, group: int
     small = miniature(replace(call_of(), relation=Dense().relation(size))).problem
     assert split.is_decode(small) == split.is_decode(size)
     if split.is_decode(size) and group <= 64:
-        assert split.rows_of_tile(small) == split.rows_of_tile(size)
+        assert split.rows_of_tile(small, split.packed(small)) == split.rows_of_tile(size, split.packed(size))
 
 
 @pytest.mark.parametrize(

@@ -109,8 +109,12 @@ def _sound(one: Tile) -> bool:
 
 
 def _shared(kind: Kind, one: Tile) -> int:
-    """Bytes of shared memory that a program takes at least: two blocks of the other side for each stage that is loaded ahead."""
-    return kind.head * kind.dtype.itemsize * 2 * one.other * max(1, one.stages - 1)
+    """Bytes of shared memory that a program takes at least: two blocks of the other side for each stage that is loaded ahead.
+
+    Pieces of small blocks in a list are not loaded ahead.
+    """
+    ahead = 1 if kind.listed else max(1, one.stages - 1)
+    return kind.head * kind.dtype.itemsize * 2 * one.other * ahead
 
 
 def _settle(kernel: Kernel, call: Call, backward: bool, kind: Kind, table: Tile, made_from: str) -> None:
@@ -179,8 +183,9 @@ def _shared_of(device: torch.device) -> int | None:
 
 def _about(kind: Kind, tried: Mapping[str, Tile], made_from: str) -> dict[str, str]:
     """All that the times depend on, as text."""
+    walk = "lists of blocks" if kind.listed else "terms"
     return {
-        "class": f"{kind.step}, head size {kind.head}, {kind.dtype}, masks {kind.masks}, {'lists of blocks' if kind.listed else 'terms'}",
+        "class": f"{kind.step}, head size {kind.head}, {kind.dtype}, masks {kind.masks}, {walk}",
         "tiles": "; ".join(tried),
         "made from": f"{made_from}, torch {torch.__version__}",
         "device": probing.device_name(kind.device),
