@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -225,6 +226,11 @@ def _call(
     first = q_offset if q_start is None else q_offset + int(q_start)
     assert (pages is None) == (k_len is None), "pages and k_len, the length in positions, come together"
     assert pages is None or k_len is None or k_len <= pages.shape[1] * k.shape[2], "the pages hold fewer than k_len positions"
+    # Kernels would differ in what they make of other numbers.
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise KernelError(f"softcap is a positive number, or None for none, not {softcap}")
+    if not 0 <= dropout_p <= 1:
+        raise KernelError(f"dropout_p is a probability, not {dropout_p}")
     problem = problem_of(q, k, v, is_causal, window_left, window_right, first, k_len)
     formula = None
     if pairs is not None:

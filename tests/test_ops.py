@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from dilcompile.errors import KernelError
 from dilcompile.forms import Dense, Dilated, SlidingWindow
 from dilcompile.functional import attention, dilated_attention
 from dilcompile.lowering import ops
@@ -48,6 +50,14 @@ CASES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("changes", CASES, ids=lambda case: ",".join(case) or "plain")
 def test_opcheck(changes: dict[str, Any], contiguous: bool) -> None:
     torch.library.opcheck(torch.ops.dilcompile.attention.default, arguments(contiguous, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"softcap": 0.0}, {"softcap": -1.0}, {"softcap": math.nan}, {"dropout_p": math.nan}], ids=str
+)
+def test_numbers_that_kernels_would_read_differently_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(KernelError, match=f"{next(iter(changes))} is a .*, not {next(iter(changes.values()))}"):
+        torch.ops.dilcompile.attention(*arguments(**changes))
 
 
 @pytest.mark.parametrize("kernel", [None, "native", "cpu", "reference", "sdpa"])
