@@ -138,8 +138,8 @@ def with_more_keys_than_there_are() -> None:
 def with_keys_behind_the_last() -> None:
     right = triton._Bound.sizes
 
-    def sizes(self: Any, rows: Any) -> Any:
-        q_len, k_len, *more = right(self, rows)
+    def sizes(self: Any, *rows: Any) -> Any:
+        q_len, k_len, *more = right(self, *rows)
         return (q_len, k_len + PAGE, *more)
 
     triton._Bound.sizes = sizes  # type: ignore[method-assign]

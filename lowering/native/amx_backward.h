@@ -54,9 +54,11 @@ class TileBackward {
   void run(const Span& span, const KeySums<float>& into, const BiasSums<float>& bias) {
     TileRegisters registers;
     Plan plan(call_, span);
-    plan.each_batch(kMaxLanes, 32, [&](const Lane* lanes, const std::vector<Group>& groups, const std::vector<Keys>& lists) {
+    plan.each_batch(kMaxLanes, 32,
+                    [&](const Lane* lanes, const std::vector<Group>& groups, const std::vector<Keys>& lists) {
       begin(span, lanes, groups);
-      for (const Keys& keys : lists) attend(span, keys, lanes, into, bias);
+      for (size_t n = 0; n < lists.size(); ++n)
+        attend(span, lists[n], n + 1 < lists.size() ? &lists[n + 1] : nullptr, lanes, into, bias);
       for (const Tile& tile : tiles_)
         write_rows(call_, call_.grad_q, span, tile, lanes, call_.head_dim, sums_ + tile.first * dim_, dim_, +scales_);
     });
@@ -125,7 +127,8 @@ class TileBackward {
     }
   }
 
-  void attend(const Span& span, const Keys& keys, const Lane* lanes, const KeySums<float>& into, const BiasSums<float>& bias) {
+  void attend(const Span& span, const Keys& keys, const Keys* next, const Lane* lanes, const KeySums<float>& into,
+              const BiasSums<float>& bias) {
     std::fill_n(+key_sums_, kTileBlock * dim_, 0.0f), std::fill_n(+value_sums_, kTileBlock * v_dim_, 0.0f);
     auto use = [&](const Tile& tile, int64_t a, int64_t b, const KeyBlock& keys) {
       dropout_.read(span, keys, a, b);
@@ -140,7 +143,7 @@ class TileBackward {
       }
       std::fill_n(+key_sums_, kTileBlock * dim_, 0.0f), std::fill_n(+value_sums_, kTileBlock * v_dim_, 0.0f);
     };
-    each_block<BFloat16>(call_, span, keys, lanes, tiles_, +low_, +high_, rows_, use, after);
+    each_block<BFloat16>(call_, span, keys, next, lanes, tiles_, +low_, +high_, rows_, use, after);
   }
 
   // A row of columns of [kTileBlock][16].

@@ -32,9 +32,11 @@ class TileForward {
   void run(const Span& span) {
     TileRegisters registers;
     Plan plan(call_, span);
-    plan.each_batch(kMaxLanes, kWideTile, [&](const Lane* lanes, const std::vector<Group>& groups, const std::vector<Keys>& lists) {
+    plan.each_batch(kMaxLanes, kWideTile,
+                    [&](const Lane* lanes, const std::vector<Group>& groups, const std::vector<Keys>& lists) {
       begin(span, lanes, groups);
-      for (const Keys& keys : lists) attend(span, keys, lanes);
+      for (size_t n = 0; n < lists.size(); ++n)
+        attend(span, lists[n], n + 1 < lists.size() ? &lists[n + 1] : nullptr, lanes);
       finish(span, lanes);
     });
   }
@@ -69,7 +71,7 @@ class TileForward {
     }
   }
 
-  void attend(const Span& span, const Keys& keys, const Lane* lanes) {
+  void attend(const Span& span, const Keys& keys, const Keys* next, const Lane* lanes) {
     counted_ = nullptr;
     auto use = [&](const Tile& tile, int64_t a, int64_t b, const KeyBlock& keys) {
       if (biased_)
@@ -80,7 +82,7 @@ class TileForward {
       with_vectors(tile.vectors, std::integer_sequence<int, 2>(),
                    [&](auto n) { this->template block<n()>(tile, a, b, keys); });
     };
-    each_block<BFloat16>(call_, span, keys, lanes, tiles_, +low_, +high_, rows_, use, [](const KeyBlock&) {});
+    each_block<BFloat16>(call_, span, keys, next, lanes, tiles_, +low_, +high_, rows_, use, [](const KeyBlock&) {});
   }
 
   void count(const KeyBlock& keys) {

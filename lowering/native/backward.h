@@ -63,9 +63,11 @@ class Backward {
 
   void run(const Span& span, const KeySums<T>& into, const BiasSums<T>& bias) {
     Plan plan(call_, span);
-    plan.each_batch(kMaxLanes, kWidth<T>, [&](const Lane* lanes, const std::vector<Group>& groups, const std::vector<Keys>& lists) {
+    plan.each_batch(kMaxLanes, kWidth<T>,
+                    [&](const Lane* lanes, const std::vector<Group>& groups, const std::vector<Keys>& lists) {
       begin(span, lanes, groups);
-      for (const Keys& keys : lists) attend(span, keys, lanes, into, bias);
+      for (size_t n = 0; n < lists.size(); ++n)
+        attend(span, lists[n], n + 1 < lists.size() ? &lists[n + 1] : nullptr, lanes, into, bias);
       finish(span, lanes);
     });
   }
@@ -110,7 +112,8 @@ class Backward {
     }
   }
 
-  void attend(const Span& span, const Keys& keys, const Lane* lanes, const KeySums<T>& into, const BiasSums<T>& bias) {
+  void attend(const Span& span, const Keys& keys, const Keys* next, const Lane* lanes, const KeySums<T>& into,
+              const BiasSums<T>& bias) {
     std::fill_n(+key_sums_, Rows<X>::kBlock * dim_, T(0)), std::fill_n(+value_sums_, Rows<X>::kBlock * v_dim_, T(0));
     auto use = [&](const Tile& tile, int64_t a, int64_t b, const KeyBlock& keys) {
       int64_t count = std::min(b, keys.count) - a, width = tile.vectors * kWidth<T>;
@@ -132,7 +135,7 @@ class Backward {
       }
       std::fill_n(+key_sums_, Rows<X>::kBlock * dim_, T(0)), std::fill_n(+value_sums_, Rows<X>::kBlock * v_dim_, T(0));
     };
-    each_block<X>(call_, span, keys, lanes, tiles_, +low_, +high_, rows_, use, after);
+    each_block<X>(call_, span, keys, next, lanes, tiles_, +low_, +high_, rows_, use, after);
   }
 
   static void add_row(const T* from, T* to, int64_t dim, T factor) {

@@ -25,9 +25,11 @@ class Forward {
 
   void run(const Span& span) {
     Plan plan(call_, span);
-    plan.each_batch(kMaxLanes, kWidth<T>, [&](const Lane* lanes, const std::vector<Group>& groups, const std::vector<Keys>& lists) {
+    plan.each_batch(kMaxLanes, kWidth<T>,
+                    [&](const Lane* lanes, const std::vector<Group>& groups, const std::vector<Keys>& lists) {
       begin(span, lanes, groups);
-      for (const Keys& keys : lists) attend(span, keys, lanes);
+      for (size_t n = 0; n < lists.size(); ++n)
+        attend(span, lists[n], n + 1 < lists.size() ? &lists[n + 1] : nullptr, lanes);
       finish(span, lanes);
     });
   }
@@ -56,7 +58,7 @@ class Forward {
     }
   }
 
-  void attend(const Span& span, const Keys& keys, const Lane* lanes) {
+  void attend(const Span& span, const Keys& keys, const Keys* next, const Lane* lanes) {
     auto use = [&](const Tile& tile, int64_t a, int64_t b, const KeyBlock& keys) {
       if (call_.bias.data) {
         int64_t count = std::min(b, keys.count) - a, width = tile.vectors * kWidth<T>;
@@ -67,7 +69,7 @@ class Forward {
       with_vectors(tile.vectors, std::integer_sequence<int, 1, 2, 3>(),
                    [&](auto n) { this->template block<n()>(tile, a, b, keys); });
     };
-    each_block<X>(call_, span, keys, lanes, tiles_, +low_, +high_, rows_, use, [](const KeyBlock&) {});
+    each_block<X>(call_, span, keys, next, lanes, tiles_, +low_, +high_, rows_, use, [](const KeyBlock&) {});
   }
 
   template <int N>

@@ -14,6 +14,8 @@
 #pragma once
 #include <algorithm>
 #include <numeric>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "call.h"
@@ -61,7 +63,8 @@ inline int64_t tighter(int64_t a, int64_t b) { return a == kNoLimit ? b : b == k
 class Plan {
  public:
   Plan(const Call& call, const Span& span) : call_(call), span_(span), per_key_head_(call.heads / call.kv_heads) {
-    for (int64_t i = 0; i < call.num_terms; ++i) shares_ = shares_ && call.terms[i].kind != kBlocks;
+    for (int64_t i = 0; i < call.num_terms; ++i)
+      if (call.terms[i].kind == kBlocks) blocks_ = &call.terms[i];
     sort_lanes(count_lanes());
   }
 
@@ -71,12 +74,16 @@ class Plan {
     auto whole = [&](size_t g) { return (group_starts_[g + 1] - group_starts_[g] + width - 1) / width * width; };
     for (size_t g = 0, next; g + 1 < group_starts_.size(); g = next) {
       int64_t together = whole(g);
-      for (next = g + 1; shares_ && next + 1 < group_starts_.size() && next - g < kMostGroups; ++next) {
+      // Blocks beside other terms: no lists of both are joined.
+      bool shares = !blocks_ || call_.num_terms == 1;
+      for (next = g + 1; shares && next + 1 < group_starts_.size() && next - g < kMostGroups; ++next) {
         if (together + whole(next) > most) break;
         together += whole(next);
       }
-      find_batch(g, next);
-      if (next - g > 1 && join(g, next - g)) {
+      bound(g, next);
+      bool joined = blocks_ && next - g > 1 && join_blocks(g, next - g);
+      if (!joined) find_batch(g, next);
+      if (joined || (!blocks_ && next - g > 1 && join(g, next - g))) {
         lay_out(g, next, width);
         use(batch_lanes_.data(), groups_, lists_);
         continue;
@@ -109,8 +116,8 @@ class Plan {
   const Call& call_;
   const Span& span_;
   int64_t per_key_head_, low_ = 0, high_ = 0;
-  // Groups of a pattern's block rows have few keys in common.
-  bool shares_ = true;
+  int64_t first_ = 0, last_ = 0;    // positions of a batch's lanes
+  const Term* blocks_ = nullptr;    // the term of them, if there is one
   std::vector<Lane> lanes_;            // group after group, ascending positions inside a group
   std::vector<int64_t> group_starts_;  // and the end
   std::vector<Own> shared_, windowed_;  // of the groups of a batch
@@ -118,25 +125,33 @@ class Plan {
   std::vector<Lane> batch_lanes_;
   std::vector<Group> groups_;
   std::vector<Keys> lists_;
+  std::vector<std::pair<int64_t, size_t>> entries_;       // a column and a group that has it
+  std::unordered_map<uint64_t, size_t> list_numbers_;     // by groups
   std::vector<int64_t> codes_;
   std::vector<int32_t> merged_position_;
   std::vector<float> merged_times_;
 
-  // The keys of each group from `begin` to before `end`, inside limits of all of their lanes.
-  void find_batch(size_t begin, size_t end) {
-    int64_t first = INT64_MAX, last = INT64_MIN;
+  // The limits of all lanes of the groups from `begin` to before `end`.
+  void bound(size_t begin, size_t end) {
+    first_ = INT64_MAX, last_ = INT64_MIN;
     for (size_t g = begin; g < end; ++g) {
-      first = std::min<int64_t>(first, lanes_[size_t(group_starts_[g])].position);
-      last = std::max<int64_t>(last, lanes_[size_t(group_starts_[g + 1]) - 1].position);
+      first_ = std::min<int64_t>(first_, first_of(g).position);
+      last_ = std::max<int64_t>(last_, lanes_[size_t(group_starts_[g + 1]) - 1].position);
     }
-    low_ = call_.left == kNoLimit ? 0 : std::max<int64_t>(0, first - call_.left);
-    high_ = call_.right == kNoLimit ? span_.k_len : std::min<int64_t>(span_.k_len, last + call_.right + 1);
-    if (shared_.size() < end - begin) shared_.resize(end - begin), windowed_.resize(end - begin);
-    for (size_t g = begin; g < end; ++g)
-      find_keys(lanes_[size_t(group_starts_[g])], first, last, shared_[g - begin], windowed_[g - begin]);
+    low_ = call_.left == kNoLimit ? 0 : std::max<int64_t>(0, first_ - call_.left);
+    high_ = call_.right == kNoLimit ? span_.k_len : std::min<int64_t>(span_.k_len, last_ + call_.right + 1);
   }
 
-  void find_keys(const Lane& lane, int64_t first, int64_t last, Own& shared, Own& windowed) {
+  const Lane& first_of(size_t group) const { return lanes_[size_t(group_starts_[group])]; }
+
+  // The keys of each group from `begin` to before `end`, inside those limits.
+  void find_batch(size_t begin, size_t end) {
+    if (shared_.size() < end - begin) shared_.resize(end - begin), windowed_.resize(end - begin);
+    for (size_t g = begin; g < end; ++g)
+      find_keys(first_of(g), shared_[g - begin], windowed_[g - begin]);
+  }
+
+  void find_keys(const Lane& lane, Own& shared, Own& windowed) {
     shared.clear(), windowed.clear();
     const Term* window = nullptr;
     for (int64_t i = 0; i < call_.num_terms; ++i) {
@@ -155,8 +170,8 @@ class Plan {
         if (own == residue) unite(shared, start + residue, std::min(start + term.length, span_.k_len), term.rate, term.dedupe);
       }
     }
-    if (window) find_window(shared, windowed, *window, lane, first, last);
-    drop_padding(shared), drop_padding(windowed);
+    if (window) find_window(shared, windowed, *window, lane);
+    drop_padding(shared.position, &shared.times), drop_padding(windowed.position, &windowed.times);
   }
 
   // The lists of the group alone.
@@ -245,7 +260,8 @@ class Plan {
   int64_t count_lanes() {
     int64_t count = (span_.end - span_.begin) * per_key_head_;
     lanes_.resize(size_t(count)), codes_.assign(size_t(count), 0);
-    for (int64_t i = 0; i < count; ++i) lanes_[size_t(i)] = {int32_t(span_.begin + i / per_key_head_), int32_t(i % per_key_head_)};
+    for (int64_t i = 0; i < count; ++i)
+      lanes_[size_t(i)] = {int32_t(span_.begin + i / per_key_head_), int32_t(i % per_key_head_)};
     int64_t bound = 1;
     for (int64_t i = 0; i < call_.num_terms; ++i) {
       const Term& term = call_.terms[i];
@@ -328,14 +344,48 @@ class Plan {
     lanes_.swap(sorted);
   }
 
-  void unite_blocks(Own& shared, const Term& term, const Lane& lane) {
+  // Where the columns of a lane's block row begin and end among those of the term.
+  std::pair<int64_t, int64_t> line_of(const Term& term, const Lane& lane) const {
     int64_t line = floor_to(lane.position, term.q_block) / term.q_block - term.first_line;
-    if (line < 0 || line >= term.lines) return;
+    if (line < 0 || line >= term.lines) return {0, 0};
     int64_t list = term.lists > 1 ? span_.kv_head * per_key_head_ + lane.head : 0;
     const int64_t* start = term.starts + list * (term.lines + 1) + line;
-    for (int64_t i = start[0], next; i < start[1]; i = next) {
-      for (next = i + 1; next < start[1] && term.columns[next] == term.columns[next - 1] + 1;) ++next;
-      unite(shared, term.columns[i] * term.k_block, std::min((term.columns[next - 1] + 1) * term.k_block, span_.k_len), 1, term.dedupe);
+    return {start[0], start[1]};
+  }
+
+  // The lists of `count` groups from `begin`, found column by column; false if each group by itself is less work.
+  bool join_blocks(size_t begin, size_t count) {
+    lists_.clear(), list_numbers_.clear(), entries_.clear();
+    int64_t work = 0, apart = 0;
+    for (size_t g = 0; g < count; ++g) {
+      auto [from, to] = line_of(*blocks_, first_of(begin + g));
+      for (int64_t i = from; i < to; ++i) entries_.push_back({blocks_->columns[i], g});
+      apart += work_of((to - from) * blocks_->k_block, lanes_of(begin + g));
+    }
+    std::sort(entries_.begin(), entries_.end());
+    for (size_t i = 0, next; i < entries_.size(); i = next) {
+      uint64_t groups = 0;
+      int64_t lanes = 0, column = entries_[i].first;
+      for (next = i; next < entries_.size() && entries_[next].first == column; ++next)
+        groups |= uint64_t(1) << entries_[next].second, lanes += lanes_of(begin + entries_[next].second);
+      work += work_of(blocks_->k_block, lanes);
+      auto [place, fresh] = list_numbers_.try_emplace(groups, lists_.size());
+      if (fresh) lists_.emplace_back(), lists_.back().groups = groups, lists_.back().times.resize(count);
+      Keys& keys = lists_[place->second];
+      limit(keys, false);
+      int64_t stop = std::min((column + 1) * blocks_->k_block, high_);
+      for (int64_t p = std::max(column * blocks_->k_block, low_); p < stop; ++p) keys.position.push_back(int32_t(p));
+    }
+    for (Keys& keys : lists_) drop_padding(keys.position, nullptr);
+    return work < apart;
+  }
+
+  void unite_blocks(Own& shared, const Term& term, const Lane& lane) {
+    auto [from, to] = line_of(term, lane);
+    for (int64_t i = from, next; i < to; i = next) {
+      for (next = i + 1; next < to && term.columns[next] == term.columns[next - 1] + 1;) ++next;
+      int64_t stop = (term.columns[next - 1] + 1) * term.k_block;
+      unite(shared, term.columns[i] * term.k_block, std::min(stop, span_.k_len), 1, term.dedupe);
     }
   }
 
@@ -365,11 +415,11 @@ class Plan {
     shared.position.swap(merged_position_), shared.times.swap(merged_times_);
   }
 
-  void find_window(const Own& shared, Own& windowed, const Term& term, const Lane& lane, int64_t first, int64_t last) {
+  void find_window(const Own& shared, Own& windowed, const Term& term, const Lane& lane) {
     window_left_ = tighter(call_.left, term.left), window_right_ = tighter(call_.right, term.right);
     int64_t start = low_, stop = high_;
-    if (term.left != kNoLimit) start = std::max(start, first - term.left);
-    if (term.right != kNoLimit) stop = std::min(stop, last + term.right + 1);
+    if (term.left != kNoLimit) start = std::max(start, first_ - term.left);
+    if (term.right != kNoLimit) stop = std::min(stop, last_ + term.right + 1);
     start += floor_mod(lane.position - start, term.step);
     auto next = std::lower_bound(shared.position.begin(), shared.position.end(), int32_t(std::max<int64_t>(0, start)));
     for (int64_t p = start; p < stop; p += term.step) {
@@ -379,15 +429,17 @@ class Plan {
     }
   }
 
-  void drop_padding(Own& keys) {
+  void drop_padding(std::vector<int32_t>& position, std::vector<float>* times) const {
     if (!call_.key_padding) return;
     const bool* keep = call_.key_padding + span_.batch * call_.padding_batch + span_.origin * call_.padding_key;
     size_t n = 0;
-    for (size_t i = 0; i < keys.position.size(); ++i) {
-      if (!keep[keys.position[i] * call_.padding_key]) continue;
-      keys.position[n] = keys.position[i], keys.times[n++] = keys.times[i];
+    for (size_t i = 0; i < position.size(); ++i) {
+      if (!keep[position[i] * call_.padding_key]) continue;
+      if (times) (*times)[n] = (*times)[i];
+      position[n++] = position[i];
     }
-    keys.position.resize(n), keys.times.resize(n);
+    position.resize(n);
+    if (times) times->resize(n);
   }
 };
 

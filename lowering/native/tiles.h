@@ -154,10 +154,11 @@ struct KeyBlock {
 };
 
 // Walks a list of keys block by block for the tiles whose groups see them. `Held` is the block's memory, `Rows` or another.
-// use(tile, a, b, block): keys a to b (whole steps) of the block. after(block): all tiles have used it.
+// use(tile, a, b, block): keys a to b (whole steps) of the block. after(block): all tiles have used it. after_list: the list that
+// comes next, or null.
 template <class X, class Held, class Use, class After>
-void each_block(const Call& call, const Span& span, const Keys& list, const Lane* lanes, std::vector<Tile>& tiles, int32_t* low,
-                int32_t* high, Held& held, Use use, After after) {
+void each_block(const Call& call, const Span& span, const Keys& list, const Keys* after_list, const Lane* lanes,
+                std::vector<Tile>& tiles, int32_t* low, int32_t* high, Held& held, Use use, After after) {
   if (list.size() == 0) return;
   int32_t begin = INT32_MAX, end = 0;
   int64_t seeing = 0;
@@ -170,13 +171,16 @@ void each_block(const Call& call, const Span& span, const Keys& list, const Lane
     int64_t count = std::min(Held::kBlock, list.size() - start);
     const int32_t* positions = &list.position[size_t(start)];
     held.gather(span, positions, count);
+    const int32_t* ahead = positions + Held::kBlock;
     int64_t next = std::clamp<int64_t>(end - start - Held::kBlock, 0, Held::kBlock), fetched = 0, done = 0;
+    if (next == 0 && after_list)
+      ahead = after_list->position.data(), next = std::min<int64_t>(Held::kBlock, after_list->size());
     for (const Tile& tile : tiles) {
       if (!list.seen_by(tile.group)) continue;
       // Fetching the next block goes along with the work on this one.
       int64_t until = next * ++done / seeing;
-      prefetch<X>(call.k, span, positions + Held::kBlock + fetched, until - fetched, call.head_dim);
-      prefetch<X>(call.v, span, positions + Held::kBlock + fetched, until - fetched, call.v_dim);
+      prefetch<X>(call.k, span, ahead + fetched, until - fetched, call.head_dim);
+      prefetch<X>(call.v, span, ahead + fetched, until - fetched, call.v_dim);
       fetched = until;
       int64_t a = std::max<int64_t>(0, tile.low_min - start) / Held::kStep * Held::kStep;
       int64_t b = (std::min<int64_t>(count, tile.high_max - start) + Held::kStep - 1) / Held::kStep * Held::kStep;
