@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from dilcompile.blocks.spec import frozen, pattern_of, plain, problems_of
-from dilcompile.errors import OptionProblem
+from dilcompile.blocks.spec import Spec, frozen, pattern_of, plain, problems_of
+from dilcompile.errors import FormError, OptionProblem
 from dilcompile.forms.base import Form, Says, cross_site, not_integer, unread_mask
 from dilcompile.generators import Blocks
 from dilcompile.relation import Problem, Relation, Term, grid_of
 
 if TYPE_CHECKING:
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask
+
     from dilcompile.site import AttentionSite
 
 _LEAST, _MOST = 16, 256
@@ -62,9 +65,48 @@ class BlockSparse(Form):
 
     def relation(self, problem: Problem) -> Relation:
         """The blocks, with the problem's own mask inside."""
+        return Relation(problem, (Term(Blocks(grid_of(problem, *self.sizes), pattern_of(self._spec()), problem.group)),))
+
+    def block_mask(self, problem: Problem, device: torch.device | str = "cpu") -> BlockMask:
+        """The pairs as FlexAttention's BlockMask, the problem's own mask among them; for one batch row.
+
+        Raises:
+            FormError: if query row 0 stands before key 0, or inside a block.
+        """
+        from dilcompile.blocks.block_mask import to_block_mask
+
+        if problem.q_offset < 0:
+            raise FormError(f"query row 0 stands at position {problem.q_offset}: the queries before key 0 are in no block")
+        return to_block_mask(pattern_of(self._spec()), grid_of(problem, *self.sizes), problem.heads, device)
+
+    @classmethod
+    def from_block_mask(
+        cls,
+        mask: BlockMask,
+        q_offset: int = 0,
+        is_causal: bool = False,
+        window_left: int | None = None,
+        window_right: int | None = None,
+    ) -> BlockSparse:
+        """The form that, at a site whose own mask is the one described here, means the pairs of a BlockMask, at its lengths.
+
+        Args:
+            mask: from ``create_block_mask`` with any ``mask_mod``, or made of tables.
+            q_offset, is_causal, window_left, window_right: the site's own mask, as in ``Problem``.
+
+        Raises:
+            FormError: if no pattern of whole blocks holds these pairs, with the block that does not fit.
+        """
+        from dilcompile.blocks.block_mask import explicit_of
+
+        site = Problem(1, 1, 1, *mask.seq_lengths, 1, 1, q_offset, is_causal, window_left, window_right)
+        found = explicit_of(mask, grid_of(site, *mask.BLOCK_SIZE))
+        return cls(mask.BLOCK_SIZE, {"explicit": {"starts": list(found.starts), "columns": list(found.columns)}})
+
+    def _spec(self) -> Spec:
         spec = frozen(self.pattern)
         assert isinstance(spec, tuple), "options were checked"
-        return Relation(problem, (Term(Blocks(grid_of(problem, *self.sizes), pattern_of(spec), problem.group)),))
+        return spec
 
     def fidelity(self, site: AttentionSite) -> Literal["exact", "approximate"]:
         """Approximate: which blocks hold all that the site's mask lets through is not asked."""
