@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,13 @@ def _in_block(pattern: Any, form: Any, at: Setting, h: int, i: int, j: int) -> b
         return j in said.get("verticals", []) or own - j in said.get("slashes", [])
     if name == "hierarchical":
         return _in_groups(said["spans"], said.get("heads", []), own, j)
+    if name == "document":
+        ends = list(accumulate(said.get("lengths", [])))
+        rows, columns = (
+            {bisect_right(ends, position) for position in range(n * size, (n + 1) * size)}
+            for n, size in ((i, q_block), (j, k_block))
+        )
+        return bool(rows & columns)
     if name == "explicit":
         rows = [said["columns"][start:stop] for start, stop in pairwise(said["starts"])]
         return i < len(rows) and j in rows[i]

@@ -33,6 +33,7 @@ PATTERNS: dict[str, Any] = {
     "random": {"random": {"blocks": 2, "seed": 3}},
     "random_by_head": {"random": {"blocks": 2, "by_head": True}},
     "explicit": {"explicit": {"starts": [0, 1, 3, 4], "columns": [0, 0, 2, 1]}},
+    "document": {"document": {"lengths": [20, 33, 12]}},
     "bigbird": {"bigbird": {"random": 1}},
     "longformer": {"longformer": {}},
     "any": {"any": [{"local": {}}, {"random": {"blocks": 1, "by_head": True}}]},

@@ -23,6 +23,7 @@ ALL = [
     Dilated([8, 16], [1, 2], offset="own", union="set", heads="grouped", output_scale="1/k", sinks=1, local=2),
     Dilated([8], [2], coverage="zero", merge_grad="detach", output_scale=0.5),
     BlockSparse(64, {"any": [{"local": {"before": 2}}, {"random": {"blocks": 1, "by_head": True}}]}),
+    BlockSparse(16, {"document": {"lengths": [20, 30]}}),
     BlockSparse([16, 32], {"all": [{"bigbird": {}}, {"explicit": {"starts": [0, 1], "columns": [0]}}]}),
 ]
 
@@ -92,6 +93,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "block_sparse",
         {"block": 64, "pattern": {"any": [{"local": {"befor": 1}}]}},
         "pattern.any[0].local unknown option 'befor' (did",
+    ),
+    (
+        "block_sparse",
+        {"block": 64, "pattern": {"document": {"lengths": [3, 0]}}},
+        "document.lengths[1] must be a whole number of at",
     ),
     ("block_sparse", {"block": 64, "pattern": {"random": {}}}, "pattern.random the option 'blocks' is missing"),
     (

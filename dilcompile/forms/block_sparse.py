@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from dilcompile.blocks.spec import Spec, frozen, pattern_of, plain, problems_of
+from dilcompile.blocks.spec import Spec, frozen, has_lengths, pattern_of, plain, problems_of
 from dilcompile.errors import FormError, OptionProblem
 from dilcompile.forms.base import Form, Says, cross_site, not_integer, unread_mask
 from dilcompile.generators import Blocks
@@ -113,7 +113,12 @@ class BlockSparse(Form):
         return "approximate"
 
     def reject(self, site: AttentionSite) -> str | None:
-        """A mask that could not be read; cross attention, whose two axes have no common positions."""
+        """A mask that could not be read; cross attention, whose two axes have no common positions; documents said twice."""
+        if site.mask.documents and has_lengths(self._spec()):
+            return (
+                "its sequences are packed documents, each with blocks of its own: lengths in the pattern would cut every one of "
+                "them anew; give `document: {}`, which takes the site's"
+            )
         return cross_site(site) or unread_mask(site)
 
     def __str__(self) -> str:
