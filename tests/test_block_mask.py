@@ -97,7 +97,7 @@ def assert_torchs_own(form: BlockSparse, at: Problem) -> BlockMask:
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_block_mask_has_the_tables_that_torch_makes_of_the_pairs(pattern: str, block: Any, at: str) -> None:
-    assert_torchs_own(BlockSparse(block, PATTERNS[pattern]), PROBLEMS[at])
+    assert_torchs_own(BlockSparse(block, PATTERNS[pattern], "zero"), PROBLEMS[at])
 
 
 def qkv(size: Problem) -> list[Tensor]:
@@ -109,7 +109,7 @@ def qkv(size: Problem) -> list[Tensor]:
 @pytest.mark.parametrize("at", PROBLEMS)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_flex_attention_with_the_block_mask_is_attention_over_the_pairs(pattern: str, at: str) -> None:
-    form, size = BlockSparse((16, 32), PATTERNS[pattern]), PROBLEMS[at]
+    form, size = BlockSparse((16, 32), PATTERNS[pattern], "zero"), PROBLEMS[at]
     q, k, v = qkv(size)
     scores = (q @ k.mT / 8**0.5).masked_fill(~pairs(form, size), -torch.inf)
     # float64 throughout: roundings of sums over 96 keys. Rows without keys are 0.
@@ -121,7 +121,7 @@ def test_flex_attention_with_the_block_mask_is_attention_over_the_pairs(pattern:
 @pytest.mark.parametrize("at", ["ragged", "causal", "more_keys"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_flex_attention_with_the_block_mask_is_the_reference_kernel(pattern: str, at: str) -> None:
-    form, size = BlockSparse((16, 32), PATTERNS[pattern]), PROBLEMS[at]
+    form, size = BlockSparse((16, 32), PATTERNS[pattern], "zero"), PROBLEMS[at]
     q, k, v = qkv(size)
     mine = dilcompile.functional.attention(
         q, k, v, form, is_causal=size.is_causal, q_offset=size.q_offset, kernel="reference"
@@ -132,7 +132,7 @@ def test_flex_attention_with_the_block_mask_is_the_reference_kernel(pattern: str
 @pytest.mark.parametrize("at", PROBLEMS)
 @pytest.mark.parametrize("pattern", [name for name in PATTERNS if name not in ("random_by_head", "any")])
 def test_a_block_mask_comes_back_as_the_same_pairs(pattern: str, at: str) -> None:
-    form, size = BlockSparse((32, 16), PATTERNS[pattern]), PROBLEMS[at]
+    form, size = BlockSparse((32, 16), PATTERNS[pattern], "zero"), PROBLEMS[at]
     own = {key: getattr(size, key) for key in ("q_offset", "is_causal", "window_left", "window_right")}
     back = BlockSparse.from_block_mask(form.block_mask(size), **own)
     assert back.sizes == form.sizes

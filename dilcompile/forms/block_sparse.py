@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from dilcompile.blocks.coverage import first_without_keys
 from dilcompile.blocks.spec import Spec, frozen, has_lengths, pattern_of, plain, problems_of
 from dilcompile.errors import FormError, OptionProblem
-from dilcompile.forms.base import Form, Says, cross_site, not_integer, unread_mask
+from dilcompile.forms.base import Form, Says, cross_site, not_integer, not_one_of, unread_mask
 from dilcompile.generators import Blocks
 from dilcompile.relation import Problem, Relation, Term, grid_of
 
@@ -28,6 +29,7 @@ class BlockSparse(Form):
     Args:
         block: positions in a block, 16 to 256; or two numbers, queries and keys.
         pattern: ``{name: {option: value}}``, or ``{any: [...]}`` and ``{all: [...]}`` of patterns; see ``dilcompile.blocks``.
+        coverage: ``require``: a pattern that leaves a query without keys is an error; ``zero``: such queries give 0.
 
     Raises:
         FormError: if an option is wrong.
@@ -37,6 +39,7 @@ class BlockSparse(Form):
 
     block: Size | tuple[Size, ...]
     pattern: dict[str, Any]
+    coverage: Literal["require", "zero"] = "require"
 
     def __post_init__(self) -> None:
         if isinstance(self.block, list):
@@ -46,7 +49,7 @@ class BlockSparse(Form):
 
     def problems(self) -> list[OptionProblem]:
         """Sizes out of range, and what is wrong with the pattern."""
-        found = problems_of(self.pattern, ("pattern",))
+        found = problems_of(self.pattern, ("pattern",)) + not_one_of(("coverage",), self.coverage, ("require", "zero"))
         sizes = self.block if isinstance(self.block, tuple) else (self.block,)
         if isinstance(self.block, tuple) and len(sizes) != 2:
             return [*found, OptionProblem(("block",), f"must be one number or two (queries, keys), not {list(sizes)!r}")]
@@ -64,8 +67,27 @@ class BlockSparse(Form):
         return first, others[0] if others else first
 
     def relation(self, problem: Problem) -> Relation:
-        """The blocks, with the problem's own mask inside."""
-        return Relation(problem, (Term(Blocks(grid_of(problem, *self.sizes), pattern_of(self._spec()), problem.group)),))
+        """The blocks, with the problem's own mask inside.
+
+        Raises:
+            FormError: under ``coverage: require``, if the blocks hold no key of a query that may see some.
+        """
+        blocks = Blocks(grid_of(problem, *self.sizes), pattern_of(self._spec()), problem.group)
+        if self.coverage == "require":
+            self._require_keys(blocks, problem)
+        return Relation(problem, (Term(blocks),))
+
+    def _require_keys(self, blocks: Blocks, problem: Problem) -> None:
+        for head in range(problem.heads if blocks.pattern.by_head else 1):
+            position = first_without_keys(blocks.lists(head, blocks.grid), blocks.grid)
+            if position is None:
+                continue
+            place = f"block row {position // self.sizes[0]}" + (f", head {head}" if blocks.pattern.by_head else "")
+            raise FormError(
+                f"form {self.name}: pattern {plain(self.pattern)!r} leaves the query at position {position} ({place}) without "
+                f"any key, at {problem.q_len} queries and {problem.k_len} keys; add {{local: {{}}}} under `any`, so that each "
+                "query sees itself, or accept zeros with coverage='zero'"
+            )
 
     def block_mask(self, problem: Problem, device: torch.device | str = "cpu") -> BlockMask:
         """The pairs as FlexAttention's BlockMask, the problem's own mask among them; for one batch row.
@@ -101,7 +123,8 @@ class BlockSparse(Form):
 
         site = Problem(1, 1, 1, *mask.seq_lengths, 1, 1, q_offset, is_causal, window_left, window_right)
         found = explicit_of(mask, grid_of(site, *mask.BLOCK_SIZE))
-        return cls(mask.BLOCK_SIZE, {"explicit": {"starts": list(found.starts), "columns": list(found.columns)}})
+        # A BlockMask may hide all keys of a query: FlexAttention gives 0 there too.
+        return cls(mask.BLOCK_SIZE, {"explicit": {"starts": list(found.starts), "columns": list(found.columns)}}, coverage="zero")
 
     def _spec(self) -> Spec:
         spec = frozen(self.pattern)
@@ -122,4 +145,5 @@ class BlockSparse(Form):
         return cross_site(site) or unread_mask(site)
 
     def __str__(self) -> str:
-        return f"{self.name}(block={self.block!r}, pattern={plain(self.pattern)!r})"
+        coverage = "" if self.coverage == "require" else f", coverage={self.coverage!r}"
+        return f"{self.name}(block={self.block!r}, pattern={plain(self.pattern)!r}{coverage})"
