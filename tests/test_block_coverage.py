@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_blocks import COMPOSED, grids, visible
 
 import dilcompile
 from dilcompile.blocks.coverage import first_without_keys
 from dilcompile.blocks.grid import Grid
 from dilcompile.blocks.lists import BlockLists, lists_of
-from dilcompile.blocks.patterns import Explicit, Pattern
+from dilcompile.blocks.patterns import AllOf, Explicit, Fixed, Pattern, Random, alike_in_heads
 from dilcompile.errors import FormError
 from dilcompile.forms import BlockSparse
-from dilcompile.relation import Problem
+from dilcompile.relation import Problem, grid_of
 
 Find = Callable[[BlockLists, Grid], int | None]
 
@@ -107,6 +109,26 @@ def test_the_call_is_refused_and_gives_zeros_where_they_are_accepted() -> None:
     assert not isinstance(out, tuple)
     assert torch.equal(out[:, :, :16], torch.zeros(1, 2, 16, 8))
     assert (out[:, :, 16:] != 0).any(-1).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(COMPOSED, grids(), st.integers(0, 3))
+def test_what_heads_share_is_in_each(pattern: Pattern, grid: Grid, head: int) -> None:
+    shared = alike_in_heads(pattern)
+    assert not shared.by_head
+    assert np.isin(shared.codes(0, grid.rows, grid), pattern.codes(head, grid.rows, grid)).all()
+
+
+def test_heads_of_which_one_alone_has_gaps_are_asked_one_by_one() -> None:
+    at = Problem(1, 8, 8, 64, 64, 8, 8)
+    drawn = {"all": [{"random": {"blocks": 3, "by_head": True}}, {"fixed": {"stride": 4}}]}
+    grid = grid_of(at, 16, 16)
+    pattern = AllOf((Random(3, by_head=True), Fixed(4)))
+    gaps = [first_by_pair(lists_of(pattern.codes(h, grid.rows, grid), grid), grid) for h in range(8)]
+    head = next(h for h, gap in enumerate(gaps) if gap is not None)
+    with pytest.raises(FormError, match=re.escape(f"position {gaps[head]} (block row {gaps[head] // 16}, head {head})")):
+        BlockSparse(16, drawn).relation(at)
+    BlockSparse(16, {"any": [drawn, {"local": {}}]}).relation(at)
 
 
 def test_a_query_decoded_alone_is_asked_alone() -> None:

@@ -328,6 +328,13 @@ class AllOf:
         return reduce(lambda one, other: np.intersect1d(one, other, assume_unique=True), found)
 
 
+def alike_in_heads(pattern: Pattern) -> Pattern:
+    """Blocks that every head has: the whole pattern where heads don't differ, or those parts of a union in which they don't."""
+    if not pattern.by_head:
+        return pattern
+    return AnyOf(tuple(part for part in pattern.parts if not part.by_head) if isinstance(pattern, AnyOf) else ())
+
+
 def _joined(parts: list[Positions]) -> Positions:
     found: Positions = np.unique(np.concatenate(parts)) if parts else np.arange(0, dtype=np.int64)
     return found
