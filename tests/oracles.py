@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -80,11 +82,47 @@ def _in_block(pattern: Any, form: Any, at: Setting, h: int, i: int, j: int) -> b
         return j < said.get("columns", 0) or i < said.get("rows", 0)
     if name == "strided":
         return (own - j) % said["stride"] == 0
+    if name == "dilated_sliding":
+        return abs(own - j) in [n * said["dilation"] for n in range(said["blocks"] + 1)]
+    if name == "fixed":
+        return j % said["stride"] == said.get("offset", 0)
+    if name == "vertical_slash":
+        return j in said.get("verticals", []) or own - j in said.get("slashes", [])
+    if name == "hierarchical":
+        return _in_groups(said["spans"], said.get("heads", []), own, j)
+    if name == "document":
+        ends = list(accumulate(said.get("lengths", [])))
+        rows, columns = (
+            {bisect_right(ends, position) for position in range(n * size, (n + 1) * size)}
+            for n, size in ((i, q_block), (j, k_block))
+        )
+        return bool(rows & columns)
+    if name == "explicit":
+        rows = [said["columns"][start:stop] for start, stop in pairwise(said["starts"])]
+        return i < len(rows) and j in rows[i]
+    if name in ("bigbird", "longformer"):
+        return _in_published(name, said, form, at, h, i, j)
     assert name == "random", name
     right = at.right if not at.causal else 0 if at.right is None else min(0, at.right)
     drawn = Random(said["blocks"], said.get("seed", 0), said.get("by_head", False))
     grid = Grid(q_block, k_block, 0, (i + 1) * q_block, at.k_len, at.left, right)
     return i * grid.columns + j in drawn.codes(h, np.array([i]), grid)
+
+
+def _in_groups(spans: list[int], heads: list[int], own: int, j: int) -> bool:
+    """Whether column j is in the row's narrowest group, or leads a group inside one of the row's wider groups."""
+    wider = [*spans[1:], None]
+    leads = [j % span < most and (wide is None or own // wide == j // wide) for span, most, wide in zip(spans, heads, wider)]  # noqa: B905
+    return own // spans[0] == j // spans[0] or any(leads)
+
+
+def _in_published(name: str, said: Any, form: Any, at: Setting, h: int, i: int, j: int) -> bool:
+    """The patterns of papers, by their parts."""
+    near, columns, rows = (said.get(option, 1) for option in ("local", "columns", "rows"))
+    parts: list[Any] = [{"local": {"before": near, "behind": near}}, {"global": {"columns": columns, "rows": rows}}]
+    if name == "bigbird":
+        parts.append({"random": {"blocks": said.get("random", 3), "seed": said.get("seed", 0)}})
+    return _in_block({"any": parts}, form, at, h, i, j)
 
 
 def _dilated(form: Any, at: Setting, h: int, t: int, k: int) -> int:

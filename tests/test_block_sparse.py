@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import CausalAttention, Stack
+from policy_sites import site
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention
@@ -17,6 +19,7 @@ import dilcompile
 from dilcompile.blocks.spec import KINDS, SETS
 from dilcompile.forms import BlockSparse
 from dilcompile.relation import Problem
+from dilcompile.site import MaskSpec
 
 PATTERN = {"any": [{"local": {"before": 1}}, {"global": {"columns": 1}}, {"fixed": {"stride": 3, "offset": 2}}]}
 
@@ -92,3 +95,32 @@ def test_the_docs_list_every_pattern_with_its_options() -> None:
     assert set(rows) == {*SETS, *KINDS}
     for name, kind in KINDS.items():
         assert re.findall(r"`(\w+)`", rows[name]) == list(kind.options), name
+
+
+LENGTHS = {"document": {"lengths": [20, 30, 5]}}
+
+
+def test_documents_of_a_pattern_share_the_blocks_where_they_meet() -> None:
+    q, k, v = (torch.randn(1, 2, 70, 8, dtype=torch.float64) for _ in range(3))
+    found = dilcompile.functional.attention(q, k, v, BlockSparse(16, LENGTHS))
+    # Blocks 0 to 4 hold documents 0, 0-1, 1, 1-3 and 3, number 3 being what lies behind the last length.
+    held = [range(2), range(4), range(1, 4), range(1, 5), range(3, 5)]
+    seen = torch.tensor([[key // 16 in held[query // 16] for key in range(70)] for query in range(70)])
+    torch.testing.assert_close(found, scaled_dot_product_attention(q, k, v, seen), rtol=0, atol=1e-13)
+
+
+def test_documents_of_the_site_hold_every_block_of_their_own_exactly() -> None:
+    q, k, v = (torch.randn(1, 2, 70, 8, dtype=torch.float64) for _ in range(3))
+    starts = torch.tensor([0, 20, 50, 55, 70])
+    found = dilcompile.functional.attention(q, k, v, BlockSparse(16, {"document": {}}), cu_seqlens=starts)
+    of = torch.bucketize(torch.arange(70), starts, right=True)
+    seen = of[:, None] == of
+    torch.testing.assert_close(found, scaled_dot_product_attention(q, k, v, seen), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("pattern", [LENGTHS, {"any": [{"local": {}}, {"all": [LENGTHS]}]}], ids=str)
+def test_lengths_beside_the_documents_of_the_site_are_refused(pattern: Any) -> None:
+    form, packed = BlockSparse(16, pattern), replace(site(), mask=MaskSpec(documents=True))
+    assert "packed documents" in (form.reject(packed) or "")
+    assert form.reject(site()) is None
+    assert BlockSparse(16, {"any": [{"document": {}}, {"local": {}}]}).reject(packed) is None

@@ -15,6 +15,7 @@ from dilcompile.blocks.lists import lists_of
 from dilcompile.blocks.patterns import (
     AllOf,
     AnyOf,
+    Document,
     Explicit,
     Fixed,
     Global,
@@ -41,6 +42,7 @@ PATTERNS: st.SearchStrategy[Pattern] = st.one_of(
         lambda p: len(p.heads) <= len(p.spans)
     ),
     st.builds(Random, small, st.integers(0, 9), st.booleans()),
+    st.builds(Document, st.lists(st.integers(1, 20), max_size=6).map(tuple)),
     st.just(Explicit((0, 2, 2, 5), (0, 3, 1, 2, 7))),
 )
 COMPOSED = st.one_of(

@@ -23,6 +23,8 @@ ALL = [
     Dilated([8, 16], [1, 2], offset="own", union="set", heads="grouped", output_scale="1/k", sinks=1, local=2),
     Dilated([8], [2], coverage="zero", merge_grad="detach", output_scale=0.5),
     BlockSparse(64, {"any": [{"local": {"before": 2}}, {"random": {"blocks": 1, "by_head": True}}]}),
+    BlockSparse(16, {"global": {"rows": 1}}, coverage="zero"),
+    BlockSparse(16, {"document": {"lengths": [20, 30]}}),
     BlockSparse([16, 32], {"all": [{"bigbird": {}}, {"explicit": {"starts": [0, 1], "columns": [0]}}]}),
 ]
 
@@ -78,6 +80,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("sliding_window", {}, "form sliding_window: the option 'window' is missing; give it, as in sliding_window(window=...)"),
     ("dens", {}, "form 'dens' is unknown (did you mean 'dense'?); the forms are dense, sliding_window, dilated, block_sparse"),
     ("block_sparse", {"block": 64}, "the option 'pattern' is missing"),
+    ("block_sparse", {"block": 64, "pattern": {"local": {}}, "coverage": "one"}, "coverage must be one of require, zero"),
     ("block_sparse", {"block": 8, "pattern": {"local": {}}}, "block must be a whole number of at least 16, not 8"),
     ("block_sparse", {"block": 512, "pattern": {"local": {}}}, "block must be at most 256, not 512"),
     ("block_sparse", {"block": [16, 16, 16], "pattern": {"local": {}}}, "block must be one number or two (queries, keys), not"),
@@ -92,6 +95,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "block_sparse",
         {"block": 64, "pattern": {"any": [{"local": {"befor": 1}}]}},
         "pattern.any[0].local unknown option 'befor' (did",
+    ),
+    (
+        "block_sparse",
+        {"block": 64, "pattern": {"document": {"lengths": [3, 0]}}},
+        "document.lengths[1] must be a whole number of at",
     ),
     ("block_sparse", {"block": 64, "pattern": {"random": {}}}, "pattern.random the option 'blocks' is missing"),
     (

@@ -34,7 +34,7 @@ FORMS: list[Form] = [
     Dilated([8, 16], [2, 4], coverage="zero", output_scale="1/k"),
     Dilated([6, 16], [1, 1], heads="grouped"),
     BlockSparse(16, {"any": [{"local": {"before": 1, "behind": 1}}, {"random": {"blocks": 1, "by_head": True}}]}),
-    BlockSparse([32, 16], {"all": [{"strided": {"stride": 2}}, {"local": {"before": 3}}]}),
+    BlockSparse([32, 16], {"all": [{"strided": {"stride": 2}}, {"local": {"before": 3}}]}, "zero"),
 ]
 # Those of CUDA devices are tested by stand-ins for their ops (test_flash_route), triton in its interpreter (test_triton).
 ON_CUDA = {"flash_band", "triton", "flash_attn", "cudnn", "efficient", "flash"}

@@ -27,7 +27,7 @@ def drawn_relation(data: st.DataObject) -> Relation:
     q_len, k_len, offset = (data.draw(st.integers(low, 130)) for low in (1, 1, -30))
     left = data.draw(st.none() | st.integers(0, 60))
     problem = Problem(1, 2, 1, q_len, k_len, 8, 8, q_offset=offset, is_causal=data.draw(st.booleans()), window_left=left)
-    return BlockSparse(block, data.draw(st.sampled_from(PATTERNS))).relation(problem)
+    return BlockSparse(block, data.draw(st.sampled_from(PATTERNS)), "zero").relation(problem)
 
 
 def walks(made: plan.Plan, transposed: bool, own: int, other: int, end: int) -> list[tuple[int, int, int, bool]]:
@@ -109,7 +109,7 @@ def test_tiles_of_any_size_share_the_lists() -> None:
 
 
 def test_the_map_holds_the_blocks() -> None:
-    relation = BlockSparse(16, PATTERNS[2]).relation(Problem(1, 1, 1, 40, 48, 8, 8, q_offset=8))
+    relation = BlockSparse(16, PATTERNS[2], "zero").relation(Problem(1, 1, 1, 40, 48, 8, 8, q_offset=8))
     held, first = lists.map_on(relation, False, torch.device("cpu"))
     assert (held.tolist(), first) == ([[[1, 1, 0], [0, 0, 0], [0, 0, 1]]], 0)
 

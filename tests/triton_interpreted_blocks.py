@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from dilcompile.lowering.triton import lists, plan, split
 from dilcompile.lowering.triton.config import Tile
 
 Outcome = tuple[Tensor, ...]
+# What kernels make of blocks, whichever queries these leave without keys.
+blocks_of = partial(BlockSparse, coverage="zero")
 BESIDE: dict[str, Any] = {"local": {"before": 1, "behind": 1}}
 BY_HEAD: dict[str, Any] = {"any": [{"local": {}}, {"random": {"blocks": 1, "by_head": True}}]}
 FAMILIES: list[dict[str, Any]] = [
@@ -41,7 +44,7 @@ FAMILIES: list[dict[str, Any]] = [
     {"all": [{"strided": {"stride": 2}}, {"local": {"before": 3, "behind": 3}}]},
 ]
 # Tiles of parts of one block, heads side by side; pieces of several blocks, a list a head.
-BOTH = [BlockSparse(16, FAMILIES[1]), BlockSparse((20, 24), BY_HEAD)]
+BOTH = [blocks_of(16, FAMILIES[1]), blocks_of((20, 24), BY_HEAD)]
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +112,7 @@ def check(inputs: tuple[Tensor, ...], form: BlockSparse, causal: bool = True, q_
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("pattern", FAMILIES, ids=str)
 def test_every_family_of_patterns(pattern: dict[str, Any], causal: bool) -> None:
-    check(drawn(batch=1, heads=2, kv_heads=1, q_len=57, k_len=57), BlockSparse(16, pattern), causal)
+    check(drawn(batch=1, heads=2, kv_heads=1, q_len=57, k_len=57), blocks_of(16, pattern), causal)
 
 
 # Tiles have 16 rows and take 16 positions at once: parts of a block, and pieces of several.
@@ -119,7 +122,7 @@ SIZES: list[Any] = [17, 20, 40, 48, (16, 48), (48, 16), (24, 40), (33, 16), (256
 @pytest.mark.parametrize("block", SIZES, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 def test_blocks_of_any_size(block: Any, causal: bool) -> None:
-    check(drawn(batch=1, heads=2, kv_heads=1, q_len=101, k_len=101), BlockSparse(block, {"strided": {"stride": 2}}), causal)
+    check(drawn(batch=1, heads=2, kv_heads=1, q_len=101, k_len=101), blocks_of(block, {"strided": {"stride": 2}}), causal)
 
 
 @pytest.mark.parametrize(
@@ -127,11 +130,11 @@ def test_blocks_of_any_size(block: Any, causal: bool) -> None:
 )
 def test_grouped_query_heads(heads: int, kv_heads: int, pattern: dict[str, Any]) -> None:
     """Heads side by side in a tile where they share their lists, three of them in 16 rows; and each with a list of its own."""
-    check(drawn(batch=1, heads=heads, kv_heads=kv_heads, q_len=25, k_len=25), BlockSparse((16, 20), pattern))
+    check(drawn(batch=1, heads=heads, kv_heads=kv_heads, q_len=25, k_len=25), blocks_of((16, 20), pattern))
 
 
 @pytest.mark.parametrize(("own", "other"), [(16, 64), (32, 64), (64, 32)])
-@pytest.mark.parametrize("form", [*BOTH, BlockSparse((64, 32), BY_HEAD)], ids=str)
+@pytest.mark.parametrize("form", [*BOTH, blocks_of((64, 32), BY_HEAD)], ids=str)
 def test_tiles_as_large_as_a_device_takes(form: BlockSparse, own: int, other: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A visit takes several whole blocks, and tiles have more rows than a block."""
     right = triton._Bound.tile
@@ -148,7 +151,7 @@ def test_tiles_as_large_as_a_device_takes(form: BlockSparse, own: int, other: in
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 33])
 def test_ragged_lengths(length: int) -> None:
     for causal in (False, True):
-        check(drawn(batch=1, heads=2, kv_heads=2, q_len=length, k_len=length), BlockSparse(16, BESIDE), causal)
+        check(drawn(batch=1, heads=2, kv_heads=2, q_len=length, k_len=length), blocks_of(16, BESIDE), causal)
 
 
 @pytest.mark.parametrize("q_offset", [-40, -3, 7, 20, 60])
@@ -177,7 +180,7 @@ def test_softcap_padding_and_documents(form: BlockSparse, asked: dict[str, Any])
 @pytest.mark.parametrize("q_offset", [-5, 9, 40])
 def test_documents_where_queries_are_not_the_keys(q_offset: int) -> None:
     operands = operands_of({"documents": "own"}, length=57)
-    check(drawn(heads=2, kv_heads=1, q_len=25, k_len=57), BlockSparse(16, BESIDE), False, q_offset, **operands)
+    check(drawn(heads=2, kv_heads=1, q_len=25, k_len=57), blocks_of(16, BESIDE), False, q_offset, **operands)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -185,7 +188,7 @@ def test_limits_by_row(batch: int) -> None:
     low = torch.randint(0, 20, (batch, 43), generator=torch.Generator().manual_seed(3))
     limits = torch.stack((low, low + 17))
     limits[1, :, 5] = 1000
-    check(drawn(heads=2, kv_heads=1, q_len=43, k_len=51), BlockSparse(16, BESIDE), False, row_limits=limits)
+    check(drawn(heads=2, kv_heads=1, q_len=43, k_len=51), blocks_of(16, BESIDE), False, row_limits=limits)
 
 
 ROWS = 37
@@ -203,12 +206,12 @@ def test_a_bias_of_every_shape(form: BlockSparse, shape: tuple[int, ...]) -> Non
 def test_a_bias_beside_everything_else(shape: tuple[int, ...], q_offset: int) -> None:
     operands = operands_of({"softcap": 1.5, "key_padding": True, "documents": "own"}, length=ROWS)
     inputs = drawn(heads=2, kv_heads=1, q_len=ROWS, k_len=ROWS, v_dim=5)
-    check(inputs, BlockSparse((20, 16), FAMILIES[1]), True, q_offset, bias=bias_of(shape), **operands)
+    check(inputs, blocks_of((20, 16), FAMILIES[1]), True, q_offset, bias=bias_of(shape), **operands)
 
 
 @pytest.mark.parametrize(("asked", "p"), [({}, 0.3), ({"documents": "own"}, 0.6)], ids=str)
 def test_dropout_depends_on_positions_only(asked: dict[str, Any], p: float) -> None:
-    inputs, form = drawn(heads=2, kv_heads=1, q_len=37, k_len=39), BlockSparse((16, 20), BESIDE)
+    inputs, form = drawn(heads=2, kv_heads=1, q_len=37, k_len=39), blocks_of((16, 20), BESIDE)
     operands = {**operands_of(asked, length=39), "dropout_p": p, "seed": torch.tensor([(7 << 40) + 11])}
     mask = {"causal": True, "q_offset": 2}
     for mine, theirs in zip(*(computed(inputs, form, mask, name, **operands) for name in ("triton", "reference")), strict=True):
@@ -216,7 +219,7 @@ def test_dropout_depends_on_positions_only(asked: dict[str, Any], p: float) -> N
 
 
 def test_rows_without_keys_give_nothing() -> None:
-    form = BlockSparse(16, {"explicit": {"starts": [0, 1, 1, 2], "columns": [0, 2]}})
+    form = blocks_of(16, {"explicit": {"starts": [0, 1, 1, 2], "columns": [0, 2]}})
     out, lse, *_ = check(drawn(batch=1, heads=1, kv_heads=1, q_len=48, k_len=48), form, False)
     assert bool((lse[:, :, 16:32] == -torch.inf).all())
     assert not out[:, :, 16:32].any()
@@ -226,14 +229,14 @@ def test_rows_without_keys_give_nothing() -> None:
 @pytest.mark.parametrize(("q_len", "k_len"), [(0, 5), (5, 0), (0, 0)])
 def test_no_keys_and_no_queries(q_len: int, k_len: int) -> None:
     inputs = drawn(batch=1, heads=2, kv_heads=1, q_len=q_len, k_len=k_len)
-    out, lse, *grads = computed(inputs, BlockSparse(16, {"local": {}}), {"causal": True, "q_offset": 0})
+    out, lse, *grads = computed(inputs, blocks_of(16, {"local": {}}), {"causal": True, "q_offset": 0})
     assert not any(x.any() for x in (out, *grads))
     assert bool((lse == -torch.inf).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision(dtype: torch.dtype) -> None:
-    form, mask = BlockSparse((24, 16), FAMILIES[1]), {"causal": True, "q_offset": 0}
+    form, mask = blocks_of((24, 16), FAMILIES[1]), {"causal": True, "q_offset": 0}
     inputs = drawn(batch=1, heads=2, kv_heads=1, q_len=45, k_len=45, dim=40, v_dim=64, dtype=dtype)
     found, eager, true = computed(inputs, form, mask), exact(inputs, form, mask, dtype), exact(inputs, form, mask, torch.float64)
     for mine, theirs, best in zip(found, eager, true, strict=True):
@@ -253,7 +256,7 @@ def test_nothing_outside_the_tensors_is_read_or_written() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         for block in (16, (20, 24)):
-            check(inputs, BlockSparse(block, BY_HEAD), False, 3)
+            check(inputs, blocks_of(block, BY_HEAD), False, 3)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -261,7 +264,7 @@ def test_nothing_outside_the_tensors_is_read_or_written() -> None:
 def test_the_same_numbers_every_time() -> None:
     inputs = drawn(batch=1, heads=4, kv_heads=1, q_len=41, k_len=41, dtype=torch.float32)
     for one, other in zip(
-        *(computed(inputs, BlockSparse(16, BESIDE), {"causal": True, "q_offset": 0}) for _ in range(2)), strict=True
+        *(computed(inputs, blocks_of(16, BESIDE), {"causal": True, "q_offset": 0}) for _ in range(2)), strict=True
     ):
         assert torch.equal(one, other)
 
@@ -292,7 +295,7 @@ def test_keys_in_pages(pattern: dict[str, Any]) -> None:
         pool = torch.full((11, 2, 12, x.shape[3]), torch.nan, dtype=x.dtype)
         pool[table.flatten()] = x.view(2, 2, 5, 12, -1).transpose(1, 2).reshape(10, 2, 12, -1)
         pools.append(pool)
-    form = BlockSparse(16, pattern)
+    form = blocks_of(16, pattern)
     whole = attention(q, k, v, form, is_causal=True, scale=SCALE, kernel="triton")
     paged = attention(q, *pools, form, is_causal=True, scale=SCALE, kernel="triton", block_table=table.int(), k_len=60)
     torch.testing.assert_close(paged, whole, rtol=0, atol=1e-12)
@@ -345,7 +348,7 @@ MUTATIONS: dict[str, Mutate] = {
 def check_mutated() -> None:
     inputs = drawn(batch=1, heads=2, kv_heads=1, q_len=57, k_len=57)
     for causal in (True, False):
-        check(tuple(framed(x) for x in inputs), BlockSparse(16, BY_HEAD), causal)
+        check(tuple(framed(x) for x in inputs), blocks_of(16, BY_HEAD), causal)
 
 
 def test_the_check_passes_without_a_mutation() -> None:
@@ -361,7 +364,7 @@ def test_every_mutation_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_check_that_comes_before_a_device_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = drawn(batch=1, heads=2, kv_heads=1, q_len=45, k_len=45, dtype=torch.float32)
-    relation = BlockSparse(16, BY_HEAD).relation(problem_of(q, k, v, True, None, None, 0))
+    relation = blocks_of(16, BY_HEAD).relation(problem_of(q, k, v, True, None, None, 0))
     call = Call(q, k, v, None, None, None, None, relation, 0.3)
     assert trust.check(triton, call, True).passes
     MUTATIONS["one list for all heads"](monkeypatch)

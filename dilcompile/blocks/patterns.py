@@ -262,6 +262,32 @@ class Explicit:
 
 
 @dataclass(frozen=True)
+class Document:
+    """The blocks in which a query and a key position share a document, one document after the other from position 0.
+
+    Args:
+        lengths: positions in each document; what lies behind the last is one more document.
+    """
+
+    lengths: tuple[int, ...] = ()
+    by_head = False
+
+    def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
+        """See ``Pattern``."""
+        ends = torch.tensor(self.lengths, dtype=torch.int64, device=i.device).cumsum(0)
+        of: Callable[[Tensor], Tensor] = lambda position: torch.bucketize(position, ends, right=True)  # noqa: E731
+        first, last = of(i * grid.q_block), of((i + 1) * grid.q_block - 1)
+        return _everywhere((of(j * grid.k_block) <= last) & (of((j + 1) * grid.k_block - 1) >= first), h)
+
+    def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
+        """See ``Pattern``."""
+        bounds = np.append(0, np.cumsum(np.asarray(self.lengths, dtype=np.int64)))
+        first, last = (np.searchsorted(bounds, at, side="right") for at in (rows * grid.q_block, (rows + 1) * grid.q_block - 1))
+        ends = np.append(bounds[1:], max(bounds[-1], grid.columns * grid.k_block))
+        return spread(rows, bounds[first - 1] // grid.k_block, -(-ends[last - 1] // grid.k_block), 1, grid)
+
+
+@dataclass(frozen=True)
 class AnyOf:
     """The blocks of any part."""
 
@@ -300,6 +326,13 @@ class AllOf:
         """See ``Pattern``."""
         found = [part.codes(h, rows, grid) for part in self.parts]
         return reduce(lambda one, other: np.intersect1d(one, other, assume_unique=True), found)
+
+
+def alike_in_heads(pattern: Pattern) -> Pattern:
+    """Blocks that every head has: the whole pattern where heads don't differ, or those parts of a union in which they don't."""
+    if not pattern.by_head:
+        return pattern
+    return AnyOf(tuple(part for part in pattern.parts if not part.by_head) if isinstance(pattern, AnyOf) else ())
 
 
 def _joined(parts: list[Positions]) -> Positions:

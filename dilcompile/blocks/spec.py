@@ -10,6 +10,7 @@ from typing import Any
 from dilcompile.blocks.patterns import (
     AllOf,
     AnyOf,
+    Document,
     Explicit,
     Fixed,
     Global,
@@ -99,6 +100,7 @@ KINDS: dict[str, _Kind] = {
         {"spans": [1], "heads": [0]}, ("spans",), lambda spans, heads=(): Hierarchical(spans, heads), _not_nested
     ),
     "random": _Kind({"blocks": 0, "seed": 0, "by_head": bool}, ("blocks",), _random),
+    "document": _Kind({"lengths": [1]}, (), lambda lengths=(): Document(lengths)),
     "explicit": _Kind({"starts": [0], "columns": [0]}, ("starts", "columns"), Explicit, _not_rows),
     "bigbird": _Kind({"local": 0, "columns": 0, "rows": 0, "random": 0, "seed": 0}, (), _bigbird),
     "longformer": _Kind({"local": 0, "columns": 0, "rows": 0}, (), _longformer),
@@ -180,3 +182,11 @@ def pattern_of(spec: Spec) -> Pattern:
     if name in SETS:
         return SETS[name](tuple(pattern_of(part) for part in options))
     return KINDS[name].build(**dict(options))
+
+
+def has_lengths(spec: Spec) -> bool:
+    """Whether the pattern names lengths of documents."""
+    name, options = spec
+    if name in SETS:
+        return any(has_lengths(part) for part in options)
+    return name == "document" and bool(dict(options).get("lengths"))

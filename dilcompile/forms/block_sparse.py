@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from dilcompile.blocks.spec import frozen, pattern_of, plain, problems_of
-from dilcompile.errors import OptionProblem
-from dilcompile.forms.base import Form, Says, cross_site, not_integer, unread_mask
+from dilcompile.blocks.coverage import first_without_keys
+from dilcompile.blocks.patterns import alike_in_heads
+from dilcompile.blocks.spec import Spec, frozen, has_lengths, pattern_of, plain, problems_of
+from dilcompile.errors import FormError, OptionProblem
+from dilcompile.forms.base import Form, Says, cross_site, not_integer, not_one_of, unread_mask
 from dilcompile.generators import Blocks
 from dilcompile.relation import Problem, Relation, Term, grid_of
 
 if TYPE_CHECKING:
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask
+
     from dilcompile.site import AttentionSite
 
 _LEAST, _MOST = 16, 256
@@ -25,6 +30,7 @@ class BlockSparse(Form):
     Args:
         block: positions in a block, 16 to 256; or two numbers, queries and keys.
         pattern: ``{name: {option: value}}``, or ``{any: [...]}`` and ``{all: [...]}`` of patterns; see ``dilcompile.blocks``.
+        coverage: ``require``: a pattern that leaves a query without keys is an error; ``zero``: such queries give 0.
 
     Raises:
         FormError: if an option is wrong.
@@ -34,6 +40,7 @@ class BlockSparse(Form):
 
     block: Size | tuple[Size, ...]
     pattern: dict[str, Any]
+    coverage: Literal["require", "zero"] = "require"
 
     def __post_init__(self) -> None:
         if isinstance(self.block, list):
@@ -43,7 +50,7 @@ class BlockSparse(Form):
 
     def problems(self) -> list[OptionProblem]:
         """Sizes out of range, and what is wrong with the pattern."""
-        found = problems_of(self.pattern, ("pattern",))
+        found = problems_of(self.pattern, ("pattern",)) + not_one_of(("coverage",), self.coverage, ("require", "zero"))
         sizes = self.block if isinstance(self.block, tuple) else (self.block,)
         if isinstance(self.block, tuple) and len(sizes) != 2:
             return [*found, OptionProblem(("block",), f"must be one number or two (queries, keys), not {list(sizes)!r}")]
@@ -61,18 +68,87 @@ class BlockSparse(Form):
         return first, others[0] if others else first
 
     def relation(self, problem: Problem) -> Relation:
-        """The blocks, with the problem's own mask inside."""
+        """The blocks, with the problem's own mask inside.
+
+        Raises:
+            FormError: under ``coverage: require``, if the blocks hold no key of a query that may see some.
+        """
+        blocks = Blocks(grid_of(problem, *self.sizes), pattern_of(self._spec()), problem.group)
+        if self.coverage == "require":
+            self._require_keys(blocks, problem)
+        return Relation(problem, (Term(blocks),))
+
+    def _require_keys(self, blocks: Blocks, problem: Problem) -> None:
+        # Mostly each query sees itself in every head, and 32 heads need not be listed to know it.
+        shared = replace(blocks, pattern=alike_in_heads(blocks.pattern))
+        if first_without_keys(shared.lists(0, blocks.grid), blocks.grid) is None:
+            return
+        for head in range(problem.heads if blocks.pattern.by_head else 1):
+            position = first_without_keys(blocks.lists(head, blocks.grid), blocks.grid)
+            if position is None:
+                continue
+            place = f"block row {position // self.sizes[0]}" + (f", head {head}" if blocks.pattern.by_head else "")
+            raise FormError(
+                f"form {self.name}: pattern {plain(self.pattern)!r} leaves the query at position {position} ({place}) without "
+                f"any key, at {problem.q_len} queries and {problem.k_len} keys; add {{local: {{}}}} under `any`, so that each "
+                "query sees itself, or accept zeros with coverage='zero'"
+            )
+
+    def block_mask(self, problem: Problem, device: torch.device | str = "cpu") -> BlockMask:
+        """The pairs as FlexAttention's BlockMask, the problem's own mask among them; for one batch row.
+
+        Raises:
+            FormError: if query row 0 stands before key 0, or inside a block.
+        """
+        from dilcompile.blocks.block_mask import to_block_mask
+
+        if problem.q_offset < 0:
+            raise FormError(f"query row 0 stands at position {problem.q_offset}: the queries before key 0 are in no block")
+        return to_block_mask(pattern_of(self._spec()), grid_of(problem, *self.sizes), problem.heads, device)
+
+    @classmethod
+    def from_block_mask(
+        cls,
+        mask: BlockMask,
+        q_offset: int = 0,
+        is_causal: bool = False,
+        window_left: int | None = None,
+        window_right: int | None = None,
+    ) -> BlockSparse:
+        """The form that, at a site whose own mask is the one described here, means the pairs of a BlockMask, at its lengths.
+
+        Args:
+            mask: from ``create_block_mask`` with any ``mask_mod``, or made of tables.
+            q_offset, is_causal, window_left, window_right: the site's own mask, as in ``Problem``.
+
+        Raises:
+            FormError: if no pattern of whole blocks holds these pairs, with the block that does not fit.
+        """
+        from dilcompile.blocks.block_mask import explicit_of
+
+        site = Problem(1, 1, 1, *mask.seq_lengths, 1, 1, q_offset, is_causal, window_left, window_right)
+        found = explicit_of(mask, grid_of(site, *mask.BLOCK_SIZE))
+        # A BlockMask may hide all keys of a query: FlexAttention gives 0 there too.
+        return cls(mask.BLOCK_SIZE, {"explicit": {"starts": list(found.starts), "columns": list(found.columns)}}, coverage="zero")
+
+    def _spec(self) -> Spec:
         spec = frozen(self.pattern)
         assert isinstance(spec, tuple), "options were checked"
-        return Relation(problem, (Term(Blocks(grid_of(problem, *self.sizes), pattern_of(spec), problem.group)),))
+        return spec
 
     def fidelity(self, site: AttentionSite) -> Literal["exact", "approximate"]:
         """Approximate: which blocks hold all that the site's mask lets through is not asked."""
         return "approximate"
 
     def reject(self, site: AttentionSite) -> str | None:
-        """A mask that could not be read; cross attention, whose two axes have no common positions."""
+        """A mask that could not be read; cross attention, whose two axes have no common positions; documents said twice."""
+        if site.mask.documents and has_lengths(self._spec()):
+            return (
+                "its sequences are packed documents, each with blocks of its own: lengths in the pattern would cut every one of "
+                "them anew; give `document: {}`, which takes the site's"
+            )
         return cross_site(site) or unread_mask(site)
 
     def __str__(self) -> str:
-        return f"{self.name}(block={self.block!r}, pattern={plain(self.pattern)!r})"
+        coverage = "" if self.coverage == "require" else f", coverage={self.coverage!r}"
+        return f"{self.name}(block={self.block!r}, pattern={plain(self.pattern)!r}{coverage})"

@@ -1,0 +1,239 @@
+"""Patterns as the ``BlockMask`` of ``torch.nn.attention.flex_attention``, and back.
+
+The tables of a BlockMask are dense: two int32 numbers for each block of the grid and head by rows, two by columns, whether it
+counts or not. The conversion adds one byte a block (what ``mask_mod`` looks up); beyond that it takes time and memory of the
+blocks that count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from dilcompile.blocks.grid import Flags, Grid
+from dilcompile.blocks.lists import BlockLists, lists_of
+from dilcompile.blocks.patterns import Explicit, Pattern
+from dilcompile.errors import FormError
+from dilcompile.progression import Positions
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Table = npt.NDArray[np.int32]
+_PAIRS_AT_ONCE = 1 << 22
+
+
+def to_block_mask(pattern: Pattern, grid: Grid, heads: int, device: torch.device | str = "cpu") -> BlockMask:
+    """The pairs of a pattern within the limits of the grid, for one batch row; heads that don't differ share one table.
+
+    Args:
+        grid: its first query is query 0 of the BlockMask.
+        heads: number of query heads.
+
+    Raises:
+        FormError: if the first query does not begin a block: FlexAttention's blocks do.
+    """
+    _begins_a_block(grid)
+    lists = [_lists(pattern, head, grid) for head in range(heads if pattern.by_head else 1)]
+    columns = np.arange(grid.columns, dtype=np.int64)
+    turned = [each.transposed(columns) for each in lists]
+    first, rows = grid.q_start // grid.q_block, len(grid.rows)
+    whole = [each.full & _inside(each, grid) for each in lists]
+    by_row = [
+        _tables(each.owners() - first, each.blocks, kept, rows, grid.columns) for each, kept in zip(lists, whole, strict=True)
+    ]
+    by_column = [
+        _tables(each.owners(), each.blocks - first, each.full & _inside(each, grid, turned=True), grid.columns, rows)
+        for each in turned
+    ]
+    held = np.zeros((len(lists), rows, grid.columns), dtype=np.bool_)
+    for head, each in enumerate(lists):
+        held[head, each.owners() - first, each.blocks] = True
+    (kv_num, kv, full_kv_num, full_kv), (q_num, q, full_q_num, full_q) = (_stacked(each, device) for each in (by_row, by_column))
+    return BlockMask(
+        seq_lengths=(grid.q_stop - grid.q_start, grid.k_len),
+        kv_num_blocks=kv_num,
+        kv_indices=kv,
+        full_kv_num_blocks=full_kv_num,
+        full_kv_indices=full_kv,
+        q_num_blocks=q_num,
+        q_indices=q,
+        full_q_num_blocks=full_q_num,
+        full_q_indices=full_q,
+        BLOCK_SIZE=(grid.q_block, grid.k_block),
+        mask_mod=_mask_mod(torch.from_numpy(held).to(device), grid),
+    )
+
+
+def _begins_a_block(grid: Grid) -> None:
+    if grid.q_start % grid.q_block:
+        raise FormError(
+            f"a BlockMask counts blocks from the first query: q_offset {grid.q_start} is no multiple of the {grid.q_block} "
+            "queries of a block; pad the queries, or choose a block that divides the offset"
+        )
+
+
+def _lists(pattern: Pattern, head: int, grid: Grid) -> BlockLists:
+    found = lists_of(pattern.codes(head, grid.rows, grid), grid)
+    # Limits that cross each other (left + right < 0) leave blocks in reach without any pair.
+    some = grid.pairs(found.owners(), found.blocks) > 0
+    starts = np.append(0, np.cumsum(some))[found.starts]
+    return BlockLists(found.lines, starts, found.blocks[some], found.full[some])
+
+
+def _inside(lists: BlockLists, grid: Grid, turned: bool = False) -> Flags:
+    """Whether each block ends before the sequences do: FlexAttention calls a block full only if no padding is in it."""
+    rows, columns = (lists.blocks, lists.owners()) if turned else (lists.owners(), lists.blocks)
+    found: Flags = ((rows + 1) * grid.q_block <= grid.q_stop) & ((columns + 1) * grid.k_block <= grid.k_len)
+    return found
+
+
+def _tables(lines: Positions, blocks: Positions, full: Flags, num_lines: int, width: int) -> list[Table]:
+    """How many partial blocks each line has, and which; then the same of the full ones."""
+    found: list[Table] = []
+    for kept in (~full, full):
+        owners = lines[kept]
+        counts = np.bincount(owners, minlength=num_lines)
+        place = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
+        indices = np.zeros((num_lines, width), dtype=np.int32)
+        indices[owners, place] = blocks[kept]
+        found += [counts.astype(np.int32), indices]
+    return found
+
+
+def _stacked(heads: list[list[Table]], device: torch.device | str) -> tuple[Tensor, ...]:
+    return tuple(torch.from_numpy(np.stack(each)[None]).to(device) for each in zip(*heads, strict=True))
+
+
+def _mask_mod(held: Tensor, grid: Grid) -> MaskMod:
+    heads, q_block, k_block, offset, left, right = len(held), grid.q_block, grid.k_block, grid.q_start, grid.left, grid.right
+
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        found = held[h if heads > 1 else torch.zeros_like(h), q_idx // q_block, kv_idx // k_block]
+        ahead = kv_idx - q_idx - offset
+        if left is not None:
+            found = found & (ahead >= -left)
+        if right is not None:
+            found = found & (ahead <= right)
+        return found
+
+    return mask_mod
+
+
+def explicit_of(mask: BlockMask, grid: Grid) -> Explicit:
+    """The listed blocks of a BlockMask as a pattern that, within the limits of the grid, holds the same pairs.
+
+    The tables say which blocks count, as in FlexAttention's kernels; ``mask_mod`` is asked in the partial ones only. A pattern
+    holds whole blocks, so inside of those ``mask_mod`` must hide what the limits hide, and nothing else.
+
+    Args:
+        grid: the site's own limits at the lengths and block sizes of ``mask``.
+
+    Raises:
+        FormError: if no such pattern exists: heads or batch rows differ, or a mask stands inside a block; or if the first query
+            does not begin a block.
+    """
+    _begins_a_block(grid)
+    kv, num = _shared(mask, mask.kv_indices, mask.kv_num_blocks)
+    partial = _entries(kv, num)
+    full = np.zeros((0, 2), dtype=np.int64)
+    if mask.full_kv_indices is not None and mask.full_kv_num_blocks is not None:
+        full = _entries(*_shared(mask, mask.full_kv_indices, mask.full_kv_num_blocks))
+    first = grid.q_start // grid.q_block
+    _whole_within(full, grid, first)
+    kept = np.concatenate([full, partial[_agrees(mask, partial, grid, first)]])
+    codes = np.unique((kept[:, 0] + first) * grid.columns + kept[:, 1])
+    rows, columns = np.divmod(codes, max(1, grid.columns))
+    starts = np.searchsorted(rows, np.arange(first + num.shape[0] + 1))
+    return Explicit(tuple(starts.tolist()), tuple(columns.tolist()))
+
+
+def _shared(mask: BlockMask, indices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The table [rows, columns] and [rows] of all heads and batch rows."""
+    indices, counts = indices.reshape(-1, *indices.shape[-2:]).cpu(), counts.reshape(-1, counts.shape[-1]).cpu()
+    there = torch.arange(indices.shape[-1]) < counts[..., None]
+    sorted_ones = torch.where(there, indices, indices.shape[-1]).sort(-1).values
+    if (sorted_ones != sorted_ones[:1]).any():
+        raise FormError(
+            f"a BlockMask of shape {tuple(mask.shape)} has other blocks in another batch row or head; the pattern `explicit` "
+            "is one for all of them"
+        )
+    return indices[0], counts[0]
+
+
+def _entries(indices: Tensor, counts: Tensor) -> Positions:
+    """The (row, column) of each entry, int64 [entries, 2]."""
+    row, place = (torch.arange(indices.shape[-1]) < counts[:, None]).nonzero(as_tuple=True)
+    found: Positions = torch.stack([row, indices[row, place].long()], dim=1).numpy()
+    return found
+
+
+def _whole_within(full: Positions, grid: Grid, first: int) -> None:
+    wrong = np.flatnonzero(~grid.full(full[:, 0] + first, full[:, 1]))
+    if len(wrong):
+        row, column = full[wrong[0]].tolist()
+        raise FormError(
+            f"block (row {row}, column {column}) of the BlockMask is full, but the site's own mask hides pairs in it: "
+            "give the limits (is_causal, window_left, window_right) that the BlockMask was made with"
+        )
+
+
+def _agrees(mask: BlockMask, blocks: Positions, grid: Grid, first: int) -> Flags:
+    """Which partial blocks have pairs at all.
+
+    Raises:
+        FormError: if ``mask_mod`` and the limits differ in a block that has pairs.
+    """
+    some = np.zeros(len(blocks), dtype=np.bool_)
+    step = max(1, _PAIRS_AT_ONCE // (grid.q_block * grid.k_block))
+    batch, heads = (1, 1, *mask.kv_indices.shape[:-2])[-2:]
+    for start in range(0, len(blocks), step):
+        part = torch.from_numpy(blocks[start : start + step])
+        q = part[:, :1] * grid.q_block + torch.arange(grid.q_block)
+        k = part[:, 1:] * grid.k_block + torch.arange(grid.k_block)
+        inside = (q < grid.q_stop - grid.q_start)[:, :, None] & (k < grid.k_len)[:, None, :]
+        wanted = inside & _within(q + grid.q_start, k, grid)
+        for b in range(batch):
+            for h in range(heads):
+                seen = inside & _asked(mask, b, h, q.clamp(max=grid.q_stop - grid.q_start - 1), k.clamp(max=grid.k_len - 1))
+                _refuse_mask_inside(seen, wanted, part, grid)
+                some[start : start + step] |= seen.flatten(1).any(1).numpy()
+    return some
+
+
+def _within(t: Tensor, k: Tensor, grid: Grid) -> Tensor:
+    """What the limits let through, bool [blocks, queries, keys]."""
+    ahead = k[:, None, :] - t[:, :, None]
+    found = torch.ones_like(ahead, dtype=torch.bool)
+    if grid.left is not None:
+        found &= ahead >= -grid.left
+    if grid.right is not None:
+        found &= ahead <= grid.right
+    return found
+
+
+def _asked(mask: BlockMask, b: int, h: int, q: Tensor, k: Tensor) -> Tensor:
+    """``mask_mod``, which takes one pair, at each pair of the blocks, bool [blocks, queries, keys]."""
+    device = mask.kv_indices.device
+    by_key = torch.vmap(mask.mask_mod, in_dims=(None, None, None, 0))
+    by_block = torch.vmap(torch.vmap(by_key, in_dims=(None, None, 0, None)), in_dims=(None, None, 0, 0))
+    at = (torch.tensor(b, device=device), torch.tensor(h, device=device), q.to(device), k.to(device))
+    found: Tensor = by_block(*at)
+    return found.cpu()
+
+
+def _refuse_mask_inside(seen: Tensor, wanted: Tensor, blocks: Tensor, grid: Grid) -> None:
+    """Raise unless each block is empty, or holds what the limits let through."""
+    wrong = ((seen != wanted) & seen.flatten(1).any(1)[:, None, None]).nonzero()
+    if len(wrong):
+        n, q, k = wrong[0].tolist()
+        row, column = blocks[n].tolist()
+        raise FormError(
+            f"block (row {row}, column {column}) of the BlockMask: its mask_mod "
+            f"{'hides' if wanted[n, q, k] else 'shows'} the pair of query {row * grid.q_block + q} and key "
+            f"{column * grid.k_block + k}, the site's own mask does not; a pattern holds whole blocks, so that what is "
+            "hidden inside of one must be what the site's own mask (is_causal, window_left, window_right) hides"
+        )
