@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -44,7 +45,8 @@ def main() -> None:
             for case in _cases(length):
                 rows.append(_row(*case, getattr(torch, name), asked.repeats))
                 print(json.dumps(rows[-1]), flush=True)
-                held = {"command": "python benchmarks/forms.py", "machine": machine(), "rows": rows}
+                command = " ".join(["python benchmarks/forms.py", *sys.argv[1:]])
+                held = {"command": command, "machine": machine(), "rows": rows}
                 RESULTS.write_text(json.dumps(held, indent=1) + "\n")
 
 
