@@ -230,7 +230,7 @@ def _call(
     if softcap is not None and not 0 < softcap < math.inf:
         raise KernelError(f"softcap is a positive number, or None for none, not {softcap}")
     if not 0 <= dropout_p <= 1:
-        raise KernelError(f"dropout_p is a probability, not {dropout_p}")
+        raise KernelError(f"dropout_p is a probability from 0 to 1, not {dropout_p}")
     problem = problem_of(q, k, v, is_causal, window_left, window_right, first, k_len)
     formula = None
     if pairs is not None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from clocks import Clock
 from test_trust import call_of, qkv
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -47,18 +48,6 @@ def on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv(contest.OPTION, "disk")
     monkeypatch.setattr(contest, "folder", lambda: tmp_path / "tune")
     return tmp_path / "tune"
-
-
-class Clock:
-    """A timer that runs what it is given, and says what it is told to; ``runs``: what was timed."""
-
-    def __init__(self, *seconds: float) -> None:
-        self.seconds, self.runs = iter(seconds), 0
-
-    def __call__(self, run: Callable[[], object], best: float) -> float:
-        self.runs += 1
-        run()
-        return next(self.seconds)
 
 
 @pytest.fixture
@@ -132,6 +121,7 @@ def test_real_kernels_by_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None
     assert isinstance(out, Tensor)
     grads = torch.autograd.grad(out.sum(), leaves)
     wanted = attention(*leaves, Dense(), is_causal=True, kernel="reference")
+    # Which kernel is taken is asked here, not how exact: float32 sums over 600 keys in another order.
     torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
     assert all(grad.isfinite().all() for grad in grads)
     for backward in (False, True):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from clocks import Clock
 from test_trust import call_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -66,18 +67,6 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Tile]]:
 
     monkeypatch.setattr(tiles, "tile", watched)
     return seen
-
-
-class Clock:
-    """Says that each run takes what it is told to, in their order; ``runs``: how many were timed."""
-
-    def __init__(self, *seconds: float) -> None:
-        self.seconds, self.runs = iter(seconds), 0
-
-    def __call__(self, run: Callable[[], object], best: float) -> float:
-        self.runs += 1
-        run()
-        return next(self.seconds)
 
 
 @pytest.fixture
