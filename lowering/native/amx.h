@@ -73,21 +73,23 @@ inline void tile_product(Columns<const uint16_t> a, Columns<const uint32_t> b, i
   _tile_stored(3, c.data + c.column + 256, 64);
 }
 
-constexpr int64_t kTileBlock = 128;  // keys computed at once
+constexpr int64_t kPanelKeys = 32;
 
 inline __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1; }
 inline __mmask16 first_of_16(int64_t count) { return count >= 16 ? __mmask16(0xFFFF) : __mmask16((1 << count) - 1); }
 inline int64_t up_to_32(int64_t n) { return (n + 31) / 32 * 32; }
 
-// Rows of keys or values as columns of [kTileBlock][32], zeros up to whole tiles.
+// Rows of keys or values in panels of 32, each as columns of [32 rows][32 dims], zeros up to whole tiles.
 inline void pack_rows(const Operand& x, const Span& span, const int32_t* positions, int64_t count, int64_t dim, uint16_t* to) {
   const BFloat16* from = key_rows<BFloat16>(x, span);
-  for (int64_t i = 0; i < up_to_32(count); ++i)
+  for (int64_t i = 0; i < up_to_32(count); ++i) {
+    const BFloat16* row = from + int64_t(positions[i < count ? i : 0]) * x.row;
+    uint16_t* place = to + i / 32 * 32 * up_to_32(dim) + i % 32 * 32;
     for (int64_t d = 0; d < dim; d += 32) {
       __mmask32 there = i < count ? first_of_32(dim - d) : 0;
-      const BFloat16* row = from + int64_t(positions[i < count ? i : 0]) * x.row + d;
-      _mm512_storeu_si512(to + d * kTileBlock + i * 32, _mm512_maskz_loadu_epi16(there, row));
+      _mm512_storeu_si512(place + d * 32, _mm512_maskz_loadu_epi16(there, row + d));
     }
+  }
 }
 
 // Adds the squares of pairs of numbers.
@@ -106,8 +108,8 @@ inline float largest_norm(const uint16_t* packed, int64_t count, int64_t dim) {
     __m512i rows[16];
     for (int64_t i = 0; i < 16; ++i) {
       __m512 squares = _mm512_setzero_ps();
-      for (int64_t d = 0; d < dim; d += 32)
-        squares = add_squares(squares, _mm512_loadu_si512(packed + d * kTileBlock + (first + i) * 32));
+      const uint16_t* row = packed + first / 32 * 32 * up_to_32(dim) + (first % 32 + i) * 32;
+      for (int64_t d = 0; d < dim; d += 32) squares = add_squares(squares, _mm512_loadu_si512(row + d * 32));
       rows[i] = _mm512_castps_si512(squares);
     }
     transpose(rows);
@@ -134,16 +136,15 @@ inline void turn(const uint16_t* from, uint16_t* to) {
   }
 }
 
-// Packed rows transposed: columns of [dim][32 keys].
+// Packed rows transposed: panels of [dim][32 keys].
 inline void turn_rows(const uint16_t* packed, int64_t count, int64_t dim, uint16_t* to) {
-  for (int64_t first = 0; first < count; first += 32)
-    for (int64_t d = 0; d < dim; d += 32) turn(packed + d * kTileBlock + first * 32, to + first * up_to_32(dim) + d * 32);
+  for (int64_t at = 0; at < up_to_32(count) * up_to_32(dim); at += 1024) turn(packed + at, to + at);
 }
 
 // The keys as they lie, the values transposed.
 class TileRows {
  public:
-  static constexpr int64_t kBlock = kTileBlock, kStep = 32;
+  static constexpr int64_t kBlock = 256, kStep = 32;
   const int64_t key_row, value_rows;
   Buffer<uint16_t> keys, values;
   float largest_key = 0;  // norm
@@ -225,8 +226,6 @@ class NarrowExp2 {
     return _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
   }
 };
-
-constexpr int64_t kPanelKeys = 32;
 
 // Tiles of up to `widest` lanes, in whole tile registers of 32.
 inline std::vector<Tile> wide_tiles_of(const std::vector<Group>& groups, int64_t widest) {

@@ -9,7 +9,7 @@ namespace dil {
 // Keys and values as they lie, and the keys transposed.
 class TileBackwardRows {
  public:
-  static constexpr int64_t kBlock = kTileBlock, kStep = 32;
+  static constexpr int64_t kBlock = 128, kStep = 32;
   Buffer<uint16_t> keys, values, turned;
 
   explicit TileBackwardRows(const Call& call) : call_(call) {
@@ -28,7 +28,7 @@ class TileBackwardRows {
 };
 
 class TileBackward {
-  static constexpr int64_t kMaxLanes = 512, kWideTile = 128;
+  static constexpr int64_t kMaxLanes = 512, kWideTile = 128, kBlock = TileBackwardRows::kBlock;
 
  public:
   explicit TileBackward(const Call& call)
@@ -44,9 +44,9 @@ class TileBackward {
     grads_.take(kMaxLanes * v_dim_ / 2), grad_pairs_.take(kMaxLanes * v_dim_ / 2);
     lse_.take(kMaxLanes), delta_.take(kMaxLanes), scales_.take(kWideTile), low_.take(kMaxLanes), high_.take(kMaxLanes);
     scores_.take(kPanelKeys * kWideTile), slopes_.take(kPanelKeys * kWideTile);
-    weights_.take(kTileBlock * kWideTile), slope_rows_.take(kTileBlock * kWideTile),
-        slope_pairs_.take(kTileBlock / 2 * kWideTile);
-    key_sums_.take(kTileBlock * dim_), value_sums_.take(kTileBlock * v_dim_);
+    weights_.take(kBlock * kWideTile), slope_rows_.take(kBlock * kWideTile),
+        slope_pairs_.take(kBlock / 2 * kWideTile);
+    key_sums_.take(kBlock * dim_), value_sums_.take(kBlock * v_dim_);
     std::fill_n(+scales_, kWideTile, float(call.scale));
     if (call.bias.data) numbers_.take(kPanelKeys * kWideTile);
   }
@@ -129,7 +129,7 @@ class TileBackward {
 
   void attend(const Span& span, const Keys& keys, const Keys* next, const Lane* lanes, const KeySums<float>& into,
               const BiasSums<float>& bias) {
-    std::fill_n(+key_sums_, kTileBlock * dim_, 0.0f), std::fill_n(+value_sums_, kTileBlock * v_dim_, 0.0f);
+    std::fill_n(+key_sums_, kBlock * dim_, 0.0f), std::fill_n(+value_sums_, kBlock * v_dim_, 0.0f);
     auto use = [&](const Tile& tile, int64_t a, int64_t b, const KeyBlock& keys) {
       dropout_.read(span, keys, a, b);
       with_vectors(tile.vectors, std::integer_sequence<int, 2, 4, 6, 8>(),
@@ -141,30 +141,30 @@ class TileBackward {
         add_row(key_sums_ + i * 16, into.keys + row * into.key_row, call_.head_dim, float(call_.scale));
         add_row(value_sums_ + i * 16, into.values + row * into.value_row, call_.v_dim, 1.0f);
       }
-      std::fill_n(+key_sums_, kTileBlock * dim_, 0.0f), std::fill_n(+value_sums_, kTileBlock * v_dim_, 0.0f);
+      std::fill_n(+key_sums_, kBlock * dim_, 0.0f), std::fill_n(+value_sums_, kBlock * v_dim_, 0.0f);
     };
     each_block<BFloat16>(call_, span, keys, next, lanes, tiles_, +low_, +high_, rows_, use, after);
   }
 
-  // A row of columns of [kTileBlock][16].
+  // A row of columns of [kBlock][16].
   static void add_row(const float* from, float* to, int64_t dim, float factor) {
     for (int64_t d = 0; d < dim; d += 16) {
       __mmask16 there = first_of_16(dim - d);
       __m512 sum = _mm512_maskz_loadu_ps(there, to + d);
-      _mm512_mask_storeu_ps(to + d, there, _mm512_fmadd_ps(_mm512_loadu_ps(from + d * kTileBlock), _mm512_set1_ps(factor), sum));
+      _mm512_mask_storeu_ps(to + d, there, _mm512_fmadd_ps(_mm512_loadu_ps(from + d * kBlock), _mm512_set1_ps(factor), sum));
     }
   }
 
   template <int N>
   void block(const Span& span, const Tile& tile, const Lane* lanes, int64_t a, int64_t b, const KeyBlock& keys,
              const BiasSums<float>& bias) {
-    constexpr int64_t panel = kPanelKeys * 16, width = N * 16, rows = kTileBlock * 32, pairs = kTileBlock / 2 * 16;
+    constexpr int64_t panel = kPanelKeys * 16, width = N * 16, rows = kBlock * 32, pairs = kBlock / 2 * 16;
     const uint32_t *queries = queries_ + tile.first * dim_ / 2, *grads = grads_ + tile.first * v_dim_ / 2;
     const uint32_t *query_pairs = query_pairs_ + tile.first * dim_ / 2, *grad_pairs = grad_pairs_ + tile.first * v_dim_ / 2;
     for (int64_t j = a; j < b; j += kPanelKeys) {
       for (int64_t c = 0; c < N; c += 2) {
-        tile_product<false>({rows_.keys + j * 32, rows}, {queries + c * dim_ * 8, dim_ * 8}, dim_, {scores_ + c * panel, panel});
-        tile_product<false>({rows_.values + j * 32, rows}, {grads + c * v_dim_ * 8, v_dim_ * 8}, v_dim_,
+        tile_product<false>({rows_.keys + j * dim_, 1024}, {queries + c * dim_ * 8, dim_ * 8}, dim_, {scores_ + c * panel, panel});
+        tile_product<false>({rows_.values + j * v_dim_, 1024}, {grads + c * v_dim_ * 8, v_dim_ * 8}, v_dim_,
                             {slopes_ + c * panel, panel});
       }
       if (call_.softcap != 0) cap_scores(call_, +scores_, kPanelKeys * width);
@@ -181,10 +181,10 @@ class TileBackward {
       if (call_.grad_bias.data) bias_gradient_.add(span, tile, lanes, keys.positions + j, count, {+slopes_, 16, panel}, bias);
       for (int64_t d = 0; d < v_dim_; d += 32)
         tile_product<true>({weights_ + j * 32, rows}, {grad_pairs + d / 16 * width * 8, width * 8}, width,
-                           {value_sums_ + (d * kTileBlock + j * 16), kTileBlock * 16});
+                           {value_sums_ + (d * kBlock + j * 16), kBlock * 16});
       for (int64_t d = 0; d < dim_; d += 32)
         tile_product<true>({slope_rows_ + j * 32, rows}, {query_pairs + d / 16 * width * 8, width * 8}, width,
-                           {key_sums_ + (d * kTileBlock + j * 16), kTileBlock * 16});
+                           {key_sums_ + (d * kBlock + j * 16), kBlock * 16});
     }
     float* sums = sums_ + tile.first * dim_;
     for (int64_t d = 0; d < dim_; d += 32)
@@ -222,12 +222,12 @@ class TileBackward {
             if (call_.softcap != 0) slope[r][n] *= cap_slope(score, fill(float(1 / call_.softcap)));
           }
         for (int r = 0; r < 2; ++r) {
-          int64_t row = c / 2 * kTileBlock * 32 + (j + i + r) * 32;
+          int64_t row = c / 2 * kBlock * 32 + (j + i + r) * 32;
           _mm512_storeu_si512(weights_ + row, (__m512i)_mm512_cvtne2ps_pbh((__m512)weight[r][1], (__m512)weight[r][0]));
           _mm512_storeu_si512(slope_rows_ + row, (__m512i)_mm512_cvtne2ps_pbh((__m512)slope[r][1], (__m512)slope[r][0]));
         }
         for (int n = 0; n < 2; ++n)
-          _mm512_storeu_si512(slope_pairs_ + ((c + n) * kTileBlock / 2 + (j + i) / 2) * 16,
+          _mm512_storeu_si512(slope_pairs_ + ((c + n) * kBlock / 2 + (j + i) / 2) * 16,
                               narrow_pair((__m512)slope[0][n], (__m512)slope[1][n]));
       }
     }

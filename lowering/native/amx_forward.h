@@ -6,7 +6,7 @@
 namespace dil {
 
 class TileForward {
-  static constexpr int64_t kMaxLanes = 2304, kWideTile = 32;
+  static constexpr int64_t kMaxLanes = 2304, kWideTile = 32, kKeys = 128;
   static constexpr float kLargestExponent = 1 << 20, kMargin = 32;
 
  public:
@@ -24,9 +24,9 @@ class TileForward {
     int64_t lanes = kMaxLanes + kWideTile;
     queries_.take(lanes * pairs_), sums_.take(lanes * rows_.value_rows), most_.take(lanes), total_.take(lanes);
     largest_.take(lanes), least_.take(lanes);
-    low_.take(lanes), high_.take(lanes), scores_.take(kPanelKeys * kWideTile), weights_.take(kTileBlock / 2 * kWideTile);
+    low_.take(lanes), high_.take(lanes), scores_.take(kPanelKeys * kWideTile), weights_.take(kKeys / 2 * kWideTile);
     maxima_.take(kWideTile);
-    if (biased_) numbers_.take(kTileBlock * kWideTile);
+    if (biased_) numbers_.take(kKeys * kWideTile);
   }
 
   void run(const Span& span) {
@@ -55,7 +55,7 @@ class TileForward {
   Bias<float> bias_;
   Dropout<float> dropout_;
   Buffer<int32_t> low_, high_;
-  float often_[kTileBlock];         // how often a block's keys count, as steps of the exponent
+  float often_[TileRows::kBlock];   // how often a block's keys count, as steps of the exponent
   const float* counted_ = nullptr;  // what they were made from
 
   void begin(const Span& span, const Lane* lanes, const std::vector<Group>& groups) {
@@ -73,14 +73,17 @@ class TileForward {
 
   void attend(const Span& span, const Keys& keys, const Keys* next, const Lane* lanes) {
     counted_ = nullptr;
-    auto use = [&](const Tile& tile, int64_t a, int64_t b, const KeyBlock& keys) {
-      if (biased_)
-        bias_.read(span, tile, lanes, keys.positions + a, std::min(b, keys.count) - a, b - a,
-                   {numbers_ + (bias_.by_key ? a : a * 16), 16, kTileBlock * 16});
-      dropout_.read(span, keys, a, b);
-      if (keys.times) count(keys);
-      with_vectors(tile.vectors, std::integer_sequence<int, 2>(),
-                   [&](auto n) { this->template block<n()>(tile, a, b, keys); });
+    auto use = [&](const Tile& tile, int64_t a, int64_t b, const KeyBlock& held) {
+      if (held.times) count(held);
+      for (int64_t first = a; first < b; first += kKeys) {
+        int64_t count = std::min(kKeys, b - first);
+        KeyBlock keys{held.start + first, held.count - first, held.positions + first, held.times ? held.times + first : nullptr};
+        if (biased_)
+          bias_.read(span, tile, lanes, keys.positions, std::min(count, keys.count), count, {+numbers_, 16, kKeys * 16});
+        dropout_.read(span, keys, 0, count);
+        with_vectors(tile.vectors, std::integer_sequence<int, 2>(),
+                     [&](auto n) { this->template block<n()>(tile, first, count, keys); });
+      }
     };
     each_block<BFloat16>(call_, span, keys, next, lanes, tiles_, +low_, +high_, rows_, use, [](const KeyBlock&) {});
   }
@@ -88,52 +91,53 @@ class TileForward {
   void count(const KeyBlock& keys) {
     if (counted_ == keys.times) return;
     counted_ = keys.times;
-    for (int64_t j = 0; j < kTileBlock; ++j)
+    for (int64_t j = 0; j < TileRows::kBlock; ++j)
       often_[j] = j < keys.count && keys.times[j] != 1 ? NarrowExp2::kStep * std::log2(keys.times[j]) : 0.0f;
   }
 
+  // Keys `first` to `first + count` of those that are held; `keys`: these.
   template <int N>
-  void block(const Tile& tile, int64_t a, int64_t b, const KeyBlock& keys) {
+  void block(const Tile& tile, int64_t first, int64_t count, const KeyBlock& keys) {
     constexpr int64_t panel = kPanelKeys * 16;
     const uint32_t* queries = queries_ + tile.first * pairs_;
     // No exponent is larger than this. A comparison with what is no number is false.
     float most = largest_[tile.first] * rows_.largest_key * factor_ * largest_factor_;
     bool narrow = !call_.exact_lse && !biased_ && !dropout_.on && most < kLargestExponent;
     bool settled = !biased_ && most <= least_[tile.first] * factor_ + kMargin;
-    int64_t summed = a;
-    for (int64_t j = a; j < b; j += kPanelKeys) {
+    int64_t summed = 0;
+    for (int64_t j = 0; j < count; j += kPanelKeys) {
       for (int64_t c = 0; c < N; c += 2)
-        tile_product<false>({rows_.keys + j * 32, kTileBlock * 32}, {queries + c * pairs_ * 16, pairs_ * 16}, rows_.key_row,
+        tile_product<false>({rows_.keys + (first + j) * rows_.key_row, 1024}, {queries + c * pairs_ * 16, pairs_ * 16}, rows_.key_row,
                             {scores_ + c * panel, panel});
       if (call_.softcap != 0) cap_scores(call_, +scores_, kPanelKeys * N * 16);
       if (biased_)
         add_bias<N>(+scores_, float(call_.softcap != 0 ? 1 : call_.scale), numbers_ + (bias_.by_key ? j : j * 16),
-                    kTileBlock * 16, bias_.by_key);
+                    kKeys * 16, bias_.by_key);
       if (keys.start + j < tile.low_max || keys.start + j + kPanelKeys > tile.high_min)
         hide_scores<N>(+scores_, low_ + tile.first, high_ + tile.first, keys.start + j);
       if (!settled && exceeds<N>(tile)) {
-        add_up<N>(tile, summed, j), shift<N>(tile);
+        add_up<N>(tile, first, summed, j), shift<N>(tile);
         summed = j;
       }
       if (narrow) {
-        with_flag(keys.times != nullptr, [&](auto times) { this->template weigh_narrow<N, times()>(tile, j); });
+        with_flag(keys.times != nullptr, [&](auto times) { this->template weigh_narrow<N, times()>(tile, first, j); });
       } else {
         with_flag(dropout_.on, [&](auto dropped) { this->template weigh<N, dropped()>(tile, keys, j); });
       }
     }
-    add_up<N>(tile, summed, b);
+    add_up<N>(tile, first, summed, count);
   }
 
-  // The weights of keys a to b times the values.
+  // The weights of keys a to b, counted from `first`, times the values.
   template <int N>
-  void add_up(const Tile& tile, int64_t a, int64_t b) {
-    constexpr int64_t column = kTileBlock / 2 * 16;
+  void add_up(const Tile& tile, int64_t first, int64_t a, int64_t b) {
+    constexpr int64_t column = kKeys / 2 * 16;
     int64_t rows = rows_.value_rows;
     float* sums = sums_ + tile.first * rows;
     if (a == b) return;
     for (int64_t d = 0; d < rows; d += 32)
       for (int64_t c = 0; c < N; c += 2)
-        tile_product<true>({rows_.values + a * rows + d * 32, rows * 32}, {weights_ + c * column + a / 2 * 16, column}, b - a,
+        tile_product<true>({rows_.values + (first + a) * rows + d * 32, rows * 32}, {weights_ + c * column + a / 2 * 16, column}, b - a,
                            {sums + (c * rows + d) * 16, rows * 16});
   }
 
@@ -170,7 +174,7 @@ class TileForward {
 
   // The weights of a panel where nothing is to be done with them but to add them up.
   template <int N, bool kTimes>
-  void weigh_narrow(const Tile& tile, int64_t key) {
+  void weigh_narrow(const Tile& tile, int64_t first, int64_t key) {
     typedef Vec<float> V;
     uint32_t* weights = weights_ + key / 2 * 16;
     const V none = fill(-std::numeric_limits<float>::infinity()), factor = fill(factor_ * NarrowExp2::kStep);
@@ -183,10 +187,10 @@ class TileForward {
       const float* scores = scores_ + c * kPanelKeys * 16;
       for (int64_t j = 0; j < kPanelKeys; j += 2) {
         V even = fma(load(scores + j * 16), factor, shift), odd = fma(load(scores + j * 16 + 16), factor, shift);
-        if constexpr (kTimes) even += fill(often_[key + j]), odd += fill(often_[key + j + 1]);
+        if constexpr (kTimes) even += fill(often_[first + key + j]), odd += fill(often_[first + key + j + 1]);
         __m512i pairs = narrow(even, odd);
         sum = _mm512_dpbf16_ps(sum, (__m512bh)pairs, ones);
-        _mm512_storeu_si512(weights + (c * kTileBlock / 2 + j / 2) * 16, pairs);
+        _mm512_storeu_si512(weights + (c * kKeys / 2 + j / 2) * 16, pairs);
       }
       store(total_ + tile.first + c * 16, (Vec<float>)sum);
     }
@@ -212,7 +216,7 @@ class TileForward {
           int64_t lane = tile.first + c * 16;
           even *= dropout_.keep(lane, key + j), odd *= dropout_.keep(lane, key + j + 1);
         }
-        _mm512_storeu_si512(weights + (c * kTileBlock / 2 + j / 2) * 16, narrow_pair((__m512)even, (__m512)odd));
+        _mm512_storeu_si512(weights + (c * kKeys / 2 + j / 2) * 16, narrow_pair((__m512)even, (__m512)odd));
       }
       store(total_ + tile.first + c * 16, sum);
     }

@@ -47,8 +47,8 @@ class Backward {
   explicit Backward(const Call& call)
       : call_(call),
         rows_(call),
-        dim_(wide(call.head_dim)),
-        v_dim_(wide(call.v_dim)),
+        dim_(whole_vectors<T>(call.head_dim)),
+        v_dim_(whole_vectors<T>(call.v_dim)),
         bias_(call),
         bias_gradient_(call),
         dropout_(call, kMaxLanes + kTile<T>) {
@@ -57,6 +57,8 @@ class Backward {
     grads_.take(lanes * call.v_dim), grad_rows_.take(lanes * v_dim_), lse_.take(lanes), delta_.take(lanes);
     low_.take(lanes), high_.take(lanes), weights_.take(Rows<X>::kBlock * kTile<T>), slopes_.take(Rows<X>::kBlock * kTile<T>);
     key_sums_.take(Rows<X>::kBlock * dim_), value_sums_.take(Rows<X>::kBlock * v_dim_), one_.take(v_dim_);
+    scales_.take(kTile<T>);
+    std::fill_n(+scales_, kTile<T>, T(call.scale));
     if (call.bias.data) numbers_.take(Rows<X>::kBlock * kTile<T>);
     if (call.grad_bias.data && call.softcap != 0) uncapped_.take(Rows<X>::kBlock * kTile<T>);
   }
@@ -77,14 +79,12 @@ class Backward {
   Rows<X> rows_;
   int64_t dim_, v_dim_;
   std::vector<Tile> tiles_;
-  Buffer<T> queries_, query_rows_, sums_, grads_, grad_rows_, lse_, delta_, weights_, slopes_, key_sums_, value_sums_, one_;
+  Buffer<T> queries_, query_rows_, sums_, grads_, grad_rows_, lse_, delta_, weights_, slopes_, key_sums_, value_sums_, one_, scales_;
   Buffer<T> numbers_, uncapped_;  // the bias; gradients of the scores that it was added to, where they are others
   Bias<T> bias_;
   BiasGradient<T> bias_gradient_;
   Dropout<T> dropout_;
   Buffer<int32_t> low_, high_;
-
-  static int64_t wide(int64_t n) { return (n + kWidth<T> - 1) / kWidth<T> * kWidth<T>; }
 
   void begin(const Span& span, const Lane* lanes, const std::vector<Group>& groups) {
     tiles_ = tiles_of<T>(groups);
@@ -92,9 +92,9 @@ class Backward {
       int64_t width = tile.vectors * kWidth<T>;
       dropout_.begin(span, tile, lanes);
       read_queries<X>(call_, call_.q, span, tile, lanes, call_.head_dim, T(query_factor(call_)),
-                      queries_ + tile.first * call_.head_dim, query_rows_ + tile.first * dim_, dim_);
+                      queries_ + tile.first * call_.head_dim, query_rows_ + tile.first * dim_, dim_, true);
       read_queries<X>(call_, call_.grad_out, span, tile, lanes, call_.v_dim, T(1), grads_ + tile.first * call_.v_dim,
-                      grad_rows_ + tile.first * v_dim_, v_dim_);
+                      grad_rows_ + tile.first * v_dim_, v_dim_, true);
       std::fill_n(sums_ + tile.first * rows_.key_row, width * rows_.key_row, T(0));
       for (int64_t i = 0; i < width; ++i) {
         const Lane& lane = lanes[tile.first + std::min(i, tile.lanes - 1)];
@@ -219,14 +219,10 @@ class Backward {
   }
 
   void finish(const Span& span, const Lane* lanes) {
-    for (const Tile& tile : tiles_) {
-      int64_t width = tile.vectors * kWidth<T>;
-      const T* sums = sums_ + tile.first * rows_.key_row;
-      for (int64_t i = 0; i < tile.lanes; ++i) {
-        X* grad = row_of<X>(call_, call_.grad_q, span, lanes[tile.first + i]);
-        for (int64_t d = 0; d < call_.head_dim; ++d) put(grad + d, sums[d * width + i] * T(call_.scale));
-      }
-    }
+    // The queries' rows are not read any more: one vector of lanes of them is memory for those of the gradient.
+    for (const Tile& tile : tiles_)
+      write_queries<X>(call_, call_.grad_q, span, tile, lanes, call_.head_dim, sums_ + tile.first * rows_.key_row, +scales_,
+                       +query_rows_, dim_);
   }
 };
 

@@ -19,7 +19,8 @@ class Forward {
         dropout_(call, kMaxLanes + kTile<T>) {
     int64_t lanes = kMaxLanes + kTile<T>;
     queries_.take(lanes * call.head_dim), sums_.take(lanes * row_), most_.take(lanes), total_.take(lanes);
-    low_.take(lanes), high_.take(lanes), scores_.take(Rows<X>::kBlock * kTile<T>), one_.take(call.head_dim);
+    low_.take(lanes), high_.take(lanes), scores_.take(Rows<X>::kBlock * kTile<T>);
+    vector_.take(kWidth<T> * whole_vectors<T>(std::max(call.head_dim, call.v_dim)));
     if (call.bias.data) numbers_.take(Rows<X>::kBlock * kTile<T>);
   }
 
@@ -42,15 +43,18 @@ class Forward {
   std::vector<Tile> tiles_;
   Bias<T> bias_;
   Dropout<T> dropout_;
-  Buffer<T> queries_, sums_, most_, total_, scores_, one_, numbers_;
+  Buffer<T> queries_, sums_, most_, total_, scores_, numbers_;
+  Buffer<T> vector_;  // rows of a vector of lanes
   Buffer<int32_t> low_, high_;
 
   void begin(const Span& span, const Lane* lanes, const std::vector<Group>& groups) {
     tiles_ = tiles_of<T>(groups);
     for (const Tile& tile : tiles_) {
+      const Tile* next = &tile + 1 < tiles_.data() + tiles_.size() ? &tile + 1 : nullptr;
+      if (next) prefetch_queries<X>(call_, call_.q, span, *next, lanes, call_.head_dim);
       dropout_.begin(span, tile, lanes);
       read_queries<X>(call_, call_.q, span, tile, lanes, call_.head_dim, T(query_factor(call_)),
-                      queries_ + tile.first * call_.head_dim, +one_, 0);
+                      queries_ + tile.first * call_.head_dim, +vector_, whole_vectors<T>(call_.head_dim), false);
       int64_t width = tile.vectors * kWidth<T>;
       std::fill_n(most_ + tile.first, width, -std::numeric_limits<T>::infinity());
       std::fill_n(total_ + tile.first, width, T(0));
@@ -135,17 +139,14 @@ class Forward {
 
   void finish(const Span& span, const Lane* lanes) {
     for (const Tile& tile : tiles_) {
-      int64_t width = tile.vectors * kWidth<T>;
-      const T* sums = sums_ + tile.first * row_;
       for (int64_t i = 0; i < tile.lanes; ++i) {
-        const Lane& lane = lanes[tile.first + i];
-        T total = total_[tile.first + i], most = most_[tile.first + i];
-        T inverse = total == 0 ? 0 : 1 / total;
-        X* out = row_of<X>(call_, call_.out, span, lane);
-        for (int64_t d = 0; d < call_.v_dim; ++d) put(out + d, sums[d * width + i] * inverse);
-        *row_of<T>(call_, call_.lse, span, lane) =
+        T &total = total_[tile.first + i], most = most_[tile.first + i];
+        *row_of<T>(call_, call_.lse, span, lanes[tile.first + i]) =
             total == 0 ? -std::numeric_limits<T>::infinity() : T(most * T(score_unit(call_)) + std::log(total));
+        total = total == 0 ? 0 : 1 / total;
       }
+      write_queries<X>(call_, call_.out, span, tile, lanes, call_.v_dim, sums_ + tile.first * row_, total_ + tile.first, +vector_,
+                       whole_vectors<T>(call_.v_dim));
     }
   }
 };

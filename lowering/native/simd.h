@@ -120,6 +120,22 @@ inline void transpose(__m512i (&r)[16]) {
 }
 #endif
 
+// kWidth rows of kWidth elements, transposed.
+template <class T>
+inline void turn_square(const T* from, int64_t from_row, T* to, int64_t to_row) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float> && kWidth<T> == 16) {
+    __m512i rows[16];
+    for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(from + i * from_row);
+    transpose(rows);
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_row, rows[i]);
+    return;
+  }
+#endif
+  for (int i = 0; i < kWidth<T>; ++i)
+    for (int j = 0; j < kWidth<T>; ++j) to[j * to_row + i] = from[i * from_row + j];
+}
+
 // 2^x for x <= 8 to 1e-7 of itself, 0 for x <= -127 (minus infinity among them).
 inline Vec<float> exp2_up_to_8(Vec<float> x) {
   const Vec<float> shifter = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits

@@ -101,17 +101,62 @@ Y* row_of(const Call& call, const Operand& x, const Span& span, const Lane& lane
   return static_cast<Y*>(x.data) + span.batch * x.batch + head * x.head + row * x.row;
 }
 
-// The rows of a tile's lanes times a factor, transposed: [dim][lanes]. Unused lanes repeat the last. `rows`, if given, gets
-// them as they are: [lanes][row].
+template <class T>
+inline int64_t whole_vectors(int64_t n) {
+  return (n + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
+}
+
+// Fetching the rows of the next tile goes along with the work on this one.
+template <class X>
+void prefetch_queries(const Call& call, const Operand& x, const Span& span, const Tile& tile, const Lane* lanes, int64_t dim) {
+  for (int64_t i = 0; i < tile.lanes; ++i) {
+    const char* row = reinterpret_cast<const char*>(row_of<X>(call, x, span, lanes[tile.first + i]));
+    for (int64_t at = 0; at < dim * int64_t(sizeof(X)); at += 64) __builtin_prefetch(row + at, 0, 3);
+  }
+  asm volatile("");
+}
+
+// The rows of a tile's lanes times a factor, transposed: [dim][lanes]. Unused lanes repeat the last. `rows` gets them as they
+// are, `row` (whole vectors) apart: of all lanes, [lanes][row], or with `keep` false of the last vector of lanes.
 template <class X, class T>
 void read_queries(const Call& call, const Operand& x, const Span& span, const Tile& tile, const Lane* lanes, int64_t dim,
-                  T factor, T* columns, T* rows, int64_t row) {
-  int64_t width = tile.vectors * kWidth<T>;
-  for (int64_t i = 0; i < width; ++i) {
-    T* one = rows + (row ? i * row : 0);
-    load_row(row_of<X>(call, x, span, lanes[tile.first + std::min(i, tile.lanes - 1)]), one, int(dim));
-    for (int64_t d = 0; d < dim; ++d) columns[d * width + i] = one[d] * factor;
-    for (int64_t d = dim; d < row; ++d) one[d] = 0;
+                  T factor, T* columns, T* rows, int64_t row, bool keep) {
+  constexpr int64_t W = kWidth<T>;
+  int64_t width = tile.vectors * W, squares = dim / W * W;
+  for (int64_t first = 0; first < width; first += W) {
+    T* held = rows + (keep ? first * row : 0);
+    for (int64_t i = 0; i < W; ++i) {
+      T* one = held + i * row;
+      load_row(row_of<X>(call, x, span, lanes[tile.first + std::min(first + i, tile.lanes - 1)]), one, int(dim));
+      for (int64_t d = dim; d < row; ++d) one[d] = 0;
+    }
+    for (int64_t d = 0; d < squares; d += W) turn_square(held + d, row, columns + d * width + first, width);
+    for (int64_t d = squares; d < dim; ++d)
+      for (int64_t i = 0; i < W; ++i) columns[d * width + first + i] = held[i * row + d];
+  }
+  if (factor == 1) return;
+  for (int64_t i = 0; i < dim * width; i += W) store(columns + i, load(columns + i) * fill(factor));
+}
+
+// The inverse: columns [dim][lanes] times a factor for each lane, into the rows of a tensor. `rows`: memory for a vector of lanes.
+template <class X, class T>
+void write_queries(const Call& call, const Operand& x, const Span& span, const Tile& tile, const Lane* lanes, int64_t dim,
+                   T* columns, const T* factors, T* rows, int64_t row) {
+  constexpr int64_t W = kWidth<T>;
+  int64_t width = tile.vectors * W, squares = dim / W * W;
+  for (int64_t first = 0; first < tile.lanes; first += W) {
+    Vec<T> factor = load(factors + first);
+    for (int64_t d = 0; d < dim; ++d) {
+      T* at = columns + d * width + first;
+      store(at, load(at) * factor);
+    }
+    for (int64_t d = 0; d < squares; d += W) turn_square(columns + d * width + first, width, rows + d, row);
+    for (int64_t d = squares; d < dim; ++d)
+      for (int64_t i = 0; i < W; ++i) rows[i * row + d] = columns[d * width + first + i];
+    for (int64_t i = 0; i < std::min(W, tile.lanes - first); ++i) {
+      X* to = row_of<X>(call, x, span, lanes[tile.first + first + i]);
+      for (int64_t d = 0; d < dim; ++d) put(to + d, rows[i * row + d]);
+    }
   }
 }
 
