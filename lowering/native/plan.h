@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "call.h"
+#include "progressions.h"
 
 namespace dil {
 
@@ -81,13 +82,12 @@ class Plan {
         together += whole(next);
       }
       bound(g, next);
-      bool joined = blocks_ && next - g > 1 && join_blocks(g, next - g);
-      if (!joined) find_batch(g, next);
-      if (joined || (!blocks_ && next - g > 1 && join(g, next - g))) {
+      if (next - g > 1 && (blocks_ ? join_blocks(g, next - g) : join(g, next - g))) {
         lay_out(g, next, width);
         use(batch_lanes_.data(), groups_, lists_);
         continue;
       }
+      find_batch(g, next);
       for (size_t one = g; one < next; ++one) {
         take_own(one - g);
         for (int64_t first = group_starts_[one]; first < group_starts_[one + 1]; first += most) {
@@ -130,6 +130,8 @@ class Plan {
   std::vector<int64_t> codes_;
   std::vector<int32_t> merged_position_;
   std::vector<float> merged_times_;
+  std::vector<KeyProgression> progressions_;  // of a batch's groups
+  MergedKeys merged_;
 
   // The limits of all lanes of the groups from `begin` to before `end`.
   void bound(size_t begin, size_t end) {
@@ -156,18 +158,13 @@ class Plan {
     const Term* window = nullptr;
     for (int64_t i = 0; i < call_.num_terms; ++i) {
       const Term& term = call_.terms[i];
-      if (term.kind == kEverything) {
-        unite(shared, 0, span_.k_len, 1, term.dedupe);
-      } else if (term.kind == kSinks) {
-        unite(shared, 0, std::min(term.count, span_.k_len), 1, term.dedupe);
-      } else if (term.kind == kWindow) {
+      if (term.kind == kWindow) {
         window = &term;
       } else if (term.kind == kBlocks) {
         unite_blocks(shared, term, lane);
-      } else if (has_head(term, lane)) {
-        int64_t start = floor_to(lane.position, term.length), own = (lane.position - start) % term.rate;
-        int64_t residue = term.residues ? term.residues[span_.kv_head] : own;
-        if (own == residue) unite(shared, start + residue, std::min(start + term.length, span_.k_len), term.rate, term.dedupe);
+      } else {
+        KeyProgression found = progression_of(term, lane);
+        unite(shared, found.start, found.stop, found.step, term.dedupe);
       }
     }
     if (window) find_window(shared, windowed, *window, lane);
@@ -192,18 +189,79 @@ class Plan {
   // The lists of `count` groups from `begin`; false if each group by itself is less work.
   bool join(size_t begin, size_t count) {
     lists_.clear();
-    int64_t work = 0, apart = 0;
-    for (bool windowed : {false, true}) {
-      const std::vector<Own>& own = windowed ? windowed_ : shared_;
-      join_lists(own, count, windowed);
-      for (size_t g = 0; g < count; ++g) apart += work_of(int64_t(own[g].position.size()), lanes_of(begin + g));
+    if (find_progressions(begin, count)) {
+      join_progressions(count);
+    } else {
+      find_batch(begin, begin + count);
+      join_lists(shared_, count, false), join_lists(windowed_, count, true);
     }
+    std::vector<int64_t> own(count, 0);
+    int64_t work = 0, apart = 0;
     for (const Keys& keys : lists_) {
       int64_t lanes = 0;
-      for (size_t g = 0; g < count; ++g) lanes += keys.seen_by(int(g)) ? lanes_of(begin + g) : 0;
+      for (size_t g = 0; g < count; ++g)
+        if (keys.seen_by(int(g))) lanes += lanes_of(begin + g), own[g] += keys.size();
       work += work_of(keys.size(), lanes);
     }
+    for (size_t g = 0; g < count; ++g) apart += work_of(own[g], lanes_of(begin + g));
     return work < apart;
+  }
+
+  // The keys of the groups as progressions; false where they are not, or are too many.
+  bool find_progressions(size_t begin, size_t count) {
+    progressions_.clear();
+    for (int64_t i = 0; i < call_.num_terms; ++i) {
+      const Term& term = call_.terms[i];
+      if (term.kind == kWindow || term.kind == kBlocks) return false;
+      size_t of_term = progressions_.size();
+      for (size_t g = 0; g < count; ++g) {
+        KeyProgression found = progression_of(term, first_of(begin + g));
+        if (found.start >= found.stop) continue;
+        size_t n = of_term;
+        while (n < progressions_.size() && progressions_[n].start != found.start) ++n;
+        if (n == MergedKeys::kMost) return false;
+        if (n == progressions_.size()) progressions_.push_back(found);
+        progressions_[n].groups |= uint64_t(1) << g;
+      }
+    }
+    return true;
+  }
+
+  // The keys inside the limits that one term, a window or blocks excepted, gives a lane.
+  KeyProgression progression_of(const Term& term, const Lane& lane) const {
+    int64_t start = 0, stop = span_.k_len, step = 1;
+    if (term.kind == kSinks) {
+      stop = term.count;
+    } else if (term.kind == kSegment) {
+      int64_t segment = floor_to(lane.position, term.length), own = (lane.position - segment) % term.rate;
+      int64_t residue = term.residues ? term.residues[span_.kv_head] : own;
+      if (own != residue || !has_head(term, lane)) return {0, 0, 1, 0, false};
+      start = segment + residue, stop = segment + term.length, step = term.rate;
+    }
+    if (start < low_) start += (low_ - start + step - 1) / step * step;
+    stop = std::min({stop, high_, span_.k_len});
+    if (start >= stop) return {0, 0, 1, 0, false};
+    return {int32_t(start), int32_t(stop), int32_t(std::min<int64_t>(step, INT32_MAX)), 0, term.dedupe != 0};
+  }
+
+  void join_progressions(size_t count) {
+    merged_.merge(progressions_, count);
+    if (call_.key_padding) merged_.keep_only(padding_of_span(), call_.padding_key);
+    std::vector<size_t> list;
+    std::vector<uint64_t> repeated;  // groups of a list for which some key counts more than once
+    for (const KeyKind& kind : merged_.kinds) {
+      list.push_back(size_t(&list_of(kind.groups, 0, count, false) - lists_.data()));
+      repeated.resize(lists_.size(), 0);
+      for (size_t g = 0; g < count; ++g) repeated[list.back()] |= uint64_t(kind.times[g] > 1) << g;
+    }
+    for (size_t i = 0; i < merged_.position.size(); ++i) {
+      size_t n = list[merged_.kind[i]];
+      lists_[n].position.push_back(merged_.position[i]);
+      for (uint64_t left = repeated[n]; left; left &= left - 1) {
+        size_t g = size_t(__builtin_ctzll(left));
+        lists_[n].times[g].push_back(merged_.kinds[merged_.kind[i]].times[g]);
+      }
+    }
   }
 
   int64_t lanes_of(size_t group) const { return group_starts_[group + 1] - group_starts_[group]; }
@@ -222,7 +280,7 @@ class Plan {
       uint64_t groups = 0;
       for (size_t g = 0; g < count; ++g)
         groups |= uint64_t(at[g] < own[g].position.size() && own[g].position[at[g]] == position) << g;
-      if (!last || last->groups != groups) last = &list_of(groups, first, own, count, windowed);
+      if (!last || last->groups != groups) last = &list_of(groups, first, count, windowed);
       last->position.push_back(position);
       for (size_t g = 0; g < count; ++g) {
         if (!(groups >> g & 1)) continue;
@@ -232,7 +290,7 @@ class Plan {
     }
   }
 
-  Keys& list_of(uint64_t groups, size_t first, const std::vector<Own>& own, size_t count, bool windowed) {
+  Keys& list_of(uint64_t groups, size_t first, size_t count, bool windowed) {
     for (size_t n = first; n < lists_.size(); ++n)
       if (lists_[n].groups == groups) return lists_[n];
     Keys& made = lists_.emplace_back();
@@ -429,9 +487,13 @@ class Plan {
     }
   }
 
+  const bool* padding_of_span() const {
+    return call_.key_padding + span_.batch * call_.padding_batch + span_.origin * call_.padding_key;
+  }
+
   void drop_padding(std::vector<int32_t>& position, std::vector<float>* times) const {
     if (!call_.key_padding) return;
-    const bool* keep = call_.key_padding + span_.batch * call_.padding_batch + span_.origin * call_.padding_key;
+    const bool* keep = padding_of_span();
     size_t n = 0;
     for (size_t i = 0; i < position.size(); ++i) {
       if (!keep[position[i] * call_.padding_key]) continue;
