@@ -16,7 +16,6 @@ from dilcompile.lowering.pairs import Pairs
 from dilcompile.lowering.selection import Selection, adaptive_blocks
 from dilcompile.relation import Problem, Relation, Term, grid_of
 
-
 # Blocks of a row that the data chooses.
 _LISTED = 4
 

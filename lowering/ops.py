@@ -264,10 +264,8 @@ def _given(columns: Tensor | None, counts: Tensor | None) -> Selection | None:
 
 def _refuse_to_select(relation: Relation, documents: bool, pages: bool) -> None:
     if (documents or pages) and adaptive_blocks(relation) is not None:
-        raise FormError(
-            f"{relation} chooses blocks from the data, over whole sequences, but {'packed documents' if documents else 'pages'} came; "
-            f"give {'a pattern without data' if documents else 'k and v in one piece'}"
-        )
+        came, cure = ("packed documents", "a pattern without data") if documents else ("pages", "k and v in one piece")
+        raise FormError(f"{relation} chooses blocks from the data, over whole sequences, but {came} came; give {cure}")
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dilcompile.blocks.adaptive import Given, Scored, capacity, is_adaptive, is_given, widest_own
+from dilcompile.blocks.adaptive import Given, Scored, capacity, is_adaptive, is_given, leaves
 from dilcompile.blocks.grid import Grid
 from dilcompile.blocks.lists import lists_of
-from dilcompile.blocks.patterns import AnyOf, Pattern
+from dilcompile.blocks.patterns import AllOf, AnyOf, Pattern
 from dilcompile.errors import FormError
 from dilcompile.generators import Blocks
 from dilcompile.lowering import probing
@@ -49,7 +49,7 @@ class Selection(NamedTuple):
         return found.scatter_(3, torch.where(there, listed.clamp(0, columns), columns), True)[..., :columns]
 
     def contains(self, b: int, t: Tensor, k: Tensor, grid: Grid) -> Tensor:
-        """Whether each pair of the query positions ``t`` [n, 1] and the keys ``k`` [m] is in a listed block: bool [H or 1, n, m]."""
+        """Which pairs of the query positions ``t`` [n, 1] and the keys ``k`` [m] are in listed blocks: bool [H or 1, n, m]."""
         row = torch.div(t[:, 0], grid.q_block, rounding_mode="floor") - grid.q_start // grid.q_block
         held = self.held(0, self.columns.shape[2], grid.columns)[b if self.columns.shape[0] > 1 else 0]
         there = (t[:, 0] >= 0) & (row >= 0) & (row < held.shape[1])
@@ -90,7 +90,8 @@ def select_blocks(
         given: what stands for ``given`` in the pattern.
 
     Raises:
-        FormError: if blocks are given and the pattern has no place for them, or the other way round.
+        FormError: if blocks are given and the pattern has no place for them, or the other way round, or if they don't fit. The
+            numbers of blocks are looked at on a CPU only; on a device a number of no block counts for nothing.
     """
     blocks = adaptive_blocks(relation)
     wanted = blocks is not None and is_given(blocks.pattern)
@@ -104,13 +105,15 @@ def select_blocks(
         return None
     size = relation.problem
     grid = grid_of(size, blocks.grid.q_block, blocks.grid.k_block)
+    if given is not None:
+        _check_given(given, blocks.pattern, size, grid)
     before = grid.q_start - size.q_offset
     operands = Operands(q[:, :, before:], k, keep, q.shape[3] ** -0.5 if scale is None else scale, softcap, grid)
     most = capacity(blocks.pattern, grid, size.heads)
     held = _held(blocks.pattern, operands, given)
     step = max(1, _SCORES_AT_ONCE // max(1, size.batch * size.heads * grid.columns))
     starts = range(0, operands.num_rows, step)
-    parts = [_listed(held(start, min(start + step, operands.num_rows)), most) for start in starts]
+    parts = [listed(held(start, min(start + step, operands.num_rows)), most) for start in starts]
     if not parts:
         empty = torch.zeros(1, 1, 0, most, dtype=torch.int32, device=q.device)
         return Selection(empty, empty[..., 0])
@@ -121,6 +124,46 @@ def adaptive_blocks(relation: Relation) -> Blocks | None:
     """The blocks of the relation if they depend on the data."""
     found = relation.terms[0].generator if len(relation.terms) == 1 else None
     return found if isinstance(found, Blocks) and found.adaptive else None
+
+
+def _check_given(given: Selection, pattern: Pattern, size: Problem, grid: Grid) -> None:
+    columns, counts = given
+    if columns.shape[0] not in (1, size.batch) or columns.shape[1] not in (1, size.heads) or columns.shape[2] != len(grid.rows):
+        raise FormError(
+            f"blocks.columns must be [B or 1, H or 1, block rows, capacity] = [{size.batch} or 1, {size.heads} or 1, "
+            f"{len(grid.rows)}, ...], not {list(columns.shape)}: the queries at {grid.q_start} to {grid.q_stop - 1} stand in "
+            f"{len(grid.rows)} blocks of {grid.q_block}"
+        )
+    most = min(leaf.most for leaf in leaves(pattern) if isinstance(leaf, Given))
+    if given.capacity > most:
+        raise FormError(
+            f"blocks.columns has place for {given.capacity} blocks a row, more than the {most} of {{given: {{most: {most}}}}}; "
+            "raise `most` in the form"
+        )
+    if columns.device.type == "cpu" and not probing.without_data(columns):
+        _check_numbers(columns, counts, grid)
+
+
+def _check_numbers(columns: Tensor, counts: Tensor, grid: Grid) -> None:
+    wrong = (counts < 0) | (counts > columns.shape[3])
+    if wrong.any():
+        at = wrong.nonzero()[0].tolist()
+        raise FormError(f"blocks.counts{at} is {int(counts[tuple(at)])}, not from 0 to the capacity, {columns.shape[3]}")
+    there = torch.arange(columns.shape[3]) < counts[..., None]
+    wrong = there & ((columns < 0) | (columns >= grid.columns))
+    if wrong.any():
+        at = wrong.nonzero()[0].tolist()
+        raise FormError(
+            f"blocks.columns{at} is {int(columns[tuple(at)])}, which is no block: {grid.k_len} keys are {grid.columns} blocks of "
+            f"{grid.k_block}, numbers 0 to {grid.columns - 1}"
+        )
+    wrong = there[..., 1:] & (columns[..., 1:] <= columns[..., :-1])
+    if wrong.any():
+        *row, place = wrong.nonzero()[0].tolist()
+        one, next_one = columns[tuple(row)][place : place + 2].tolist()
+        raise FormError(
+            f"blocks.columns{row} does not ascend: {next_one} comes after {one}; sort the blocks of a row and name each once"
+        )
 
 
 def best(scores: Tensor, own: Tensor, seen: Tensor, most: int, mass: float | None = None) -> Tensor:
@@ -143,7 +186,7 @@ def best(scores: Tensor, own: Tensor, seen: Tensor, most: int, mass: float | Non
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(3, places, kept) | own
 
 
-def _listed(held: Tensor, most: int) -> Selection:
+def listed(held: Tensor, most: int) -> Selection:
     """The lists of bool [B or 1, H or 1, rows, columns], which holds at most ``most`` a row."""
     columns = held.shape[3]
     numbers = torch.arange(columns, dtype=torch.int32, device=held.device)
@@ -161,7 +204,8 @@ def _held(pattern: Pattern, operands: Operands, given: Selection | None) -> Rows
         return lambda first, stop: given.held(first, stop, grid.columns) & reached(grid, operands.rows(first, stop))
     if isinstance(pattern, Scored):
         return _scored(pattern, operands)
-    parts = [_held(part, operands, given) for part in pattern.parts]  # type: ignore[attr-defined]
+    assert isinstance(pattern, AnyOf | AllOf), pattern
+    parts = [_held(part, operands, given) for part in pattern.parts]
     join = torch.logical_or if isinstance(pattern, AnyOf) else torch.logical_and
 
     def joined(first: int, stop: int) -> Tensor:

@@ -18,8 +18,8 @@ from dilcompile.errors import DilcompileError
 
 # Among the operands of ``attention``: where the tensors end, where the ones with a default begin and end, the bias, dropout_p.
 TENSORS, MORE, LAST, BIAS, DROPOUT = 7, 16, 20, 5, 14
-# Where ``exact_lse`` stands, and the lists of blocks, which end the operands.
-EXACT_LSE, LISTS, END = 25, 26, 28
+# Where ``exact_lse`` stands, and where the lists of blocks begin, which end the operands.
+EXACT_LSE, LISTS = 25, 26
 # The operands of ``attention_backward`` that come before those of ``attention``.
 UPSTREAM = 4
 

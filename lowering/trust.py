@@ -23,8 +23,8 @@ from torch import Tensor
 from dilcompile.errors import DilcompileWarning
 from dilcompile.lowering import aten_flash, digest, probing, reference, verdicts
 from dilcompile.lowering.call import Call, Kernel, empty_output
-from dilcompile.lowering.selection import Selection
 from dilcompile.lowering.miniature import kinds, miniature
+from dilcompile.lowering.selection import Selection
 from dilcompile.lowering.verdicts import Verdict
 
 log = logging.getLogger(__name__)

@@ -157,7 +157,7 @@ class BlockSparse(Form):
         if is_given(pattern):
             return "the blocks of `given` come with a call of dilcompile.functional.attention; a model's own attention has none"
         if site.mask.documents and is_adaptive(pattern):
-            return "its sequences are packed documents, and blocks are estimated over whole sequences; give a pattern without data"
+            return "its sequences are packed documents, but blocks are estimated over whole ones: give a pattern without data"
         return cross_site(site) or unread_mask(site)
 
     def notes(self, site: AttentionSite) -> tuple[str, ...]:
@@ -166,8 +166,8 @@ class BlockSparse(Form):
         if not found:
             return ()
         return (
-            f"the blocks are estimated from queries and keys in each call ({', '.join(found)}): pairs and FLOPs are the most that "
-            "may be computed",
+            f"the blocks are estimated from queries and keys in each call ({', '.join(found)}): pairs and FLOPs are what may be "
+            "computed at most",
         )
 
     def __str__(self) -> str:

@@ -180,7 +180,8 @@ def _call(form: Form, size: Problem, traits: _Traits) -> Call:
     def terms(length: int) -> Tensor:
         return operand(1, 1, length, of=torch.int64)
 
-    q, k = operand(size.batch, size.heads, size.q_len, size.head_dim), operand(size.batch, size.kv_heads, size.k_len, size.head_dim)
+    q = operand(size.batch, size.heads, size.q_len, size.head_dim)
+    k = operand(size.batch, size.kv_heads, size.k_len, size.head_dim)
     relation = form.relation(size)
     return Call(
         q=q,

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from dilcompile.lowering.estimators.operands import Operands, Rows
+from dilcompile.lowering.estimators.operands import Operands, Rows, cut
 
 # The stride of the paper's most exact setting; an eighth of the products of all pairs.
 _STRIDE = 8
@@ -24,19 +24,19 @@ def antidiagonal(operands: Operands) -> Rows:
     """
     grid, (keys, there) = operands.grid, operands.keys()
     stride = math.gcd(_STRIDE, grid.q_block, grid.k_block)
-    ends = keys.flatten(2, 3).unflatten(2, (-1, stride)).flip(3).flatten(3)
-    kept = there.flatten(1).unflatten(1, (-1, stride)).flip(2).to(operands.dtype)
+    ends = cut(keys.flatten(2, 3), 2, stride).flip(3).flatten(3)
+    kept = cut(there.flatten(1), 1, stride).flip(2).to(operands.dtype)
 
     def rows(first: int, stop: int) -> Tensor:
         queries, held = operands.queries(first, stop)
-        own = queries.flatten(2, 3).unflatten(2, (-1, stride)).flatten(3)
-        pairs = held.flatten().unflatten(0, (-1, stride)).to(operands.dtype) @ kept.mT
+        own = cut(queries.flatten(2, 3), 2, stride).flatten(3)
+        pairs = cut(held.flatten(), 0, stride).to(operands.dtype) @ kept.mT
         means = operands.scores(operands.products(own, ends) / pairs.clamp(min=1)[:, None])
         seen = (pairs > 0) & _reached(operands, first, stop, stride)
         # Rows of tiles without any key have no weight to give.
         weights = means.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
-        tiles = weights.unflatten(3, (-1, grid.k_block // stride)).sum(-1)
-        return tiles.unflatten(2, (-1, grid.q_block // stride)).sum(3).log()
+        tiles = cut(weights, 3, grid.k_block // stride).sum(-1)
+        return cut(tiles, 2, grid.q_block // stride).sum(3).log()
 
     in_a_row = operands.q.shape[0] * operands.q.shape[1] * kept.shape[1] * (grid.q_block // stride)
     step = max(1, _TILES_AT_ONCE // in_a_row)

@@ -60,19 +60,20 @@ class Operands:
         inside = self.q[:, :, max(begin, grid.q_start) - grid.q_start : min(end, grid.q_stop) - grid.q_start].to(self.dtype)
         t = torch.arange(begin, end, device=self.q.device)
         there = (t >= grid.q_start) & (t < grid.q_stop)
-        return pad(inside, (0, 0, before, behind)).unflatten(2, (stop - first, size)), there.unflatten(0, (-1, size))
+        return cut(pad(inside, (0, 0, before, behind)), 2, size), cut(there, 0, size)
 
     def keys(self) -> tuple[Tensor, Tensor]:
-        """The keys [B, Hkv, columns, k_block, D], 0 where there is none; which there are and are kept [B or 1, columns, k_block]."""
+        """The keys [B, Hkv, columns, k_block, D], 0 where there is none; which are there and kept [B or 1, columns, k_block]."""
         size, behind = self.grid.k_block, self.grid.columns * self.grid.k_block - self.grid.k_len
         there = self.keep if self.keep is not None else torch.ones(1, self.grid.k_len, dtype=torch.bool, device=self.k.device)
         kept = self.k.to(self.dtype) * there[:, None, :, None]
-        return pad(kept, (0, 0, 0, behind)).unflatten(2, (-1, size)), pad(there, (0, behind)).unflatten(1, (-1, size))
+        return cut(pad(kept, (0, 0, 0, behind)), 2, size), cut(pad(there, (0, behind)), 1, size)
 
     def products(self, q: Tensor, k: Tensor) -> Tensor:
         """q [B, H, n, D] times k [B, Hkv, m, D] as [B, H, n, m], each query head with its key head."""
         group = q.shape[1] // k.shape[1]
-        return (q.unflatten(1, (-1, group)).flatten(2, 3) @ k.mT).unflatten(2, (group, -1)).flatten(1, 2)
+        found = cut(q, 1, group).flatten(2, 3) @ k.mT
+        return cut(found, 2, q.shape[2]).flatten(1, 2)
 
     def scores(self, products: Tensor) -> Tensor:
         """Products of queries and keys, scaled and capped."""
@@ -80,8 +81,13 @@ class Operands:
         return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
 
 
+def cut(x: Tensor, dim: int, size: int) -> Tensor:
+    """A dim as two, parts of so many and the places in a part."""
+    return torch.unflatten(x, dim, (-1, size))
+
+
 def reached(grid: Grid, rows: Tensor) -> Tensor:
-    """Which blocks of these rows (numbers, int64) hold a pair within the limits: bool [rows, columns]. ``Grid.reach`` on a device."""
+    """Which blocks of these rows (numbers, int64) hold a pair within the limits: bool [rows, columns]. As ``Grid.reach``."""
     rows = rows[:, None]
     begin, last = (rows * grid.q_block).clamp(min=grid.q_start), ((rows + 1) * grid.q_block).clamp(max=grid.q_stop) - 1
     k_first = torch.arange(grid.columns, device=rows.device) * grid.k_block
@@ -94,7 +100,7 @@ def reached(grid: Grid, rows: Tensor) -> Tensor:
 
 
 def beside(grid: Grid, rows: Tensor) -> Tensor:
-    """Which columns hold a position of each of these rows: bool [rows, columns]. ``Grid.beside`` on a device."""
+    """Which columns hold a position of each of these rows: bool [rows, columns]. As ``Grid.beside``."""
     rows, columns = rows[:, None], torch.arange(grid.columns, device=rows.device)
-    first, last = (torch.div(t, grid.k_block, rounding_mode="floor") for t in (rows * grid.q_block, (rows + 1) * grid.q_block - 1))
+    first, last = rows * grid.q_block // grid.k_block, ((rows + 1) * grid.q_block - 1) // grid.k_block
     return (columns >= first) & (columns <= last)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dilcompile.blocks.grid import Grid
-from dilcompile.lowering.estimators.operands import Operands, Rows
+from dilcompile.lowering.estimators.operands import Operands, Rows, cut
 
 _LAST = 64
 
@@ -22,7 +22,7 @@ def vertical_slash(operands: Operands) -> Rows:
     """
     grid, weights = operands.grid, _last_weights(operands)
     behind = grid.columns * grid.k_block - grid.k_len
-    verticals = pad(weights.sum(2), (0, behind)).unflatten(2, (-1, grid.k_block)).sum(-1)
+    verticals = cut(pad(weights.sum(2), (0, behind)), 2, grid.k_block).sum(-1)
     # By block: sums over all of its pairs' distances, from sums of sums; float64, for they grow with the length.
     twice = pad(_by_distance(weights).double().cumsum(-1), (1, 0)).cumsum(-1)
 
@@ -60,7 +60,7 @@ def _by_distance(weights: Tensor) -> Tensor:
     """
     count, keys = weights.shape[2:]
     spread = pad(weights.flip(2), (0, count)).flatten(2)[:, :, : count * (keys + count - 1)]
-    return spread.unflatten(2, (count, keys + count - 1)).sum(2)
+    return cut(spread, 2, keys + count - 1).sum(2)
 
 
 def _of_blocks(twice: Tensor, rows: Tensor, grid: Grid) -> Tensor:
