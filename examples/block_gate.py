@@ -93,7 +93,7 @@ def train(steps: int, frozen: bool, seed: int = 0) -> tuple[float, float, float]
 def main() -> None:
     """Train both and say what they found."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     steps = parser.parse_args().steps
     for frozen in (False, True):
         first, last, recall = train(steps, frozen)

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dilcompile.lowering.estimators.antidiagonal import antidiagonal
+from dilcompile.lowering.estimators import antidiagonal, pooled, vertical_slash
 from dilcompile.lowering.estimators.operands import Operands, Rows
-from dilcompile.lowering.estimators.pooled import pooled
-from dilcompile.lowering.estimators.vertical_slash import vertical_slash
 
 # Their names are also `ESTIMATORS` in blocks/adaptive.py, which patterns are checked by.
 ESTIMATORS: dict[str, Callable[[Operands], Rows]] = {
-    "pooled": pooled,
-    "antidiagonal": antidiagonal,
-    "vertical_slash": vertical_slash,
+    "pooled": pooled.estimate,
+    "antidiagonal": antidiagonal.estimate,
+    "vertical_slash": vertical_slash.estimate,
 }

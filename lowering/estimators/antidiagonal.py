@@ -15,7 +15,7 @@ _STRIDE = 8
 _TILES_AT_ONCE = 1 << 23
 
 
-def antidiagonal(operands: Operands) -> Rows:
+def estimate(operands: Operands) -> Rows:
     """The softmax weight of blocks, where each tile of stride x stride pairs counts by the mean score of its antidiagonal.
 
     XAttention (arXiv 2503.16428, section 2.1): an antidiagonal crosses every vertical and every slash line of its tile. Its sum

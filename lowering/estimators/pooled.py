@@ -7,7 +7,7 @@ from torch import Tensor
 from dilcompile.lowering.estimators.operands import Operands, Rows
 
 
-def pooled(operands: Operands) -> Rows:
+def estimate(operands: Operands) -> Rows:
     """The score of a block's mean query and mean kept key, and the logarithm of how many keys are kept.
 
     One product a block. Blocks scored by pooled keys: InfLLM (arXiv 2402.04617, section 3.2), Quest (arXiv 2406.10774), by both

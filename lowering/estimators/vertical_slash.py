@@ -12,7 +12,7 @@ from dilcompile.lowering.estimators.operands import Operands, Rows, cut
 _LAST = 64
 
 
-def vertical_slash(operands: Operands) -> Rows:
+def estimate(operands: Operands) -> Rows:
     """The weight that a block has if every query looks where the last 64 look: at the same keys, and at the same distances.
 
     MInference (arXiv 2407.02490, section 3.2, algorithm 2): exact weights of the last queries, summed by key (verticals) and by
@@ -27,7 +27,7 @@ def vertical_slash(operands: Operands) -> Rows:
     twice = pad(_by_distance(weights).double().cumsum(-1), (1, 0)).cumsum(-1)
 
     def rows(first: int, stop: int) -> Tensor:
-        slashes = _of_blocks(twice, operands.rows(first, stop), grid) / grid.q_block
+        slashes = _of_blocks(twice, operands.rows(first, stop), grid)
         return (verticals[:, :, None] + slashes.to(verticals.dtype)).clamp(min=0).log()
 
     return rows
@@ -64,11 +64,14 @@ def _by_distance(weights: Tensor) -> Tensor:
 
 
 def _of_blocks(twice: Tensor, rows: Tensor, grid: Grid) -> Tensor:
-    """For each block of these rows the sum over its pairs of the weight at the pair's distance, [B, H, rows, columns]."""
-    columns = torch.arange(grid.columns, device=rows.device)
+    """For each block of these rows the sum over its keys of the weight at a pair's distance, the mean over the row's queries:
+    [B, H, rows, columns]."""
+    columns, rows = torch.arange(grid.columns, device=rows.device), rows[:, None]
+    begin = (rows * grid.q_block).clamp(min=grid.q_start)
+    height = ((rows + 1) * grid.q_block).clamp(max=grid.q_stop) - begin
     last = twice.shape[-1] - 1
     # Entry c of the distances is t - k = q_stop - 1 - c, so that of a block's first query and first key is:
-    place = grid.q_stop - 1 - rows[:, None] * grid.q_block + columns * grid.k_block
+    place = grid.q_stop - 1 - begin + columns * grid.k_block
 
     def upto(c: Tensor) -> Tensor:
         """The sum over n <= c of the sums of entries before n; beyond the last entry each is the total."""
@@ -76,8 +79,8 @@ def _of_blocks(twice: Tensor, rows: Tensor, grid: Grid) -> Tensor:
         total = twice[..., last:] - twice[..., last - 1 : last]
         return inside + total[..., None] * (c - last).clamp(min=0)
 
-    # Pairs a, b of the block have entry place - a + b.
+    # Query a and key b of the block have entry place - a + b.
     def above(c: Tensor) -> Tensor:
         return upto(c + grid.k_block) - upto(c)
 
-    return above(place) - above(place - grid.q_block)
+    return (above(place) - above(place - height)) / height
