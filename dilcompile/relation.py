@@ -115,6 +115,11 @@ class Relation:
             keep &= distance >= -self.problem.right
         return keep
 
+    @property
+    def is_bound(self) -> bool:
+        """Do blocks depend on the data, so that this is all that there may be?"""
+        return any(isinstance(term.generator, Blocks) and term.generator.adaptive for term in self.terms)
+
     def pairs(self) -> int:
         """The exact sum of multiplicities over one batch row: all heads, queries and keys; a bound on it where blocks depend on
         the data."""

@@ -29,6 +29,7 @@ from dilcompile.lowering.estimators import ESTIMATORS
 from dilcompile.lowering.estimators.operands import Operands
 from dilcompile.lowering.selection import select_blocks as choose
 from dilcompile.relation import Problem, grid_of
+from dilcompile.report.rows import row_of
 from dilcompile.site import MaskSpec
 
 EPS = torch.finfo(torch.float64).eps
@@ -561,3 +562,5 @@ def test_explain_says_what_is_estimated_and_that_counts_are_bounds() -> None:
     assert "the blocks are estimated from queries and keys in each call (pooled)" in " ".join(text.split())
     (decision,) = report.decisions
     assert any("at most" in note for note in decision.notes)
+    assert "at most" in row_of(decision).pairs[0]
+    assert report.to_dict()["graphs"][0]["sites"][0]["costs"]["bound"]

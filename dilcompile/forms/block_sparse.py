@@ -31,6 +31,7 @@ class BlockSparse(Form):
     Args:
         block: positions in a block, 16 to 256; or two numbers, queries and keys.
         pattern: ``{name: {option: value}}``, or ``{any: [...]}`` and ``{all: [...]}`` of patterns; see ``dilcompile.blocks``.
+            ``topk`` and ``mass`` choose blocks from the queries and keys of each call.
         coverage: ``require``: a pattern that leaves a query without keys is an error; ``zero``: such queries give 0.
 
     Raises:

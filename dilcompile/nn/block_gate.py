@@ -204,7 +204,8 @@ class BlockGate(nn.Module):
 
     def extra_repr(self) -> str:
         """The options that are no parameters."""
-        return f"block={self.form.block}, blocks={self.blocks}, is_causal={self.is_causal}, {self.start} to {self.end} in {self.steps}"
+        temperature = f"temperature {self.start} to {self.end} in {self.steps} steps"
+        return f"block={self.form.block}, blocks={self.blocks}, is_causal={self.is_causal}, {temperature}"
 
 
 def _refuse_wrong(heads: int, kv_heads: int, blocks: int, gate_dim: int, start: float, end: float, steps: int) -> None:

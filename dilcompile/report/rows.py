@@ -172,7 +172,8 @@ def besides(site: AttentionSite) -> str:
 def _pairs(costs: Costs | None) -> tuple[str, str]:
     if costs is None:
         return ("", "")
-    return (f"{units.percent(costs.density_of_mask)} of mask", f"{units.percent(costs.density_of_all)} of all")
+    most = "at most " if costs.bound else ""
+    return (f"{most}{units.percent(costs.density_of_mask)} of mask", f"{most}{units.percent(costs.density_of_all)} of all")
 
 
 def _memory(costs: Costs | None) -> tuple[str, str]:
