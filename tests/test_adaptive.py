@@ -86,7 +86,7 @@ def rounding(terms: int, *results: Tensor) -> float:
 # Attention over the selected blocks
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_attention_is_the_softmax_over_the_selected_blocks(data: st.DataObject) -> None:
     q_len, kv_heads, group = (data.draw(st.integers(1, most)) for most in (90, 2, 2))
@@ -372,21 +372,6 @@ def test_given_blocks_are_attended_beside_those_of_the_pattern(kernel: str) -> N
         assert (mine - theirs).abs().max() <= rounding(64 * 8, theirs)
 
 
-def test_given_blocks_go_through_a_compiled_graph() -> None:
-    q, k, v = (x.requires_grad_() for x in operands(64, 64))
-
-    def run(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, counts: Tensor) -> Tensor:
-        out = attention(q, k, v, GIVEN, is_causal=True, blocks=Selection(columns, counts))
-        assert isinstance(out, Tensor)
-        return out
-
-    torch._dynamo.reset()
-    expected, found = (each(q, k, v, *given_blocks()) for each in (run, torch.compile(run, backend="aot_eager", fullgraph=True)))
-    assert torch.equal(found, expected)
-    mine, theirs = (torch.autograd.grad((out**2).sum(), (q, k, v)) for out in (found, expected))
-    assert all(map(torch.equal, mine, theirs))
-
-
 def test_the_operator_says_what_it_returns() -> None:
     q, k, v = (x.requires_grad_() for x in operands(64, 64))
     arguments = (q, k, v, None, None, None, None, str(GIVEN), True, None, None, 0, 0.3, None, 0.0, None)
@@ -563,4 +548,3 @@ def test_explain_says_what_is_estimated_and_that_counts_are_bounds() -> None:
     (decision,) = report.decisions
     assert any("at most" in note for note in decision.notes)
     assert "at most" in row_of(decision).pairs[0]
-    assert report.to_dict()["graphs"][0]["sites"][0]["costs"]["bound"]

@@ -143,12 +143,16 @@ class BlockGate(nn.Module):
             raise DilcompileError(f"the first query stands at position {first}, in no block; set q_offset to at least 0")
         grid = Grid(*self.form.sizes, first, first + q.shape[2], k.shape[2], None, 0 if self.is_causal else None)
         there = torch.ones(1, 1, dtype=torch.bool, device=q.device)
-        queries = self._pooled(q @ self.to_query.to(q.dtype), there.expand(1, q.shape[2]), grid.q_block, first % grid.q_block)
+        # Sums over a block want more digits than half precision has.
+        wide = torch.promote_types(q.dtype, torch.float32)
+        projected = q.to(wide) @ self.to_query.to(wide)
+        queries = self._pooled(projected, there.expand(1, q.shape[2]), grid.q_block, first % grid.q_block)
         there = there.expand(1, k.shape[2]) if key_padding is None else key_padding
-        keys = self._pooled(k @ self.to_key.to(k.dtype), there, grid.k_block, 0)
+        keys = self._pooled(k.to(wide) @ self.to_key.to(wide), there, grid.k_block, 0)
         queries = queries * self.to_query.shape[2] ** -0.5
         logits = self._logits(queries.detach(), keys.detach(), grid)
-        return Gated(torch.cat([q, queries / scale], 3), torch.cat([k, keys], 3), self._chosen(logits, grid), logits)
+        extended = (torch.cat([x, added.to(x.dtype)], 3) for x, added in ((q, queries / scale), (k, keys)))
+        return Gated(*extended, self._chosen(logits, grid), logits)
 
     def _refuse_others(self, q: Tensor, k: Tensor) -> None:
         for name, x, weight in (("q", q, self.to_query), ("k", k, self.to_key)):

@@ -22,8 +22,8 @@ class Costs:
     Args:
         pairs_all: Sq x Sk of every head and batch row.
         pairs_mask: of these, what the model's own mask lets through.
-        pairs_form: the exact sum of multiplicities of the decided relation; ``pairs_mask`` for a site that is kept.
-        bound: ``pairs_form`` is what may be computed at most, because the data chooses.
+        pairs_form: the exact sum of multiplicities of the decided relation, or the most that there may be (``is_bound``);
+            ``pairs_mask`` for a site that is kept.
         flops_before, flops_after: 2 (D + Dv) a pair of ``pairs_mask``, of ``pairs_form``.
         operand_bytes: q, k, v and the output.
         scores_bytes: the S x S scores in the softmax's dtype that the model writes out and the rewritten site does not hold.
@@ -38,7 +38,6 @@ class Costs:
     operand_bytes: int
     scores_bytes: int
     mask_bytes: int
-    bound: bool = False
 
     @property
     def density_of_mask(self) -> float:
@@ -59,8 +58,7 @@ def costs_of(verdict: Decision | Rejection) -> Costs | None:
         return None
     rewritten = isinstance(verdict, Decision)
     mask = pairs(Dense().relation(problem))
-    relation = verdict.form.relation(problem) if isinstance(verdict, Decision) else None
-    form = mask if relation is None else pairs(relation)
+    form = pairs(verdict.form.relation(problem)) if isinstance(verdict, Decision) else mask
     per_pair = 2 * (problem.head_dim + problem.v_dim) * problem.batch
     return Costs(
         pairs_all=problem.batch * problem.heads * problem.q_len * problem.k_len,
@@ -71,8 +69,13 @@ def costs_of(verdict: Decision | Rejection) -> Costs | None:
         operand_bytes=_operand_bytes(site, problem),
         scores_bytes=_scores_bytes(site, problem) if rewritten else 0,
         mask_bytes=_mask_bytes(site, problem) if rewritten else 0,
-        bound=relation is not None and relation.is_bound,
     )
+
+
+def is_bound(decision: Decision) -> bool:
+    """Does the data choose, so that ``pairs_form`` is what may be computed at most?"""
+    problem = problem_of(decision.site)
+    return problem is not None and problem_with(decision) is None and decision.form.relation(problem).is_bound
 
 
 def problem_with(verdict: Decision | Rejection) -> str | None:
