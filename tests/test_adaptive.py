@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,13 +21,14 @@ from torch.nn.functional import scaled_dot_product_attention
 import dilcompile
 from dilcompile.blocks.adaptive import ESTIMATORS as NAMES
 from dilcompile.blocks.adaptive import capacity
+from dilcompile.blocks.grid import Grid
 from dilcompile.errors import DilcompileError, FormError, KernelError
 from dilcompile.forms import BlockSparse
 from dilcompile.functional import Selection, attention, select_blocks
 from dilcompile.lowering import native, reference, select, trust
 from dilcompile.lowering.call import Call, problem_of, relation_of
 from dilcompile.lowering.estimators import ESTIMATORS
-from dilcompile.lowering.estimators.operands import Operands
+from dilcompile.lowering.estimators.operands import Operands, beside, reached
 from dilcompile.lowering.selection import select_blocks as choose
 from dilcompile.relation import Problem, grid_of
 from dilcompile.report.rows import row_of
@@ -145,6 +147,38 @@ def _well_formed(blocks: Selection, size: Problem, form: BlockSparse) -> None:
         assert all(0 <= column * k_block <= (end if size.is_causal else size.k_len - 1) for column in listed)
         own = {column for column in range(i * q_block // k_block, end // k_block + 1) if column < grid.columns}
         assert own <= set(listed)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from([(16, 16), (17, 40), (48, 16)]),
+    *(st.integers(0, 150),) * 2,
+    st.integers(1, 200),
+    *(st.none() | st.integers(-20, 90),) * 2,
+)
+def test_what_is_in_reach_on_a_device_has_pairs_by_the_grid(
+    sizes: tuple[int, int], start: int, length: int, k_len: int, left: int | None, right: int | None
+) -> None:
+    grid = Grid(*sizes, start, start + length, k_len, left, right)
+    if left is not None and right is not None and left + right < 0:
+        return
+    numbers, columns = torch.from_numpy(grid.rows), torch.arange(grid.columns)
+    rows, places = (x.ravel() for x in np.meshgrid(grid.rows, columns.numpy(), indexing="ij"))
+    some = torch.from_numpy(grid.pairs(rows, places) > 0).view(len(numbers), grid.columns)
+    assert torch.equal(reached(grid, numbers), some)
+    first, last = (torch.from_numpy(end)[:, None] for end in grid.beside(grid.rows))
+    assert torch.equal(beside(grid, numbers), (columns >= first) & (columns <= last))
+
+
+@pytest.mark.parametrize("estimator", NAMES)
+def test_blocks_outside_of_the_window_are_never_taken(estimator: str) -> None:
+    q, k, v = operands(150, 150)
+    size = problem_of(q, k, v, True, 40, None, 0)
+    blocks = choose(relation_of(BlockSparse(16, topk(estimator, 9)), size), q, k)
+    assert blocks is not None
+    rows, columns = torch.arange(10)[:, None], torch.arange(10)
+    # All that there are: the first query of a row reaches 40 keys back.
+    assert torch.equal(blocks.held(0, 10, 10), ((columns <= rows) & (columns * 16 + 15 >= rows * 16 - 40)).expand(2, 2, 10, 10))
 
 
 @pytest.mark.parametrize("kernel", ["reference", "native"])

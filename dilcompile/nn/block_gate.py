@@ -151,8 +151,8 @@ class BlockGate(nn.Module):
         keys = self._pooled(k.to(wide) @ self.to_key.to(wide), there, grid.k_block, 0)
         queries = queries * self.to_query.shape[2] ** -0.5
         logits = self._logits(queries.detach(), keys.detach(), grid)
-        extended = (torch.cat([x, added.to(x.dtype)], 3) for x, added in ((q, queries / scale), (k, keys)))
-        return Gated(*extended, self._chosen(logits, grid), logits)
+        extended_q, extended_k = torch.cat([q, (queries / scale).to(q.dtype)], 3), torch.cat([k, keys.to(k.dtype)], 3)
+        return Gated(extended_q, extended_k, self._chosen(logits, grid), logits)
 
     def _refuse_others(self, q: Tensor, k: Tensor) -> None:
         for name, x, weight in (("q", q, self.to_query), ("k", k, self.to_key)):

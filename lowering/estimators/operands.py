@@ -87,7 +87,7 @@ def cut(x: Tensor, dim: int, size: int) -> Tensor:
 
 
 def reached(grid: Grid, rows: Tensor) -> Tensor:
-    """Which blocks of these rows (numbers, int64) hold a pair within the limits: bool [rows, columns]. As ``Grid.reach``."""
+    """Which blocks of these rows (numbers, int64) hold a pair within the limits: bool [rows, columns]."""
     rows = rows[:, None]
     begin, last = (rows * grid.q_block).clamp(min=grid.q_start), ((rows + 1) * grid.q_block).clamp(max=grid.q_stop) - 1
     k_first = torch.arange(grid.columns, device=rows.device) * grid.k_block
