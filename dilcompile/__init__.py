@@ -15,6 +15,7 @@ import dilcompile.lowering.ops as _registered  # noqa: F401
 if TYPE_CHECKING:
     import dilcompile.forms as forms
     import dilcompile.functional as functional
+    import dilcompile.nn as nn
     from dilcompile.convert import convert
     from dilcompile.errors import DilcompileError, DilcompileWarning, FormError, KernelError, PolicyError, RewriteError
     from dilcompile.exported import rewrite_exported
@@ -35,6 +36,7 @@ __all__ = [
     "explain",
     "forms",
     "functional",
+    "nn",
     "rewrite_exported",
 ]
 
@@ -51,7 +53,7 @@ _HOME = {
     "explain": "dilcompile.inspect",
     "rewrite_exported": "dilcompile.exported",
 }
-_MODULES = ("forms", "functional")
+_MODULES = ("forms", "functional", "nn")
 
 
 def __getattr__(name: str) -> object:

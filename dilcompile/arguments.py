@@ -157,6 +157,29 @@ def check_bias(bias: Any, q: Tensor, k_len: int) -> None:
     _same_device("bias", bias, q)
 
 
+def check_blocks(blocks: Any, q: Tensor) -> None:
+    """Raise DilcompileError unless ``blocks`` are two int32 tensors that belong together; the operator looks at their numbers."""
+    if blocks is None:
+        return
+    if not isinstance(blocks, tuple) or len(blocks) != 2 or not all(isinstance(x, Tensor) for x in blocks):
+        raise DilcompileError(
+            f"blocks must be a Selection(columns, counts) of two int32 tensors, not {_came(blocks)}; "
+            f"dilcompile.functional.select_blocks and dilcompile.nn.BlockGate make one"
+        )
+    shapes = {"columns": "[B or 1, H or 1, block rows, capacity]", "counts": "[B or 1, H or 1, block rows]"}
+    for (name, wanted), x in zip(shapes.items(), blocks, strict=True):
+        if x.dtype != torch.int32:
+            raise DilcompileError(f"blocks.{name} must be int32, not {x.dtype}; cast it: {name}.int()")
+        if x.dim() != wanted.count(",") + 1:
+            raise DilcompileError(f"blocks.{name} must be {wanted}, not {list(x.shape)}")
+        _same_device(f"blocks.{name}", x, q)
+    columns, counts = blocks
+    if columns.shape[:3] != counts.shape:
+        raise DilcompileError(
+            f"blocks.columns is {list(columns.shape)} but blocks.counts is {list(counts.shape)}; all dims but the last must agree"
+        )
+
+
 def documents(cu_seqlens: Any, q: Tensor, k_len: int, offset: int) -> Tensor:
     """The document number of each key position, int64 [1, Sk].
 

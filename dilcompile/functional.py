@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from dilcompile import arguments
-from dilcompile.errors import DilcompileError
+from dilcompile.errors import DilcompileError, FormError
 from dilcompile.forms import Form, make_form, parse_form
-from dilcompile.lowering import ops
+from dilcompile.lowering import ops, selection
+from dilcompile.lowering.call import form_of, problem_of, relation_of
+from dilcompile.lowering.selection import Selection
 
-__all__ = ["attention", "dilated_attention"]
+__all__ = ["Selection", "attention", "dilated_attention", "select_blocks"]
 
 
 def attention(
@@ -39,6 +41,7 @@ def attention(
     return_lse: bool = False,
     block_table: Tensor | None = None,
     k_len: int | None = None,
+    blocks: Selection | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the pairs that ``form`` lets through.
 
@@ -59,6 +62,9 @@ def attention(
             and the key at position p of batch row b is in slot ``p % page_size`` of page ``block_table[b, p // page_size]``.
             There are no gradients then.
         k_len: with ``block_table``, the length in positions, Sk above; ``key_padding`` hides what a shorter batch row lacks.
+        blocks: what stands for ``given`` in the pattern of a ``block_sparse`` form: int32 columns [B or 1, H or 1, block rows,
+            capacity] and counts [B or 1, H or 1, block rows], from ``select_blocks``, ``dilcompile.nn.BlockGate`` or your own.
+            Block row 0 is that of the first query. They have no gradient.
 
     Returns:
         out [B, H, Sq, Dv]; 0 (lse -inf) for a query that sees no key.
@@ -73,6 +79,7 @@ def attention(
     keys = k.shape[2] if k_len is None else k_len
     arguments.check_padding(key_padding, q, keys)
     arguments.check_bias(bias, q, keys)
+    arguments.check_blocks(blocks, q)
     offset = keys - q.shape[2] if q_offset is None else q_offset
     documents = None if cu_seqlens is None else arguments.documents(cu_seqlens, q, keys, offset)
     seed = torch.randint(0, 2**62, (1,), device=q.device) if dropout_p > 0 else None
@@ -96,8 +103,42 @@ def attention(
         pages=block_table,
         k_len=k_len,
         exact_lse=return_lse,
+        block_columns=None if blocks is None else blocks[0],
+        block_counts=None if blocks is None else blocks[1],
     )
     return (out, lse) if return_lse else out
+
+
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    form: Form | str | Mapping[str, Any],
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    key_padding: Tensor | None = None,
+    q_offset: int | None = None,
+) -> Selection:
+    """The blocks that ``attention`` computes for these queries and keys, where the form leaves that to the data.
+
+    ``Selection.pairs`` and ``Selection.density`` count what they hold. The operands are those of ``attention``.
+
+    Returns:
+        int32 columns [B, H, block rows, capacity], ascending, and counts [B, H, block rows].
+
+    Raises:
+        DilcompileError: for operands that don't fit; FormError: if the form's blocks don't depend on queries and keys.
+    """
+    arguments.check_operands(q, k, k)
+    arguments.check_options(scale, softcap, 0.0, is_causal, q_offset, None)
+    arguments.check_padding(key_padding, q, k.shape[2])
+    offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
+    problem = problem_of(q, k, k, is_causal, None, None, offset)
+    found = selection.select_blocks(relation_of(form_of(_text(form)), problem), q, k, key_padding, scale, softcap)
+    if found is None:
+        raise FormError(f"the blocks of {_text(form)} don't depend on the data; {{topk: ...}} and {{mass: ...}} choose them")
+    return found
 
 
 def dilated_attention(

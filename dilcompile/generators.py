@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dilcompile.blocks.adaptive import is_adaptive
 from dilcompile.blocks.grid import Grid
 from dilcompile.blocks.lists import BlockLists, lists_of
 from dilcompile.blocks.patterns import Pattern
@@ -216,6 +217,11 @@ class Blocks:
         row = torch.div(t, self.grid.q_block, rounding_mode="floor").clamp(min=0)
         column = torch.div(k, self.grid.k_block, rounding_mode="floor")
         return self.pattern.contains(h, row, column, self.grid) & (t >= 0)
+
+    @property
+    def adaptive(self) -> bool:
+        """Do the blocks depend on the data? These here are then all that there may be."""
+        return is_adaptive(self.pattern)
 
     def lists(self, head: int, grid: Grid) -> BlockLists:
         """The blocks in which the queries and keys of ``grid`` meet under this query head."""

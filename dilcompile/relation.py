@@ -13,6 +13,7 @@ from math import lcm
 import torch
 from torch import Tensor
 
+from dilcompile.blocks.adaptive import most_pairs
 from dilcompile.blocks.grid import Grid
 from dilcompile.generators import Blocks, ByRow, Generator, Segment, Window
 from dilcompile.progression import Positions, Progression, RowKeys, union_count
@@ -114,8 +115,14 @@ class Relation:
             keep &= distance >= -self.problem.right
         return keep
 
+    @property
+    def is_bound(self) -> bool:
+        """Do blocks depend on the data, so that this is all that there may be?"""
+        return any(isinstance(term.generator, Blocks) and term.generator.adaptive for term in self.terms)
+
     def pairs(self) -> int:
-        """The exact sum of multiplicities over one batch row: all heads, queries and keys."""
+        """The exact sum of multiplicities over one batch row: all heads, queries and keys; a bound on it where blocks depend on
+        the data."""
         kinds: dict[tuple[object, ...], list[int]] = {}
         for head in range(self.problem.heads):
             kinds.setdefault(tuple(_kind(term.generator, head) for term in self.terms), []).append(head)
@@ -160,6 +167,8 @@ class Relation:
         term, size = self.terms[index], self.problem
         if isinstance(term.generator, Blocks) and (index == 0 or not term.dedupe):
             grid = grid_of(size, term.generator.grid.q_block, term.generator.grid.k_block)
+            if term.generator.adaptive:
+                return most_pairs(term.generator.pattern, grid, size.heads)
             lists = term.generator.lists(head, grid)
             return int(grid.pairs(lists.owners(), lists.blocks).sum())
         # Which pairs an earlier term holds is asked pair by pair.

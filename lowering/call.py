@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dilcompile.forms import Dilated, Form, parse_form
 from dilcompile.lowering.pairs import Pairs
+from dilcompile.lowering.selection import Selection
 from dilcompile.relation import Problem, Relation
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -36,6 +37,7 @@ class Call:
             ``pages[b, p // page size]``; Sk, the length in positions, is that of the problem. Numbers of no page are never
             read through; what a row that sees such keys gets is not said.
         exact_lse: False where nobody reads the LSE for its digits: it may be as rough as q's dtype (-inf still says no keys).
+        selection: which blocks there are of a relation that names all that there may be; the queries' block rows are the grid's.
         flat: the products count as 0, so that all weights of a row are alike; their gradient is that of ordinary scores.
     """
 
@@ -58,6 +60,7 @@ class Call:
     bias_grad: bool = True
     pages: Tensor | None = None
     exact_lse: bool = True
+    selection: Selection | None = None
 
     @property
     def problem(self) -> Problem:

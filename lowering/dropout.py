@@ -27,10 +27,14 @@ def keep_factor(seed: Tensor, b: Tensor, h: Tensor, t: Tensor, k: Tensor, p: flo
     Returns:
         ``dtype`` over the broadcast shape.
     """
+    return (drawn(seed, b, h, t, k) >= round(p * 2**32)).to(dtype) / (1.0 - p)
+
+
+def drawn(seed: Tensor, b: Tensor, h: Tensor, t: Tensor, k: Tensor) -> Tensor:
+    """A number from 0 to before 2^32 for each position, int64 over the broadcast shape; the arguments as above."""
     seed = seed.reshape(()).to(torch.int64)
     state = _mix(seed) ^ _mix((seed >> 32) + 0x9E3779B9)
     state = _mix(state + b * 0x85EBCA6B)
     state = _mix(state + h * 0xC2B2AE35)
     state = _mix(state + t)
-    drawn = _mix(state ^ _mix(k + 0x27D4EB2F))
-    return (drawn >= round(p * 2**32)).to(dtype) / (1.0 - p)
+    return _mix(state ^ _mix(k + 0x27D4EB2F))

@@ -9,10 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dilcompile.blocks.adaptive import Given, capacity
 from dilcompile.generators import Blocks, Generator, Segment, Sinks, Window
 from dilcompile.lowering.call import Call
 from dilcompile.lowering.pairs import Pairs
+from dilcompile.lowering.selection import Selection, adaptive_blocks
 from dilcompile.relation import Problem, Relation, Term, grid_of
+
+# Blocks of a row that the data chooses.
+_LISTED = 4
 
 
 class _Lengths(NamedTuple):
@@ -95,7 +100,20 @@ def miniature(call: Call) -> Call:
         row_limits=None if call.row_limits is None else limits[:, : _several(call.row_limits.shape[1])].to(device),
         pairs=None if call.pairs is None else Pairs("g0 | e1", rows, keys),
         pages=None if pages is None else pages.to(device, torch.int32),
+        selection=None if call.selection is None else _selection(call.selection, relation, generator, device),
     )
+
+
+def _selection(held: Selection, relation: Relation, generator: torch.Generator, device: torch.device) -> Selection:
+    """Lists of some blocks, for as many batch rows and heads as there were, some of them empty."""
+    blocks, size = adaptive_blocks(relation), relation.problem
+    assert blocks is not None, "a selection is made for blocks"
+    grid = grid_of(size, blocks.grid.q_block, blocks.grid.k_block)
+    most = capacity(blocks.pattern, grid, size.heads)
+    shape = (_several(held.columns.shape[0]), 1 if held.columns.shape[1] == 1 else size.heads, len(grid.rows))
+    order = torch.rand(*shape, grid.columns, generator=generator).argsort(-1)[..., :most].sort(-1).values
+    counts = torch.randint(0, most + 1, shape, generator=generator)
+    return Selection(order.to(device, torch.int32), counts.to(device, torch.int32))
 
 
 def _in_pages(x: Tensor, pages: Tensor, size: int) -> Tensor:
@@ -182,7 +200,9 @@ def _generator(generator: Generator, whole: Problem, size: Problem) -> Generator
     if isinstance(generator, Window):
         return Window(_before(generator.left, lengths.before), _behind(generator.right, lengths.behind), min(generator.step, 3))
     if isinstance(generator, Blocks):
-        return Blocks(grid_of(size, generator.grid.q_block, generator.grid.k_block), generator.pattern, size.group)
+        # Chosen by an estimate or by the caller, lists are lists.
+        pattern = Given(_LISTED) if generator.adaptive else generator.pattern
+        return Blocks(grid_of(size, generator.grid.q_block, generator.grid.k_block), pattern, size.group)
     return Sinks(3) if isinstance(generator, Sinks) else generator
 
 

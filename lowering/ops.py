@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dilcompile.errors import KernelError
+from dilcompile.errors import FormError, KernelError
 from dilcompile.lowering import reference, transforms
 from dilcompile.lowering.call import (
     Call,
@@ -22,13 +22,15 @@ from dilcompile.lowering.call import (
     relation_of,
 )
 from dilcompile.lowering.pairs import Pairs
-from dilcompile.relation import Problem
+from dilcompile.lowering.selection import Selection, adaptive_blocks, select_blocks
+from dilcompile.relation import Problem, Relation
 
 _OPERANDS = (
     "Tensor q, Tensor k, Tensor v, Tensor? key_padding, Tensor? documents, Tensor? bias, Tensor? dropout_seed, str form, "
     "bool is_causal, int? window_left, int? window_right, SymInt q_offset, float scale, float? softcap, float dropout_p, "
     "str? kernel, Tensor? q_start=None, Tensor? row_limits=None, Tensor? row_terms=None, Tensor? key_terms=None, "
-    "str? pairs=None, bool flat=False, bool narrow=False, Tensor? pages=None, SymInt? k_len=None, bool exact_lse=True"
+    "str? pairs=None, bool flat=False, bool narrow=False, Tensor? pages=None, SymInt? k_len=None, bool exact_lse=True, "
+    "Tensor? block_columns=None, Tensor? block_counts=None"
 )
 
 
@@ -60,6 +62,8 @@ def attention(
     pages: Tensor | None = None,
     k_len: int | None = None,
     exact_lse: bool = True,
+    block_columns: Tensor | None = None,
+    block_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the relation that ``form`` means here.
 
@@ -75,6 +79,7 @@ def attention(
         flat, narrow: see ``Call``.
         pages: see ``Call``; k_len: Sk, needed with pages and given with nothing else.
         exact_lse: see ``Call``; where gradients are recorded it is exact in any case.
+        block_columns, block_counts: the lists of ``Selection`` that stand for ``given`` in the form's pattern.
         row_terms, key_terms, pairs: the formula over pairs and its terms, see ``Pairs``.
 
     Returns:
@@ -91,7 +96,7 @@ def attention(
     call = _call(
         scaled, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
         scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs, flat, narrow, pages=pages, k_len=k_len,
-        exact_lse=exact_lse,
+        exact_lse=exact_lse, given=_given(block_columns, block_counts),
     )  # fmt: skip
     out, lse = select(call, kernel).forward(call)
     of_output = output_scale(form_of(form), call.problem.k_len)
@@ -138,6 +143,8 @@ def attention_backward(
     pages: Tensor | None = None,
     k_len: int | None = None,
     exact_lse: bool = True,
+    block_columns: Tensor | None = None,
+    block_counts: Tensor | None = None,
     bias_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v [as their operand, laid out [B, S, H, D]] and of the bias (an empty tensor without one)."""
@@ -154,6 +161,7 @@ def attention_backward(
     call = _call(
         scaled, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
         scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs, flat, narrow, bias_grad,
+        given=_given(block_columns, block_counts),
     )  # fmt: skip
     of_output = output_scale(form_of(form), k.shape[2])
     if of_output != 1.0:
@@ -222,6 +230,7 @@ def _call(
     pages: Tensor | None = None,
     k_len: int | None = None,
     exact_lse: bool = True,
+    given: Selection | None = None,
 ) -> Call:
     first = q_offset if q_start is None else q_offset + int(q_start)
     assert (pages is None) == (k_len is None), "pages and k_len, the length in positions, come together"
@@ -237,12 +246,26 @@ def _call(
         assert row_terms is not None, "a formula over pairs needs its rows' terms"
         assert key_terms is not None, "a formula over pairs needs its keys' terms"
         formula = Pairs(pairs, row_terms, key_terms)
+    relation = relation_of(form_of(form), problem)
+    _refuse_to_select(relation, documents is not None, pages is not None)
+    selection = select_blocks(relation, q, k, key_padding, scale, softcap, given)
     return Call(
-        q, k, v, key_padding, documents, bias, dropout_seed, relation_of(form_of(form), problem),
+        q, k, v, key_padding, documents, bias, dropout_seed, relation,
         scale, softcap, dropout_p, merge_grad(form_of(form)), row_limits, formula, flat, narrow, bias_grad, pages,
         # In q's own dtype is exact where scores are not wider.
-        exact_lse or q.dtype in (torch.float32, torch.float64),
+        exact_lse or q.dtype in (torch.float32, torch.float64), selection,
     )  # fmt: skip
+
+
+def _given(columns: Tensor | None, counts: Tensor | None) -> Selection | None:
+    assert (columns is None) == (counts is None), "block_columns and block_counts come together"
+    return None if columns is None or counts is None else Selection(columns, counts)
+
+
+def _refuse_to_select(relation: Relation, documents: bool, pages: bool) -> None:
+    if (documents or pages) and adaptive_blocks(relation) is not None:
+        came, cure = ("packed documents", "a pattern without data") if documents else ("pages", "k and v in one piece")
+        raise FormError(f"{relation} chooses blocks from the data, over whole sequences, but {came} came; give {cure}")
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
@@ -281,7 +304,7 @@ def _(
 
 
 # Where the backward's last argument stands among those after the bias.
-_BIAS_GRAD = 20
+_BIAS_GRAD = 22
 
 
 def _register_autocast() -> torch.library.Library:

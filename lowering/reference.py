@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dilcompile.lowering.call import Call, Gradients, empty_output
 from dilcompile.lowering.dropout import keep_factor
-from dilcompile.relation import Relation
+from dilcompile.lowering.selection import Selection, adaptive_blocks
+from dilcompile.relation import Relation, grid_of
 
 TAKES_ROW_MASKS = True
 LEAST_ROWS = 0  # it is the one that takes every call
@@ -110,7 +111,17 @@ def _chunk(call: Call, b: int, rows: slice, k: Tensor, v: Tensor) -> _Chunk:
     if call.dropout_p > 0 and call.dropout_seed is not None:
         where = torch.tensor(b, device=device)
         keep = keep_factor(call.dropout_seed, where, h, t, keys, call.dropout_p, call.score_dtype)
-    return _Chunk(b, rows, q, k, v, scores, slope, _counts(call, b, h, t, keys, _by_row(call, b, rows, keys)), keep)
+    visible = _by_row(call, b, rows, keys)
+    if call.selection is not None:
+        visible = visible & _selected(call, call.selection, b, t, keys)
+    return _Chunk(b, rows, q, k, v, scores, slope, _counts(call, b, h, t, keys, visible), keep)
+
+
+def _selected(call: Call, selection: Selection, b: int, t: Tensor, k: Tensor) -> Tensor:
+    """The pairs [H or 1, R, K] in the selected blocks."""
+    blocks = adaptive_blocks(call.relation)
+    assert blocks is not None, "a selection is made for blocks"
+    return selection.contains(b, t, k, grid_of(call.problem, blocks.grid.q_block, blocks.grid.k_block))
 
 
 def _by_row(call: Call, b: int, rows: slice, k: Tensor) -> Tensor:

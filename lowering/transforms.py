@@ -18,8 +18,8 @@ from dilcompile.errors import DilcompileError
 
 # Among the operands of ``attention``: where the tensors end, where the ones with a default begin and end, the bias, dropout_p.
 TENSORS, MORE, LAST, BIAS, DROPOUT = 7, 16, 20, 5, 14
-# Where ``exact_lse`` stands, the last of them.
-EXACT_LSE = 25
+# Where ``exact_lse`` stands, and where the lists of blocks begin, which end the operands.
+EXACT_LSE, LISTS = 25, 26
 # The operands of ``attention_backward`` that come before those of ``attention``.
 UPSTREAM = 4
 
@@ -33,24 +33,27 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, keyset: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         """See ``attention``."""
         # The gradient is made from the LSE.
-        out, lse = _next_level(torch.ops.dilcompile.attention.default, keyset, inputs[:EXACT_LSE])
+        lists = inputs[LISTS:]
+        exact = (True, *lists) if lists else ()
+        out, lse = _next_level(torch.ops.dilcompile.attention.default, keyset, (*inputs[:EXACT_LSE], *exact))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:TENSORS], *inputs[MORE:LAST], out, lse)
-        ctx.options, ctx.last = inputs[TENSORS:MORE], inputs[LAST:]
+        ctx.save_for_backward(*lists, *inputs[:TENSORS], *inputs[MORE:LAST], out, lse)
+        ctx.options, ctx.last, ctx.num_lists = inputs[TENSORS:MORE], inputs[LAST:LISTS], len(lists)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v and the bias."""
         *operands, out, lse = ctx.saved_tensors
+        lists, operands = operands[: ctx.num_lists], operands[ctx.num_lists :]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         operands, more = operands[:TENSORS], operands[TENSORS:]
         # The keyset stands before the inputs.
         bias_grad = ctx.needs_input_grad[1 + BIAS]
         grads = torch.ops.dilcompile.attention_backward(
-            grad_out, grad_lse, out, lse, *operands, *ctx.options, *more, *ctx.last, bias_grad=bias_grad
+            grad_out, grad_lse, out, lse, *operands, *ctx.options, *more, *ctx.last, *lists, bias_grad=bias_grad
         )
-        without = [None] * (len(ctx.options) + len(more) + len(ctx.last))
+        without = [None] * (len(ctx.options) + len(more) + len(ctx.last) + len(lists))
         return (None, *grads[:3], None, None, grads[3] if bias_grad else None, None, *without)
 
     @staticmethod

@@ -24,6 +24,7 @@ from dilcompile.errors import DilcompileWarning
 from dilcompile.lowering import aten_flash, digest, probing, reference, verdicts
 from dilcompile.lowering.call import Call, Kernel, empty_output
 from dilcompile.lowering.miniature import kinds, miniature
+from dilcompile.lowering.selection import Selection
 from dilcompile.lowering.verdicts import Verdict
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ def class_of(call: Call) -> tuple[object, ...]:
         call.dropout_p > 0,
         call.flat,
         call.exact_lse,
+        None if call.selection is None else tuple(length > 1 for length in call.selection.columns.shape[:2]),
         call.merge_grad,
         _chosen_by_user(q),
     )
@@ -205,7 +207,8 @@ def _exact(call: Call) -> Call:
     operands = {field.name: getattr(call, field.name) for field in fields(call)}
     tensors = {name: moved(held) for name, held in operands.items() if isinstance(held, Tensor)}
     pairs = None if call.pairs is None else replace(call.pairs, rows=call.pairs.rows.cpu(), keys=call.pairs.keys.cpu())
-    return replace(call, **tensors, pairs=pairs)  # type: ignore[arg-type]
+    selection = None if call.selection is None else Selection(*(x.cpu() for x in call.selection))
+    return replace(call, **tensors, pairs=pairs, selection=selection)  # type: ignore[arg-type]
 
 
 def _compare(kernel: Kernel, small: Call) -> Verdict:

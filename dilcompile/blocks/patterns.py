@@ -32,6 +32,9 @@ class Pattern(Protocol):
     def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
         """Bool over the broadcast of the int64 tensors ``h`` (query head), ``i`` (block row) and ``j`` (block column)."""
 
+    def __hash__(self) -> int:
+        """Patterns are values."""
+
     def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
         """The blocks of these rows (ascending) as ``row * columns + column``, ascending, each once."""
 

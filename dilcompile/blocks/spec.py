@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from dilcompile.blocks.adaptive import ESTIMATORS, Given, Scored
 from dilcompile.blocks.patterns import (
     AllOf,
     AnyOf,
@@ -33,7 +34,8 @@ class _Kind:
     """A named pattern.
 
     Args:
-        options: the least value of each whole-number option; for a list of them ``[least]``; ``bool`` for a truth.
+        options: the least value of each whole-number option; for a list of them ``[least]``; ``bool`` for a truth, ``float`` for
+            a share, a tuple for one of its words.
         required: those without a default.
         build: the pattern of the options that are given.
         wrong: what is wrong with options that are right one by one, or None.
@@ -63,6 +65,10 @@ def _hierarchical(spans: tuple[int, ...], heads: tuple[int, ...] = ()) -> Patter
 
 def _random(blocks: int, seed: int = 0, by_head: bool = False) -> Pattern:
     return Random(blocks, seed, by_head)
+
+
+def _mass(estimator: str, mass: float, most: int) -> Pattern:
+    return Scored(estimator, most, mass)
 
 
 def _not_nested(spans: tuple[int, ...], heads: tuple[int, ...] = ()) -> str | None:
@@ -102,6 +108,11 @@ KINDS: dict[str, _Kind] = {
     "random": _Kind({"blocks": 0, "seed": 0, "by_head": bool}, ("blocks",), _random),
     "document": _Kind({"lengths": [1]}, (), lambda lengths=(): Document(lengths)),
     "explicit": _Kind({"starts": [0], "columns": [0]}, ("starts", "columns"), Explicit, _not_rows),
+    "topk": _Kind(
+        {"estimator": ESTIMATORS, "blocks": 1}, ("estimator", "blocks"), lambda estimator, blocks: Scored(estimator, blocks)
+    ),
+    "mass": _Kind({"estimator": ESTIMATORS, "mass": float, "most": 1}, ("estimator", "mass", "most"), _mass),
+    "given": _Kind({"most": 1}, ("most",), Given),
     "bigbird": _Kind({"local": 0, "columns": 0, "rows": 0, "random": 0, "seed": 0}, (), _bigbird),
     "longformer": _Kind({"local": 0, "columns": 0, "rows": 0}, (), _longformer),
 }
@@ -143,6 +154,12 @@ def _problems_of_options(kind: _Kind, options: object, at: Place) -> list[Option
 def _problems_of_value(value: object, wanted: Any, at: Place) -> list[OptionProblem]:
     if wanted is bool:
         return [] if isinstance(value, bool) else [OptionProblem(at, f"must be true or false, not {value!r}")]
+    if wanted is float:
+        right = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+        return [] if right else [OptionProblem(at, f"must be a share above 0 and at most 1, not {value!r}")]
+    if isinstance(wanted, tuple):
+        near = hint(value, wanted) if isinstance(value, str) else ""
+        return [] if value in wanted else [OptionProblem(at, f"must be one of {', '.join(wanted)}, not {value!r}{near}")]
     if isinstance(wanted, list):
         if not isinstance(value, (list, tuple)):
             return [OptionProblem(at, f"must be a list of whole numbers, not {value!r}")]

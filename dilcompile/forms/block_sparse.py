@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from dilcompile.blocks.adaptive import Scored, certain, is_adaptive, is_given, leaves
 from dilcompile.blocks.coverage import first_without_keys
 from dilcompile.blocks.patterns import alike_in_heads
 from dilcompile.blocks.spec import Spec, frozen, has_lengths, pattern_of, plain, problems_of
@@ -30,6 +31,7 @@ class BlockSparse(Form):
     Args:
         block: positions in a block, 16 to 256; or two numbers, queries and keys.
         pattern: ``{name: {option: value}}``, or ``{any: [...]}`` and ``{all: [...]}`` of patterns; see ``dilcompile.blocks``.
+            ``topk`` and ``mass`` choose blocks from the queries and keys of each call.
         coverage: ``require``: a pattern that leaves a query without keys is an error; ``zero``: such queries give 0.
 
     Raises:
@@ -79,6 +81,7 @@ class BlockSparse(Form):
         return Relation(problem, (Term(blocks),))
 
     def _require_keys(self, blocks: Blocks, problem: Problem) -> None:
+        blocks = replace(blocks, pattern=certain(blocks.pattern))
         # Mostly each query sees itself in every head, and 32 heads need not be listed to know it.
         shared = replace(blocks, pattern=alike_in_heads(blocks.pattern))
         if first_without_keys(shared.lists(0, blocks.grid), blocks.grid) is None:
@@ -98,10 +101,14 @@ class BlockSparse(Form):
         """The pairs as FlexAttention's BlockMask, the problem's own mask among them; for one batch row.
 
         Raises:
-            FormError: if query row 0 stands before key 0, or inside a block.
+            FormError: if query row 0 stands before key 0, or inside a block, or if blocks depend on the data.
         """
         from dilcompile.blocks.block_mask import to_block_mask
 
+        if is_adaptive(pattern_of(self._spec())):
+            raise FormError(
+                f"pattern {plain(self.pattern)!r} chooses blocks from the data; dilcompile.functional.select_blocks says which"
+            )
         if problem.q_offset < 0:
             raise FormError(f"query row 0 stands at position {problem.q_offset}: the queries before key 0 are in no block")
         return to_block_mask(pattern_of(self._spec()), grid_of(problem, *self.sizes), problem.heads, device)
@@ -147,7 +154,22 @@ class BlockSparse(Form):
                 "its sequences are packed documents, each with blocks of its own: lengths in the pattern would cut every one of "
                 "them anew; give `document: {}`, which takes the site's"
             )
+        pattern = pattern_of(self._spec())
+        if is_given(pattern):
+            return "the blocks of `given` come with a call of dilcompile.functional.attention; a model's own attention has none"
+        if site.mask.documents and is_adaptive(pattern):
+            return "its sequences are packed documents, but blocks are estimated over whole ones: give a pattern without data"
         return cross_site(site) or unread_mask(site)
+
+    def notes(self, site: AttentionSite) -> tuple[str, ...]:
+        """What is estimated, and that counts are bounds."""
+        found = dict.fromkeys(leaf.estimator for leaf in leaves(pattern_of(self._spec())) if isinstance(leaf, Scored))
+        if not found:
+            return ()
+        return (
+            f"the blocks are estimated from queries and keys in each call ({', '.join(found)}): pairs and FLOPs are what may be "
+            "computed at most",
+        )
 
     def __str__(self) -> str:
         coverage = "" if self.coverage == "require" else f", coverage={self.coverage!r}"

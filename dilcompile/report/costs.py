@@ -22,7 +22,8 @@ class Costs:
     Args:
         pairs_all: Sq x Sk of every head and batch row.
         pairs_mask: of these, what the model's own mask lets through.
-        pairs_form: the exact sum of multiplicities of the decided relation; ``pairs_mask`` for a site that is kept.
+        pairs_form: the exact sum of multiplicities of the decided relation, or the most that there may be (``is_bound``);
+            ``pairs_mask`` for a site that is kept.
         flops_before, flops_after: 2 (D + Dv) a pair of ``pairs_mask``, of ``pairs_form``.
         operand_bytes: q, k, v and the output.
         scores_bytes: the S x S scores in the softmax's dtype that the model writes out and the rewritten site does not hold.
@@ -69,6 +70,12 @@ def costs_of(verdict: Decision | Rejection) -> Costs | None:
         scores_bytes=_scores_bytes(site, problem) if rewritten else 0,
         mask_bytes=_mask_bytes(site, problem) if rewritten else 0,
     )
+
+
+def is_bound(decision: Decision) -> bool:
+    """Does the data choose, so that ``pairs_form`` is what may be computed at most?"""
+    problem = problem_of(decision.site)
+    return problem is not None and problem_with(decision) is None and decision.form.relation(problem).is_bound
 
 
 def problem_with(verdict: Decision | Rejection) -> str | None:

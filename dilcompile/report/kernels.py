@@ -172,6 +172,7 @@ def _call(form: Form, size: Problem, traits: _Traits) -> Call:
     """The call as the site will make it, with operands that hold no data."""
     from dilcompile.lowering.call import Call, merge_grad
     from dilcompile.lowering.pairs import Pairs
+    from dilcompile.lowering.selection import select_blocks
 
     def operand(*shape: int, of: torch.dtype = traits.dtype) -> Tensor:
         return torch.empty(shape, dtype=of, device=traits.device)
@@ -179,15 +180,18 @@ def _call(form: Form, size: Problem, traits: _Traits) -> Call:
     def terms(length: int) -> Tensor:
         return operand(1, 1, length, of=torch.int64)
 
+    q = operand(size.batch, size.heads, size.q_len, size.head_dim)
+    k = operand(size.batch, size.kv_heads, size.k_len, size.head_dim)
+    relation = form.relation(size)
     return Call(
-        q=operand(size.batch, size.heads, size.q_len, size.head_dim),
-        k=operand(size.batch, size.kv_heads, size.k_len, size.head_dim),
+        q=q,
+        k=k,
         v=operand(size.batch, size.kv_heads, size.k_len, size.v_dim),
         key_padding=operand(size.batch, size.k_len, of=torch.bool) if traits.padding else None,
         documents=operand(size.batch, size.k_len, of=torch.int64) if traits.documents else None,
         bias=operand(size.batch, size.heads, size.q_len, size.k_len) if traits.bias else None,
         dropout_seed=operand(1, of=torch.int64) if traits.dropout_p > 0 else None,
-        relation=form.relation(size),
+        relation=relation,
         scale=traits.scale,
         softcap=traits.softcap,
         dropout_p=traits.dropout_p,
@@ -195,4 +199,5 @@ def _call(form: Form, size: Problem, traits: _Traits) -> Call:
         row_limits=operand(2, 1, size.q_len, of=torch.int64) if traits.limits else None,
         pairs=Pairs("g0", terms(size.q_len), terms(size.k_len)) if traits.pairs else None,
         narrow=traits.narrow,
+        selection=select_blocks(relation, q, k),
     )

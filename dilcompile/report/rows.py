@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from dilcompile.decision import Decision, Rejection
 from dilcompile.report import units
-from dilcompile.report.costs import Costs, costs_of, problem_with
+from dilcompile.report.costs import Costs, costs_of, is_bound, problem_with
 from dilcompile.report.kernels import Choice, kernel_of
 from dilcompile.report.lengths import shown
 from dilcompile.site import AttentionSite
@@ -112,7 +112,7 @@ def row_of(verdict: Decision | Rejection) -> Row:
         becomes=(str(verdict.form), _rule(verdict.rule)),
         kernel=_by(choice),
         numbers=verdict.fidelity,
-        pairs=_pairs(costs),
+        pairs=_pairs(costs, is_bound(verdict)),
         flops=("", "") if costs is None else (units.count(costs.flops_before), f"-> {units.count(costs.flops_after)}"),
         memory=_memory(costs),
         notes=(*notes, *verdict.notes),
@@ -169,10 +169,11 @@ def besides(site: AttentionSite) -> str:
     return ", ".join(part for part in (scale, multipliers, softcap, bias, sinks, dropout) if part)
 
 
-def _pairs(costs: Costs | None) -> tuple[str, str]:
+def _pairs(costs: Costs | None, bound: bool) -> tuple[str, str]:
     if costs is None:
         return ("", "")
-    return (f"{units.percent(costs.density_of_mask)} of mask", f"{units.percent(costs.density_of_all)} of all")
+    most = "at most " if bound else ""
+    return (f"{most}{units.percent(costs.density_of_mask)} of mask", f"{most}{units.percent(costs.density_of_all)} of all")
 
 
 def _memory(costs: Costs | None) -> tuple[str, str]:

@@ -30,6 +30,7 @@ from dilcompile.lowering.native.build import (
     library,
     made_from,
 )
+from dilcompile.lowering.selection import Selection, adaptive_blocks
 from dilcompile.lowering.union import beyond_union
 from dilcompile.relation import Problem, Relation, grid_of
 
@@ -111,7 +112,8 @@ class _Bound(NamedTuple):
 
 
 def _bind(call: Call, out: Tensor, lse: Tensor) -> _Bound:
-    size, terms = call.problem, _terms(call.relation, call.documents is not None)
+    size = call.problem
+    terms = _terms(call.relation, call.documents is not None) if call.selection is None else _selected(call, call.selection)
     q, k, v = (_dense_rows(x) for x in (call.q, call.k, call.v))
     padding = call.key_padding
     documents = None if call.documents is None else call.documents.to(torch.int64).contiguous()
@@ -167,6 +169,23 @@ def _terms(relation: Relation, by_document: bool) -> _Terms:
             assert isinstance(generator, Sinks), generator
             struct.kind, struct.count = 3, generator.count
     return _Terms(structs, tuple(kept))
+
+
+def _selected(call: Call, selection: Selection) -> _Terms:
+    """The one term of a relation of blocks that the data chooses: its lists without the places that are not taken."""
+    blocks, structs = adaptive_blocks(call.relation), (TermStruct * 1)()
+    assert blocks is not None, "a selection is made for blocks"
+    there = torch.arange(selection.capacity) < selection.counts[..., None]
+    columns = selection.columns[there].to(torch.int64)
+    ends = selection.counts.flatten().cumsum(0, dtype=torch.int64).view(selection.counts.shape)
+    starts = torch.cat([ends[..., :1] - selection.counts[..., :1], ends], -1).contiguous()
+    batch, heads, lines = selection.counts.shape
+    struct = structs[0]
+    struct.kind, struct.q_block, struct.k_block = 4, blocks.grid.q_block, blocks.grid.k_block
+    struct.first_line, struct.lines, struct.lists = max(0, call.problem.q_offset) // blocks.grid.q_block, lines, heads
+    struct.batch_lists = heads if batch > 1 else 0
+    struct.starts, struct.columns = starts.data_ptr(), columns.data_ptr()
+    return _Terms(structs, (starts, columns))
 
 
 def _least_draw(dropout_p: float) -> int:

@@ -51,7 +51,7 @@ class TermStruct(Structure):
     _fields_ = [
         *_fields(c_int64, "kind dedupe length rate head_start head_stop"),
         ("residues", c_void_p),
-        *_fields(c_int64, "left right step count q_block k_block first_line lines lists"),
+        *_fields(c_int64, "left right step count q_block k_block first_line lines lists batch_lists"),
         *_fields(c_void_p, "starts columns"),
     ]
 

@@ -28,8 +28,8 @@ struct Term {
   int64_t left, right, step;                    // window
   int64_t count;                                // sinks
   // Blocks: the columns of line n of list l are columns[starts[l * (lines + 1) + n]] to before the next start; one list for each
-  // query head, or one for all.
-  int64_t q_block, k_block, first_line, lines, lists;
+  // query head, or one for all; batch_lists: from one batch row's lists to the next one's, 0: all have the same.
+  int64_t q_block, k_block, first_line, lines, lists, batch_lists;
   const int64_t* starts;
   const int64_t* columns;
 };

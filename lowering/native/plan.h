@@ -406,7 +406,7 @@ class Plan {
   std::pair<int64_t, int64_t> line_of(const Term& term, const Lane& lane) const {
     int64_t line = floor_to(lane.position, term.q_block) / term.q_block - term.first_line;
     if (line < 0 || line >= term.lines) return {0, 0};
-    int64_t list = term.lists > 1 ? span_.kv_head * per_key_head_ + lane.head : 0;
+    int64_t list = span_.batch * term.batch_lists + (term.lists > 1 ? span_.kv_head * per_key_head_ + lane.head : 0);
     const int64_t* start = term.starts + list * (term.lines + 1) + line;
     return {start[0], start[1]};
   }
