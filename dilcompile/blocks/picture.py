@@ -198,9 +198,10 @@ def _legend(cells: Cells) -> list[tuple[str, float, str]]:
     if cells.unit == "pair":
         found = [("full", 1.0, "all pairs"), ("partial", 1.0, "some pairs")]
     most = max((halving for halving, _ in shades), default=0)
+    shaded = "full" if any(mix for halving, mix in shades if halving) else "partial"
     for halving in sorted({halving for halving in (1, 2, 4, 6, _HALVINGS) if halving <= most} | ({most} if most else set())):
         words = f"1/{1 << halving}" if halving < _HALVINGS else f"under 1/{1 << (_HALVINGS - 1)}"
-        found.append(("full", _opacity(halving), words))
+        found.append((shaded, _opacity(halving), words))
     if most:
         found.append(("", 0.0, "of a cell"))
     return found
