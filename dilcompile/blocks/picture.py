@@ -11,13 +11,13 @@ from dilcompile.progression import Positions
 
 # For a page that holds pictures; a picture that stands alone carries it in itself.
 STYLE = """
-.pairs { --full: #2a56c6; --partial: #ee9d3d; --empty: #eef0f4; --edge: #9aa3ad; --ink: #1b1f24; --soft: #5c6670; }
-@media (prefers-color-scheme: dark) { .pairs {
-  --full: #86abff; --partial: #d98324; --empty: #262b31; --edge: #5d6771; --ink: #e6e9ec; --soft: #98a2ac; } }
+.pairs { --full: #2a56c6; --partial: #ee9d3d; --empty: #eef0f4; --edge: #9aa3ad; --ink: #1b1f24; --soft: #5c6670; --back: #fff; }
+@media (prefers-color-scheme: dark) { .pairs { --full: #86abff; --partial: #d98324; --empty: #262b31; --edge: #5d6771;
+  --ink: #e6e9ec; --soft: #98a2ac; --back: #1c2024; } }
 .pairs text { font: 11px system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; fill: var(--soft); }
 .pairs .head { font-size: 12.5px; font-weight: 600; fill: var(--ink); }
 .pairs .full { fill: var(--full); } .pairs .partial { fill: var(--partial); } .pairs .empty { fill: var(--empty); }
-.pairs .edge { fill: none; stroke: var(--edge); }
+.pairs .back { fill: var(--back); } .pairs .edge { fill: none; stroke: var(--edge); }
 """.strip()
 
 _SPAN = 320
@@ -53,7 +53,7 @@ def svg(cells: Cells, title: str, lines: Sequence[str], name: str, alone: bool =
         f'<svg{space} class="pairs" role="img" aria-labelledby="{name}-title {name}-desc" width="{wide:g}" height="{tall:g}" '
         f'viewBox="0 0 {wide:g} {tall:g}">',
         f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(described)}</desc>',
-        *([f"<style>{STYLE}</style>"] if alone else []),
+        *([f'<style>{STYLE}</style>\n<rect class="back" width="{wide:g}" height="{tall:g}"/>'] if alone else []),
         f'<text class="head" x="6" y="{_LINE}">{escape(title)}</text>',
         *(f'<text x="6" y="{_LINE * (2 + n)}">{escape(line)}</text>' for n, line in enumerate(lines)),
         *_axes(cells, (left, top), (across, down)),

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from dilcompile.blocks.coverage import first_without_keys
+from dilcompile.blocks.grid import Grid
+from dilcompile.blocks.impossible import first_unmet, holds_nothing, listed_beyond
 from dilcompile.blocks.patterns import alike_in_heads
 from dilcompile.blocks.spec import Spec, frozen, has_lengths, pattern_of, plain, problems_of
 from dilcompile.errors import FormError, OptionProblem
-from dilcompile.forms.base import Form, Says, cross_site, not_integer, not_one_of, unread_mask
+from dilcompile.forms.base import Form, Says, Unmet, cross_site, not_integer, not_one_of, unread_mask
 from dilcompile.generators import Blocks
 from dilcompile.relation import Problem, Relation, Term, grid_of
 
@@ -141,13 +143,46 @@ class BlockSparse(Form):
         return "approximate"
 
     def reject(self, site: AttentionSite) -> str | None:
-        """A mask that could not be read; cross attention, whose two axes have no common positions; documents said twice."""
+        """A mask that could not be read; cross attention, whose two axes have no common positions; documents said twice; a pattern
+        that shows no query any key."""
         if site.mask.documents and has_lengths(self._spec()):
             return (
                 "its sequences are packed documents, each with blocks of its own: lengths in the pattern would cut every one of "
                 "them anew; give `document: {}`, which takes the site's"
             )
-        return cross_site(site) or unread_mask(site)
+        never = self.unmet(site.mask.causal) if self.coverage == "zero" else None
+        return cross_site(site) or unread_mask(site) or (None if never is None else never.reason)
+
+    def unmet(self, causal: bool) -> Unmet | None:
+        """A pattern without any block; under ``coverage: require`` one that leaves a query without keys at each length that has it."""
+        sees = "that a causal query sees a key in" if causal else "at all"
+        if holds_nothing(self._spec(), self.sizes, causal):
+            return Unmet(
+                0,
+                f"its pattern {plain(self.pattern)!r} holds no block {sees}, so that every output would be 0; name blocks that "
+                "are there, such as {local: {}} under `any`",
+            )
+        position = first_unmet(self._spec(), self.sizes, causal) if self.coverage == "require" else None
+        if position is None:
+            return None
+        return Unmet(
+            position,
+            f"its pattern {plain(self.pattern)!r} leaves the query at position {position} (block row {position // self.sizes[0]}) "
+            "without any key; add {local: {}} under `any`, so that each query sees itself, or accept zeros with coverage: zero",
+        )
+
+    def notes(self, site: AttentionSite) -> tuple[str, ...]:
+        """Blocks of a list that the site's lengths don't have; no pair at these lengths."""
+        if not isinstance(site.q_len, int) or not isinstance(site.k_len, int) or site.phase == "decode" or site.mask.documents:
+            return ()
+        grid = Grid(*self.sizes, 0, site.k_len, site.k_len, site.mask.left, 0 if site.mask.causal else site.mask.right)
+        beyond = listed_beyond(self._spec(), len(grid.rows), grid.columns)
+        if beyond is None:
+            return ()
+        return (
+            f"the pattern lists the block in row {beyond[0]}, column {beyond[1]}, but {site.k_len} positions have "
+            f"{len(grid.rows)} rows and {grid.columns} columns of blocks: what lies beyond is not computed; list blocks of this length",
+        )
 
     def __str__(self) -> str:
         coverage = "" if self.coverage == "require" else f", coverage={self.coverage!r}"
