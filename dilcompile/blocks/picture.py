@@ -87,9 +87,15 @@ def _cell(edges: Positions) -> int:
     return int(max(edges[1:] - edges[:-1], default=1)) or 1
 
 
+def _places(edges: Positions) -> list[float]:
+    """Where each edge is, in whole cells."""
+    found: list[float] = ((edges - edges[0]) / _cell(edges)).round(3).tolist()
+    return found
+
+
 def _extent(edges: Positions) -> float:
     """The length of a line in whole cells."""
-    return round(int(edges[-1] - edges[0]) / _cell(edges), 3) if len(edges) > 1 else 0.0
+    return _places(edges)[-1]
 
 
 def _scale(cells: Cells) -> tuple[float, float]:
@@ -153,15 +159,15 @@ def _opacity(halving: int) -> float:
 def _shapes(cells: Cells) -> Iterable[str]:
     """One path for each shade: the full colour over the partial one, so that a cell of both shows their mean."""
     runs: dict[tuple[int, int], list[str]] = {}
+    lines, columns = _places(cells.q_edges), _places(cells.k_edges)
     for y, row in enumerate(_shades(cells)):
-        height = min(1.0, _extent(cells.q_edges) - y)
         start = 0
         for x in range(1, len(row) + 1):
             if x < len(row) and row[x] == row[start]:
                 continue
             if (shade := row[start]) is not None:
-                width = min(x, _extent(cells.k_edges)) - start
-                runs.setdefault(shade, []).append(f"M{start} {y}h{width:g}v{height:g}h-{width:g}z")
+                width, height = columns[x] - columns[start], lines[y + 1] - lines[y]
+                runs.setdefault(shade, []).append(f"M{columns[start]:g} {lines[y]:g}h{width:g}v{height:g}h-{width:g}z")
             start = x
     for (halving, mix), paths in sorted(runs.items()):
         opacity, full, shape = _opacity(halving), mix / _MIXES, "".join(paths)

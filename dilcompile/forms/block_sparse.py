@@ -176,12 +176,24 @@ class BlockSparse(Form):
         if not isinstance(site.q_len, int) or not isinstance(site.k_len, int) or site.phase == "decode" or site.mask.documents:
             return ()
         grid = Grid(*self.sizes, 0, site.k_len, site.k_len, site.mask.left, 0 if site.mask.causal else site.mask.right)
+        return tuple(note for note in (self._beyond(grid), self._unseen(grid, site.heads)) if note is not None)
+
+    def _beyond(self, grid: Grid) -> str | None:
         beyond = listed_beyond(self._spec(), len(grid.rows), grid.columns)
         if beyond is None:
-            return ()
+            return None
         return (
-            f"the pattern lists the block in row {beyond[0]}, column {beyond[1]}, but {site.k_len} positions have "
-            f"{len(grid.rows)} rows and {grid.columns} columns of blocks: what lies beyond is not computed; list blocks of this length",
+            f"the pattern lists the block in row {beyond[0]}, column {beyond[1]}, but {grid.k_len} positions have "
+            f"{len(grid.rows)} rows and {grid.columns} columns of blocks: what lies beyond is not computed; list blocks of this length"
+        )
+
+    def _unseen(self, grid: Grid, heads: int) -> str | None:
+        blocks = Blocks(grid, pattern_of(self._spec()))
+        if self.coverage == "require" or any(len(blocks.lists(h, grid)) for h in range(heads if blocks.pattern.by_head else 1)):
+            return None
+        return (
+            f"no block of the pattern shows a query any key at {grid.k_len} positions: every output is 0; "
+            "add {local: {}} under `any`"
         )
 
     def __str__(self) -> str:

@@ -160,5 +160,5 @@ def _residues(generator: object) -> tuple[int, ...]:
 def _words(heads: list[int], groups: int) -> str:
     if groups == 1:
         return ""
-    more = f", of {groups} that differ" if groups > MOST_HEADS else ""
+    more = f", of {groups} groups that differ" if groups > MOST_HEADS else ""
     return f"{'head' if len(heads) == 1 else 'heads'} {ranges(heads)}{more}"
