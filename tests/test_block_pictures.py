@@ -68,7 +68,9 @@ def test_a_cell_holds_the_share_of_its_pairs(form: str, length: int, causal: boo
             counted = relation.multiplicity(torch.tensor(head), t, torch.arange(length)).numpy()
             by_row = np.add.reduceat(counted, drawn.q_edges[:-1] - drawn.q_edges[0], axis=0)
             whole = np.multiply.outer(np.diff(drawn.q_edges), np.diff(drawn.k_edges))
-            assert np.allclose(np.minimum(1, np.add.reduceat(by_row, drawn.k_edges[:-1], axis=1) / whole), drawn.full + drawn.partial)
+            assert np.allclose(
+                np.minimum(1, np.add.reduceat(by_row, drawn.k_edges[:-1], axis=1) / whole), drawn.full + drawn.partial
+            )
             assert ((drawn.full == 1) | (drawn.full == 0)).all()
 
 
@@ -115,17 +117,26 @@ def test_an_svg_says_what_it_shows_and_stands_alone_where_asked() -> None:
         root = ElementTree.fromstring(text)
         ids = {part.get("id"): part.text for part in root.iter() if part.get("id")}
         assert root.get("role") == "img"
-        assert [ids[name] for name in (root.get("aria-labelledby") or "").split()] == ["a < b", "Queries down, keys across. c & d"]
+        assert [ids[name] for name in (root.get("aria-labelledby") or "").split()] == [
+            "a < b",
+            "Queries down, keys across. c & d",
+        ]
         assert ("<style>" in text) == alone
         assert "script" not in text
         labels = [part.text for part in root.iter() if part.tag.endswith("text")]
-        assert {"a < b", "c & d", "keys →", "← queries", "0", "64", "128", "200", "full blocks", "blocks with a mask inside"} == {*labels}
+        assert {"a < b", "c & d", "keys →", "← queries", "0", "64", "128", "200", "full blocks", "blocks with a mask inside"} == {
+            *labels
+        }
         assert not any(re.match("1/", label or "") for label in labels), "no share is cut"
 
 
 @pytest.mark.parametrize(
     ("grid", "wide", "tall"),
-    [(Grid(16, 16, 3999, 4000, 4000, right=0), 450, 120), (Grid(256, 256, 0, 40, 40), 500, 460), (Grid(16, 16, 0, 4000, 20), 440, 460)],
+    [
+        (Grid(16, 16, 3999, 4000, 4000, right=0), 450, 120),
+        (Grid(256, 256, 0, 40, 40), 500, 460),
+        (Grid(16, 16, 0, 4000, 20), 440, 460),
+    ],
 )
 def test_a_picture_has_the_size_of_a_picture(grid: Grid, wide: int, tall: int) -> None:
     root = ElementTree.fromstring(picture.svg(cells(Local(1, 0), grid), "t", (), "x"))
@@ -139,7 +150,12 @@ def test_text_pictures() -> None:
     )
     # 64 blocks in 4 cells: half of the diagonal ones at most, an eighth and more, less, nothing.
     drawn = Cells(
-        np.array([0, 1, 2]), np.array([0, 1, 2]), np.array([[0.25, 0.0], [0.1, 0.0]]), np.array([[0.25, 0.125], [0.0, 0.0]]), "block", (4, 4)
+        np.array([0, 1, 2]),
+        np.array([0, 1, 2]),
+        np.array([[0.25, 0.0], [0.1, 0.0]]),
+        np.array([[0.25, 0.125], [0.0, 0.0]]),
+        "block",
+        (4, 4),
     )
     assert picture.text(drawn) == "▓▓▒▒\n░░··"
 

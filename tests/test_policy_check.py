@@ -91,14 +91,18 @@ UNMET: list[tuple[dict[str, Any], Any, str, str | None, str]] = [
 def test_a_pattern_that_no_length_meets(match: dict[str, Any], pattern: Any, coverage: str, verb: str, reason: str) -> None:
     form = {"form": "block_sparse", "block": 16, "pattern": pattern, "coverage": coverage}
     (line,) = findings({"match": match, "apply": form})
-    assert line.startswith(f"error: rule r0 can act on no site: block_sparse can't be {verb} what it matches: its pattern {pattern!r} ")
+    assert line.startswith(
+        f"error: rule r0 can act on no site: block_sparse can't be {verb} what it matches: its pattern {pattern!r} "
+    )
     assert reason in line
 
 
 def test_a_pattern_that_long_sequences_do_not_meet_is_a_warning() -> None:
     form = {"form": "block_sparse", "block": 16, "pattern": LISTED}
     (line,) = findings({"apply": form})
-    assert line.startswith(f"warning: rule r0 can act on no site of more than 32 positions: its pattern {LISTED!r} leaves the query")
+    assert line.startswith(
+        f"warning: rule r0 can act on no site of more than 32 positions: its pattern {LISTED!r} leaves the query"
+    )
     assert findings({"match": {"max_seq": 32}, "apply": form}) == []
 
 
@@ -115,7 +119,9 @@ def test_a_pattern_that_long_sequences_do_not_meet_is_a_warning() -> None:
     ],
 )
 def test_patterns_that_some_length_meets(match: dict[str, Any], pattern: Any, coverage: str) -> None:
-    assert findings({"match": match, "apply": {"form": "block_sparse", "block": 16, "pattern": pattern, "coverage": coverage}}) == []
+    assert (
+        findings({"match": match, "apply": {"form": "block_sparse", "block": 16, "pattern": pattern, "coverage": coverage}}) == []
+    )
 
 
 def test_a_site_is_not_given_a_pattern_that_shows_it_nothing() -> None:

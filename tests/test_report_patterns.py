@@ -44,7 +44,13 @@ def by_pair(size: Problem, block: tuple[int, int], held: Any) -> tuple[float, in
 def test_density_and_counts_reported_are_those_executed(block: Any, length: int, causal: bool, heads: bool, data: Any) -> None:
     queries = data.draw(st.integers(1, length))
     form = BlockSparse(block, BY_HEAD if heads else BLOCKS.pattern)
-    at = {"heads": 4, "kv_heads": 2, "q_len": queries, "k_len": length, "mask": MaskSpec(causal=causal, q_offset=length - queries)}
+    at = {
+        "heads": 4,
+        "kv_heads": 2,
+        "q_len": queries,
+        "k_len": length,
+        "mask": MaskSpec(causal=causal, q_offset=length - queries),
+    }
     (described,) = report(decided(form, **at)).to_dict()["patterns"]  # type: ignore[misc]
     size = Problem(1, 4, 2, queries, length, 64, 64, length - queries, causal)
     generator = form.relation(size).terms[0].generator

@@ -47,9 +47,8 @@ class BlockCount:
 
     def __str__(self) -> str:
         heads = "" if self.heads == 1 else f" in {self.heads} heads"
-        return (
-            f"{self.full:,} full, {self.partial:,} partial and {self.empty:,} empty of {self.rows:,} x {self.columns:,} blocks{heads}"
-        )
+        counts = f"{self.full:,} full, {self.partial:,} partial and {self.empty:,} empty"
+        return f"{counts} of {self.rows:,} x {self.columns:,} blocks{heads}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +58,7 @@ class Cells:
     Args:
         q_edges: int64 [rows + 1]; row n of the cells holds the queries from ``q_edges[n]`` to before ``q_edges[n + 1]``.
         k_edges: int64 [columns + 1], the same of the keys.
-        full, partial: float64 [rows, columns]; which share of a cell is there, without and with a mask inside. Together at most 1.
+        full, partial: float64 [rows, columns]; the share of a cell that is there without and with a mask inside; at most 1 in all.
         unit: what the shares count, ``block``s or ``pair``s.
         held: how many of them there are in a cell, down and across.
     """
@@ -80,15 +79,13 @@ def with_pairs(lists: BlockLists, grid: Grid) -> BlockLists:
 
 
 def cells_of(lists: BlockLists, grid: Grid, most: int = MOST_CELLS) -> Cells:
-    """The blocks of one head, gathered into at most ``most`` x ``most`` cells of equally many blocks (the last of a line: fewer)."""
+    """The blocks of one head in at most ``most`` x ``most`` cells of equally many blocks (the last of a line: fewer)."""
     lines, columns = grid.rows, grid.columns
     down, across = (max(1, -(-number // most)) for number in (len(lines), columns))
     shape = (-(-len(lines) // down), -(-columns // across))
     first = int(lines[0]) if len(lines) else 0
     cell = (lists.owners() - first) // down * shape[1] + lists.blocks // across
-    full, partial = (
-        np.bincount(cell[kept], minlength=shape[0] * shape[1]).reshape(shape) for kept in (lists.full, ~lists.full)
-    )
+    full, partial = (np.bincount(cell[kept], minlength=shape[0] * shape[1]).reshape(shape) for kept in (lists.full, ~lists.full))
     inside = np.multiply.outer(_sizes(len(lines), down), _sizes(columns, across)).reshape(shape)
     return Cells(
         q_edges=np.clip((first + np.append(np.arange(shape[0]) * down, len(lines))) * grid.q_block, grid.q_start, grid.q_stop),

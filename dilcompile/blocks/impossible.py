@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from math import lcm
 from typing import Any
 
@@ -27,7 +28,7 @@ _MOST_ROWS = 2048
 
 
 def first_unmet(spec: Spec, sizes: tuple[int, int], causal: bool) -> int | None:
-    """The first query that the pattern leaves without keys at every length at which it exists; None: there is none, or it is not known.
+    """The first query that the pattern leaves without keys at every length that has it; None: there is none, or it is not known.
 
     Args:
         sizes: queries and keys in a block.
@@ -49,7 +50,7 @@ def listed_beyond(spec: Spec, rows: int, columns: int) -> tuple[int, int] | None
         starts, listed = options.get("starts", ()), options.get("columns", ())
         if name != "explicit":
             continue
-        for row, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+        for row, (start, stop) in enumerate(pairwise(starts)):
             wrong = [column for column in listed[start:stop] if row >= rows or column >= columns]
             if wrong:
                 return row, min(wrong)

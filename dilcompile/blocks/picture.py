@@ -70,7 +70,10 @@ def svg(cells: Cells, title: str, lines: Sequence[str], name: str, alone: bool =
 
 def text(cells: Cells) -> str:
     """The picture in characters, two a cell."""
-    marks = [[_mark(full, partial) for full, partial in zip(*rows, strict=True)] for rows in zip(cells.full, cells.partial, strict=True)]
+    marks = [
+        [_mark(full, partial) for full, partial in zip(*rows, strict=True)]
+        for rows in zip(cells.full, cells.partial, strict=True)
+    ]
     return "\n".join("".join(2 * mark for mark in row) for row in marks)
 
 
@@ -130,21 +133,20 @@ def _axes(cells: Cells, at: tuple[int, int], scale: tuple[float, float]) -> Iter
     yield f'<text x="{left}" y="{top - 20}">keys \N{RIGHTWARDS ARROW}</text>'
     middle = top + down * _extent(cells.q_edges) / 2
     if down * _extent(cells.q_edges) > 6 * _LETTER:
-        yield (
-            f'<text transform="translate(13 {middle:g}) rotate(-90)" text-anchor="middle">'
-            f"\N{LEFTWARDS ARROW} queries</text>"
-        )
+        yield (f'<text transform="translate(13 {middle:g}) rotate(-90)" text-anchor="middle">\N{LEFTWARDS ARROW} queries</text>')
     free = -math.inf
     for position, place in _ticks(cells.k_edges):
         x, half = left + across * place, _LETTER * len(str(position)) / 2
         if x - half > free:
-            yield f'<path class="edge" d="M{x:g} {top - 4}v4"/><text x="{x:g}" y="{top - 7}" text-anchor="middle">{position}</text>'
+            yield f'<path class="edge" d="M{x:g} {top - 4}v4"/>'
+            yield f'<text x="{x:g}" y="{top - 7}" text-anchor="middle">{position}</text>'
             free = x + half + 4
     free = -math.inf
     for position, place in _ticks(cells.q_edges):
         y = top + down * place
         if y - 5 > free:
-            yield f'<path class="edge" d="M{left - 4} {y:g}h4"/><text x="{left - 6}" y="{y + 4:g}" text-anchor="end">{position}</text>'
+            yield f'<path class="edge" d="M{left - 4} {y:g}h4"/>'
+            yield f'<text x="{left - 6}" y="{y + 4:g}" text-anchor="end">{position}</text>'
             free = y + 6
 
 

@@ -143,8 +143,8 @@ class BlockSparse(Form):
         return "approximate"
 
     def reject(self, site: AttentionSite) -> str | None:
-        """A mask that could not be read; cross attention, whose two axes have no common positions; documents said twice; a pattern
-        that shows no query any key."""
+        """A mask that could not be read; cross attention, whose two axes have no common positions; documents said twice; a
+        pattern that shows no query any key."""
         if site.mask.documents and has_lengths(self._spec()):
             return (
                 "its sequences are packed documents, each with blocks of its own: lengths in the pattern would cut every one of "
@@ -154,7 +154,7 @@ class BlockSparse(Form):
         return cross_site(site) or unread_mask(site) or (None if never is None else never.reason)
 
     def unmet(self, causal: bool) -> Unmet | None:
-        """A pattern without any block; under ``coverage: require`` one that leaves a query without keys at each length that has it."""
+        """A pattern without any block; under ``coverage: require`` one that leaves a query without keys wherever it exists."""
         sees = "that a causal query sees a key in" if causal else "at all"
         if holds_nothing(self._spec(), self.sizes, causal):
             return Unmet(
@@ -167,15 +167,17 @@ class BlockSparse(Form):
             return None
         return Unmet(
             position,
-            f"its pattern {plain(self.pattern)!r} leaves the query at position {position} (block row {position // self.sizes[0]}) "
-            "without any key; add {local: {}} under `any`, so that each query sees itself, or accept zeros with coverage: zero",
+            f"its pattern {plain(self.pattern)!r} leaves the query at position {position} (block row "
+            f"{position // self.sizes[0]}) without any key; add {{local: {{}}}} under `any`, so that each query sees itself, or "
+            "accept zeros with coverage: zero",
         )
 
     def notes(self, site: AttentionSite) -> tuple[str, ...]:
         """Blocks of a list that the site's lengths don't have; no pair at these lengths."""
-        if not isinstance(site.q_len, int) or not isinstance(site.k_len, int) or site.phase == "decode" or site.mask.documents:
+        length, mask = site.k_len, site.mask
+        if not isinstance(length, int) or site.phase == "decode" or mask.documents:
             return ()
-        grid = Grid(*self.sizes, 0, site.k_len, site.k_len, site.mask.left, 0 if site.mask.causal else site.mask.right)
+        grid = Grid(*self.sizes, 0, length, length, mask.left, 0 if mask.causal else mask.right)
         return tuple(note for note in (self._beyond(grid), self._unseen(grid, site.heads)) if note is not None)
 
     def _beyond(self, grid: Grid) -> str | None:
@@ -184,7 +186,8 @@ class BlockSparse(Form):
             return None
         return (
             f"the pattern lists the block in row {beyond[0]}, column {beyond[1]}, but {grid.k_len} positions have "
-            f"{len(grid.rows)} rows and {grid.columns} columns of blocks: what lies beyond is not computed; list blocks of this length"
+            f"{len(grid.rows)} rows and {grid.columns} columns of blocks: what lies beyond is not computed; list blocks of this "
+            "length"
         )
 
     def _unseen(self, grid: Grid, heads: int) -> str | None:

@@ -105,7 +105,9 @@ def _unmet(rule: Rule) -> Iterator[Finding]:
     shortest = match.get("min_seq", 1)
     shortest = 1 if shortest == "auto" else shortest
     if shortest > unmet.above:
-        yield Finding("error", f"rule {rule.label} can act on no site: {form.name} can't be computed on what it matches: {unmet.reason}")
+        yield Finding(
+            "error", f"rule {rule.label} can act on no site: {form.name} can't be computed on what it matches: {unmet.reason}"
+        )
     elif match.get("max_seq", math.inf) > unmet.above:
         yield Finding("warning", f"rule {rule.label} can act on no site of more than {unmet.above} positions: {unmet.reason}")
 

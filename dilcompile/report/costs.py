@@ -79,7 +79,7 @@ def problem_with(verdict: Decision | Rejection) -> str | None:
 
 
 def relation_of(verdict: Decision | Rejection) -> Relation | None:
-    """The decided relation at the example's sizes; None for a site that is kept, where a length is not known, or see ``problem_with``."""
+    """The decided relation at the example's sizes; None for a kept site, an unknown length, or what ``problem_with`` tells."""
     found = _bound(verdict)
     return found if isinstance(found, Relation) else None
 

@@ -22,10 +22,10 @@ LENGTH = 768
 BLOCK = 16
 HEAD = f"""# Patterns
 
-Every pattern of `form: block_sparse` with the policy that draws it, at {LENGTH} positions and blocks of {BLOCK}, small enough to see each block; 64
-and more are fast. Rows are queries, columns are keys. In a full block every pair counts; a partial one needs a mask inside, here the causal
-one. The options are those of [block-sparse attention](block_sparse.md). `dilcompile inspect --html report.html` draws the same pictures for the
-sites of a model, at their own lengths, and `--pictures` draws them on the terminal.
+Every pattern of `form: block_sparse` with the policy that draws it, at {LENGTH} positions and blocks of {BLOCK}: small enough to
+see each block (64 and more are fast). Rows are queries, columns are keys. In a full block every pair counts; a partial one needs
+a mask inside, here the causal one. The options are those of [block-sparse attention](block_sparse.md). For the sites of a model, at
+their own lengths, `dilcompile inspect --html report.html` draws the same pictures, and `--pictures` draws them on the terminal.
 
 This page and its pictures are made by `python -m dilcompile.report.gallery docs/patterns.md`."""
 
@@ -85,9 +85,7 @@ GALLERY: dict[str, Entry] = {
         causal=False,
     ),
     "bigbird": Entry("Local on both sides, global, and random.", {"bigbird": {}}, causal=False),
-    "longformer": Entry(
-        "Local on both sides, and global.", {"longformer": {"local": 3, "columns": 1, "rows": 1}}, causal=False
-    ),
+    "longformer": Entry("Local on both sides, and global.", {"longformer": {"local": 3, "columns": 1, "rows": 1}}, causal=False),
     "any": Entry(
         "The blocks of any of the patterns, each once, here under blocks of 16 queries and 32 keys.",
         {"any": [_LOCAL, {"global": {"columns": 1}}, {"strided": {"stride": 6}}]},

@@ -14,7 +14,7 @@ _ROWS_AT_ONCE = 1 << 14
 
 
 def pair_cells(relation: Relation, head: int, most: int = MOST_CELLS) -> Cells | None:
-    """Which share of the pairs of each cell counts under one head, of at most ``most`` x ``most`` cells; None where blocks are involved.
+    """Which share of the pairs counts under one head, in at most ``most`` x ``most`` cells; None where blocks are involved.
 
     A pair that several branches count is there once for each; no cell is more than all there.
     """

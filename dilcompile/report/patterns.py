@@ -100,7 +100,12 @@ def patterns_of(report: Record) -> list[Pattern]:
 
 def _pattern(verdict: Verdict, graph: str) -> Pattern | None:
     relation, costs = relation_of(verdict), costs_of(verdict)
-    if relation is None or costs is None or not isinstance(verdict, Decision) or not (relation.problem.q_len and relation.problem.k_len):
+    if (
+        relation is None
+        or costs is None
+        or not isinstance(verdict, Decision)
+        or not (relation.problem.q_len and relation.problem.k_len)
+    ):
         return None
     site, size = verdict.site, relation.problem
     if verdict.form.name == "dense" and site.mask.left is None and site.mask.right is None:
