@@ -58,7 +58,7 @@ class Cells:
     Args:
         q_edges: int64 [rows + 1]; row n of the cells holds the queries from ``q_edges[n]`` to before ``q_edges[n + 1]``.
         k_edges: int64 [columns + 1], the same of the keys.
-        full, partial: float64 [rows, columns]; the share of a cell that is there without and with a mask inside; at most 1 in all.
+        full, partial: float64 [rows, columns]; the share of a cell that is there without and with a mask inside; at most 1.
         unit: what the shares count, ``block``s or ``pair``s.
         held: how many of them there are in a cell, down and across.
     """
