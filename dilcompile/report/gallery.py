@@ -25,7 +25,7 @@ HEAD = f"""# Patterns
 Every pattern of `form: block_sparse` with the policy that draws it, at {LENGTH} positions and blocks of {BLOCK}: small enough to
 see each block (64 and more are fast). Rows are queries, columns are keys. In a full block every pair counts; a partial one needs
 a mask inside, here the causal one. The options are those of [block-sparse attention](block_sparse.md). For the sites of a model,
-at their own lengths, `dilcompile inspect --html report.html` draws the same pictures, and `--pictures` draws them on the terminal.
+at their own lengths, `dilcompile inspect --html report.html` draws the same pictures; `--pictures` draws them on the terminal.
 
 This page and its pictures are made by `python -m dilcompile.report.gallery docs/patterns.md`."""
 
