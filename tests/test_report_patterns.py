@@ -51,17 +51,33 @@ def test_density_and_counts_reported_are_those_executed(block: Any, length: int,
         "k_len": length,
         "mask": MaskSpec(causal=causal, q_offset=length - queries),
     }
-    (described,) = report(decided(form, **at)).to_dict()["patterns"]  # type: ignore[misc]
+    (described,) = report(decided(form, **at)).patterns
     size = Problem(1, 4, 2, queries, length, 64, 64, length - queries, causal)
     generator = form.relation(size).terms[0].generator
     held = lambda h, i, j: bool(generator.pattern.contains(*map(torch.tensor, (h, i, j)), generator.grid))  # type: ignore[union-attr]  # noqa: E731
     density, full, partial = by_pair(size, form.sizes, held)
-    counted = described["blocks"]
+    counted = described.count
+    assert counted is not None
     share = 1 if heads else 4
-    assert described["density_of_all"] == pytest.approx(density, rel=1e-12)
-    assert (counted["full"] * share, counted["partial"] * share) == (full, partial)
-    assert counted["full"] + counted["partial"] + counted["empty"] == counted["heads"] * counted["rows"] * counted["columns"]
-    assert (counted["heads"], counted["q_block"], counted["k_block"]) == (4 if heads else 1, *form.sizes)
+    assert described.density_of_all == pytest.approx(density, rel=1e-12)
+    assert (counted.full * share, counted.partial * share) == (full, partial)
+    assert (counted.heads, counted.q_block, counted.k_block) == (4 if heads else 1, *form.sizes)
+
+
+def test_json_holds_what_a_pattern_says() -> None:
+    described: Any = report(*layers(2, form=BLOCKS, q_len=64, k_len=64)).to_dict()
+    (pattern,) = described["patterns"]
+    blocks = {"q_block": 16, "k_block": 16, "rows": 4, "columns": 4, "heads": 1, "full": 5, "partial": 4, "empty": 7}
+    assert pattern == {
+        "form": str(BLOCKS),
+        "lengths": "64 x 64 positions",
+        "sites": [{"graph": "0/0", "index": n, "module": f"model.layers.{n}.self_attn"} for n in range(2)],
+        "density_of_mask": pytest.approx((5 * 256 + 4 * 136) / (64 * 65 / 2)),
+        "density_of_all": (5 * 256 + 4 * 136) / 64**2,
+        "blocks": blocks,
+        "unseen": [],
+    }
+    assert [held["blocks"] for held in described["graphs"][0]["sites"]] == [blocks, blocks]
 
 
 def test_sites_of_one_pattern_share_a_picture() -> None:
