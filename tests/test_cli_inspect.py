@@ -99,6 +99,22 @@ def test_html(run: Any, folder: Path) -> None:
     assert "layers.1" in html
 
 
+def test_pictures(run: Any) -> None:
+    assert "██" not in run("inspected:stack", "--policy", "near.yaml").stdout
+    lines = run("inspected:stack", "--policy", "near.yaml", "--pictures").stdout.splitlines()
+    start = lines.index("layers.{0-1}: sliding_window(window=4)")
+    assert lines[start - 1] == ""
+    assert lines[start + 1] == "sliding_window: 22.7 % of all pairs"
+    # Queries down, keys across, one position a cell: a band of four.
+    assert lines[start + 3 : start + 8] == [
+        "██" + "··" * 15,
+        "████" + "··" * 14,
+        "██████" + "··" * 13,
+        "████████" + "··" * 12,
+        "··████████" + "··" * 11,
+    ]
+
+
 def test_no_attention_is_no_failure(run: Any) -> None:
     result = run("inspected:nothing", "--fail-on-miss")
     assert result.exit_code == 0

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from policy_sites import site
 
+from dilcompile.forms import BlockSparse
 from dilcompile.policy import Policy
 from dilcompile.policy.check import check
 from dilcompile.policy.load import PRESETS
+from dilcompile.site import MaskSpec
 
 KEEP = {"form": "keep"}
 
@@ -68,6 +70,64 @@ def test_a_form_that_refuses_all_that_the_rule_matches() -> None:
     (unread,) = findings({"match": {"masked": "other"}, "apply": window})
     assert "its mask could not be read" in unread
     assert findings({"match": {"masked": ["other", "causal"]}, "apply": window}) == []
+
+
+FIXED = {"fixed": {"stride": 4, "offset": 1}}
+LISTED = {"explicit": {"starts": [0, 1, 2], "columns": [0, 0]}}
+SEES_ITSELF = "without any key; add {local: {}} under `any`, so that each query sees itself, or accept zeros with coverage: zero"
+EMPTY = "so that every output would be 0; name blocks that are there, such as {local: {}} under `any`"
+CAUSAL = {"causal": True}
+UNMET: list[tuple[dict[str, Any], Any, str, str | None, str]] = [
+    (CAUSAL, FIXED, "require", "computed on", f"leaves the query at position 0 (block row 0) {SEES_ITSELF}"),
+    ({"masked": "causal"}, {"vertical_slash": {"verticals": [3], "slashes": [2]}}, "require", "computed on", "leaves the query at position 0"),
+    ({"min_seq": 33}, LISTED, "require", "computed on", f"leaves the query at position 32 (block row 2) {SEES_ITSELF}"),
+    (CAUSAL, {"explicit": {"starts": [0, 1], "columns": [1]}}, "zero", "computed on", f"holds no block that a causal query sees a key in, {EMPTY}"),
+    ({}, {"all": [{"fixed": {"stride": 4, "offset": 1}}, {"fixed": {"stride": 6}}]}, "zero", "given to", f"holds no block at all, {EMPTY}"),
+    ({}, {"random": {"blocks": 0}}, "require", "computed on", "holds no block at all"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("match", "pattern", "coverage", "verb", "reason"), UNMET)
+def test_a_pattern_that_no_length_meets(match: dict[str, Any], pattern: Any, coverage: str, verb: str, reason: str) -> None:
+    form = {"form": "block_sparse", "block": 16, "pattern": pattern, "coverage": coverage}
+    (line,) = findings({"match": match, "apply": form})
+    assert line.startswith(
+        f"error: rule r0 can act on no site: block_sparse can't be {verb} what it matches: its pattern {pattern!r} "
+    )
+    assert reason in line
+
+
+def test_a_pattern_that_long_sequences_do_not_meet_is_a_warning() -> None:
+    form = {"form": "block_sparse", "block": 16, "pattern": LISTED}
+    (line,) = findings({"apply": form})
+    assert line.startswith(
+        f"warning: rule r0 can act on no site of more than 32 positions: its pattern {LISTED!r} leaves the query"
+    )
+    assert findings({"match": {"max_seq": 32}, "apply": form}) == []
+
+
+@pytest.mark.parametrize(
+    ("match", "pattern", "coverage"),
+    [
+        ({}, FIXED, "require"),
+        (CAUSAL, FIXED, "zero"),
+        ({**CAUSAL, "phase": "decode"}, FIXED, "require"),
+        (CAUSAL, {"any": [FIXED, {"local": {}}]}, "require"),
+        (CAUSAL, {"any": [FIXED, {"random": {"blocks": 1}}]}, "require"),
+        (CAUSAL, {"all": [{"strided": {"stride": 2}}, {"local": {"before": 5}}]}, "require"),
+        ({}, {"all": [{"fixed": {"stride": 4, "offset": 1}}, {"fixed": {"stride": 6, "offset": 3}}]}, "zero"),
+    ],
+)
+def test_patterns_that_some_length_meets(match: dict[str, Any], pattern: Any, coverage: str) -> None:
+    assert (
+        findings({"match": match, "apply": {"form": "block_sparse", "block": 16, "pattern": pattern, "coverage": coverage}}) == []
+    )
+
+
+def test_a_site_is_not_given_a_pattern_that_shows_it_nothing() -> None:
+    future = BlockSparse(16, {"explicit": {"starts": [0, 1], "columns": [1]}}, "zero")
+    assert "holds no block that a causal query sees a key in" in (future.reject(site()) or "")
+    assert future.reject(site(mask=MaskSpec())) is None
 
 
 def test_shadowed() -> None:

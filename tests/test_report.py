@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dilcompile import DilcompileError
 from dilcompile.decision import Decision, Rejection
-from dilcompile.forms import Dense, Dilated, SlidingWindow
+from dilcompile.forms import BlockSparse, Dense, Dilated, SlidingWindow
 from dilcompile.report import GraphReport, Report, units
 from dilcompile.report.costs import costs_of
 from dilcompile.report.kernels import kernel_of, refusal_of
@@ -332,15 +332,16 @@ SITE_KEYS = {
     "kernel_passed_over": {"type": ["string", "null"]},
     "kernel_remarks": {"type": "array", "items": {"type": "string"}},
     "reason": {"type": ["string", "null"]}, "cure": {"type": ["string", "null"]}, "notes": {"type": "array"},
-    "costs": {"type": ["object", "null"]},
+    "costs": {"type": ["object", "null"]}, "blocks": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/blocks"}]},
 }  # fmt: skip
 COUNT = {"type": "integer", "minimum": 0}
+BLOCKS = closed(dict.fromkeys(("q_block", "k_block", "rows", "columns", "heads", "full", "partial", "empty"), COUNT))
 
 
 # Written out by hand: a change of the keys must change VERSION and this.
 REPORT_SCHEMA = closed({
     "schema": {"const": "dilcompile.report"},
-    "version": {"const": 3},
+    "version": {"const": 4},
     "policy": {"type": "string"},
     "graphs": {"type": "array", "items": closed({
         "graph": {"type": "string"},
@@ -349,13 +350,21 @@ REPORT_SCHEMA = closed({
         "notes": {"type": "array", "items": {"type": "string"}},
         "seconds": {"type": "object", "additionalProperties": {"type": "number"}},
     })},
+    "patterns": {"type": "array", "items": closed({
+        "form": {"type": "string"}, "lengths": {"type": "string"},
+        "sites": {"type": "array", "items": closed({"graph": {"type": "string"}, "index": COUNT, "module": {"type": "string"}})},
+        "density_of_mask": {"type": "number"}, "density_of_all": {"type": "number"},
+        "blocks": SITE_KEYS["blocks"], "unseen": {"type": "array", "items": {"type": "string"}},
+    })},
     "unused_rules": {"type": "array", "items": {"type": "string"}},
     "totals": closed(dict.fromkeys(("sites", "rewritten", "exact", "approximate", "kept", "refused", "misses", "pairs_mask", "pairs_form", "flops_before", "flops_after", "scores_bytes", "mask_bytes", "uncounted"), COUNT)),
-})  # fmt: skip
+}) | {"$defs": {"blocks": BLOCKS}}  # fmt: skip
 
 
-def test_json_has_the_keys_of_version_3() -> None:
-    described = report(decided(), kept(index=1), refused(index=2), decided(q_len=symbolic(64))).to_dict()
+def test_json_has_the_keys_of_version_4() -> None:
+    blocks = BlockSparse(64, {"local": {}})
+    verdicts = (decided(), kept(index=1), refused(index=2), decided(q_len=symbolic(64)), decided(blocks))
+    described = report(*verdicts).to_dict()
     back = json.loads(json.dumps(described, allow_nan=False))
     assert back == described
     jsonschema.validate(back, REPORT_SCHEMA)
@@ -366,7 +375,7 @@ def test_json_has_the_keys_of_version_3() -> None:
     ))  # fmt: skip
     mask = back["graphs"][0]["sites"][0]["mask"]
     assert sorted(mask) == sorted(("words", "text", "formula", "left", "right", "q_offset", "unread", "empty_rows"))
-    assert [held["verdict"] for held in back["graphs"][0]["sites"]] == ["rewritten", "kept", "refused", "rewritten"]
+    assert [held["verdict"] for held in back["graphs"][0]["sites"]] == ["rewritten", "kept", "refused", *["rewritten"] * 2]
 
 
 def test_json_says_of_each_verdict_what_a_program_asks() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from dilcompile.blocks.cells import with_pairs
 from dilcompile.blocks.grid import Flags, Grid
 from dilcompile.blocks.lists import BlockLists, lists_of
 from dilcompile.blocks.patterns import Explicit, Pattern
@@ -77,11 +78,7 @@ def _begins_a_block(grid: Grid) -> None:
 
 
 def _lists(pattern: Pattern, head: int, grid: Grid) -> BlockLists:
-    found = lists_of(pattern.codes(head, grid.rows, grid), grid)
-    # Limits that cross each other (left + right < 0) leave blocks in reach without any pair.
-    some = grid.pairs(found.owners(), found.blocks) > 0
-    starts = np.append(0, np.cumsum(some))[found.starts]
-    return BlockLists(found.lines, starts, found.blocks[some], found.full[some])
+    return with_pairs(lists_of(pattern.codes(head, grid.rows, grid), grid), grid)
 
 
 def _inside(lists: BlockLists, grid: Grid, turned: bool = False) -> Flags:

@@ -261,7 +261,7 @@ class Explicit:
         starts, columns = np.asarray(self.starts, dtype=np.int64), np.asarray(self.columns, dtype=np.int64)
         rows = np.repeat(np.arange(len(starts) - 1, dtype=np.int64), np.diff(starts))
         inside = columns < grid.columns
-        return np.unique(rows[inside] * grid.columns + columns[inside])
+        return _ascending(rows[inside] * grid.columns + columns[inside])
 
 
 @dataclass(frozen=True)
@@ -339,7 +339,13 @@ def alike_in_heads(pattern: Pattern) -> Pattern:
 
 
 def _joined(parts: list[Positions]) -> Positions:
-    found: Positions = np.unique(np.concatenate(parts)) if parts else np.arange(0, dtype=np.int64)
+    return _ascending(np.concatenate(parts)) if parts else np.arange(0, dtype=np.int64)
+
+
+def _ascending(codes: Positions) -> Positions:
+    """The codes ascending, each once. They come nearly sorted: np.unique, which hashes, takes hundreds of times longer."""
+    codes = np.sort(codes, kind="stable")
+    found: Positions = codes[np.append(True, codes[1:] != codes[:-1])[: len(codes)]]
     return found
 
 

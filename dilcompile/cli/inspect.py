@@ -22,6 +22,9 @@ def inspect(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, every site by itself.")] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as one HTML page.")] = None,
+    pictures: Annotated[
+        bool, typer.Option("--pictures", help="Draw which pairs are computed, one picture for each distinct pattern.")
+    ] = False,
     fail_on_miss: Annotated[
         bool,
         typer.Option("--fail-on-miss", help="Exit code 1 if anything that looks like attention was missed, or a site refused."),
@@ -38,7 +41,7 @@ def inspect(
         report = _report(model, policy, html)
     except DilcompileError as error:
         raise failed(error, traceback) from None
-    _show(report, json)
+    _show(report, json, pictures)
     failures = [*report.misses, *(rejection for rejection in report.rejections if not rejection.asked)]
     if fail_on_miss and failures:
         typer.echo(f"{model}: missed or refused: {len(failures)}", err=True)
@@ -65,10 +68,12 @@ def _report(model: str, policy: str | None, html: Path | None) -> Report:
     return report
 
 
-def _show(report: Report, as_json: bool) -> None:
+def _show(report: Report, as_json: bool, pictures: bool) -> None:
     if as_json:
         import json
 
         typer.echo(json.dumps(report.to_dict(), indent=2))
-    else:
-        typer.echo(str(report))
+        return
+    typer.echo(str(report))
+    for pattern in report.patterns if pictures else ():
+        typer.echo(f"\n{pattern}")

@@ -31,6 +31,19 @@ class Says:
         return {**handler(core), self.keyword: self.value}
 
 
+@dataclass(frozen=True)
+class Unmet:
+    """Options that self-attention of more than ``above`` positions can't meet, whatever the model.
+
+    Args:
+        above: 0: no length can.
+        reason: why, and the cure.
+    """
+
+    above: int
+    reason: str
+
+
 Positive = Annotated[int, Says("minimum", 1)]
 NotNegative = Annotated[int, Says("minimum", 0)]
 
@@ -67,6 +80,10 @@ class Form(ABC):
     @abstractmethod
     def reject(self, site: AttentionSite) -> str | None:
         """Why this form can't be given to the site, or None."""
+
+    def unmet(self, causal: bool) -> Unmet | None:
+        """What the options alone say about the lengths that they can't be met at; None where they say nothing."""
+        return None
 
     def notes(self, site: AttentionSite) -> tuple[str, ...]:
         """What a user should know about this form on this site, though it is allowed."""

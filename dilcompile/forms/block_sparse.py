@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from dilcompile.blocks.adaptive import Scored, certain, is_adaptive, is_given, leaves
 from dilcompile.blocks.coverage import first_without_keys
+from dilcompile.blocks.grid import Grid
+from dilcompile.blocks.impossible import first_unmet, holds_nothing, listed_beyond
 from dilcompile.blocks.patterns import alike_in_heads
 from dilcompile.blocks.spec import Spec, frozen, has_lengths, pattern_of, plain, problems_of
 from dilcompile.errors import FormError, OptionProblem
-from dilcompile.forms.base import Form, Says, cross_site, not_integer, not_one_of, unread_mask
+from dilcompile.forms.base import Form, Says, Unmet, cross_site, not_integer, not_one_of, unread_mask
 from dilcompile.generators import Blocks
 from dilcompile.relation import Problem, Relation, Term, grid_of
 
@@ -148,7 +150,8 @@ class BlockSparse(Form):
         return "approximate"
 
     def reject(self, site: AttentionSite) -> str | None:
-        """A mask that could not be read; cross attention, whose two axes have no common positions; documents said twice."""
+        """A mask that could not be read; cross attention, whose two axes have no common positions; documents said twice; a
+        pattern that shows no query any key."""
         if site.mask.documents and has_lengths(self._spec()):
             return (
                 "its sequences are packed documents, each with blocks of its own: lengths in the pattern would cut every one of "
@@ -159,16 +162,59 @@ class BlockSparse(Form):
             return "the blocks of `given` come with a call of dilcompile.functional.attention; a model's own attention has none"
         if site.mask.documents and is_adaptive(pattern):
             return "its sequences are packed documents, but blocks are estimated over whole ones: give a pattern without data"
-        return cross_site(site) or unread_mask(site)
+        never = self.unmet(site.mask.causal) if self.coverage == "zero" else None
+        return cross_site(site) or unread_mask(site) or (None if never is None else never.reason)
+
+    def unmet(self, causal: bool) -> Unmet | None:
+        """A pattern without any block; under ``coverage: require`` one that leaves a query without keys wherever it exists."""
+        sees = "that a causal query sees a key in" if causal else "at all"
+        if holds_nothing(self._spec(), self.sizes, causal):
+            return Unmet(
+                0,
+                f"its pattern {plain(self.pattern)!r} holds no block {sees}, so that every output would be 0; name blocks that "
+                "are there, such as {local: {}} under `any`",
+            )
+        position = first_unmet(self._spec(), self.sizes, causal) if self.coverage == "require" else None
+        if position is None:
+            return None
+        return Unmet(
+            position,
+            f"its pattern {plain(self.pattern)!r} leaves the query at position {position} (block row "
+            f"{position // self.sizes[0]}) without any key; add {{local: {{}}}} under `any`, so that each query sees itself, or "
+            "accept zeros with coverage: zero",
+        )
 
     def notes(self, site: AttentionSite) -> tuple[str, ...]:
-        """What is estimated, and that counts are bounds."""
+        """What is estimated, and that counts are bounds; blocks of a list that the site's lengths don't have; no pair there."""
         found = dict.fromkeys(leaf.estimator for leaf in leaves(pattern_of(self._spec())) if isinstance(leaf, Scored))
-        if not found:
+        if found:
+            return (
+                f"the blocks are estimated from queries and keys in each call ({', '.join(found)}): pairs and FLOPs are what may "
+                "be computed at most",
+            )
+        length, mask = site.k_len, site.mask
+        if not isinstance(length, int) or site.phase == "decode" or mask.documents:
             return ()
+        grid = Grid(*self.sizes, 0, length, length, mask.left, 0 if mask.causal else mask.right)
+        return tuple(note for note in (self._beyond(grid), self._unseen(grid, site.heads)) if note is not None)
+
+    def _beyond(self, grid: Grid) -> str | None:
+        beyond = listed_beyond(self._spec(), len(grid.rows), grid.columns)
+        if beyond is None:
+            return None
         return (
-            f"the blocks are estimated from queries and keys in each call ({', '.join(found)}): pairs and FLOPs are what may be "
-            "computed at most",
+            f"the pattern lists the block in row {beyond[0]}, column {beyond[1]}, but {grid.k_len} positions have "
+            f"{len(grid.rows)} rows and {grid.columns} columns of blocks: what lies beyond is not computed; list blocks of this "
+            "length"
+        )
+
+    def _unseen(self, grid: Grid, heads: int) -> str | None:
+        blocks = Blocks(grid, pattern_of(self._spec()))
+        if self.coverage == "require" or any(len(blocks.lists(h, grid)) for h in range(heads if blocks.pattern.by_head else 1)):
+            return None
+        return (
+            f"no block of the pattern shows a query any key at {grid.k_len} positions: every output is 0; "
+            "add {local: {}} under `any`"
         )
 
     def __str__(self) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -43,6 +43,7 @@ def check(policy: Policy, sites: Sequence[AttentionSite] | None = None) -> list[
     found: list[Finding] = []
     for index, rule in enumerate(policy.rules):
         found += [Finding("error", f"rule {rule.label} {reason}") for reason in (*_impossible(rule), *_misplaced(policy, rule))]
+        found += _unmet(rule)
         shadow = next((earlier for earlier in policy.rules[:index] if shadows(earlier, rule)), None)
         if shadow is not None:
             # A file is extended for some of its rules; that others are hidden is how it is used.
@@ -92,6 +93,28 @@ def _impossible(rule: Rule) -> Iterator[str]:
     reason = form.reject(_typical(rule.match)) if form is not None else None
     if form is not None and reason is not None:
         yield f"can act on no site: {form.name} can't be given to what it matches: {reason}"
+
+
+def _unmet(rule: Rule) -> Iterator[Finding]:
+    """Lengths that the rule may meet and its form can't be had at."""
+    form, match = rule.apply.build(), rule.match.given()
+    unmet = form.unmet(_only_causal(match)) if form is not None else None
+    # A query that is decoded alone is not the one that is left without keys.
+    if form is None or unmet is None or form.reject(_typical(rule.match)) is not None or match.get("phase") == "decode":
+        return
+    shortest = match.get("min_seq", 1)
+    shortest = 1 if shortest == "auto" else shortest
+    if shortest > unmet.above:
+        yield Finding(
+            "error", f"rule {rule.label} can act on no site: {form.name} can't be computed on what it matches: {unmet.reason}"
+        )
+    elif match.get("max_seq", math.inf) > unmet.above:
+        yield Finding("warning", f"rule {rule.label} can act on no site of more than {unmet.above} positions: {unmet.reason}")
+
+
+def _only_causal(match: Mapping[str, Any]) -> bool:
+    masks = match.get("masked", ())
+    return match.get("causal") is True or set((masks,) if isinstance(masks, str) else masks) == {"causal"}
 
 
 _MANY_HEADS = 1024

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from dilcompile.decision import Decision, Rejection
 from dilcompile.errors import DilcompileError
-from dilcompile.forms import Dense
+from dilcompile.forms import Dense, Form
 from dilcompile.relation import Problem, Relation
 from dilcompile.report.lengths import problem_of
 from dilcompile.site import AttentionSite
@@ -58,7 +58,8 @@ def costs_of(verdict: Decision | Rejection) -> Costs | None:
         return None
     rewritten = isinstance(verdict, Decision)
     mask = pairs(Dense().relation(problem))
-    form = pairs(verdict.form.relation(problem)) if isinstance(verdict, Decision) else mask
+    relation = relation_of(verdict)
+    form = mask if relation is None else pairs(relation)
     per_pair = 2 * (problem.head_dim + problem.v_dim) * problem.batch
     return Costs(
         pairs_all=problem.batch * problem.heads * problem.q_len * problem.k_len,
@@ -80,14 +81,28 @@ def is_bound(decision: Decision) -> bool:
 
 def problem_with(verdict: Decision | Rejection) -> str | None:
     """Why the decided form can't be had at the example's sizes, or None."""
+    found = _bound(verdict)
+    return found if isinstance(found, str) else None
+
+
+def relation_of(verdict: Decision | Rejection) -> Relation | None:
+    """The decided relation at the example's sizes; None for a kept site, an unknown length, or what ``problem_with`` tells."""
+    found = _bound(verdict)
+    return found if isinstance(found, Relation) else None
+
+
+def _bound(verdict: Decision | Rejection) -> Relation | str | None:
     problem = problem_of(verdict.site)
-    if problem is None or isinstance(verdict, Rejection):
-        return None
+    return None if problem is None or isinstance(verdict, Rejection) else _relation(verdict.form, problem)
+
+
+@lru_cache(maxsize=256)
+def _relation(form: Form, problem: Problem) -> Relation | str:
+    """The relation, or why the form can't be had; found once for all sites that are alike."""
     try:
-        verdict.form.relation(problem)
+        return form.relation(problem)
     except DilcompileError as error:
         return str(error)
-    return None
 
 
 @lru_cache(maxsize=1024)

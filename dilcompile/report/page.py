@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from html import escape
 
+from dilcompile.blocks.picture import STYLE as PICTURE_STYLE
 from dilcompile.report import units
+from dilcompile.report.patterns import Pattern, patterns_of
 from dilcompile.report.record import Record
-from dilcompile.report.rows import HEADINGS, Row, grouped, rows_of
+from dilcompile.report.rows import HEADINGS, Row, grouped, named, rows_of
 from dilcompile.report.sections import READING, Section, sections
 from dilcompile.report.totals import Totals, totals_of
 
@@ -41,6 +43,11 @@ ul { list-style: none; margin: 0; padding: 0; } li { padding: .5rem .8rem; borde
 li:first-child { border-top: 0; } .cure::before { content: "→ "; }
 details { margin-top: 1rem; } summary { cursor: pointer; color: var(--soft); }
 pre { overflow-x: auto; padding: .8rem; margin: .5rem 0 0; }
+.patterns { display: flex; flex-wrap: wrap; gap: .8rem; align-items: flex-start; }
+figure { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .7rem; margin: 0; max-width: 100%;
+  overflow-x: auto; }
+figure .pictures { display: flex; flex-wrap: wrap; gap: .6rem; }
+figcaption { max-width: 30rem; padding: .3rem .4rem 0; overflow-wrap: anywhere; }
 """.strip()
 
 
@@ -53,6 +60,7 @@ def page(report: Record) -> str:
         _cards(totals),
         _table(rows) if rows else f"<p>No attention was found in {_graphs(report)}.</p>",
         *(_section(section) for section in sections(report, grouped(rows))),
+        _patterns(patterns_of(report)),
         _reading(totals),
         _details("Policy", report.policy),
         _details("Seconds of each step, by graph", _seconds(report)),
@@ -60,7 +68,7 @@ def page(report: Record) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>dilcompile: {escape(title)}</title>\n<style>\n{STYLE}\n</style>\n</head>\n<body>\n"
+        f"<title>dilcompile: {escape(title)}</title>\n<style>\n{STYLE}\n{PICTURE_STYLE}\n</style>\n</head>\n<body>\n"
         + "\n".join(part for part in body if part)
         + "\n</body>\n</html>\n"
     )
@@ -125,6 +133,16 @@ def _section(section: Section) -> str:
         text = f"<b>{escape(about)}</b> {escape(said)}" if said else escape(about)
         items.append(f"<li>{text}" + (f"<p class='soft cure'>{escape(cure)}</p>" if cure else "") + "</li>")
     return f"<h2>{escape(section.heading)}</h2><div class=frame><ul>{''.join(items)}</ul></div>"
+
+
+def _patterns(patterns: list[Pattern]) -> str:
+    """One figure for each distinct pattern, with the sites that have it."""
+    figures = [
+        f"<figure><div class=pictures>{''.join(pattern.svgs(f'pattern-{number}'))}</div><figcaption>"
+        f"<b>{escape(named(pattern.modules))}</b> <code>{escape(pattern.form)}</code></figcaption></figure>"
+        for number, pattern in enumerate(patterns)
+    ]
+    return f"<h2>Which pairs are computed</h2><div class=patterns>{''.join(figures)}</div>" if figures else ""
 
 
 def _reading(totals: Totals) -> str:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from dilcompile.blocks.cells import BlockCount
 from dilcompile.decision import Decision, Rejection
+from dilcompile.report.block_counts import block_count
 from dilcompile.report.costs import Costs, costs_of, problem_with
 from dilcompile.report.kernels import Choice, kernel_of
 from dilcompile.report.lengths import hint, symbol
+from dilcompile.report.patterns import Pattern, patterns_of
 from dilcompile.report.record import GraphReport, Record
 from dilcompile.report.totals import totals_of
 from dilcompile.site import AttentionSite, MaskSpec, Miss
 
 SCHEMA = "dilcompile.report"
-VERSION = 3
+VERSION = 4
 
 
 def plain(report: Record) -> dict[str, Any]:
@@ -24,6 +27,7 @@ def plain(report: Record) -> dict[str, Any]:
         "version": VERSION,
         "policy": report.policy,
         "graphs": [_graph(graph) for graph in report.graphs],
+        "patterns": [_pattern(pattern) for pattern in patterns_of(report)],
         "unused_rules": list(report.unused_rules),
         "totals": {key: getattr(totals, key) for key in totals.__dataclass_fields__},
     }
@@ -45,6 +49,7 @@ def _verdict(verdict: Decision | Rejection) -> dict[str, Any]:
         **_site(verdict.site),
         **(_decision(verdict) if isinstance(verdict, Decision) else _rejection(verdict)),
         "costs": None if costs is None else _costs(costs),
+        "blocks": _blocks(block_count(verdict)),
     }
 
 
@@ -134,6 +139,29 @@ def _mask(mask: MaskSpec) -> dict[str, Any]:
 def _costs(costs: Costs) -> dict[str, Any]:
     counted = {key: getattr(costs, key) for key in costs.__dataclass_fields__}
     return {**counted, "density_of_mask": costs.density_of_mask, "density_of_all": costs.density_of_all}
+
+
+def _blocks(count: BlockCount | None) -> dict[str, int] | None:
+    """Of one batch row, and of one head where all have the same blocks."""
+    if count is None:
+        return None
+    return {**{key: getattr(count, key) for key in count.__dataclass_fields__}, "empty": count.empty}
+
+
+def _pattern(pattern: Pattern) -> dict[str, Any]:
+    """One distinct pattern; ``unseen``: factors of the mask that depend on data and are not counted."""
+    return {
+        "form": pattern.form,
+        "lengths": pattern.lengths,
+        "sites": [
+            {"graph": graph, "index": index, "module": module}
+            for (graph, index), module in zip(pattern.sites, pattern.modules, strict=True)
+        ],
+        "density_of_mask": pattern.density_of_mask,
+        "density_of_all": pattern.density_of_all,
+        "blocks": _blocks(pattern.count),
+        "unseen": list(pattern.unseen),
+    }
 
 
 def _miss(miss: Miss) -> dict[str, Any]:

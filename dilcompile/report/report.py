@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dilcompile.report.file import check_path, replace_file
 from dilcompile.report.page import page
+from dilcompile.report.patterns import Pattern, patterns_of
 from dilcompile.report.plain import plain
 from dilcompile.report.record import Record
 
@@ -34,6 +35,11 @@ class Report(Record):
         from dilcompile.report.table import renderables
 
         return renderables(self, options.max_width)
+
+    @property
+    def patterns(self) -> list[Pattern]:
+        """Which pairs are computed, one for each distinct pattern with the sites that have it; ``print`` one for its picture."""
+        return patterns_of(self)
 
     def to_dict(self) -> dict[str, object]:
         """The report as plain JSON values; ``version`` counts changes of the keys (see ``dilcompile.report.plain``)."""

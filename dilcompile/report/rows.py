@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from dilcompile.decision import Decision, Rejection
 from dilcompile.report import units
+from dilcompile.report.block_counts import block_count
 from dilcompile.report.costs import Costs, costs_of, is_bound, problem_with
 from dilcompile.report.kernels import Choice, kernel_of
 from dilcompile.report.lengths import shown
@@ -26,7 +27,7 @@ class Row:
         attention: kind and spelling; sizes; the way of the dtypes; what else the scores go through, where there is any.
         roles: the tensors that are queries, keys, values, biases, sinks, multipliers. Sites that differ in them alone are alike.
         mask: the mask that was read, in words; its formula.
-        becomes: the form, or ``kept``; the rule.
+        becomes: the form, or ``kept``; the rule; how many blocks there are, where it has any.
         numbers: ``exact``, ``approximate`` or ``unchanged``.
         kernel: who computes it (``forward / backward`` where they differ).
         pairs: pairs of the form over those of the mask; over all.
@@ -42,7 +43,7 @@ class Row:
     site: tuple[str, str]
     attention: tuple[str, ...]
     mask: tuple[str, str]
-    becomes: tuple[str, str]
+    becomes: tuple[str, ...]
     numbers: str
     kernel: str
     pairs: tuple[str, str]
@@ -101,7 +102,7 @@ def row_of(verdict: Decision | Rejection) -> Row:
             cure=verdict.cure,
             asked=verdict.asked,
         )
-    choice = kernel_of(verdict)
+    choice, count = kernel_of(verdict), block_count(verdict)
     if choice.reason is not None and problem is None:
         notes = (*notes, f"no kernel is named: {choice.reason}")
     if choice.passed_over is not None:
@@ -109,7 +110,7 @@ def row_of(verdict: Decision | Rejection) -> Row:
     notes = (*notes, *choice.remarks)
     return Row(
         **common,  # type: ignore[arg-type]
-        becomes=(str(verdict.form), _rule(verdict.rule)),
+        becomes=(str(verdict.form), _rule(verdict.rule), "" if count is None else str(count)),
         kernel=_by(choice),
         numbers=verdict.fidelity,
         pairs=_pairs(costs, is_bound(verdict)),
@@ -202,12 +203,25 @@ def _merged(rows: list[Row]) -> Row:
     first = rows[0]
     if len(rows) == 1:
         return first
-    numbers = [int(match.group()) for row in rows if (match := _NUMBER.search(row.site[0]))]
-    module = first.site[0]
-    if numbers and len(set(numbers)) > 1:
-        module = _NUMBER.sub("{" + ranges(numbers) + "}", module, count=1)
+    module = _together([row.site[0] for row in rows])
     source = ", ".join(part for part in (first.site[1], f"{len(rows)} sites") if part)
     return replace(first, site=(module, source), count=len(rows))
+
+
+def _together(modules: list[str]) -> str:
+    """Modules that differ in their first number alone, as one name."""
+    numbers = [int(match.group()) for module in modules if (match := _NUMBER.search(module))]
+    if len(set(numbers)) < 2:
+        return modules[0]
+    return _NUMBER.sub("{" + ranges(numbers) + "}", modules[0], count=1)
+
+
+def named(modules: Iterable[str]) -> str:
+    """Any modules in one line: ``layers.{0-3}.attn, encoder.attn``."""
+    alike: dict[str, list[str]] = {}
+    for module in modules:
+        alike.setdefault(_NUMBER.sub("#", module, count=1), []).append(module)
+    return ", ".join(map(_together, alike.values()))
 
 
 def ranges(numbers: Iterable[int]) -> str:
