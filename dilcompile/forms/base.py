@@ -42,6 +42,8 @@ class Form(ABC):
     name: ClassVar[str]
     # Options that are lists of one entry a branch, all of them or none.
     paired: ClassVar[tuple[str, ...]] = ()
+    # Fields that ``settled`` takes from the site; they are no keys of a policy.
+    from_site: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         found = self.problems()
@@ -67,6 +69,15 @@ class Form(ABC):
     @abstractmethod
     def reject(self, site: AttentionSite) -> str | None:
         """Why this form can't be given to the site, or None."""
+
+    def settled(self, site: AttentionSite) -> Form:
+        """The form with what it takes from the site written out, for a site that it does not reject."""
+        return self
+
+    @property
+    def holds_chunks(self) -> bool:
+        """Whether no pair leaves the site's own chunks, so that its mask need not say them again."""
+        return False
 
     def notes(self, site: AttentionSite) -> tuple[str, ...]:
         """What a user should know about this form on this site, though it is allowed."""

@@ -94,7 +94,7 @@ def also_unfit(apply: object) -> list[Misfit]:
     assert isinstance(apply, dict)
     options: dict[str, Any] = {}
     bad: list[Path] = []
-    for option in dataclasses.fields(model.of):
+    for option in policy_options(model.of):
         if option.name not in apply:
             continue
         value = apply[option.name]
@@ -109,9 +109,14 @@ def also_unfit(apply: object) -> list[Misfit]:
     return _unfit(model, options, bad)
 
 
+def policy_options(form: type[Form]) -> list[dataclasses.Field[Any]]:
+    """The options of a form that are keys of a policy."""
+    return [option for option in dataclasses.fields(form) if option.name not in form.from_site]
+
+
 def _model(name: str, form: type[Form] | None) -> type[Apply]:
     fields: dict[str, Any] = {"form": (Literal[name], ...)}
-    for option in dataclasses.fields(form) if form is not None else ():
+    for option in policy_options(form) if form is not None else ():
         kind = get_type_hints(form, include_extras=True)[option.name]
         required = option.default is dataclasses.MISSING
         fields[option.name] = (kind, ... if required else option.default)
@@ -128,7 +133,8 @@ APPLY: dict[str, type[Apply]] = {"keep": _model("keep", None), **{n: _model(n, f
 def _known_form(value: Any) -> Any:
     """Refuse a missing, unknown or not yet built form, before pydantic picks the model by it."""
     if isinstance(value, Form):
-        return {"form": value.name, **dataclasses.asdict(value)}
+        settled = {name: getattr(value, name) for name in value.from_site if getattr(value, name) != getattr(type(value), name)}
+        return {"form": value.name, **{o.name: getattr(value, o.name) for o in policy_options(type(value))}, **settled}
     if not isinstance(value, dict):
         return value
     has = f"this version has {', '.join(FORM_NAMES)}"
