@@ -60,6 +60,9 @@ def _count(form: Any, at: Setting, documents: tuple[int, ...] | None, h: int, t:
         t, k = t - start, k - start
     if form.name == "dense":
         return 1
+    if form.name == "union":
+        # Parts never add up: what counts a pair most often says how often it counts.
+        return max(_count(part, at, None, h, t, k) for part in form.parts)
     near = abs(t - k)
     if form.name == "sliding_window":
         in_window = near < form.window and (t - k) % form.step == 0

@@ -11,6 +11,7 @@ from dilcompile.forms.dense import Dense
 from dilcompile.forms.dilated import Dilated
 from dilcompile.forms.keep_structure import KeepStructure
 from dilcompile.forms.sliding_window import SlidingWindow
+from dilcompile.forms.union import Union
 from dilcompile.near import hint
 
 FORMS: dict[str, type[Form]] = {
@@ -19,6 +20,7 @@ FORMS: dict[str, type[Form]] = {
     Dilated.name: Dilated,
     BlockSparse.name: BlockSparse,
     KeepStructure.name: KeepStructure,
+    Union.name: Union,
 }
 
 
@@ -55,4 +57,4 @@ def parse_form(text: str) -> Form:
     return make_form(name, options)
 
 
-__all__ = ["FORMS", "BlockSparse", "Dense", "Dilated", "Form", "KeepStructure", "SlidingWindow", "make_form", "parse_form"]
+__all__ = ["FORMS", "BlockSparse", "Dense", "Dilated", "Form", "KeepStructure", "SlidingWindow", "Union", "make_form", "parse_form"]

@@ -83,14 +83,17 @@ class Form(ABC):
         """What a user should know about this form on this site, though it is allowed."""
         return ()
 
-    def __str__(self) -> str:
+    def plain(self) -> dict[str, Any]:
+        """The options that are not their defaults, as a policy writes them."""
         # A default is an attribute of the class; read there because Dynamo can't trace dataclasses' MISSING.
-        changed = [
-            f"{option}={getattr(self, option)!r}"
+        return {
+            option: getattr(self, option)
             for option in self.__dataclass_fields__
             if getattr(self, option) != getattr(type(self), option, ...)
-        ]
-        return f"{self.name}({', '.join(changed)})"
+        }
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{option}={held!r}' for option, held in self.plain().items())})"
 
 
 def parse_options(text: str) -> tuple[str, dict[str, object]]:

@@ -149,6 +149,6 @@ class BlockSparse(Form):
             )
         return cross_site(site) or unread_mask(site)
 
-    def __str__(self) -> str:
-        coverage = "" if self.coverage == "require" else f", coverage={self.coverage!r}"
-        return f"{self.name}(block={self.block!r}, pattern={plain(self.pattern)!r}{coverage})"
+    def plain(self) -> dict[str, Any]:
+        """See ``Form``."""
+        return {**super().plain(), "pattern": plain(self.pattern)}
