@@ -78,6 +78,9 @@ def _in_block(pattern: Any, form: Any, at: Setting, h: int, i: int, j: int) -> b
     (name, said), (q_block, k_block) = next(iter(pattern.items())), form.sizes
     if name in ("any", "all"):
         return (any if name == "any" else all)(_in_block(part, form, at, h, i, j) for part in said)
+    if name in ("heads", "groups"):
+        share = 1 if name == "heads" else at.heads // len(said)
+        return _in_block(said[h // share], form, at, h, i, j)
     own, first = ((i + 1) * q_block - 1) // k_block, i * q_block // k_block
     if name == "local":
         return first - said.get("before", 0) <= j <= own + said.get("behind", 0)

@@ -17,6 +17,7 @@ from dilcompile.blocks.patterns import (
     Hierarchical,
     Local,
     Pattern,
+    PerHead,
     Random,
     Strided,
     VerticalSlash,
@@ -105,7 +106,13 @@ KINDS: dict[str, _Kind] = {
     "bigbird": _Kind({"local": 0, "columns": 0, "rows": 0, "random": 0, "seed": 0}, (), _bigbird),
     "longformer": _Kind({"local": 0, "columns": 0, "rows": 0}, (), _longformer),
 }
-SETS: dict[str, Callable[[tuple[Pattern, ...]], Pattern]] = {"any": AnyOf, "all": AllOf}
+_WHOLE: dict[str, Callable[[tuple[Pattern, ...]], Pattern]] = {"any": AnyOf, "all": AllOf}
+_BY_HEAD: dict[str, Callable[[tuple[Pattern, ...]], Pattern]] = {
+    "heads": lambda parts: PerHead(parts),
+    "groups": lambda parts: PerHead(parts, share=0),
+}
+# Those that are made of a list of patterns.
+SETS = {**_WHOLE, **_BY_HEAD}
 
 
 def problems_of(data: object, at: Place) -> list[OptionProblem]:
@@ -113,7 +120,7 @@ def problems_of(data: object, at: Place) -> list[OptionProblem]:
     data = plain(data)
     if not isinstance(data, dict) or len(data) != 1:
         return [OptionProblem(at, f"must be one pattern by name, such as {{local: {{before: 2}}}}, not {data!r}")]
-    (name, options), names = next(iter(data.items())), [*SETS, *KINDS]
+    (name, options), names = next(iter(data.items())), [*_WHOLE, *KINDS, *_BY_HEAD]
     if name in SETS:
         if not isinstance(options, (list, tuple)) or not options:
             return [OptionProblem((*at, name), f"must be a list of patterns, not {options!r}")]

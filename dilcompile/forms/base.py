@@ -75,6 +75,11 @@ class Form(ABC):
         return self
 
     @property
+    def made_for(self) -> int | None:
+        """A number of query heads that it can be given to; None: any."""
+        return None
+
+    @property
     def holds_chunks(self) -> bool:
         """Whether no pair leaves the site's own chunks, so that its mask need not say them again."""
         return False

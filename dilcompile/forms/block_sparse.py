@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from dilcompile.blocks.coverage import first_without_keys
-from dilcompile.blocks.patterns import alike_in_heads
+from dilcompile.blocks.patterns import alike_in_heads, dealt, most_parts
 from dilcompile.blocks.spec import Spec, frozen, has_lengths, pattern_of, plain, problems_of
 from dilcompile.errors import FormError, OptionProblem
 from dilcompile.forms.base import Form, Says, cross_site, not_integer, not_one_of, unread_mask
@@ -29,7 +29,8 @@ class BlockSparse(Form):
 
     Args:
         block: positions in a block, 16 to 256; or two numbers, queries and keys.
-        pattern: ``{name: {option: value}}``, or ``{any: [...]}`` and ``{all: [...]}`` of patterns; see ``dilcompile.blocks``.
+        pattern: ``{name: {option: value}}``, or a list of patterns under ``any``, ``all``, ``heads`` (one for each query head) or
+            ``groups`` (one for each group of them); see ``dilcompile.blocks``.
         coverage: ``require``: a pattern that leaves a query without keys is an error; ``zero``: such queries give 0.
 
     Raises:
@@ -73,7 +74,8 @@ class BlockSparse(Form):
         Raises:
             FormError: under ``coverage: require``, if the blocks hold no key of a query that may see some.
         """
-        blocks = Blocks(grid_of(problem, *self.sizes), pattern_of(self._spec()), problem.group)
+        pattern = dealt(pattern_of(self._spec()), problem.heads)
+        blocks = Blocks(grid_of(problem, *self.sizes), pattern, problem.group)
         if self.coverage == "require":
             self._require_keys(blocks, problem)
         return Relation(problem, (Term(blocks),))
@@ -104,7 +106,7 @@ class BlockSparse(Form):
 
         if problem.q_offset < 0:
             raise FormError(f"query row 0 stands at position {problem.q_offset}: the queries before key 0 are in no block")
-        return to_block_mask(pattern_of(self._spec()), grid_of(problem, *self.sizes), problem.heads, device)
+        return to_block_mask(dealt(pattern_of(self._spec()), problem.heads), grid_of(problem, *self.sizes), problem.heads, device)
 
     @classmethod
     def from_block_mask(
@@ -128,8 +130,9 @@ class BlockSparse(Form):
 
         site = Problem(1, 1, 1, *mask.seq_lengths, 1, 1, q_offset, is_causal, window_left, window_right)
         found = explicit_of(mask, grid_of(site, *mask.BLOCK_SIZE))
+        listed = [{"explicit": {"starts": list(one.starts), "columns": list(one.columns)}} for one in found]
         # A BlockMask may hide all keys of a query: FlexAttention gives 0 there too.
-        return cls(mask.BLOCK_SIZE, {"explicit": {"starts": list(found.starts), "columns": list(found.columns)}}, coverage="zero")
+        return cls(mask.BLOCK_SIZE, listed[0] if len(listed) == 1 else {"heads": listed}, coverage="zero")
 
     def _spec(self) -> Spec:
         spec = frozen(self.pattern)
@@ -141,13 +144,27 @@ class BlockSparse(Form):
         return "approximate"
 
     def reject(self, site: AttentionSite) -> str | None:
-        """A mask that could not be read; cross attention, whose two axes have no common positions; documents said twice."""
+        """A mask that could not be read; cross attention, whose two axes have no common positions; documents said twice; patterns
+        per head that are not as many."""
         if site.mask.documents and has_lengths(self._spec()):
             return (
                 "its sequences are packed documents, each with blocks of its own: lengths in the pattern would cut every one of "
                 "them anew; give `document: {}`, which takes the site's"
             )
-        return cross_site(site) or unread_mask(site)
+        return cross_site(site) or unread_mask(site) or self._undealt(site.heads)
+
+    @property
+    def made_for(self) -> int | None:
+        """As many as there are patterns per head."""
+        return most_parts(pattern_of(self._spec()))
+
+    def _undealt(self, heads: int) -> str | None:
+        """Why patterns per head can't be dealt to the heads, or None."""
+        try:
+            dealt(pattern_of(self._spec()), heads)
+        except FormError as error:
+            return str(error)
+        return None
 
     def plain(self) -> dict[str, Any]:
         """See ``Form``."""

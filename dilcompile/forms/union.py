@@ -134,6 +134,11 @@ class Union(Form):
                 return f"of[{number}], {part.name}: {reason}"
         return None
 
+    @property
+    def made_for(self) -> int | None:
+        """As many as there are patterns per head in a part."""
+        return max((part.made_for for part in self.parts if part.made_for is not None), default=None)
+
     def notes(self, site: AttentionSite) -> tuple[str, ...]:
         """Those of the parts that still hold beside the others."""
         found = []
