@@ -30,19 +30,17 @@ BODY: dict[str, Any] = {
     "head_dim": 64, "num_hidden_layers": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 LOCAL_THEN_FULL = ["sliding_attention", "full_attention"]
-EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+EXPERTS: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1}
+CHUNKED: dict[str, Any] = {
+    "attention_chunk_size": 1024, "layer_types": ["chunked_attention", "full_attention"], "intermediate_size_mlp": 512, **EXPERTS,
+}  # fmt: skip
 # Name, class, what its configuration says of attention, and in words.
 MODELS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("Mistral", "Mistral", {"sliding_window": 512}, "window 512 in both layers"),
     ("Gemma 3", "Gemma3Text", {"sliding_window": 512, "layer_types": LOCAL_THEN_FULL}, "window 512, full"),
-    ("gpt-oss", "GptOss", {"sliding_window": 128, "layer_types": LOCAL_THEN_FULL, **EXPERTS}, "window 128 and sinks, full and sinks"),
-    (
-        "Llama 4",
-        "Llama4Text",
-        {"attention_chunk_size": 1024, "layer_types": ["chunked_attention", "full_attention"], "intermediate_size_mlp": 512, **EXPERTS},
-        "chunks of 1,024, full",
-    ),
-)  # fmt: skip
+    ("gpt-oss", "GptOss", {"sliding_window": 128, "layer_types": LOCAL_THEN_FULL, **EXPERTS}, "window 128, full; sinks"),
+    ("Llama 4", "Llama4Text", CHUNKED, "chunks of 1,024, full"),
+)
 
 
 def main() -> None:
@@ -60,7 +58,8 @@ def main() -> None:
             net = model(kind, options, length)
             rows.append({"model": name, "attention": words, "length": length, **_row(net, length, asked.repeats)})
             print(json.dumps(rows[-1]), flush=True)
-            held = {"command": " ".join(["python benchmarks/keep_structure.py", *sys.argv[1:]]), "machine": machine(), "rows": rows}
+            command = " ".join(["python benchmarks/keep_structure.py", *sys.argv[1:]])
+            held = {"command": command, "machine": machine(), "rows": rows}
             RESULTS.write_text(json.dumps(held, indent=1) + "\n")
 
 

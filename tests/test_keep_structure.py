@@ -156,7 +156,7 @@ def test_direct_use_and_text() -> None:
 
 
 def test_chunk_is_no_key_of_a_policy() -> None:
-    with pytest.raises(dilcompile.PolicyError, match="apply.chunk: unknown key"):
+    with pytest.raises(dilcompile.PolicyError, match=r"apply\.chunk: unknown key"):
         Policy.load({"version": 1, "rules": [{"apply": {"form": "keep_structure", "chunk": 8}}]})
     made = Policy.load({"version": 1, "rules": [{"apply": KeepStructure()}]})
     assert made.rules[0].apply.build() == KeepStructure()

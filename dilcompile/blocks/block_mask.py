@@ -124,8 +124,9 @@ def _mask_mod(held: Tensor, grid: Grid) -> MaskMod:
 
 
 def explicit_of(mask: BlockMask, grid: Grid) -> list[Explicit]:
-    """The listed blocks of a BlockMask as patterns that, within the limits of the grid, hold the same pairs: one for each head, or
-    one for all where they don't differ.
+    """The listed blocks of a BlockMask as patterns that, within the limits of the grid, hold the same pairs.
+
+    One for each head, or one for all where they don't differ.
 
     The tables say which blocks count, as in FlexAttention's kernels; ``mask_mod`` is asked in the partial ones only. A pattern
     holds whole blocks, so inside of those ``mask_mod`` must hide what the limits hide, and nothing else.

@@ -10,7 +10,7 @@ from dilcompile.progression import Positions
 
 
 def first_without_keys(lists: BlockLists, grid: Grid) -> int | None:
-    """The first query position that sees keys within the limits of the grid, but none in the listed blocks; None: there is none."""
+    """The first query position that sees keys within the limits of the grid, but none in the blocks; None: there is none."""
     found, _ = gaps(lists, grid)
     return int(found.min()) if len(found) else None
 

@@ -57,4 +57,15 @@ def parse_form(text: str) -> Form:
     return make_form(name, options)
 
 
-__all__ = ["FORMS", "BlockSparse", "Dense", "Dilated", "Form", "KeepStructure", "SlidingWindow", "Union", "make_form", "parse_form"]
+__all__ = [
+    "FORMS",
+    "BlockSparse",
+    "Dense",
+    "Dilated",
+    "Form",
+    "KeepStructure",
+    "SlidingWindow",
+    "Union",
+    "make_form",
+    "parse_form",
+]

@@ -15,7 +15,7 @@ from dilcompile.forms.base import Form, Says, not_one_of
 from dilcompile.forms.block_sparse import BlockSparse
 from dilcompile.forms.dilated import Dilated
 from dilcompile.forms.sliding_window import SlidingWindow
-from dilcompile.generators import Blocks, Segment, Sinks, Window
+from dilcompile.generators import Blocks, Generator, Segment, Sinks, Window
 from dilcompile.near import hint
 from dilcompile.progression import Positions
 from dilcompile.relation import Problem, Relation, Term
@@ -78,14 +78,14 @@ class Union(Form):
         several = [number for number, one in enumerate(map(_part, self.of)) if _counts_again(one)]
         for number in several[1:]:
             text = (
-                f"counts a key once a branch, as of[{several[0]}] does, and what the two count together is not said: give all but "
-                "one `union: set`, or put their branches into one"
+                f"counts a key once a branch, as of[{several[0]}] does, and what the two count together is not said: give all "
+                "but one `union: set`, or put their branches into one"
             )
             found.append(OptionProblem(("of", number), text, about=(("of", several[0]),)))
         return found
 
     def relation(self, problem: Problem) -> Relation:
-        """The terms of all parts; but for those of the part that counts keys again, each adds only what no earlier one holds.
+        """The terms of all parts. But for those of the part that counts keys again, each adds only what no earlier one holds.
 
         Raises:
             FormError: under ``coverage: require``, if the parts together hold no key of a query that may see some; or if a part
@@ -100,7 +100,7 @@ class Union(Form):
         most = max((one.count for one in others if isinstance(one, Sinks)), default=0)
         blocks = _joined_blocks([one for one in others if isinstance(one, Blocks)])
         # Windows last: kernels give what they add a list of its own.
-        added = [*segments, *blocks, *([Sinks(most)] if most else []), *windows]
+        added: list[Generator] = [*segments, *blocks, *([Sinks(most)] if most else []), *windows]
         terms = (*kept, *(Term(one, dedupe=bool(kept) or number > 0) for number, one in enumerate(added)))
         if self.coverage == "require":
             self._require_keys(terms, problem)
@@ -183,7 +183,8 @@ def _wrong_part(data: object, at: Place) -> list[OptionProblem]:
         data = {"form": data.name, **data.plain()}
         data.pop("coverage", None)
     if not isinstance(data, dict):
-        return [OptionProblem(at, f"must be a form with its options, such as {{form: sliding_window, window: 512}}, not {data!r}")]
+        text = f"must be a form with its options, such as {{form: sliding_window, window: 512}}, not {data!r}"
+        return [OptionProblem(at, text)]
     names = ", ".join(PARTS)
     if "form" not in data:
         return [OptionProblem(at, f"key 'form' is missing: a part is one of {names}")]
@@ -217,7 +218,8 @@ def _wrong_options(kind: type[Form], options: dict[str, Any], at: Place) -> list
             about = tuple((*at, *place) for place in problem.about)
             found.append(replace(problem, at=(*at, *problem.at), about=about))
     if kind is Dilated and options.get("output_scale", 1.0) != 1.0:
-        found.append(OptionProblem((*at, "output_scale"), "scales the output of a whole form, which a part has not; leave it out"))
+        text = "scales the output of a whole form, which a part has not; leave it out"
+        found.append(OptionProblem((*at, "output_scale"), text))
     if kind is Dilated and options.get("merge_grad") == "detach":
         text = "needs each branch's own output, and the parts of a union share one softmax; leave it out"
         found.append(OptionProblem((*at, "merge_grad"), text))
@@ -230,12 +232,16 @@ def _joined_windows(windows: list[Window]) -> list[Window]:
     others = list(dict.fromkeys(one for one in windows if one not in around))
     if not around:
         return others
-    left, right = (None if None in ends else max(ends) for ends in ([w.left for w in around], [w.right for w in around]))
-    return [*others, Window(left, right)]
+    return [*others, Window(_widest([one.left for one in around]), _widest([one.right for one in around]))]
 
 
 def _wide(limit: int | None) -> int:
     return 0 if limit is None else limit
+
+
+def _widest(limits: list[int | None]) -> int | None:
+    known = [limit for limit in limits if limit is not None]
+    return max(known) if len(known) == len(limits) else None
 
 
 def _joined_blocks(found: list[Blocks]) -> Iterator[Blocks]:

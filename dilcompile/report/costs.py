@@ -57,7 +57,7 @@ def costs_of(verdict: Decision | Rejection) -> Costs | None:
         return None
     rewritten = isinstance(verdict, Decision)
     # Of a form that does not hold the site's chunks they are not counted on either side.
-    whole = rewritten and not verdict.form.holds_chunks
+    whole = isinstance(verdict, Decision) and not verdict.form.holds_chunks
     mask = pairs((Dense() if whole else KeepStructure().settled(site)).relation(problem))
     form = pairs(verdict.form.relation(problem)) if isinstance(verdict, Decision) else mask
     per_pair = 2 * (problem.head_dim + problem.v_dim) * problem.batch
