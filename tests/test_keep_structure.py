@@ -26,7 +26,6 @@ SMALL: dict[str, Any] = {
 TWO = ["sliding_attention", "full_attention"]
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "Mistral": ("Mistral", {"sliding_window": 32}, "keeps causal, window 32"),
-    "Gemma 3": ("Gemma3Text", {"sliding_window": 24, "layer_types": TWO, "query_pre_attn_scalar": 8}, "keeps causal, window 24"),
     "gpt-oss": ("GptOss", {"sliding_window": 16, "layer_types": TWO, "num_local_experts": 4}, "keeps causal, window 16"),
     "Llama 4": (
         "Llama4Text",
