@@ -191,9 +191,8 @@ def _wrong_part(data: object, at: Place) -> list[OptionProblem]:
     name = data["form"]
     kind = PARTS.get(name) if isinstance(name, str) else None
     if kind is None:
-        text = _NO_PART.get(name) if isinstance(name, str) else None
-        text = f"{name!r} {text}" if text else f"{name!r} is no part of a union{hint(str(name), PARTS)}"
-        return [OptionProblem((*at, "form"), f"{text}; a part is one of {names}")]
+        why = _NO_PART.get(str(name), f"is no part of a union{hint(str(name), PARTS)}")
+        return [OptionProblem((*at, "form"), f"{name!r} {why}; a part is one of {names}")]
     return _wrong_options(kind, _options(data), at)
 
 
