@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import lcm
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -165,13 +166,45 @@ class Relation:
     def _block_pairs(self, index: int, head: int) -> int:
         """``_term_pairs`` where blocks are involved."""
         term, size = self.terms[index], self.problem
-        if isinstance(term.generator, Blocks) and (index == 0 or not term.dedupe):
-            grid = grid_of(size, term.generator.grid.q_block, term.generator.grid.k_block)
-            if term.generator.adaptive:
-                return most_pairs(term.generator.pattern, grid, size.heads)
-            lists = term.generator.lists(head, grid)
-            return int(grid.pairs(lists.owners(), lists.blocks).sum())
-        # Which pairs an earlier term holds is asked pair by pair.
+        generator = term.generator
+        if isinstance(generator, Blocks) and generator.adaptive:
+            assert len(self.terms) == 1, "blocks that the data chooses stand alone"
+            return most_pairs(generator.pattern, grid_of(size, generator.grid.q_block, generator.grid.k_block), size.heads)
+        held = [each.generator for each in self._involved(index) if isinstance(each.generator, Blocks)]
+        if len(held) > 1:
+            return self._pairs_one_by_one(index, head)
+        if term.dedupe and index:
+            inside = self._pairs_in_blocks(index, head, held[0])
+            rows = (size.q_offset, size.q_offset + size.q_len)
+            return inside if term.generator is held[0] else self._rows_pairs(index, head, *rows) - inside
+        grid = grid_of(size, held[0].grid.q_block, held[0].grid.k_block)
+        lists = held[0].lists(head, grid)
+        return int(grid.pairs(lists.owners(), lists.blocks).sum())
+
+    def _pairs_in_blocks(self, index: int, head: int, blocks: Blocks) -> int:
+        """The pairs of a term in these blocks that no earlier term by row holds."""
+        size, generator, total = self.problem, self.terms[index].generator, 0
+        grid = grid_of(size, blocks.grid.q_block, blocks.grid.k_block)
+        lists, before = blocks.lists(head, grid), self._by_row_before(index)
+        rows, columns = lists.owners(), lists.blocks
+        step = max(1, _ROWS_AT_ONCE // grid.q_block)
+        for start in range(0, len(rows), step):
+            # One run of keys for each query of each block.
+            t = (rows[start : start + step, None] * grid.q_block + np.arange(grid.q_block)).ravel()
+            first = np.repeat(columns[start : start + step] * grid.k_block, grid.q_block)
+            there = (t >= grid.q_start) & (t < grid.q_stop)
+            t, first = t[there], first[there]
+            keys = self._masked(RowKeys(first, np.minimum(first + grid.k_block, size.k_len), 1), t)
+            if not isinstance(generator, Blocks):
+                keys = generator.rows(head, t, size.k_len).meet(keys)
+            total += int(keys.count.sum())
+            if before:
+                total -= int(union_count([each.rows(head, t, size.k_len).meet(keys) for each in before]).sum())
+        return total
+
+    def _pairs_one_by_one(self, index: int, head: int) -> int:
+        """Where blocks of several sizes meet: which pairs an earlier term holds is asked pair by pair."""
+        term, size = self.terms[index], self.problem
         total, h, k = 0, torch.tensor(head), torch.arange(size.k_len)
         step = max(1, _ROWS_AT_ONCE // max(1, size.k_len))
         for start in range(size.q_offset, size.q_offset + size.q_len, step):
@@ -181,6 +214,10 @@ class Relation:
                 found = found & ~earlier.generator.contains(h, t, k)
             total += int(found.sum())
         return total
+
+    def _by_row_before(self, index: int) -> list[ByRow]:
+        """The earlier terms whose rows hold one progression of keys each."""
+        return [term.generator for term in self.terms[:index] if not isinstance(term.generator, Blocks)]
 
     def _term_pairs(self, index: int, head: int) -> int:
         if any(isinstance(term.generator, Blocks) for term in self._involved(index)):
@@ -208,11 +245,11 @@ class Relation:
 
     def _rows_pairs(self, index: int, head: int, start: int, stop: int) -> int:
         term, total = self.terms[index], 0
-        generator, *before = (_by_row(each.generator) for each in (term, *self.terms[:index]))
+        generator, before = _by_row(term.generator), self._by_row_before(index)
         for t in self._active(generator, head, start, stop):
             keys = self._masked(generator.rows(head, t, self.problem.k_len), t)
             total += int(keys.count.sum())
-            if term.dedupe and index:
+            if term.dedupe and before:
                 earlier = [each.rows(head, t, self.problem.k_len).meet(keys) for each in before]
                 total -= int(union_count(earlier).sum())
         return total

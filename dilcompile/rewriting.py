@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from dilcompile.decision import Decision, Rejection
 from dilcompile.errors import DilcompileError, DilcompileWarning, RewriteError
-from dilcompile.forms import Dense
+from dilcompile.forms import KeepStructure
 from dilcompile.passes.dead_code import erase_dead, unused
 from dilcompile.passes.find_sites import Findings
 from dilcompile.passes.match import Match
@@ -164,8 +164,8 @@ def _tried(
         _rewrite(part, findings, match, decision, done)
         return replace(decision, notes=(*decision.notes, f"{NOTE} not compared: {problem}"))
     start = time.perf_counter()
-    # An approximate form differs by intent: what is proven is the reading of the site, which its dense form shows.
-    stand_in = replace(decision, form=Dense(), fidelity="exact", kernel=None)
+    # An approximate form differs by intent: what is proven is the reading of the site, which its own structure shows.
+    stand_in = replace(decision, form=KeepStructure().settled(decision.site), fidelity="exact", kernel=None)
     output = match.roles.output
     mark = output.prev
     result = _inserted(part, findings, match, stand_in, done)
@@ -202,4 +202,4 @@ def _not_tried(decision: Decision) -> str:
     pairs = sizes[0] * sizes[1] * sizes[2] * site.heads
     if pairs > MOST_PAIRS:
         return f"it has {pairs} scores, more than {MOST_PAIRS}; compile it with shorter inputs once"
-    return Dense().reject(site) or ""
+    return KeepStructure().reject(site) or ""

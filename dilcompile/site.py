@@ -46,6 +46,7 @@ class MaskSpec:
         runtime_offset: a number known when the model runs is added to ``q_offset`` (a cache of fixed size).
         documents: a factor ``document[b, t] == document[b, k]`` is known as an operand; documents do not come back.
         by_row: factors known by vectors over rows and keys.
+        chunk: one of these is ``k // chunk == t // chunk``, chunks of so many positions; None if none is.
         unread: what could not be read, in words; the operand stays a tensor. None when everything was read.
         empty_rows: what the user's spelling gives for a row that may see no key: 0 (or no row can be without keys), the mean
             of all values (a finite fill; ``shifted``: one that was added, so the scores keep their gradient), ``others``: the
@@ -61,6 +62,7 @@ class MaskSpec:
     key_padding: bool = False
     documents: bool = False
     by_row: tuple[ByRow, ...] = ()
+    chunk: int | None = None
     unread: str | None = None
     empty_rows: EmptyRows = "zero"
 

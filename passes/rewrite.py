@@ -46,10 +46,10 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
     q = multiplied(emit, q, match.multipliers.q, roles, axes)
     k = multiplied(emit, k, match.multipliers.k, roles, axes, along_keys=True)
     v = multiplied(emit, v, match.multipliers.v, roles, axes, along_keys=True)
-    spec = site.mask
+    spec, read = site.mask, match.mask.inside_chunks() if decision.form.holds_chunks else match.mask
     sizes = (site.batch, site.q_len, site.k_len)
     place = place_of(match.mask, roles.output, graph.mutations)
-    mask = mask_operands(Emitter(graph.gm, place), match.mask, sizes, site.device, graph.bring_in)
+    mask = mask_operands(Emitter(graph.gm, place), read, sizes, site.device, graph.bring_in)
     assert_binary(Emitter(graph.gm, place), match.mask, site.module, graph.bring_in)
     others = [
         mask_operands(Emitter(graph.gm, place), other.mask, sizes, site.device, graph.bring_in) for other in match.mask.others

@@ -60,6 +60,9 @@ def _count(form: Any, at: Setting, documents: tuple[int, ...] | None, h: int, t:
         t, k = t - start, k - start
     if form.name == "dense":
         return 1
+    if form.name == "union":
+        # Parts never add up: what counts a pair most often says how often it counts.
+        return max(_count(part, at, None, h, t, k) for part in form.parts)
     near = abs(t - k)
     if form.name == "sliding_window":
         in_window = near < form.window and (t - k) % form.step == 0
@@ -75,6 +78,9 @@ def _in_block(pattern: Any, form: Any, at: Setting, h: int, i: int, j: int) -> b
     (name, said), (q_block, k_block) = next(iter(pattern.items())), form.sizes
     if name in ("any", "all"):
         return (any if name == "any" else all)(_in_block(part, form, at, h, i, j) for part in said)
+    if name in ("heads", "groups"):
+        share = 1 if name == "heads" else at.heads // len(said)
+        return _in_block(said[h // share], form, at, h, i, j)
     own, first = ((i + 1) * q_block - 1) // k_block, i * q_block // k_block
     if name == "local":
         return first - said.get("before", 0) <= j <= own + said.get("behind", 0)

@@ -22,6 +22,7 @@ from dilcompile.blocks.patterns import (
     Hierarchical,
     Local,
     Pattern,
+    PerHead,
     Random,
     Strided,
     VerticalSlash,
@@ -45,10 +46,12 @@ PATTERNS: st.SearchStrategy[Pattern] = st.one_of(
     st.builds(Document, st.lists(st.integers(1, 20), max_size=6).map(tuple)),
     st.just(Explicit((0, 2, 2, 5), (0, 3, 1, 2, 7))),
 )
-COMPOSED = st.one_of(
+COMPOSED: st.SearchStrategy[Pattern] = st.one_of(
     PATTERNS,
     st.lists(PATTERNS, min_size=1, max_size=3).map(lambda parts: AnyOf(tuple(parts))),
     st.lists(PATTERNS, min_size=1, max_size=3).map(lambda parts: AllOf(tuple(parts))),
+    st.lists(PATTERNS, min_size=4, max_size=4).map(lambda parts: PerHead(tuple(parts))),
+    st.lists(PATTERNS, min_size=2, max_size=2).map(lambda parts: PerHead(tuple(parts), share=2)),
 )
 
 

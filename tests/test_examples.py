@@ -44,6 +44,14 @@ def test_hugging_face(tmp_path: Path) -> None:
     assert "2 sites: 2 rewritten (0 exact, 2 approximate)" in out
 
 
+def test_exact_sliding_window(tmp_path: Path) -> None:
+    out = run("exact_sliding_window.py", "--seq", "600", "--window", "64", "--runs", "1", "--inner", "eager", cwd=tmp_path)
+    (change,) = map(float, CHANGE.findall(out))
+    assert change < 1e-5
+    assert "keeps causal, window 64: exact" in out
+    assert "1 site: 1 rewritten (1 exact, 0 approximate)" in out
+
+
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
     out = run("training.py", "--steps", "25", "--seq", "300", "--inner", "aot_eager", cwd=tmp_path)
     first, last = map(float, re.findall(r"loss (\d+\.\d+) -> (\d+\.\d+)", out)[0])

@@ -217,4 +217,4 @@ def test_notes() -> None:
 
 
 def test_registry() -> None:
-    assert list(FORMS) == ["dense", "sliding_window", "dilated", "block_sparse"]
+    assert list(FORMS) == ["dense", "sliding_window", "dilated", "block_sparse", "keep_structure", "union"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dilcompile.decision import KERNEL_NAMES
 from dilcompile.errors import KernelError
-from dilcompile.forms import BlockSparse, Dense, Dilated, Form, SlidingWindow, parse_form
+from dilcompile.forms import BlockSparse, Dense, Dilated, Form, SlidingWindow, Union, parse_form
 from dilcompile.lowering import engines, ops, pieces, select, strided, views
 from dilcompile.lowering.select import KERNELS
 from dilcompile.relation import Problem, Relation
@@ -36,6 +36,15 @@ FORMS: list[Form] = [
     BlockSparse(16, {"any": [{"local": {"before": 1, "behind": 1}}, {"random": {"blocks": 1, "by_head": True}}]}),
     BlockSparse([32, 16], {"all": [{"strided": {"stride": 2}}, {"local": {"before": 3}}]}, "zero"),
 ]
+# What Triton's kernel leaves to others: branches that count keys again, blocks that differ between heads, a window.
+UNION = Union(
+    (
+        {"form": "dilated", "segments": [8, 16], "rates": [1, 2]},
+        {"form": "block_sparse", "block": [32, 16], "pattern": {"any": [{"global": {"columns": 1}}, {"random": {"blocks": 1, "by_head": True}}]}},
+        {"form": "sliding_window", "window": 7, "sinks": 1},
+    )
+)
+ALL_FORMS = [*FORMS, UNION]
 # Those of CUDA devices are tested by stand-ins for their ops (test_flash_route), triton in its interpreter (test_triton).
 ON_CUDA = {"flash_band", "triton", "flash_attn", "cudnn", "efficient", "flash"}
 ON_CPU = [name for name in KERNELS if name not in ON_CUDA]
@@ -128,7 +137,7 @@ def assert_as_good_as_eager(found: Tensor, eager: Tensor, exact: Tensor, dtype: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
 @pytest.mark.parametrize("kernel", ON_CPU)
 def test_explicit_softmax(kernel: str, form: Form, causal: bool, dtype: torch.dtype) -> None:
     q, k, v = drawn(kv_heads=4 if kernel == "sdpa" else 2, dtype=dtype)
@@ -182,7 +191,7 @@ def loss_of(out: Tensor, lse: Tensor, with_lse: bool) -> Tensor:
 
 @pytest.mark.parametrize("asked", [{}, {"lse": True}, *OPERANDS, {"lse": True, "key_padding": True}], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
 @pytest.mark.parametrize("kernel", ON_CPU)
 def test_output_and_every_gradient(kernel: str, form: Form, causal: bool, asked: dict[str, Any]) -> None:
     asked = dict(asked)
@@ -246,7 +255,7 @@ def assert_grads(kernel: str | None, form: Form, at: Setting, q: Tensor, k: Tens
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 15, 16, 17, 29])
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
 @pytest.mark.parametrize("kernel", ["native", "cpu"])
 def test_ragged_lengths(kernel: str, form: Form, length: int) -> None:
     q, k, v = drawn(batch=1, q_len=length, k_len=length)
@@ -268,7 +277,7 @@ def test_ragged_lengths(kernel: str, form: Form, length: int) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
 def test_the_sites_own_window_and_offsets(form: Form, mask: dict[str, Any]) -> None:
     q, k, v = drawn(batch=1, q_len=23, k_len=31)
     for kernel in ("native", "cpu", "reference"):
@@ -339,7 +348,7 @@ def test_dims_of_no_size(kernel: str | None, form: Form, sizes: dict[str, int]) 
             assert bool((lse == -torch.inf).all())
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
 def test_values_of_one_give_one(form: Form) -> None:
     q, k, v = drawn()
     out, lse = run(q, k, torch.ones_like(v), form, None, setting_of(q, k, causal=True))
@@ -348,7 +357,7 @@ def test_values_of_one_give_one(form: Form) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["native", "cpu", "reference"])
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
 def test_perturbing_a_key_changes_the_relations_rows(form: Form, kernel: str) -> None:
     q, k, v = drawn(batch=1)
     for causal in (False, True):
@@ -362,7 +371,7 @@ def test_perturbing_a_key_changes_the_relations_rows(form: Form, kernel: str) ->
             assert np.array_equal(changed.numpy(), count[:, :, key] > 0)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
 def test_the_future_changes_no_past_row(form: Form) -> None:
     q, k, v = drawn()
     at = setting_of(q, k, causal=True)
@@ -372,7 +381,7 @@ def test_the_future_changes_no_past_row(form: Form) -> None:
     assert torch.equal(before[:, :, :20], after[:, :, :20])
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
 def test_permuting_heads_and_batch_permutes_the_output(form: Form) -> None:
     q, k, v = drawn(batch=3, kv_heads=4)
     at = setting_of(q, k, causal=True)
@@ -389,7 +398,7 @@ def test_permuting_heads_and_batch_permutes_the_output(form: Form) -> None:
     torch.testing.assert_close(moved, out[:, order], rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("form", [f for f in FORMS if "seq" not in str(f)], ids=str)
+@pytest.mark.parametrize("form", [f for f in ALL_FORMS if "seq" not in str(f)], ids=str)
 def test_decode_and_chunked_prefill_are_rows_of_the_prefill(form: Form) -> None:
     q, k, v = drawn()
     whole, whole_lse = run(q, k, v, form, None, setting_of(q, k, causal=True))
@@ -401,7 +410,7 @@ def test_decode_and_chunked_prefill_are_rows_of_the_prefill(form: Form) -> None:
         torch.testing.assert_close(lse, whole_lse[:, :, start:stop], rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
 def test_the_density_reported_is_the_density_executed(form: Form) -> None:
     """With equal scores the LSE is the log of the number of keys: their sum is what the relation reports."""
     q, k, v = drawn(batch=1)
@@ -414,7 +423,7 @@ def test_the_density_reported_is_the_density_executed(form: Form) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["native", "cpu", "reference"])
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
 def test_a_second_call_a_copy_and_a_pickle_behave_the_same(form: Form, kernel: str) -> None:
     q, k, v = drawn(batch=1)
     at = setting_of(q, k, causal=True)
@@ -423,7 +432,7 @@ def test_a_second_call_a_copy_and_a_pickle_behave_the_same(form: Form, kernel: s
         assert torch.equal(run(q, k, v, again, kernel, at)[0], first)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
 def test_dropout_depends_on_positions_only(form: Form) -> None:
     q, k, v = (x.requires_grad_() for x in drawn())
     at, operands = setting_of(q, k, causal=True), {"dropout_p": 0.3, "seed": torch.tensor([11])}
@@ -483,7 +492,7 @@ def test_uninitialised_memory_never_shows() -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
-        for form in FORMS:
+        for form in ALL_FORMS:
             for operands in ({}, operands_of({"key_padding": True}), {"softcap": 2.0}):
                 for kernel in ("native", "cpu"):
                     assert not run(q, k, v, form, kernel, setting_of(q, k, causal=True), **operands)[0].isnan().any()

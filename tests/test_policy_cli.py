@@ -32,7 +32,7 @@ def test_check_prints_the_rules_in_effect(tmp_path: Path) -> None:
     done = runner.invoke(app, ["policy", "check", path])
     assert done.exit_code == 0, done.stderr
     assert done.stdout == (
-        f"policy p\n  c ({path}:4): kind: 'cross' -> keep\n  exact-all (preset exact:8): every site -> dense\n"
+        f"policy p\n  c ({path}:4): kind: 'cross' -> keep\n  exact-all (preset exact:8): every site -> keep_structure\n"
         f"{path}: rules: 2, errors: 0, warnings: 0\n"
     )
 
@@ -45,6 +45,7 @@ def test_check_prints_every_problem_to_stderr(tmp_path: Path) -> None:
     assert done.stderr == (
         f"{path}:2:11: rules[0].match.casual: unknown key (did you mean 'causal'?)\n"
         f"{path}:3:17: rules[0].apply.form: unknown form 'kep': this version has keep, dense, sliding_window, dilated, block_sparse"
+        ", keep_structure, union"
         " (did you mean 'keep'?)\n"
     )
 

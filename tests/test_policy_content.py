@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from dilcompile.decision import Decision, Rejection
 from dilcompile.errors import PolicyError
-from dilcompile.forms import Dense, Dilated, SlidingWindow
+from dilcompile.forms import Dilated, KeepStructure, SlidingWindow
 from dilcompile.policy import Policy, resolve
 from dilcompile.policy.check import check
 from dilcompile.policy.load import PRESETS
@@ -81,10 +81,10 @@ def test_the_whole_language_passes_the_check() -> None:
 def test_text_form() -> None:
     assert str(Policy.load("pretrained-safe")) == (
         "policy pretrained-safe\n"
-        "  safe-local-layers (preset pretrained-safe:12): kind: 'self', masked: 'window' -> dense\n"
+        "  safe-local-layers (preset pretrained-safe:12): kind: 'self', masked: 'window' -> keep_structure\n"
         "  safe-long-causal (preset pretrained-safe:16): kind: 'self', causal: true, min_seq: 4096"
         " -> sliding_window(window: 2048, sinks: 4)\n"
-        "  safe-rest (preset pretrained-safe:20): every site -> dense"
+        "  safe-rest (preset pretrained-safe:20): every site -> keep_structure"
     )
 
 
@@ -194,14 +194,14 @@ UNREAD = {"mask": MaskSpec(causal=True, unread="a bias")}
         ("longnet", SHORT, True),
         ("longnet", CROSS, True),
         ("pretrained-safe", {}, SlidingWindow(window=2048, sinks=4)),
-        ("pretrained-safe", SHORT, Dense()),
-        ("pretrained-safe", LOCAL, Dense()),
-        ("pretrained-safe", ENCODER, Dense()),
-        ("pretrained-safe", CROSS, Dense()),
+        ("pretrained-safe", SHORT, KeepStructure()),
+        ("pretrained-safe", LOCAL, KeepStructure()),
+        ("pretrained-safe", ENCODER, KeepStructure()),
+        ("pretrained-safe", CROSS, KeepStructure()),
         ("pretrained-safe", UNREAD, False),
-        ("exact", {}, Dense()),
-        ("exact", LOCAL, Dense()),
-        ("exact", CROSS, Dense()),
+        ("exact", {}, KeepStructure()),
+        ("exact", LOCAL, KeepStructure()),
+        ("exact", CROSS, KeepStructure()),
         ("exact", UNREAD, False),
     ],
 )
@@ -276,7 +276,7 @@ rules:
 def test_a_policy_made_in_python() -> None:
     made = Policy(extends="exact", rules=({"match": {"kind": "cross"}, **KEEP},))  # type: ignore[arg-type]
     loaded = Policy.load(made)
-    assert [rule.apply.form for rule in loaded.rules] == ["keep", "dense"]
+    assert [rule.apply.form for rule in loaded.rules] == ["keep", "keep_structure"]
     assert made.fingerprint == loaded.fingerprint
     assert [rule.label for rule in made.rules] == ["unnamed rule (rules[0])"]
     assert [type(verdict) for verdict in resolve(made, [site()])] == [Decision]

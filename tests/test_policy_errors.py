@@ -15,7 +15,7 @@ from dilcompile.forms import Dilated
 from dilcompile.policy import Policy
 from dilcompile.policy.load import PRESETS
 
-HAS = "this version has keep, dense, sliding_window, dilated, block_sparse"
+HAS = "this version has keep, dense, sliding_window, dilated, block_sparse, keep_structure, union"
 KERNELS = "'native', 'sdpa', 'flash_band', 'triton', 'flash_attn', 'cudnn', 'efficient', 'flash', 'cpu' or 'reference'"
 TAIL = "apply: {form: keep}"
 
@@ -126,10 +126,10 @@ IN_APPLY = {
     "{}": f"apply: key 'form' is missing: {HAS}",
     "{form: 3}": f"apply.form: expected the name of a form, got 3: {HAS}",
     "keep": "apply: expected a mapping, got 'keep'",
-    "{form: union}": f"apply.form: form 'union' is not built yet: {HAS}",
+    "{form: union}": "apply.union: key 'of' is missing",
     "{form: block_sparse, block: 64}": "apply.block_sparse: key 'pattern' is missing",
     "{form: block_sparse, block: 64, pattern: {locl: {}}}": "apply.pattern: pattern 'locl' is unknown (did you mean 'local'?); the"
-    " patterns are any, all, local, global, strided, dilated_sliding, fixed, vertical_slash, hierarchical, random, document, explicit, bigbird, longformer",
+    " patterns are any, all, local, global, strided, dilated_sliding, fixed, vertical_slash, hierarchical, random, document, explicit, bigbird, longformer, heads, groups",
     "{form: per_head}": f"apply.form: form 'per_head' is not built yet: {HAS}",
     "{form: ring}": f"apply.form: form 'ring' is not built yet: {HAS}",
     "{form: windowed}": f"apply.form: unknown form 'windowed': {HAS}",

@@ -120,8 +120,10 @@ def _mask_mod(held: Tensor, grid: Grid) -> MaskMod:
     return mask_mod
 
 
-def explicit_of(mask: BlockMask, grid: Grid) -> Explicit:
-    """The listed blocks of a BlockMask as a pattern that, within the limits of the grid, holds the same pairs.
+def explicit_of(mask: BlockMask, grid: Grid) -> list[Explicit]:
+    """The listed blocks of a BlockMask as patterns that, within the limits of the grid, hold the same pairs.
+
+    One for each head, or one for all where they don't differ.
 
     The tables say which blocks count, as in FlexAttention's kernels; ``mask_mod`` is asked in the partial ones only. A pattern
     holds whole blocks, so inside of those ``mask_mod`` must hide what the limits hide, and nothing else.
@@ -130,35 +132,42 @@ def explicit_of(mask: BlockMask, grid: Grid) -> Explicit:
         grid: the site's own limits at the lengths and block sizes of ``mask``.
 
     Raises:
-        FormError: if no such pattern exists: heads or batch rows differ, or a mask stands inside a block; or if the first query
-            does not begin a block.
+        FormError: if no such patterns exist: batch rows differ, or a mask stands inside a block; or if the first query does not
+            begin a block.
     """
     _begins_a_block(grid)
-    kv, num = _shared(mask, mask.kv_indices, mask.kv_num_blocks)
-    partial = _entries(kv, num)
-    full = np.zeros((0, 2), dtype=np.int64)
+    partial = _of_heads(mask, mask.kv_indices, mask.kv_num_blocks)
+    full = None
     if mask.full_kv_indices is not None and mask.full_kv_num_blocks is not None:
-        full = _entries(*_shared(mask, mask.full_kv_indices, mask.full_kv_num_blocks))
+        full = _of_heads(mask, mask.full_kv_indices, mask.full_kv_num_blocks)
+    none = np.zeros((0, 2), dtype=np.int64)
+    found = [_explicit(mask, part, none if full is None else full[head], head, grid) for head, part in enumerate(partial)]
+    return found[:1] if all(one == found[0] for one in found) else found
+
+
+def _explicit(mask: BlockMask, partial: Positions, full: Positions, head: int, grid: Grid) -> Explicit:
+    """The blocks of one head, from its (row, column) entries."""
     first = grid.q_start // grid.q_block
     _whole_within(full, grid, first)
-    kept = np.concatenate([full, partial[_agrees(mask, partial, grid, first)]])
+    kept = np.concatenate([full, partial[_agrees(mask, partial, head, grid, first)]])
     codes = np.unique((kept[:, 0] + first) * grid.columns + kept[:, 1])
     rows, columns = np.divmod(codes, max(1, grid.columns))
-    starts = np.searchsorted(rows, np.arange(first + num.shape[0] + 1))
+    starts = np.searchsorted(rows, np.arange(first + mask.kv_num_blocks.shape[-1] + 1))
     return Explicit(tuple(starts.tolist()), tuple(columns.tolist()))
 
 
-def _shared(mask: BlockMask, indices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The table [rows, columns] and [rows] of all heads and batch rows."""
-    indices, counts = indices.reshape(-1, *indices.shape[-2:]).cpu(), counts.reshape(-1, counts.shape[-1]).cpu()
-    there = torch.arange(indices.shape[-1]) < counts[..., None]
-    sorted_ones = torch.where(there, indices, indices.shape[-1]).sort(-1).values
+def _of_heads(mask: BlockMask, indices: Tensor, counts: Tensor) -> list[Positions]:
+    """The (row, column) of each entry, int64 [entries, 2], of each head; batch rows must be alike."""
+    num_rows, width = indices.shape[-2:]
+    batch, heads = (1, 1, *indices.shape[:-2])[-2:]
+    indices, counts = indices.reshape(batch, heads, num_rows, width).cpu(), counts.reshape(batch, heads, num_rows).cpu()
+    there = torch.arange(width) < counts[..., None]
+    sorted_ones = torch.where(there, indices, width).sort(-1).values
     if (sorted_ones != sorted_ones[:1]).any():
         raise FormError(
-            f"a BlockMask of shape {tuple(mask.shape)} has other blocks in another batch row or head; the pattern `explicit` "
-            "is one for all of them"
+            f"a BlockMask of shape {tuple(mask.shape)} has other blocks in another batch row; a pattern is one for all batch rows"
         )
-    return indices[0], counts[0]
+    return [_entries(indices[0, head], counts[0, head]) for head in range(heads)]
 
 
 def _entries(indices: Tensor, counts: Tensor) -> Positions:
@@ -178,15 +187,15 @@ def _whole_within(full: Positions, grid: Grid, first: int) -> None:
         )
 
 
-def _agrees(mask: BlockMask, blocks: Positions, grid: Grid, first: int) -> Flags:
-    """Which partial blocks have pairs at all.
+def _agrees(mask: BlockMask, blocks: Positions, head: int, grid: Grid, first: int) -> Flags:
+    """Which partial blocks of a head have pairs at all.
 
     Raises:
         FormError: if ``mask_mod`` and the limits differ in a block that has pairs.
     """
     some = np.zeros(len(blocks), dtype=np.bool_)
     step = max(1, _PAIRS_AT_ONCE // (grid.q_block * grid.k_block))
-    batch, heads = (1, 1, *mask.kv_indices.shape[:-2])[-2:]
+    batch = (1, 1, *mask.kv_indices.shape[:-2])[-2]
     for start in range(0, len(blocks), step):
         part = torch.from_numpy(blocks[start : start + step])
         q = part[:, :1] * grid.q_block + torch.arange(grid.q_block)
@@ -194,10 +203,9 @@ def _agrees(mask: BlockMask, blocks: Positions, grid: Grid, first: int) -> Flags
         inside = (q < grid.q_stop - grid.q_start)[:, :, None] & (k < grid.k_len)[:, None, :]
         wanted = inside & _within(q + grid.q_start, k, grid)
         for b in range(batch):
-            for h in range(heads):
-                seen = inside & _asked(mask, b, h, q.clamp(max=grid.q_stop - grid.q_start - 1), k.clamp(max=grid.k_len - 1))
-                _refuse_mask_inside(seen, wanted, part, grid)
-                some[start : start + step] |= seen.flatten(1).any(1).numpy()
+            seen = inside & _asked(mask, b, head, q.clamp(max=grid.q_stop - grid.q_start - 1), k.clamp(max=grid.k_len - 1))
+            _refuse_mask_inside(seen, wanted, part, grid)
+            some[start : start + step] |= seen.flatten(1).any(1).numpy()
     return some
 
 

@@ -7,7 +7,7 @@ the lists are made of), in time and memory of the blocks that are there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Protocol
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dilcompile.blocks.grid import Grid
+from dilcompile.errors import FormError
 from dilcompile.progression import Positions
 
 
@@ -329,6 +330,60 @@ class AllOf:
         """See ``Pattern``."""
         found = [part.codes(h, rows, grid) for part in self.parts]
         return reduce(lambda one, other: np.intersect1d(one, other, assume_unique=True), found)
+
+
+@dataclass(frozen=True)
+class PerHead:
+    """One part for each query head, or for each group of neighbouring query heads.
+
+    Args:
+        share: query heads that share a part; 0: as many as make the parts enough, which ``dealt`` says once the heads are known.
+    """
+
+    parts: tuple[Pattern, ...]
+    share: int = 1
+    by_head = True
+
+    def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
+        """See ``Pattern``."""
+        found = _everywhere(torch.zeros_like(h, dtype=torch.bool), i, j)
+        number = torch.div(h, self.share, rounding_mode="floor")
+        for at, part in enumerate(self.parts):
+            found = found | ((number == at) & part.contains(h, i, j, grid))
+        return found
+
+    def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
+        """See ``Pattern``."""
+        return self.parts[h // self.share].codes(h, rows, grid)
+
+
+def dealt(pattern: Pattern, heads: int) -> Pattern:
+    """The pattern with parts per head dealt to so many query heads.
+
+    Raises:
+        FormError: if they are not as many, or no equal groups.
+    """
+    if isinstance(pattern, (AnyOf, AllOf, PerHead)):
+        pattern = replace(pattern, parts=tuple(dealt(part, heads) for part in pattern.parts))
+    if not isinstance(pattern, PerHead):
+        return pattern
+    parts = len(pattern.parts)
+    if pattern.share == 0 and heads % parts:
+        raise FormError(f"pattern `groups` has {parts} patterns, and {heads} query heads make no {parts} groups of equal size")
+    if pattern.share == 1 and heads != parts:
+        raise FormError(
+            f"pattern `heads` has {parts} patterns, one for each query head, but there are {heads} query heads; `groups` gives "
+            "neighbouring heads one"
+        )
+    return replace(pattern, share=pattern.share or heads // parts)
+
+
+def most_parts(pattern: Pattern) -> int | None:
+    """How many patterns per head there are at most, or None if there are none of them."""
+    if not isinstance(pattern, (AnyOf, AllOf, PerHead)):
+        return None
+    found = [most for part in pattern.parts if (most := most_parts(part)) is not None]
+    return max([*found, *([len(pattern.parts)] if isinstance(pattern, PerHead) else [])], default=None)
 
 
 def alike_in_heads(pattern: Pattern) -> Pattern:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
-from dilcompile.blocks.adaptive import ESTIMATORS, Given, Scored
+from dilcompile.blocks.adaptive import ESTIMATORS, Given, Scored, is_adaptive
 from dilcompile.blocks.patterns import (
     AllOf,
     AnyOf,
@@ -18,6 +18,7 @@ from dilcompile.blocks.patterns import (
     Hierarchical,
     Local,
     Pattern,
+    PerHead,
     Random,
     Strided,
     VerticalSlash,
@@ -116,7 +117,13 @@ KINDS: dict[str, _Kind] = {
     "bigbird": _Kind({"local": 0, "columns": 0, "rows": 0, "random": 0, "seed": 0}, (), _bigbird),
     "longformer": _Kind({"local": 0, "columns": 0, "rows": 0}, (), _longformer),
 }
-SETS: dict[str, Callable[[tuple[Pattern, ...]], Pattern]] = {"any": AnyOf, "all": AllOf}
+_WHOLE: dict[str, Callable[[tuple[Pattern, ...]], Pattern]] = {"any": AnyOf, "all": AllOf}
+_BY_HEAD: dict[str, Callable[[tuple[Pattern, ...]], Pattern]] = {
+    "heads": lambda parts: PerHead(parts),
+    "groups": lambda parts: PerHead(parts, share=0),
+}
+# Those that are made of a list of patterns.
+SETS = {**_WHOLE, **_BY_HEAD}
 
 
 def problems_of(data: object, at: Place) -> list[OptionProblem]:
@@ -124,14 +131,24 @@ def problems_of(data: object, at: Place) -> list[OptionProblem]:
     data = plain(data)
     if not isinstance(data, dict) or len(data) != 1:
         return [OptionProblem(at, f"must be one pattern by name, such as {{local: {{before: 2}}}}, not {data!r}")]
-    (name, options), names = next(iter(data.items())), [*SETS, *KINDS]
+    (name, options), names = next(iter(data.items())), [*_WHOLE, *KINDS, *_BY_HEAD]
     if name in SETS:
         if not isinstance(options, (list, tuple)) or not options:
             return [OptionProblem((*at, name), f"must be a list of patterns, not {options!r}")]
-        return [problem for n, part in enumerate(options) for problem in problems_of(part, (*at, name, n))]
+        found = [problem for n, part in enumerate(options) for problem in problems_of(part, (*at, name, n))]
+        return found or (_chosen_by_head(options, (*at, name)) if name in _BY_HEAD else [])
     if name not in KINDS:
         return [OptionProblem(at, f"pattern {name!r} is unknown{hint(str(name), names)}; the patterns are {', '.join(names)}")]
     return _problems_of_options(KINDS[name], {} if options is None else options, (*at, name))
+
+
+def _chosen_by_head(parts: Any, at: Place) -> list[OptionProblem]:
+    text = "chooses blocks for each head by the data already; put it beside the patterns per head, under `any` or `all`"
+    return [
+        OptionProblem((*at, n), f"pattern {part!r} {text}")
+        for n, part in enumerate(parts)
+        if is_adaptive(pattern_of(cast(Spec, frozen(part))))
+    ]
 
 
 def _problems_of_options(kind: _Kind, options: object, at: Place) -> list[OptionProblem]:

@@ -9,7 +9,9 @@ from dilcompile.forms.base import Form, parse_options
 from dilcompile.forms.block_sparse import BlockSparse
 from dilcompile.forms.dense import Dense
 from dilcompile.forms.dilated import Dilated
+from dilcompile.forms.keep_structure import KeepStructure
 from dilcompile.forms.sliding_window import SlidingWindow
+from dilcompile.forms.union import Union
 from dilcompile.near import hint
 
 FORMS: dict[str, type[Form]] = {
@@ -17,6 +19,8 @@ FORMS: dict[str, type[Form]] = {
     SlidingWindow.name: SlidingWindow,
     Dilated.name: Dilated,
     BlockSparse.name: BlockSparse,
+    KeepStructure.name: KeepStructure,
+    Union.name: Union,
 }
 
 
@@ -53,4 +57,15 @@ def parse_form(text: str) -> Form:
     return make_form(name, options)
 
 
-__all__ = ["FORMS", "BlockSparse", "Dense", "Dilated", "Form", "SlidingWindow", "make_form", "parse_form"]
+__all__ = [
+    "FORMS",
+    "BlockSparse",
+    "Dense",
+    "Dilated",
+    "Form",
+    "KeepStructure",
+    "SlidingWindow",
+    "Union",
+    "make_form",
+    "parse_form",
+]

@@ -55,6 +55,8 @@ class Form(ABC):
     name: ClassVar[str]
     # Options that are lists of one entry a branch, all of them or none.
     paired: ClassVar[tuple[str, ...]] = ()
+    # Fields that ``settled`` takes from the site; they are no keys of a policy.
+    from_site: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         found = self.problems()
@@ -85,18 +87,35 @@ class Form(ABC):
         """What the options alone say about the lengths that they can't be met at; None where they say nothing."""
         return None
 
+    def settled(self, site: AttentionSite) -> Form:
+        """The form with what it takes from the site written out, for a site that it does not reject."""
+        return self
+
+    @property
+    def made_for(self) -> int | None:
+        """A number of query heads that it can be given to; None: any."""
+        return None
+
+    @property
+    def holds_chunks(self) -> bool:
+        """Whether no pair leaves the site's own chunks, so that its mask need not say them again."""
+        return False
+
     def notes(self, site: AttentionSite) -> tuple[str, ...]:
         """What a user should know about this form on this site, though it is allowed."""
         return ()
 
-    def __str__(self) -> str:
+    def plain(self) -> dict[str, Any]:
+        """The options that are not their defaults, as a policy writes them."""
         # A default is an attribute of the class; read there because Dynamo can't trace dataclasses' MISSING.
-        changed = [
-            f"{option}={getattr(self, option)!r}"
+        return {
+            option: getattr(self, option)
             for option in self.__dataclass_fields__
             if getattr(self, option) != getattr(type(self), option, ...)
-        ]
-        return f"{self.name}({', '.join(changed)})"
+        }
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{option}={held!r}' for option, held in self.plain().items())})"
 
 
 def parse_options(text: str) -> tuple[str, dict[str, object]]:

@@ -9,7 +9,7 @@ from dilcompile.blocks.adaptive import Scored, certain, is_adaptive, is_given, l
 from dilcompile.blocks.coverage import first_without_keys
 from dilcompile.blocks.grid import Grid
 from dilcompile.blocks.impossible import first_unmet, holds_nothing, listed_beyond
-from dilcompile.blocks.patterns import alike_in_heads
+from dilcompile.blocks.patterns import alike_in_heads, dealt, most_parts
 from dilcompile.blocks.spec import Spec, frozen, has_lengths, pattern_of, plain, problems_of
 from dilcompile.errors import FormError, OptionProblem
 from dilcompile.forms.base import Form, Says, Unmet, cross_site, not_integer, not_one_of, unread_mask
@@ -32,7 +32,8 @@ class BlockSparse(Form):
 
     Args:
         block: positions in a block, 16 to 256; or two numbers, queries and keys.
-        pattern: ``{name: {option: value}}``, or ``{any: [...]}`` and ``{all: [...]}`` of patterns; see ``dilcompile.blocks``.
+        pattern: ``{name: {option: value}}``, or a list of patterns under ``any``, ``all``, ``heads`` (one for each query head) or
+            ``groups`` (one for each group of them); see ``dilcompile.blocks``.
             ``topk`` and ``mass`` choose blocks from the queries and keys of each call.
         coverage: ``require``: a pattern that leaves a query without keys is an error; ``zero``: such queries give 0.
 
@@ -71,13 +72,19 @@ class BlockSparse(Form):
         first, *others = self.block if isinstance(self.block, tuple) else (self.block,)
         return first, others[0] if others else first
 
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether blocks are chosen from the data of each call."""
+        return is_adaptive(pattern_of(self._spec()))
+
     def relation(self, problem: Problem) -> Relation:
         """The blocks, with the problem's own mask inside.
 
         Raises:
             FormError: under ``coverage: require``, if the blocks hold no key of a query that may see some.
         """
-        blocks = Blocks(grid_of(problem, *self.sizes), pattern_of(self._spec()), problem.group)
+        pattern = dealt(pattern_of(self._spec()), problem.heads)
+        blocks = Blocks(grid_of(problem, *self.sizes), pattern, problem.group)
         if self.coverage == "require":
             self._require_keys(blocks, problem)
         return Relation(problem, (Term(blocks),))
@@ -107,13 +114,13 @@ class BlockSparse(Form):
         """
         from dilcompile.blocks.block_mask import to_block_mask
 
-        if is_adaptive(pattern_of(self._spec())):
+        if self.is_adaptive:
             raise FormError(
                 f"pattern {plain(self.pattern)!r} chooses blocks from the data; dilcompile.functional.select_blocks says which"
             )
         if problem.q_offset < 0:
             raise FormError(f"query row 0 stands at position {problem.q_offset}: the queries before key 0 are in no block")
-        return to_block_mask(pattern_of(self._spec()), grid_of(problem, *self.sizes), problem.heads, device)
+        return to_block_mask(dealt(pattern_of(self._spec()), problem.heads), grid_of(problem, *self.sizes), problem.heads, device)
 
     @classmethod
     def from_block_mask(
@@ -137,8 +144,9 @@ class BlockSparse(Form):
 
         site = Problem(1, 1, 1, *mask.seq_lengths, 1, 1, q_offset, is_causal, window_left, window_right)
         found = explicit_of(mask, grid_of(site, *mask.BLOCK_SIZE))
+        listed = [{"explicit": {"starts": list(one.starts), "columns": list(one.columns)}} for one in found]
         # A BlockMask may hide all keys of a query: FlexAttention gives 0 there too.
-        return cls(mask.BLOCK_SIZE, {"explicit": {"starts": list(found.starts), "columns": list(found.columns)}}, coverage="zero")
+        return cls(mask.BLOCK_SIZE, listed[0] if len(listed) == 1 else {"heads": listed}, coverage="zero")
 
     def _spec(self) -> Spec:
         spec = frozen(self.pattern)
@@ -150,8 +158,8 @@ class BlockSparse(Form):
         return "approximate"
 
     def reject(self, site: AttentionSite) -> str | None:
-        """A mask that could not be read; cross attention, whose two axes have no common positions; documents said twice; a
-        pattern that shows no query any key."""
+        """A mask that could not be read; cross attention, whose two axes have no common positions; documents said twice; patterns
+        per head that are not as many; a pattern that shows no query any key."""
         if site.mask.documents and has_lengths(self._spec()):
             return (
                 "its sequences are packed documents, each with blocks of its own: lengths in the pattern would cut every one of "
@@ -160,10 +168,11 @@ class BlockSparse(Form):
         pattern = pattern_of(self._spec())
         if is_given(pattern):
             return "the blocks of `given` come with a call of dilcompile.functional.attention; a model's own attention has none"
-        if site.mask.documents and is_adaptive(pattern):
+        if site.mask.documents and self.is_adaptive:
             return "its sequences are packed documents, but blocks are estimated over whole ones: give a pattern without data"
-        never = self.unmet(site.mask.causal) if self.coverage == "zero" else None
-        return cross_site(site) or unread_mask(site) or (None if never is None else never.reason)
+        first = cross_site(site) or unread_mask(site) or self._undealt(site.heads)
+        never = self.unmet(site.mask.causal) if first is None and self.coverage == "zero" else None
+        return first or (None if never is None else never.reason)
 
     def unmet(self, causal: bool) -> Unmet | None:
         """A pattern without any block; under ``coverage: require`` one that leaves a query without keys wherever it exists."""
@@ -209,7 +218,7 @@ class BlockSparse(Form):
         )
 
     def _unseen(self, grid: Grid, heads: int) -> str | None:
-        blocks = Blocks(grid, pattern_of(self._spec()))
+        blocks = Blocks(grid, dealt(pattern_of(self._spec()), heads))
         if self.coverage == "require" or any(len(blocks.lists(h, grid)) for h in range(heads if blocks.pattern.by_head else 1)):
             return None
         return (
@@ -217,6 +226,19 @@ class BlockSparse(Form):
             "add {local: {}} under `any`"
         )
 
-    def __str__(self) -> str:
-        coverage = "" if self.coverage == "require" else f", coverage={self.coverage!r}"
-        return f"{self.name}(block={self.block!r}, pattern={plain(self.pattern)!r}{coverage})"
+    @property
+    def made_for(self) -> int | None:
+        """As many as there are patterns per head."""
+        return most_parts(pattern_of(self._spec()))
+
+    def _undealt(self, heads: int) -> str | None:
+        """Why patterns per head can't be dealt to the heads, or None."""
+        try:
+            dealt(pattern_of(self._spec()), heads)
+        except FormError as error:
+            return str(error)
+        return None
+
+    def plain(self) -> dict[str, Any]:
+        """See ``Form``."""
+        return {**super().plain(), "pattern": plain(self.pattern)}

@@ -19,13 +19,13 @@ from dilcompile.policy.values import conform, shown
 
 FORM_NAMES = ("keep", *FORMS)
 # Named in the policy language, built in a later version.
-RESERVED = ("union", "per_head", "ring")
+RESERVED = ("per_head", "ring")
 
 
 class Apply(Section):
     """The base of ``apply``: one subclass a form, with the form's options as keys."""
 
-    of: ClassVar[type[Form] | None] = None
+    form_class: ClassVar[type[Form] | None] = None
     form: str
     kernel: KernelName | None = None
 
@@ -40,17 +40,17 @@ class Apply(Section):
         Args:
             merge_grad: the policy's ``numerics.merge_grad``, for a rule that doesn't give the option itself.
         """
-        if self.of is None:
+        if self.form_class is None:
             return None
         options = self.options
-        if merge_grad is not None and "merge_grad" in {option.name for option in dataclasses.fields(self.of)}:
+        if merge_grad is not None and "merge_grad" in {option.name for option in dataclasses.fields(self.form_class)}:
             options.setdefault("merge_grad", merge_grad)
-        return self.of(**options)
+        return self.form_class(**options)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         described = handler(core)
-        paired = cls.of.paired if cls.of is not None else ()
+        paired = cls.form_class.paired if cls.form_class is not None else ()
         if paired:
             lists = {"properties": {name: {"type": "array"} for name in paired}, "required": list(paired)}
             words = {"properties": {name: {"type": "string"} for name in paired}}
@@ -69,11 +69,11 @@ def _unfit(model: type[Apply], options: Mapping[str, Any], bad: Sequence[Path] =
     Args:
         bad: places of which nothing more is said, because what stands there is of the wrong type.
     """
-    if model.of is None:
+    if model.form_class is None:
         return []
     # Not built, since it would raise; the form's own checks are asked of what would stand in its fields.
-    form, unknown = object.__new__(model.of), list(bad)
-    for option in dataclasses.fields(model.of):
+    form, unknown = object.__new__(model.form_class), list(bad)
+    for option in dataclasses.fields(model.form_class):
         required = option.default is dataclasses.MISSING
         object.__setattr__(form, option.name, options.get(option.name, None if required else option.default))
         if required and option.name not in options:
@@ -89,12 +89,12 @@ def also_unfit(apply: object) -> list[Misfit]:
     """What else is wrong with the options of an ``apply`` in which some are of the wrong type."""
     name = apply.get("form") if isinstance(apply, dict) else None
     model = APPLY.get(name) if isinstance(name, str) else None
-    if model is None or model.of is None:
+    if model is None or model.form_class is None:
         return []
     assert isinstance(apply, dict)
     options: dict[str, Any] = {}
     bad: list[Path] = []
-    for option in dataclasses.fields(model.of):
+    for option in policy_options(model.form_class):
         if option.name not in apply:
             continue
         value = apply[option.name]
@@ -109,15 +109,20 @@ def also_unfit(apply: object) -> list[Misfit]:
     return _unfit(model, options, bad)
 
 
+def policy_options(form: type[Form]) -> list[dataclasses.Field[Any]]:
+    """The options of a form that are keys of a policy."""
+    return [option for option in dataclasses.fields(form) if option.name not in form.from_site]
+
+
 def _model(name: str, form: type[Form] | None) -> type[Apply]:
     fields: dict[str, Any] = {"form": (Literal[name], ...)}
-    for option in dataclasses.fields(form) if form is not None else ():
+    for option in policy_options(form) if form is not None else ():
         kind = get_type_hints(form, include_extras=True)[option.name]
         required = option.default is dataclasses.MISSING
         fields[option.name] = (kind, ... if required else option.default)
     title = "Apply" + "".join(part.title() for part in name.split("_"))
     model = create_model(title, __base__=Apply, **fields)
-    model.of = form
+    model.form_class = form
     model.__doc__ = form.__doc__ if form is not None else "The site stays exactly as the model computes it."
     return model
 
@@ -128,7 +133,7 @@ APPLY: dict[str, type[Apply]] = {"keep": _model("keep", None), **{n: _model(n, f
 def _known_form(value: Any) -> Any:
     """Refuse a missing, unknown or not yet built form, before pydantic picks the model by it."""
     if isinstance(value, Form):
-        return {"form": value.name, **dataclasses.asdict(value)}
+        return {"form": value.name, **value.plain()}
     if not isinstance(value, dict):
         return value
     has = f"this version has {', '.join(FORM_NAMES)}"

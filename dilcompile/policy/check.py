@@ -90,7 +90,7 @@ def _impossible(rule: Rule) -> Iterator[str]:
     if "compute_capability" in match and devices and not any(d.startswith("cuda") for d in devices):
         yield "can match no site: compute_capability is that of a CUDA device, and device is another"
     form = rule.apply.build()
-    reason = form.reject(_typical(rule.match)) if form is not None else None
+    reason = form.reject(_typical(rule.match, form.made_for)) if form is not None else None
     if form is not None and reason is not None:
         yield f"can act on no site: {form.name} can't be given to what it matches: {reason}"
 
@@ -100,7 +100,7 @@ def _unmet(rule: Rule) -> Iterator[Finding]:
     form, match = rule.apply.build(), rule.match.given()
     unmet = form.unmet(_only_causal(match)) if form is not None else None
     # A query that is decoded alone is not the one that is left without keys.
-    if form is None or unmet is None or form.reject(_typical(rule.match)) is not None or match.get("phase") == "decode":
+    if form is None or unmet is None or form.reject(_typical(rule.match, form.made_for)) is not None or match.get("phase") == "decode":
         return
     shortest = match.get("min_seq", 1)
     shortest = 1 if shortest == "auto" else shortest
@@ -120,14 +120,20 @@ def _only_causal(match: Mapping[str, Any]) -> bool:
 _MANY_HEADS = 1024
 
 
-def _typical(match: Match) -> AttentionSite:
-    """A harmless site of the kind and mask that the rule asks for: what a form refuses here, it always refuses."""
+def _typical(match: Match, made_for: int | None) -> AttentionSite:
+    """A harmless site of the kind and mask that the rule asks for: what a form refuses here, it always refuses.
+
+    Args:
+        made_for: heads that the form can be given to.
+    """
     asked = match.given()
     masks = asked.get("masked")
     unread = "an unread mask" if masks in ("other", ("other",)) else None
     cpu, dtype = torch.device("cpu"), torch.float32
     # As many heads as the rule may meet; more than any model has where it doesn't say.
     heads = int(min(ranges.spans(asked["heads"])[-1][1], _MANY_HEADS)) if "heads" in asked else _MANY_HEADS
+    if made_for is not None and ("heads" not in asked or ranges.within(made_for, asked["heads"])):
+        heads = made_for
     site = AttentionSite(
         0, "", "", "", "self", 1, heads, heads, 4096, 4096, 64, 64, dtype, dtype, cpu, 0.125, MaskSpec(unread=unread)
     )

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 from dilcompile.decision import KERNEL_NAMES
 from dilcompile.forms import FORMS, Form
-from dilcompile.policy.apply import RESERVED
+from dilcompile.policy.apply import RESERVED, policy_options
 from dilcompile.policy.load import PRESETS
 from dilcompile.policy.predicates import PREDICATES
 from dilcompile.policy.schema import Fallback, Memory, MeshAxis, Numerics, Policy, Shard, Tolerance
@@ -51,7 +51,7 @@ def _form(name: str, form: type[Form]) -> str:
     kinds = get_type_hints(form, include_extras=True)
     rows = [
         (f"`{option.name}`", expected(kinds[option.name]), _default(option.default), " ".join(meanings[option.name].split()))
-        for option in dataclasses.fields(form)
+        for option in policy_options(form)
     ]
     return f"{head}\n\n{_table(('key', 'takes', 'default', 'meaning'), rows)}" if rows else head
 

@@ -84,7 +84,7 @@ def _decide(policy: Policy, site: AttentionSite) -> Verdict:
     return Decision(
         site=site,
         rule=rule.label,
-        form=form,
+        form=form.settled(site),
         fidelity=form.fidelity(site),
         kernel=rule.apply.kernel,
         fallback=policy.fallback_of(rule).unsupported,

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from dilcompile.decision import Decision, Rejection
 from dilcompile.errors import DilcompileError
-from dilcompile.forms import Dense, Form
+from dilcompile.forms import Dense, Form, KeepStructure
 from dilcompile.relation import Problem, Relation
 from dilcompile.report.lengths import problem_of
 from dilcompile.site import AttentionSite
@@ -57,7 +57,9 @@ def costs_of(verdict: Decision | Rejection) -> Costs | None:
     if problem is None or problem_with(verdict) is not None:
         return None
     rewritten = isinstance(verdict, Decision)
-    mask = pairs(Dense().relation(problem))
+    # Of a form that does not hold the site's chunks they are not counted on either side.
+    whole = isinstance(verdict, Decision) and not verdict.form.holds_chunks
+    mask = pairs((Dense() if whole else KeepStructure().settled(site)).relation(problem))
     relation = relation_of(verdict)
     form = mask if relation is None else pairs(relation)
     per_pair = 2 * (problem.head_dim + problem.v_dim) * problem.batch

@@ -103,6 +103,14 @@ GALLERY: dict[str, Entry] = {
         {"any": [{"local": {}}, {"given": {"most": 4}}]},
         choice={"any": [{"local": {}}, {"random": {"blocks": 4, "seed": 3}}]},
     ),
+    "heads": Entry(
+        "A pattern for each query head; drawn is that of the first.",
+        {"heads": [{"local": {"before": 3}}, {"any": [{"local": {}}, {"strided": {"stride": 6}}]}]},
+    ),
+    "groups": Entry(
+        "A pattern for each group of neighbouring query heads, whatever their number; drawn is that of the first group.",
+        {"groups": [{"any": [_LOCAL, {"global": {"columns": 2}}]}, {"local": {"before": 12}}]},
+    ),
     "any": Entry(
         "The blocks of any of the patterns, each once, here under blocks of 16 queries and 32 keys.",
         {"any": [_LOCAL, {"global": {"columns": 1}}, {"strided": {"stride": 6}}]},
@@ -126,7 +134,8 @@ def policy(entry: Entry) -> str:
 
 def picture(name: str, entry: Entry) -> tuple[str, str]:
     """What the picture shows, in words, and the picture as an SVG file."""
-    size = Problem(1, 1, 1, LENGTH, LENGTH, 1, 1, is_causal=entry.causal)
+    heads = 2 if {"heads", "groups"} & set(entry.pattern) else 1
+    size = Problem(1, heads, heads, LENGTH, LENGTH, 1, 1, is_causal=entry.causal)
     block = tuple(entry.block) if isinstance(entry.block, list) else entry.block
     relation = BlockSparse(block, entry.choice or entry.pattern).relation(size)
     blocks = blocks_of(relation)

@@ -106,7 +106,10 @@ class _Traits:
     @classmethod
     def of(cls, decision: Decision) -> _Traits:
         site, mask = decision.site, decision.site.mask
-        words = {factor.word for factor in mask.by_row}
+        factors = [factor.word for factor in mask.by_row]
+        if decision.form.holds_chunks:
+            factors.remove("chunk")
+        words = set(factors)
         return cls(
             dtype=site.dtype,
             device=site.device,

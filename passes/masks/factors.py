@@ -13,7 +13,7 @@ from dilcompile.passes.masks.band import Band, Edge, band_of, edge_of
 from dilcompile.passes.masks.bounds import Bounds
 from dilcompile.passes.masks.documents import counted_inside, document_of
 from dilcompile.passes.masks.emittable import emittable, emittable_number
-from dilcompile.passes.masks.interval import EVERYTHING, Interval, interval_of, is_chunk
+from dilcompile.passes.masks.interval import EVERYTHING, Interval, chunk_size, interval_of, is_chunk
 from dilcompile.passes.masks.read import ReadMask
 from dilcompile.passes.masks.reader import MaskReader
 from dilcompile.passes.masks.separable import Separated, compares_labels
@@ -50,7 +50,9 @@ def read_mask(keep: Truth, empty: EmptyRows, reader: MaskReader, lengths: Length
     if found.documents and (len(found.documents) > 1 or band.start is not None or not same_size(band.spec.q_offset, 0)):
         others += [factor for factor in factors if document_of(factor, reader, lengths) is not None]
         found.documents.clear()
-    limits, named, rest = _limited(others, as_expr(lengths.k_len))
+    end = as_expr(lengths.k_len)
+    limits, named, rest = _limited(others, end)
+    chunk, beside = _chunked(others, band, bool(found.documents))
     separated, formulas, unread = Separated(), [], []
     for factor in rest:
         formula = separated.formula(factor)
@@ -68,6 +70,7 @@ def read_mask(keep: Truth, empty: EmptyRows, reader: MaskReader, lengths: Length
         key_padding=bool(found.padding),
         documents=bool(found.documents),
         by_row=tuple(by_row),
+        chunk=chunk,
         unread=None if tensors else " and ".join(sorted(unread)) or None,
         empty_rows="zero" if never else empty,
     )
@@ -77,6 +80,7 @@ def read_mask(keep: Truth, empty: EmptyRows, reader: MaskReader, lengths: Length
         found.documents[0] if found.documents else None,
         band.start,
         limits,
+        _limited(beside, end)[0],
         " & ".join(formulas) or None,
         tuple(separated.rows),
         tuple(separated.keys),
@@ -120,6 +124,17 @@ def _limited(factors: Sequence[Truth], end: Expr) -> tuple[Interval | None, list
             limits = limits.meet(one)
             named.append((_limit_word(factor), factor))
     return limits if named else None, named, rest
+
+
+def _chunked(factors: Sequence[Truth], band: Band, documents: bool) -> tuple[int | None, list[Truth]]:
+    """The size of the chunks, counted from key 0, that the queries stand in at their places; and the other factors."""
+    place = Q + as_expr(band.spec.q_offset) + (0 if band.start is None else band.start)
+    for number, factor in enumerate(factors):
+        # Forms count from the start of each document.
+        size = None if documents else chunk_size(factor, place)
+        if size is not None:
+            return size, [*factors[:number], *factors[number + 1 :]]
+    return None, list(factors)
 
 
 def _limit_word(factor: Truth) -> str:

@@ -170,6 +170,18 @@ def _choice_of(factor: Or) -> tuple[Truth, Truth, Truth] | None:
     return None
 
 
+def chunk_size(factor: Truth, place: Expr) -> int | None:
+    """The n of ``floor(k / n) == floor(place / n)``, or None."""
+    if not isinstance(factor, Eq0):
+        return None
+    expr = sympy.expand(factor.expr)
+    for step in expr.atoms(sympy.floor):
+        size = K / step.args[0]
+        if size.is_Integer and size > 1 and sympy.expand(expr - expr.coeff(step) * (step - sympy.floor(place / size))) == 0:
+            return int(size)
+    return None
+
+
 def is_chunk(factor: Truth) -> bool:
     """Does it compare positions rounded down?"""
     return isinstance(factor, Eq0) and bool(factor.expr.atoms(sympy.floor))

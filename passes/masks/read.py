@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
@@ -38,6 +38,7 @@ class ReadMask:
         documents: each key's document, over (b, k).
         start: added to ``spec.q_offset``; None for nothing.
         limits: first key and end of keys of each row, over (b, q).
+        limits_in_chunk: the same, where ``spec.chunk`` is known otherwise.
         pairs: a formula over terms, each of them a number over (b, q) and one over (b, k).
         elements: the nodes that elements in the formulas belong to, by number.
         others: what rows without keys see instead, in turn, where ``spec.empty_rows`` is ``others``.
@@ -51,6 +52,7 @@ class ReadMask:
     documents: Expr | None = None
     start: Expr | None = None
     limits: Interval | None = None
+    limits_in_chunk: Interval | None = None
     pairs: str | None = None
     row_terms: tuple[Number, ...] = ()
     key_terms: tuple[Number, ...] = ()
@@ -59,6 +61,10 @@ class ReadMask:
     late: frozenset[Node] = frozenset()
     all_if_none: bool = False
     binary: frozenset[Node] = frozenset()
+
+    def inside_chunks(self) -> ReadMask:
+        """The mask for a form that holds the chunks itself."""
+        return replace(self, limits=self.limits_in_chunk)
 
     @property
     def sources(self) -> frozenset[Node]:
