@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from dilcompile.blocks.curve import Curve
 from dilcompile.blocks.patterns import (
     AllOf,
     AnyOf,
@@ -16,6 +17,7 @@ from dilcompile.blocks.patterns import (
     Global,
     Hierarchical,
     Local,
+    Near,
     Pattern,
     Random,
     Strided,
@@ -33,16 +35,19 @@ class _Kind:
     """A named pattern.
 
     Args:
-        options: the least value of each whole-number option; for a list of them ``[least]``; ``bool`` for a truth.
+        options: the least value of each whole-number option; for a list of them ``[least]``, for either ``(least, [least])``;
+            ``bool`` for a truth.
         required: those without a default.
         build: the pattern of the options that are given.
         wrong: what is wrong with options that are right one by one, or None.
+        on_grid: ``build`` takes the curve of the tokens, too.
     """
 
     options: dict[str, Any]
     required: tuple[str, ...]
     build: Callable[..., Pattern]
     wrong: Callable[..., str | None] = lambda **given: None
+    on_grid: bool = False
 
 
 def _bigbird(local: int = 1, columns: int = 1, rows: int = 1, random: int = 3, seed: int = 0) -> Pattern:
@@ -63,6 +68,10 @@ def _hierarchical(spans: tuple[int, ...], heads: tuple[int, ...] = ()) -> Patter
 
 def _random(blocks: int, seed: int = 0, by_head: bool = False) -> Pattern:
     return Random(blocks, seed, by_head)
+
+
+def _near(radius: int | tuple[int, ...], curve: Curve) -> Pattern:
+    return Near(radius if isinstance(radius, tuple) else (radius,) * len(curve.grid), curve)
 
 
 def _not_nested(spans: tuple[int, ...], heads: tuple[int, ...] = ()) -> str | None:
@@ -101,6 +110,7 @@ KINDS: dict[str, _Kind] = {
     ),
     "random": _Kind({"blocks": 0, "seed": 0, "by_head": bool}, ("blocks",), _random),
     "document": _Kind({"lengths": [1]}, (), lambda lengths=(): Document(lengths)),
+    "near": _Kind({"radius": (0, [0])}, ("radius",), _near, on_grid=True),
     "explicit": _Kind({"starts": [0], "columns": [0]}, ("starts", "columns"), Explicit, _not_rows),
     "bigbird": _Kind({"local": 0, "columns": 0, "rows": 0, "random": 0, "seed": 0}, (), _bigbird),
     "longformer": _Kind({"local": 0, "columns": 0, "rows": 0}, (), _longformer),
@@ -143,6 +153,8 @@ def _problems_of_options(kind: _Kind, options: object, at: Place) -> list[Option
 def _problems_of_value(value: object, wanted: Any, at: Place) -> list[OptionProblem]:
     if wanted is bool:
         return [] if isinstance(value, bool) else [OptionProblem(at, f"must be true or false, not {value!r}")]
+    if isinstance(wanted, tuple):
+        wanted = wanted[isinstance(value, (list, tuple))]
     if isinstance(wanted, list):
         if not isinstance(value, (list, tuple)):
             return [OptionProblem(at, f"must be a list of whole numbers, not {value!r}")]
@@ -176,17 +188,21 @@ def plain(spec: object) -> Any:
     return {name: {key: list(value) if isinstance(value, tuple) else value for key, value in options}}
 
 
-def pattern_of(spec: Spec) -> Pattern:
-    """The pattern of a right ``Spec``."""
+def pattern_of(spec: Spec, curve: Curve | None = None) -> Pattern:
+    """The pattern of a right ``Spec``; the curve is that of the tokens, for patterns on a grid."""
     name, options = spec
     if name in SETS:
-        return SETS[name](tuple(pattern_of(part) for part in options))
-    return KINDS[name].build(**dict(options))
+        return SETS[name](tuple(pattern_of(part, curve) for part in options))
+    kind = KINDS[name]
+    return kind.build(**dict(options), **({"curve": curve} if kind.on_grid else {}))
+
+
+def parts_of(spec: Spec) -> list[Spec]:
+    """The named patterns that a ``Spec`` is made of."""
+    name, options = spec
+    return [single for part in options for single in parts_of(part)] if name in SETS else [spec]
 
 
 def has_lengths(spec: Spec) -> bool:
     """Whether the pattern names lengths of documents."""
-    name, options = spec
-    if name in SETS:
-        return any(has_lengths(part) for part in options)
-    return name == "document" and bool(dict(options).get("lengths"))
+    return any(name == "document" and dict(options).get("lengths") for name, options in parts_of(spec))

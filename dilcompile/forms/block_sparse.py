@@ -6,10 +6,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from dilcompile.blocks.coverage import first_without_keys
+from dilcompile.blocks.curve import ORDER_NAMES, Curve, OrderName
+from dilcompile.blocks.grid import LEAST_BLOCK, MOST_BLOCK
 from dilcompile.blocks.patterns import alike_in_heads
 from dilcompile.blocks.spec import Spec, frozen, has_lengths, pattern_of, plain, problems_of
 from dilcompile.errors import FormError, OptionProblem
-from dilcompile.forms.base import Form, Says, cross_site, not_integer, not_one_of, unread_mask
+from dilcompile.forms.base import Form, NotNegative, Positive, Says, cross_site, not_integer, not_one_of, unread_mask
+from dilcompile.forms.token_grid import unfit_problem, unfit_site, wrong_grid
 from dilcompile.generators import Blocks
 from dilcompile.relation import Problem, Relation, Term, grid_of
 
@@ -19,8 +22,7 @@ if TYPE_CHECKING:
 
     from dilcompile.site import AttentionSite
 
-_LEAST, _MOST = 16, 256
-Size = Annotated[int, Says("minimum", _LEAST), Says("maximum", _MOST)]
+Size = Annotated[int, Says("minimum", LEAST_BLOCK), Says("maximum", MOST_BLOCK)]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class BlockSparse(Form):
         block: positions in a block, 16 to 256; or two numbers, queries and keys.
         pattern: ``{name: {option: value}}``, or ``{any: [...]}`` and ``{all: [...]}`` of patterns; see ``dilcompile.blocks``.
         coverage: ``require``: a pattern that leaves a query without keys is an error; ``zero``: such queries give 0.
+        order: the order in which blocks count the tokens of a grid: ``none`` and ``row`` as the model does, ``hilbert`` and
+            ``morton`` along a curve, so that a block is a patch of the grid.
+        grid: the sizes of the grid of tokens, two or three of them, the last one running fastest.
+        lead: tokens in front of the grid, such as a class token; blocks count them last, but for order ``none``.
 
     Raises:
         FormError: if an option is wrong.
@@ -41,25 +47,38 @@ class BlockSparse(Form):
     block: Size | tuple[Size, ...]
     pattern: dict[str, Any]
     coverage: Literal["require", "zero"] = "require"
+    order: OrderName = "none"
+    grid: tuple[Positive, ...] | None = None
+    lead: NotNegative = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.block, list):
-            object.__setattr__(self, "block", tuple(self.block))
+        for option in ("block", "grid"):
+            if isinstance(getattr(self, option), list):
+                object.__setattr__(self, option, tuple(getattr(self, option)))
         object.__setattr__(self, "pattern", frozen(self.pattern))
         super().__post_init__()
 
     def problems(self) -> list[OptionProblem]:
-        """Sizes out of range, and what is wrong with the pattern."""
+        """Sizes out of range, and what is wrong with the pattern or the grid."""
         found = problems_of(self.pattern, ("pattern",)) + not_one_of(("coverage",), self.coverage, ("require", "zero"))
+        found += not_one_of(("order",), self.order, ORDER_NAMES) + not_integer(("lead",), self.lead, 0)
         sizes = self.block if isinstance(self.block, tuple) else (self.block,)
         if isinstance(self.block, tuple) and len(sizes) != 2:
             return [*found, OptionProblem(("block",), f"must be one number or two (queries, keys), not {list(sizes)!r}")]
         for size in sizes:
-            wrong = not_integer(("block",), size, _LEAST)
-            if not wrong and size > _MOST:
-                wrong = [OptionProblem(("block",), f"must be at most {_MOST}, not {size}")]
+            wrong = not_integer(("block",), size, LEAST_BLOCK)
+            if not wrong and size > MOST_BLOCK:
+                wrong = [OptionProblem(("block",), f"must be at most {MOST_BLOCK}, not {size}")]
             found += wrong
+        pattern = frozen(self.pattern)
+        if not found and isinstance(pattern, tuple):
+            found += wrong_grid(self.grid, self.order, self.lead, self.sizes, pattern)
         return found
+
+    @property
+    def curve(self) -> Curve | None:
+        """The tokens of the grid in the order in which blocks count them; None without a grid."""
+        return None if self.grid is None else Curve(self.order, self.grid, self.lead)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -71,9 +90,13 @@ class BlockSparse(Form):
         """The blocks, with the problem's own mask inside.
 
         Raises:
-            FormError: under ``coverage: require``, if the blocks hold no key of a query that may see some.
+            FormError: under ``coverage: require``, if the blocks hold no key of a query that may see some; if the tokens are not
+                those of the grid, or the problem's own mask is one of the sequence that an order leaves.
         """
-        blocks = Blocks(grid_of(problem, *self.sizes), pattern_of(self._spec()), problem.group)
+        unfit = None if self.curve is None else unfit_problem(self.curve, problem)
+        if unfit is not None:
+            raise FormError(f"form {self.name}: {unfit}")
+        blocks = Blocks(grid_of(problem, *self.sizes), pattern_of(self._spec(), self.curve), problem.group)
         if self.coverage == "require":
             self._require_keys(blocks, problem)
         return Relation(problem, (Term(blocks),))
@@ -88,6 +111,8 @@ class BlockSparse(Form):
             if position is None:
                 continue
             place = f"block row {position // self.sizes[0]}" + (f", head {head}" if blocks.pattern.by_head else "")
+            if self.curve is not None and self.curve.moves:
+                place = f"along the curve; token {self.curve.tokens[position]}, {place}"
             raise FormError(
                 f"form {self.name}: pattern {plain(self.pattern)!r} leaves the query at position {position} ({place}) without "
                 f"any key, at {problem.q_len} queries and {problem.k_len} keys; add {{local: {{}}}} under `any`, so that each "
@@ -98,13 +123,20 @@ class BlockSparse(Form):
         """The pairs as FlexAttention's BlockMask, the problem's own mask among them; for one batch row.
 
         Raises:
-            FormError: if query row 0 stands before key 0, or inside a block.
+            FormError: if query row 0 stands before key 0, or inside a block; if an order moves tokens.
         """
         from dilcompile.blocks.block_mask import to_block_mask
 
+        if self.curve is not None and self.curve.moves:
+            raise FormError(
+                f"under order {self.order!r} blocks hold tokens along a curve, and those of a BlockMask are runs of the sequence; "
+                "take order 'none'"
+            )
+        if self.curve is not None:
+            self.relation(problem)
         if problem.q_offset < 0:
             raise FormError(f"query row 0 stands at position {problem.q_offset}: the queries before key 0 are in no block")
-        return to_block_mask(pattern_of(self._spec()), grid_of(problem, *self.sizes), problem.heads, device)
+        return to_block_mask(pattern_of(self._spec(), self.curve), grid_of(problem, *self.sizes), problem.heads, device)
 
     @classmethod
     def from_block_mask(
@@ -141,14 +173,17 @@ class BlockSparse(Form):
         return "approximate"
 
     def reject(self, site: AttentionSite) -> str | None:
-        """A mask that could not be read; cross attention, whose two axes have no common positions; documents said twice."""
+        """A mask that could not be read; cross attention, whose two axes have no common positions; documents said twice; a mask
+        of the sequence where an order leaves it."""
         if site.mask.documents and has_lengths(self._spec()):
             return (
                 "its sequences are packed documents, each with blocks of its own: lengths in the pattern would cut every one of "
                 "them anew; give `document: {}`, which takes the site's"
             )
-        return cross_site(site) or unread_mask(site)
+        return cross_site(site) or unread_mask(site) or (None if self.curve is None else unfit_site(self.curve, site))
 
     def __str__(self) -> str:
         coverage = "" if self.coverage == "require" else f", coverage={self.coverage!r}"
-        return f"{self.name}(block={self.block!r}, pattern={plain(self.pattern)!r}{coverage})"
+        of_grid = "" if self.grid is None else f", order={self.order!r}, grid={self.grid!r}"
+        of_grid += f", lead={self.lead}" if self.lead else ""
+        return f"{self.name}(block={self.block!r}, pattern={plain(self.pattern)!r}{coverage}{of_grid})"

@@ -54,7 +54,7 @@ class _Part(NamedTuple):
 def _walk(sizes: Triple) -> Positions:
     """The cells of a box along the curve, int64 [cells, 3], from (0, 0, 0) to (sizes[0] - 1, 0, 0)."""
     if sizes[1] == sizes[2] == 1:
-        return np.arange(sizes[0], dtype=np.int64)[:, None] * np.array([1, 0, 0])
+        return np.outer(np.arange(sizes[0], dtype=np.int64), np.array([1, 0, 0]))
     parts = _cut(sizes)
     assert parts is not None, f"no walk through a box of {sizes}"
     found: Positions = np.concatenate([_placed(part) for part in parts])
@@ -66,7 +66,8 @@ def _placed(part: _Part) -> Positions:
     found = np.empty_like(cells)
     for own, (axis, sign) in enumerate(zip(part.axes, part.signs, strict=True)):
         found[:, axis] = sign * cells[:, own]
-    return found + np.array(part.corner)
+    found += np.array(part.corner)
+    return found
 
 
 @lru_cache(maxsize=65536)
