@@ -129,7 +129,7 @@ class BlockSparse(Form):
 
         if self.curve is not None and self.curve.moves:
             raise FormError(
-                f"under order {self.order!r} blocks hold tokens along a curve, and those of a BlockMask are runs of the sequence; "
+                f"under order {self.order!r} blocks hold tokens along a curve, and a BlockMask has runs of the sequence; "
                 "take order 'none'"
             )
         if self.curve is not None:

@@ -106,9 +106,8 @@ def _typical(match: Match) -> AttentionSite:
     cpu, dtype = torch.device("cpu"), torch.float32
     # As many heads as the rule may meet; more than any model has where it doesn't say.
     heads = int(min(ranges.spans(asked["heads"])[-1][1], _MANY_HEADS)) if "heads" in asked else _MANY_HEADS
-    site = AttentionSite(
-        0, "", "", "", "self", 1, heads, heads, 4096, 4096, 64, 64, dtype, dtype, cpu, 0.125, MaskSpec(causal=causal, unread=unread)
-    )
+    mask = MaskSpec(causal=causal, unread=unread)
+    site = AttentionSite(0, "", "", "", "self", 1, heads, heads, 4096, 4096, 64, 64, dtype, dtype, cpu, 0.125, mask)
     return replace(site, kind="cross") if asked.get("kind") == "cross" else site
 
 
