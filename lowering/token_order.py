@@ -56,10 +56,10 @@ def _refuse(call: Call, form: Form) -> None:
         return
     if call.documents is not None:
         raise FormError(f"packed documents are not one grid {list(curve.grid)} of tokens; leave the documents or the grid out")
-    held = {"a mask by row": (call.row_limits, call.pairs), "keys and values in pages": (call.pages,)}
+    held = {"a mask by row counts": (call.row_limits, call.pairs), "keys and values in pages count": (call.pages,)}
     for what, operands in held.items():
         if curve.moves and any(x is not None for x in operands):
-            raise FormError(f"{what} count along the sequence, which order {curve.order!r} leaves; take order 'none'")
+            raise FormError(f"{what} along the sequence, which order {curve.order!r} leaves; take order 'none'")
 
 
 def _along(curve: Curve, call: Call) -> Call:

@@ -25,8 +25,8 @@ class Curve:
 
         order hilbert, grid [2, 2], lead 1      tokens      0 | 1 2
                                                               | 3 4
-        tokens along the curve                  1 3 4 2 0
-        positions, the inverse                  4 0 3 1 2
+        tokens along the curve                  1 2 4 3 0
+        positions, the inverse                  4 0 1 3 2
 
     Args:
         order: one of ``ORDERS``; ``none``: every token stands where it is.
