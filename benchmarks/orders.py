@@ -45,13 +45,12 @@ def main() -> None:
     print("| grid | radius | order | blocks | density | full | forward | forward and backward |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, grid in GRIDS.items():
-        for radius in asked.radii:
-            found = [_counted(name, grid, radius, asked.block, order) for order in ORDERS]
-            if asked.repeats:
-                _time(found, grid, getattr(torch, asked.dtype), asked.repeats)
-            rows += found
-            for row in found:
-                print(_line(row), flush=True)
+        found = [_counted(name, grid, radius, asked.block, order) for radius in asked.radii for order in ORDERS]
+        if asked.repeats:
+            _time(found, grid, getattr(torch, asked.dtype), asked.repeats)
+        rows += found
+        for row in found:
+            print(_line(row), flush=True)
     if asked.repeats:
         command = " ".join(["python benchmarks/orders.py", *sys.argv[1:]])
         held = {"command": command, "machine": machine(), "rows": rows}
@@ -67,7 +66,7 @@ def _counted(name: str, grid: tuple[int, ...], radius: int, block: int, order: O
 
 
 def _time(rows: list[dict[str, Any]], grid: tuple[int, ...], dtype: torch.dtype, repeats: int) -> None:
-    """Add the times of each order, and of dense SDPA in the same turns."""
+    """Add the times of each row, and of dense SDPA in the same turns."""
     torch.manual_seed(0)
     length = torch.Size(grid).numel()
     q, k, v = (torch.randn(1, length, HEADS, HEAD_DIM).to(dtype).transpose(1, 2) for _ in range(3))

@@ -35,6 +35,10 @@ def test_a_curve_holds_each_token_once_and_its_inverse_finds_it(curve: Curve) ->
     assert curve.moves or np.array_equal(curve.tokens, np.arange(len(curve)))
 
 
+def test_policies_name_every_order() -> None:
+    assert set(ORDER_NAMES) == {"none", *ORDERS}
+
+
 def steps(grid: tuple[int, ...], tokens: np.ndarray) -> np.ndarray:
     """How far each token of the curve is from the one before, along all axes together."""
     return np.abs(np.diff(np.stack(np.unravel_index(tokens, grid)), axis=1)).sum(0)

@@ -48,7 +48,7 @@ class BlockSparse(Form):
     pattern: dict[str, Any]
     coverage: Literal["require", "zero"] = "require"
     order: OrderName = "none"
-    grid: tuple[Positive, ...] | None = None
+    grid: Annotated[tuple[Positive, ...], Says("minItems", 2), Says("maxItems", 3)] | None = None
     lead: NotNegative = 0
 
     def __post_init__(self) -> None:
