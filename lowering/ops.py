@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dilcompile.errors import FormError, KernelError
-from dilcompile.lowering import reference, transforms
+from dilcompile.lowering import reference, token_order, transforms
 from dilcompile.lowering.call import (
     Call,
     empty_output,
@@ -98,7 +98,7 @@ def attention(
         scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs, flat, narrow, pages=pages, k_len=k_len,
         exact_lse=exact_lse, given=_given(block_columns, block_counts),
     )  # fmt: skip
-    out, lse = select(call, kernel).forward(call)
+    out, lse = token_order.forward(select(call, kernel), call, form_of(form))
     of_output = output_scale(form_of(form), call.problem.k_len)
     out = _laid_out(out, q)
     return (out if of_output == 1.0 else out.mul_(of_output)), lse
@@ -167,7 +167,7 @@ def attention_backward(
     if of_output != 1.0:
         grad_out, out = grad_out * of_output, out / of_output
     chosen = reference if _swallows(call, lse) else select(call, kernel, backward=True)
-    grads = chosen.backward(call, out, lse, grad_out, grad_lse)
+    grads = token_order.backward(chosen, call, out, lse, grad_out, grad_lse, form_of(form))
     shaped = [_laid_out(grad, like) for grad, like in zip(grads[:3], (q, k, v), strict=True)]
     if factor != 1.0:
         shaped[0].mul_(factor)

@@ -69,6 +69,8 @@ def _count(form: Any, at: Setting, documents: tuple[int, ...] | None, h: int, t:
         return int(in_window or k < form.sinks)
     if form.name == "block_sparse":
         q_block, k_block = form.sizes
+        if form.grid is not None:
+            t, k = (form.curve.positions[token] for token in (t, k))
         return int(t >= 0 and _in_block(plain(form.pattern), form, at, h, t // q_block, k // k_block))
     return _dilated(form, at, h, t, k)
 
@@ -103,6 +105,8 @@ def _in_block(pattern: Any, form: Any, at: Setting, h: int, i: int, j: int) -> b
             for n, size in ((i, q_block), (j, k_block))
         )
         return bool(rows & columns)
+    if name == "near":
+        return (i, j) in near_blocks(form.curve, said["radius"], q_block, k_block)
     if name == "explicit":
         rows = [said["columns"][start:stop] for start, stop in pairwise(said["starts"])]
         return i < len(rows) and j in rows[i]
@@ -113,6 +117,33 @@ def _in_block(pattern: Any, form: Any, at: Setting, h: int, i: int, j: int) -> b
     drawn = Random(said["blocks"], said.get("seed", 0), said.get("by_head", False))
     grid = Grid(q_block, k_block, 0, (i + 1) * q_block, at.k_len, at.left, right)
     return i * grid.columns + j in drawn.codes(h, np.array([i]), grid)
+
+
+def near_pairs(curve: Any, radius: int | list[int]) -> np.ndarray:
+    """Which tokens are near which, bool [S, S] along the curve, from the cell of each token; tokens in front are near to all."""
+    cells = np.array([divmod_all(int(token) - curve.lead, curve.grid) for token in curve.tokens])
+    found = (np.abs(cells[:, None] - cells) <= np.array(radius)).all(-1)
+    lead = curve.tokens < curve.lead
+    return found | lead[:, None] | lead
+
+
+def divmod_all(token: int, grid: tuple[int, ...]) -> list[int]:
+    """The cell of a token of the grid, the last axis fastest."""
+    cell: list[int] = []
+    for size in reversed(grid):
+        token, place = divmod(token, size)
+        cell.insert(0, place)
+    return cell
+
+
+def near_blocks(curve: Any, radius: int | list[int], q_block: int, k_block: int) -> set[tuple[int, int]]:
+    """The blocks that hold a pair of near tokens, by looking at each pair."""
+    return _near_blocks(curve, tuple(radius) if isinstance(radius, (list, tuple)) else radius, q_block, k_block)
+
+
+@lru_cache(maxsize=64)
+def _near_blocks(curve: Any, radius: Any, q_block: int, k_block: int) -> set[tuple[int, int]]:
+    return {(int(t) // q_block, int(k) // k_block) for t, k in zip(*near_pairs(curve, radius).nonzero(), strict=True)}
 
 
 def _in_groups(spans: list[int], heads: list[int], own: int, j: int) -> bool:

@@ -129,7 +129,7 @@ IN_APPLY = {
     "{form: union}": "apply.union: key 'of' is missing",
     "{form: block_sparse, block: 64}": "apply.block_sparse: key 'pattern' is missing",
     "{form: block_sparse, block: 64, pattern: {locl: {}}}": "apply.pattern: pattern 'locl' is unknown (did you mean 'local'?); the"
-    " patterns are any, all, local, global, strided, dilated_sliding, fixed, vertical_slash, hierarchical, random, document, explicit, bigbird, longformer, heads, groups",
+    " patterns are any, all, local, global, strided, dilated_sliding, fixed, vertical_slash, hierarchical, random, document, near, explicit, topk, mass, given, bigbird, longformer, heads, groups",
     "{form: per_head}": f"apply.form: form 'per_head' is not built yet: {HAS}",
     "{form: ring}": f"apply.form: form 'ring' is not built yet: {HAS}",
     "{form: windowed}": f"apply.form: unknown form 'windowed': {HAS}",

@@ -10,6 +10,8 @@ import numpy.typing as npt
 from dilcompile.progression import Positions
 
 Flags = npt.NDArray[np.bool_]
+# Positions in a block of a form.
+LEAST_BLOCK, MOST_BLOCK = 16, 256
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dilcompile.blocks.curve import Curve
 from dilcompile.blocks.grid import Grid
+from dilcompile.blocks.neighbourhood import near
 from dilcompile.errors import FormError
 from dilcompile.progression import Positions
 
@@ -289,6 +291,32 @@ class Document:
         first, last = (np.searchsorted(bounds, at, side="right") for at in (rows * grid.q_block, (rows + 1) * grid.q_block - 1))
         ends = np.append(bounds[1:], max(bounds[-1], grid.columns * grid.k_block))
         return spread(rows, bounds[first - 1] // grid.k_block, -(-ends[last - 1] // grid.k_block), 1, grid)
+
+
+@dataclass(frozen=True)
+class Near:
+    """The blocks in which some query token and some key token are near one another in the grid of tokens.
+
+    Args:
+        radius: how far apart they may be along each axis.
+        curve: the grid, and the order in which blocks count its tokens. Those in front of it are near to all.
+    """
+
+    radius: tuple[int, ...]
+    curve: Curve
+    by_head = False
+
+    def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
+        """See ``Pattern``."""
+        held = torch.from_numpy(self.codes(0, grid.rows, grid)).to(i.device)
+        return _everywhere(torch.isin(i * grid.columns + j, held) & (j < grid.columns), h)
+
+    def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
+        """See ``Pattern``."""
+        found = near(self.curve, self.radius, grid.q_block, grid.k_block)
+        row, column = np.divmod(found, -(-len(self.curve) // grid.k_block))
+        kept = np.isin(row, rows) & (column < grid.columns)
+        return row[kept] * grid.columns + column[kept]
 
 
 @dataclass(frozen=True)

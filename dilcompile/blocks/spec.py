@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 from dilcompile.blocks.adaptive import ESTIMATORS, Given, Scored, is_adaptive
+from dilcompile.blocks.curve import Curve
 from dilcompile.blocks.patterns import (
     AllOf,
     AnyOf,
@@ -17,6 +18,7 @@ from dilcompile.blocks.patterns import (
     Global,
     Hierarchical,
     Local,
+    Near,
     Pattern,
     PerHead,
     Random,
@@ -35,17 +37,19 @@ class _Kind:
     """A named pattern.
 
     Args:
-        options: the least value of each whole-number option; for a list of them ``[least]``; ``bool`` for a truth, ``float`` for
-            a share, a tuple for one of its words.
+        options: the least value of each whole-number option; for a list of them ``[least]``, for either ``(least, [least])``;
+            ``bool`` for a truth, ``float`` for a share, a tuple of words for one of them.
         required: those without a default.
         build: the pattern of the options that are given.
         wrong: what is wrong with options that are right one by one, or None.
+        on_grid: ``build`` takes the curve of the tokens, too.
     """
 
     options: dict[str, Any]
     required: tuple[str, ...]
     build: Callable[..., Pattern]
     wrong: Callable[..., str | None] = lambda **given: None
+    on_grid: bool = False
 
 
 def _bigbird(local: int = 1, columns: int = 1, rows: int = 1, random: int = 3, seed: int = 0) -> Pattern:
@@ -70,6 +74,10 @@ def _random(blocks: int, seed: int = 0, by_head: bool = False) -> Pattern:
 
 def _mass(estimator: str, mass: float, most: int) -> Pattern:
     return Scored(estimator, most, mass)
+
+
+def _near(radius: int | tuple[int, ...], curve: Curve) -> Pattern:
+    return Near(radius if isinstance(radius, tuple) else (radius,) * len(curve.grid), curve)
 
 
 def _not_nested(spans: tuple[int, ...], heads: tuple[int, ...] = ()) -> str | None:
@@ -108,6 +116,7 @@ KINDS: dict[str, _Kind] = {
     ),
     "random": _Kind({"blocks": 0, "seed": 0, "by_head": bool}, ("blocks",), _random),
     "document": _Kind({"lengths": [1]}, (), lambda lengths=(): Document(lengths)),
+    "near": _Kind({"radius": (0, [0])}, ("radius",), _near, on_grid=True),
     "explicit": _Kind({"starts": [0], "columns": [0]}, ("starts", "columns"), Explicit, _not_rows),
     "topk": _Kind(
         {"estimator": ESTIMATORS, "blocks": 1}, ("estimator", "blocks"), lambda estimator, blocks: Scored(estimator, blocks)
@@ -174,9 +183,11 @@ def _problems_of_value(value: object, wanted: Any, at: Place) -> list[OptionProb
     if wanted is float:
         right = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
         return [] if right else [OptionProblem(at, f"must be a share above 0 and at most 1, not {value!r}")]
-    if isinstance(wanted, tuple):
+    if isinstance(wanted, tuple) and isinstance(wanted[0], str):
         near = hint(value, wanted) if isinstance(value, str) else ""
         return [] if value in wanted else [OptionProblem(at, f"must be one of {', '.join(wanted)}, not {value!r}{near}")]
+    if isinstance(wanted, tuple):
+        wanted = wanted[isinstance(value, (list, tuple))]
     if isinstance(wanted, list):
         if not isinstance(value, (list, tuple)):
             return [OptionProblem(at, f"must be a list of whole numbers, not {value!r}")]
@@ -210,17 +221,21 @@ def plain(spec: object) -> Any:
     return {name: {key: list(value) if isinstance(value, tuple) else value for key, value in options}}
 
 
-def pattern_of(spec: Spec) -> Pattern:
-    """The pattern of a right ``Spec``."""
+def pattern_of(spec: Spec, curve: Curve | None = None) -> Pattern:
+    """The pattern of a right ``Spec``; the curve is that of the tokens, for patterns on a grid."""
     name, options = spec
     if name in SETS:
-        return SETS[name](tuple(pattern_of(part) for part in options))
-    return KINDS[name].build(**dict(options))
+        return SETS[name](tuple(pattern_of(part, curve) for part in options))
+    kind = KINDS[name]
+    return kind.build(**dict(options), **({"curve": curve} if kind.on_grid else {}))
+
+
+def parts_of(spec: Spec) -> list[Spec]:
+    """The named patterns that a ``Spec`` is made of."""
+    name, options = spec
+    return [single for part in options for single in parts_of(part)] if name in SETS else [spec]
 
 
 def has_lengths(spec: Spec) -> bool:
     """Whether the pattern names lengths of documents."""
-    name, options = spec
-    if name in SETS:
-        return any(has_lengths(part) for part in options)
-    return name == "document" and bool(dict(options).get("lengths"))
+    return any(name == "document" and dict(options).get("lengths") for name, options in parts_of(spec))

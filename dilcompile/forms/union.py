@@ -33,6 +33,7 @@ _NO_PART = {
 }
 # What is said of the union as a whole.
 _WHOLE = ("coverage", "kernel")
+_OF_TOKENS = ("order", "grid", "lead")
 
 
 @dataclass(frozen=True)
@@ -197,11 +198,14 @@ def _wrong_part(data: object, at: Place) -> list[OptionProblem]:
 
 
 def _wrong_options(kind: type[Form], options: dict[str, Any], at: Place) -> list[OptionProblem]:
-    known = {option.name: option for option in fields(kind) if option.name not in _WHOLE}
+    known = {option.name: option for option in fields(kind) if option.name not in (*_WHOLE, *_OF_TOKENS)}
     found, form = [], object.__new__(kind)
     for name in options:
         if name in _WHOLE:
             found.append(OptionProblem((*at, name), "is said of the whole union: give it beside `of`"))
+        elif name in _OF_TOKENS:
+            text = "is said of tokens, and those of a union are in the model's order: leave it out"
+            found.append(OptionProblem((*at, name), text))
         elif name not in known:
             text = f"unknown option {name!r}{hint(name, known)}; the options of {kind.name} are {', '.join(known)}"
             found.append(OptionProblem((*at, name), text))
@@ -210,7 +214,7 @@ def _wrong_options(kind: type[Form], options: dict[str, Any], at: Place) -> list
     # Not built, since it would raise; its own checks are asked of what would stand in its fields.
     for option in fields(kind):
         default = None if option.default is MISSING else option.default
-        held = options.get(option.name, default) if option.name in known else _whole(kind).get(option.name)
+        held = options.get(option.name, default) if option.name in known else _whole(kind).get(option.name, default)
         object.__setattr__(form, option.name, held)
     for problem in form.problems():
         if problem.at[:1] not in [(name,) for name in missing]:

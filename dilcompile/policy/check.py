@@ -100,7 +100,9 @@ def _unmet(rule: Rule) -> Iterator[Finding]:
     form, match = rule.apply.build(), rule.match.given()
     unmet = form.unmet(_only_causal(match)) if form is not None else None
     # A query that is decoded alone is not the one that is left without keys.
-    if form is None or unmet is None or form.reject(_typical(rule.match, form.made_for)) is not None or match.get("phase") == "decode":
+    if form is None or unmet is None or match.get("phase") == "decode":
+        return
+    if form.reject(_typical(rule.match, form.made_for)) is not None:
         return
     shortest = match.get("min_seq", 1)
     shortest = 1 if shortest == "auto" else shortest
@@ -129,14 +131,14 @@ def _typical(match: Match, made_for: int | None) -> AttentionSite:
     asked = match.given()
     masks = asked.get("masked")
     unread = "an unread mask" if masks in ("other", ("other",)) else None
+    causal = asked.get("causal") is True or masks in ("causal", ("causal",))
     cpu, dtype = torch.device("cpu"), torch.float32
     # As many heads as the rule may meet; more than any model has where it doesn't say.
     heads = int(min(ranges.spans(asked["heads"])[-1][1], _MANY_HEADS)) if "heads" in asked else _MANY_HEADS
     if made_for is not None and ("heads" not in asked or ranges.within(made_for, asked["heads"])):
         heads = made_for
-    site = AttentionSite(
-        0, "", "", "", "self", 1, heads, heads, 4096, 4096, 64, 64, dtype, dtype, cpu, 0.125, MaskSpec(unread=unread)
-    )
+    mask = MaskSpec(causal=causal, unread=unread)
+    site = AttentionSite(0, "", "", "", "self", 1, heads, heads, 4096, 4096, 64, 64, dtype, dtype, cpu, 0.125, mask)
     return replace(site, kind="cross") if asked.get("kind") == "cross" else site
 
 

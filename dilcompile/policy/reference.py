@@ -57,6 +57,8 @@ def _form(name: str, form: type[Form]) -> str:
 
 
 def _default(value: Any) -> str:
+    if value is None:
+        return "none"
     return "required" if value is dataclasses.MISSING else f"`{written(value)}`"
 
 

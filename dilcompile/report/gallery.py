@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Entry:
         pattern: an example.
         causal: whether the site that is drawn is causal.
         block: positions in a block, one number or two.
+        grid: the options of a grid of tokens.
         choice: what is drawn where the data of each call chooses the blocks: a choice that it may make.
     """
 
@@ -47,6 +48,7 @@ class Entry:
     causal: bool = True
     block: int | list[int] = BLOCK
     choice: dict[str, Any] | None = None
+    grid: dict[str, Any] = field(default_factory=dict)
 
 
 _LOCAL: dict[str, Any] = {"local": {"before": 2}}
@@ -81,6 +83,12 @@ GALLERY: dict[str, Entry] = {
         {"any": [{"local": {}}, {"random": {"blocks": 3, "seed": 0}}]},
     ),
     "document": Entry("Documents one after the other, known by their lengths.", {"document": {"lengths": [160, 320, 96]}}),
+    "near": Entry(
+        "Tokens of a grid and what is around them in it, here 24 x 32 tokens along a Hilbert curve.",
+        {"near": {"radius": 4}},
+        causal=False,
+        grid={"order": "hilbert", "grid": [24, 32]},
+    ),
     "explicit": Entry(
         "A list of blocks by rows, here for the first four rows; a BlockMask becomes one of these.",
         {"any": [{"local": {}}, {"explicit": {"starts": [0, 2, 5, 6, 9], "columns": [3, 9, 1, 12, 20, 30, 5, 6, 7]}}]},
@@ -126,7 +134,7 @@ GALLERY: dict[str, Entry] = {
 def policy(entry: Entry) -> str:
     """The policy of an entry, as YAML."""
     rule: dict[str, Any] = {"match": {"causal": entry.causal}} | {
-        "apply": {"form": "block_sparse", "block": entry.block, "pattern": entry.pattern}
+        "apply": {"form": "block_sparse", "block": entry.block, "pattern": entry.pattern, **entry.grid}
     }
     text: str = yaml.safe_dump({"version": 1, "rules": [rule]}, sort_keys=False, default_flow_style=None, width=120)
     return text
@@ -137,7 +145,7 @@ def picture(name: str, entry: Entry) -> tuple[str, str]:
     heads = 2 if {"heads", "groups"} & set(entry.pattern) else 1
     size = Problem(1, heads, heads, LENGTH, LENGTH, 1, 1, is_causal=entry.causal)
     block = tuple(entry.block) if isinstance(entry.block, list) else entry.block
-    relation = BlockSparse(block, entry.choice or entry.pattern).relation(size)
+    relation = BlockSparse(block, entry.choice or entry.pattern, **entry.grid).relation(size)
     blocks = blocks_of(relation)
     assert blocks is not None, name
     title = f"{name}{', causal' if entry.causal else ''}: {units.percent(relation.density())} of all pairs"
