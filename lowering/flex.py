@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config
 
 from dilcompile.lowering import digest
 from dilcompile.lowering.call import Call, Gradients
@@ -140,8 +141,8 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
 
 @contextmanager
 def _plainly(device: torch.device) -> Iterator[None]:
-    """What the caller has switched on would be compiled in, or compile everything again."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    """What the caller has switched on would be compiled in, or compile everything again; so would lengths that happen to be equal."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _config.patch(use_duck_shape=False):
         yield
 
 

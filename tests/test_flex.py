@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -146,7 +146,7 @@ def shown_by_lists(call: Call) -> Tensor:
     return partial & function | whole
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_lists_and_function_together_are_the_relation(data: st.DataObject) -> None:
     draw = data.draw
@@ -162,7 +162,7 @@ def test_lists_and_function_together_are_the_relation(data: st.DataObject) -> No
     h, t, k = torch.arange(4)[:, None, None], torch.arange(q_len)[:, None] + offset, torch.arange(k_len)
     wanted = call.relation.multiplicity(h, t, k).bool()[None]
     wanted = wanted if padding is None else wanted & padding[:, None, None]
-    assert torch.equal(shown_by_lists(call), wanted.expand(2, -1, -1, -1))
+    assert torch.equal(shown_by_lists(call).expand(2, 4, -1, -1), wanted.expand(2, 4, -1, -1))
 
 
 def pairs_of(lists: BlockLists, grid: Grid) -> Tensor:
@@ -174,7 +174,7 @@ def pairs_of(lists: BlockLists, grid: Grid) -> Tensor:
     return held
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(COMPOSED, grids(), st.integers(1, 9), st.integers(1, 9))
 def test_blocks_of_another_size_hold_the_same_pairs(pattern: Pattern, grid: Grid, q_block: int, k_block: int) -> None:
     lists = lists_of(pattern.codes(0, grid.rows, grid), grid)
@@ -217,7 +217,7 @@ def test_the_check_that_a_device_makes_passes(make: Callable[[], Call], uncompil
 
 
 def _lse_in_powers_of_2(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(flex.math, "log", lambda x: 1.0)
+    patch.setattr(flex, "math", SimpleNamespace(log=lambda x: 1.0))
 
 
 def _no_limits(patch: pytest.MonkeyPatch) -> None:
@@ -266,16 +266,13 @@ def test_compiled_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (flex, flex_mask):
         monkeypatch.setattr(module, "BLOCK", 128)
     monkeypatch.setenv("DILCOMPILE_TRUST", "off")
-    q, k, v = drawn(heads=2, kv_heads=1, q_len=333, k_len=333, dim=16, v_dim=16, dtype=torch.bfloat16)
-    form = BlockSparse((64, 32), {"any": [{"local": {}}, {"random": {"blocks": 1, "by_head": True}}]})
-    at = setting_of(q, k, causal=True)
-    keep = operands_of({"key_padding": True}, length=333)["key_padding"]
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    found = run(*leaves, form, "flex", at, softcap=2.0, key_padding=keep)
-    exact = expected(q, k, v, form, at, softcap=2.0, key_padding=keep)
-    eager = expected(q, k, v, form, at, torch.bfloat16, softcap=2.0, key_padding=keep)
+    q, k, v = (x.requires_grad_() for x in drawn(heads=2, kv_heads=1, q_len=150, k_len=150, dim=16, v_dim=16, dtype=torch.float32))
+    form, at = BlockSparse((64, 32), {"any": [{"local": {}}, {"fixed": {"stride": 3}}]}), setting_of(q, k, causal=True)
+    keep = operands_of({"key_padding": True}, length=150)["key_padding"]
+    found = run(q, k, v, form, "flex", at, key_padding=keep)
+    exact, eager = (expected(q, k, v, form, at, dtype, key_padding=keep) for dtype in (torch.float64, torch.float32))
     for mine, theirs, true in zip(found, eager, exact, strict=True):
-        assert_as_good_as_eager(mine, theirs, true, torch.bfloat16)
+        assert_as_good_as_eager(mine, theirs, true, torch.float32)
     assert (found[1] == -torch.inf).any()
     with pytest.raises(KernelError, match="on a CPU compiled FlexAttention has no backward"):
         found[0].sum().backward()
