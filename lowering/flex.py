@@ -141,7 +141,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
 
 @contextmanager
 def _plainly(device: torch.device) -> Iterator[None]:
-    """What the caller has switched on would be compiled in, or compile everything again; so would lengths that happen to be equal."""
+    """What the caller has switched on would be compiled in, or compile all again, as lengths would that happen to be equal."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False), _config.patch(use_duck_shape=False):
         yield
 
