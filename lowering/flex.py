@@ -142,7 +142,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
 @contextmanager
 def _plainly(device: torch.device) -> Iterator[None]:
     """What the caller has switched on would be compiled in, or compile all again, as lengths would that happen to be equal."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), _config.patch(use_duck_shape=False):
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         yield
 
 
@@ -196,7 +196,8 @@ def _forward_of(kind: Kind, scale: float, with_lse: bool, class_of_calls: tuple[
         def score_mod(value: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             return score(value, b, h, q_idx, kv_idx, *scores)
 
-        mask = BlockMask((q.shape[2], k.shape[2]), *lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)
+        make: Callable[..., BlockMask] = BlockMask
+        mask = make((q.shape[2], k.shape[2]), *lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)
         found = compiled(q, k, v, mask, score_mod if scores else None)
         return (found[0], found[1].lse) if with_lse else (found, None)
 
@@ -206,7 +207,7 @@ def _forward_of(kind: Kind, scale: float, with_lse: bool, class_of_calls: tuple[
 @lru_cache(maxsize=_KEPT)
 def _backward_of(kind: Kind, scale: float, class_of_calls: tuple[object, ...]) -> Compiled:
     """The gradients of q, k and v for one class of calls, by the operator that FlexAttention's autograd calls."""
-    gradients = torch.compiler.allow_in_graph(_traced_backward(kind, scale))
+    gradients = torch.compiler.allow_in_graph(_traced_backward(kind, scale))  # type: ignore[no-untyped-call]
 
     def compute(*operands: Any) -> Any:
         return gradients(*operands)
@@ -225,8 +226,10 @@ def _traced_backward(kind: Kind, scale: float) -> Compiled:
         q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor,
         lists: tuple[Tensor | None, ...], masks: tuple[Tensor, ...], scores: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        mask = BlockMask((q.shape[2], k.shape[2]), *lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=visible)
-        found = flex_attention_backward(
+        make: Callable[..., BlockMask] = BlockMask
+        mask = make((q.shape[2], k.shape[2]), *lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=visible)
+        compute: Compiled = flex_attention_backward
+        found = compute(
             q, k, v, out, lse / math.log(2), grad_out, grad_lse * math.log(2), score, slope, mask.as_tuple(), scale,
             dict(options), scores, masks,
         )  # fmt: skip

@@ -38,7 +38,8 @@ def to_block_mask(pattern: Pattern, grid: Grid, heads: int, device: torch.device
     """
     _begins_a_block(grid)
     lists = [lists_of(pattern.codes(head, grid.rows, grid), grid) for head in range(heads if pattern.by_head else 1)]
-    return BlockMask(
+    make: Callable[..., BlockMask] = BlockMask
+    return make(
         (grid.q_stop - grid.q_start, grid.k_len),
         *tables_of(lists, grid, device),
         BLOCK_SIZE=(grid.q_block, grid.k_block),

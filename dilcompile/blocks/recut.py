@@ -62,6 +62,7 @@ def _overlap(first: Positions, stop: Positions, number: Positions, block: int) -
 
 def _size(lists: BlockLists, grid: Grid) -> Positions:
     """How many pairs each listed block has, hidden ones among them; the grid counts from query 0."""
-    rows = np.minimum((lists.owners() + 1) * grid.q_block, grid.q_stop) - lists.owners() * grid.q_block
-    found: Positions = rows * (np.minimum((lists.blocks + 1) * grid.k_block, grid.k_len) - lists.blocks * grid.k_block)
-    return found
+    rows, columns = lists.owners(), lists.blocks
+    high: Positions = np.minimum((rows + 1) * grid.q_block, grid.q_stop) - rows * grid.q_block
+    wide: Positions = np.minimum((columns + 1) * grid.k_block, grid.k_len) - columns * grid.k_block
+    return high * wide
