@@ -1,9 +1,12 @@
 """CPU forms beside dense SDPA and compiled FlexAttention with the same mask, in one process, taken in turns; medians.
 
-    OMP_NUM_THREADS=2 python benchmarks/forms.py
+    OMP_NUM_THREADS=2 python benchmarks/forms.py --lengths 4096 16384 --dtypes float32 bfloat16
 
 ``ideal`` is the time that the form's pairs take at the rate of dense SDPA in the same turns, under the same causal mask.
-FlexAttention gets the BlockMask of the same pairs and has no backward on CPUs. Writes benchmarks/results/cpu_forms.json.
+FlexAttention gets the BlockMask of the same pairs and has no backward on CPUs; it is compiled before anything is timed. The pairs
+that are computed are those of the listed blocks, whole (``executed``); extra memory is the peak of the process during a forward
+beyond inputs and outputs, also for each listed block of one head. Writes benchmarks/results/cpu_forms.json, or what ``--results``
+names, after each row.
 """
 
 from __future__ import annotations
@@ -18,14 +21,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from dilcompile.bench import machine
+from dilcompile.bench import extra_memory, machine
 from dilcompile.forms import BlockSparse, Dense, Form, SlidingWindow
 from dilcompile.functional import attention
-from dilcompile.relation import Problem
+from dilcompile.generators import Blocks
+from dilcompile.relation import Problem, Relation
 
 HEADS, HEAD_DIM, BLOCK, WINDOW = 8, 64, 64, 512
 RESULTS = Path(__file__).parent / "results" / "cpu_forms.json"
@@ -38,6 +43,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for length in asked.lengths:
@@ -47,7 +53,7 @@ def main() -> None:
                 print(json.dumps(rows[-1]), flush=True)
                 command = " ".join(["python benchmarks/forms.py", *sys.argv[1:]])
                 held = {"command": command, "machine": machine(), "rows": rows}
-                RESULTS.write_text(json.dumps(held, indent=1) + "\n")
+                asked.results.write_text(json.dumps(held, indent=1) + "\n")
 
 
 def _cases(length: int) -> Iterator[tuple[str, Form, Problem, BlockSparse | None, Problem]]:
@@ -95,9 +101,38 @@ def _row(
         "forward_over_ideal": seconds / (share * dense_seconds),
         "dense_over_both": dense_both / both, "both_over_ideal": both / (share * dense_both),
     }  # fmt: skip
+    row |= _executed(relation if blocks is None else blocks.relation(inside))
+    row |= _memory(forward, row)
     if flex_seconds:
         row["flex_over_forward"] = flex_seconds[0] / seconds
     return row
+
+
+def _executed(relation: Relation) -> dict[str, Any]:
+    """The listed blocks of one head, and the share of all pairs that lies in them."""
+    size, generator = relation.problem, relation.terms[0].generator
+    if not isinstance(generator, Blocks):
+        return {}
+    lists = generator.lists(0, generator.grid)
+    queries, keys = (
+        np.minimum((number + 1) * BLOCK, length) - number * BLOCK
+        for number, length in ((lists.owners(), size.q_len), (lists.blocks, size.k_len))
+    )
+    return {"blocks": len(lists), "executed": int((queries * keys).sum()) / (size.q_len * size.k_len)}
+
+
+def _memory(forward: Callable[[], object], row: dict[str, Any]) -> dict[str, Any]:
+    """Extra memory of a forward, and of one listed block's share; Linux only."""
+
+    def kept() -> list[Tensor]:
+        out = forward()
+        assert isinstance(out, Tensor)
+        return [out]
+
+    found = extra_memory(kept)
+    if found and "blocks" in row:
+        found["extra_bytes_per_block"] = found["extra_peak_bytes"] / row["blocks"]
+    return found
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Callable[[], object]:

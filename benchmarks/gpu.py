@@ -38,7 +38,7 @@ from dilcompile.relation import Problem, Relation, grid_of
 
 HEADS = 8
 # Kernels that are timed on windows, documents and branches, beside each other.
-ROUTES = ("flash_band", "triton", "flash_attn", "cudnn", "efficient", "flash")
+ROUTES = ("flash_band", "triton", "flash_attn", "cudnn", "efficient", "flex", "flash")
 DENSE = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 # FlexAttention's block mask is made from all pairs.
 FLEX_UP_TO = 16384

@@ -102,7 +102,7 @@ def _case(
     if gather_seconds:
         row |= {"gather_over_forward": gather_seconds[0] / seconds, "gather_over_ideal": gather_seconds[0] / ideal}
     row |= accuracy(relation, q, k, v, out, dense_out, causal)
-    row |= _memory(forward)
+    row |= extra_memory(forward)
     if backward:
         row |= _backward(relation, (q, k, v), few, options, (dense_out, dense_lse), dense_pairs, repeats)
         row["both_over_ideal"] = (row["training_forward_s"] + row["backward_s"]) / (ideal + row["backward_ideal_s"])
@@ -198,7 +198,7 @@ def accuracy(relation: Relation, q: Tensor, k: Tensor, v: Tensor, out: Tensor, d
     return {"error": errors["dilated"], "dense_error": errors["dense"], "correct": errors["dilated"] <= 2 * errors["dense"]}
 
 
-def _memory(forward: Callable[[], tuple[Tensor, Tensor]]) -> dict[str, Any]:
+def extra_memory(forward: Callable[[], Sequence[Tensor]]) -> dict[str, Any]:
     """Peak resident bytes of the process during the forward, beyond those before it and the outputs; Linux only."""
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():

@@ -11,7 +11,9 @@ from dilcompile.site import AttentionSite
 Fidelity = Literal["exact", "approximate"]
 Consequence = Literal["warn", "keep", "error"]
 # The kernels by name, fastest first; `lowering/select.py` holds what they are.
-KernelName = Literal["native", "sdpa", "flash_band", "triton", "flash_attn", "cudnn", "efficient", "flash", "cpu", "reference"]
+KernelName = Literal[
+    "native", "sdpa", "flash_band", "triton", "flash_attn", "cudnn", "efficient", "flex", "flash", "cpu", "reference"
+]
 KERNEL_NAMES: tuple[KernelName, ...] = get_args(KernelName)
 
 

@@ -86,7 +86,8 @@ def _rate(found: dict[str, Any]) -> Rate:
 def _assumed(dense: float, triton: float, flash: float) -> dict[str, tuple[Rate, Rate]]:
     """Backward passes run at three quarters of the forward's rate."""
     one_launch = dict.fromkeys(("flash_band", "flash_attn", "cudnn", "efficient"), (60e-6, dense))
-    launches = {DENSE: (15e-6, dense), **one_launch, "triton": (120e-6, triton), "flash": (500e-6, flash)}
+    walked = dict.fromkeys(("triton", "flex"), (120e-6, triton))
+    launches = {DENSE: (15e-6, dense), **one_launch, **walked, "flash": (500e-6, flash)}
     return {name: (Rate(cost, rate), Rate(2.5 * cost, 0.8 * rate)) for name, (cost, rate) in launches.items()}
 
 

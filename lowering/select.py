@@ -13,6 +13,7 @@ from dilcompile.lowering import (
     flash,
     flash_attn,
     flash_band,
+    flex,
     native,
     reference,
     sdpa,
@@ -36,6 +37,8 @@ KERNELS: dict[str, Kernel] = {
     "flash_attn": flash_attn,
     "cudnn": cudnn,
     "efficient": efficient,
+    # Blocks, windows, every key, by FlexAttention.
+    "flex": flex,
     # What is left in half precision on CUDA devices: an op a piece, and products where a piece is masked.
     "flash": flash,
     "cpu": cpu,
@@ -44,7 +47,7 @@ KERNELS: dict[str, Kernel] = {
 
 
 # Where these are able, the clock decides (contest.py). Elsewhere the order above, which was measured on CPUs.
-RIVALS: dict[str, tuple[str, ...]] = {"cuda": ("flash_band", "triton", "flash_attn", "cudnn", "efficient", "flash")}
+RIVALS: dict[str, tuple[str, ...]] = {"cuda": ("flash_band", "triton", "flash_attn", "cudnn", "efficient", "flex", "flash")}
 
 
 def select(call: Call, name: str | None = None, backward: bool = False) -> Kernel:
@@ -117,8 +120,8 @@ def measured(call: Call, backward: bool) -> str | None:
 
 
 def _first_choice(kernel: Kernel, call: Call) -> bool:
-    """May it be taken where no kernel is named? Triton's interpreter is for tests."""
-    if kernel is triton and triton.interpreting():
+    """May it be taken where no kernel is named? Triton's interpreter is for tests; on a CPU FlexAttention is only the slower."""
+    if (kernel is triton and triton.interpreting()) or (kernel is flex and call.q.device.type == "cpu"):
         return False
     return call.problem.q_len * call.problem.group >= kernel.LEAST_ROWS
 

@@ -26,6 +26,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_device_only = pytest.mark.skipif(DEVICE == "cpu", reason="asks for the device itself")
 LENGTH = 333 if DEVICE == "cuda" else 45
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# FlexAttention is compiled for each case; on a CPU it has no backward.
+LEFT_OUT = {"native"} if DEVICE == "cuda" else {"native", "flex"}
 # Segments that cross tiles of 128 rows.
 WIDE = Dilated([64, 256], [1, 2])
 # Lists that all heads share, and a list for each.
@@ -72,7 +74,7 @@ def check(kernel: str, form: Form, inputs: tuple[Tensor, ...], at: Setting, **op
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("form", [*FORMS, WIDE, SlidingWindow(150, sinks=3)], ids=str)
-@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "native"])
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name not in LEFT_OUT])
 def test_every_form(kernel: str, form: Form, causal: bool, dtype: torch.dtype) -> None:
     inputs = inputs_of(
         kv_heads=4 if kernel in ("sdpa", "flash", "efficient") else 2, q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, dtype=dtype
@@ -81,6 +83,45 @@ def test_every_form(kernel: str, form: Form, causal: bool, dtype: torch.dtype) -
     if kernel not in ("triton", "reference") and refuses(kernel, form, *(x.to(DEVICE) for x in inputs), at):
         return
     check(kernel, form, inputs, at)
+
+
+FLEX: list[tuple[Form, dict[str, Any], dict[str, Any]]] = [
+    (BLOCKS[1], {"causal": True}, {"key_padding": True}),
+    (BLOCKS[2], {}, {"softcap": 2.0}),
+    (BLOCKS[3], {"causal": True}, {}),
+    (BLOCKS[-1], {"causal": True}, {"key_padding": True}),
+    (Dense(), {"causal": True}, {"documents": "own", "softcap": 1.5}),
+    (SlidingWindow(LENGTH // 5), {"causal": True}, {"documents": "shared"}),
+]
+
+
+@on_device_only
+@pytest.mark.parametrize(("form", "mask", "asked"), FLEX, ids=str)
+def test_flexattention_takes_blocks_and_operands(form: Form, mask: dict[str, Any], asked: dict[str, Any]) -> None:
+    inputs = inputs_of(kv_heads=2, q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, dtype=torch.bfloat16)
+    check("flex", form, inputs, setting_of(inputs[0], inputs[1], **mask), **operands_of(asked, length=LENGTH))
+
+
+@on_device_only
+@pytest.mark.parametrize("rows", [1, 100])
+def test_flexattention_of_few_queries(rows: int) -> None:
+    inputs = inputs_of(kv_heads=2, q_len=rows, k_len=LENGTH, dim=64, v_dim=64, dtype=torch.bfloat16)
+    check("flex", BLOCKS[1], inputs, setting_of(inputs[0], inputs[1], causal=True, q_offset=LENGTH - rows))
+
+
+@on_device_only
+@pytest.mark.parametrize("dim", [32, 80, 128, 256])
+def test_flexattention_of_every_head_size(dim: int) -> None:
+    inputs = inputs_of(batch=1, heads=2, kv_heads=1, q_len=LENGTH, k_len=LENGTH, dim=dim, v_dim=dim, dtype=torch.bfloat16)
+    check("flex", BLOCKS[2], inputs, setting_of(inputs[0], inputs[1], causal=True))
+
+
+@on_device_only
+def test_flexattention_with_a_bias_that_is_not_trained() -> None:
+    inputs = inputs_of(kv_heads=2, q_len=LENGTH, k_len=LENGTH, dim=64, v_dim=64, dtype=torch.bfloat16)
+    at, bias = setting_of(inputs[0], inputs[1], causal=True), torch.randn(1, 4, LENGTH, LENGTH)
+    found = run(*map(there, inputs), BLOCKS[1], "flex", at, bias=there(bias))
+    check_step(BLOCKS[1], inputs, at, tuple(x.cpu() for x in found), bias=bias)
 
 
 # One launch of a flash op of torch, cuDNN or the package flash_attn, where that is installed.

@@ -45,8 +45,9 @@ UNION = Union(
     )
 )
 ALL_FORMS = [*FORMS, UNION]
-# Those of CUDA devices are tested by stand-ins for their ops (test_flash_route), triton in its interpreter (test_triton).
-ON_CUDA = {"flash_band", "triton", "flash_attn", "cudnn", "efficient", "flash"}
+# Those of CUDA devices are tested by stand-ins for their ops (test_flash_route), triton in its interpreter (test_triton), flex
+# uncompiled (test_flex).
+ON_CUDA = {"flash_band", "triton", "flash_attn", "cudnn", "efficient", "flex", "flash"}
 ON_CPU = [name for name in KERNELS if name not in ON_CUDA]
 SCALE = 0.4
 

@@ -62,7 +62,7 @@ def test_check_refuses_an_unknown_kernel(tmp_path: Path) -> None:
     done = runner.invoke(app, ["policy", "check", path])
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr == (
-        f"{path}:2:42: rules[0].apply.kernel: expected 'native', 'sdpa', 'flash_band', 'triton', 'flash_attn', 'cudnn', 'efficient', 'flash', 'cpu' or 'reference', got 'flesh'"
+        f"{path}:2:42: rules[0].apply.kernel: expected 'native', 'sdpa', 'flash_band', 'triton', 'flash_attn', 'cudnn', 'efficient', 'flex', 'flash', 'cpu' or 'reference', got 'flesh'"
         " (did you mean 'flash'?)\n"
     )
 

@@ -16,7 +16,7 @@ from dilcompile.policy import Policy
 from dilcompile.policy.load import PRESETS
 
 HAS = "this version has keep, dense, sliding_window, dilated, block_sparse, keep_structure, union"
-KERNELS = "'native', 'sdpa', 'flash_band', 'triton', 'flash_attn', 'cudnn', 'efficient', 'flash', 'cpu' or 'reference'"
+KERNELS = "'native', 'sdpa', 'flash_band', 'triton', 'flash_attn', 'cudnn', 'efficient', 'flex', 'flash', 'cpu' or 'reference'"
 TAIL = "apply: {form: keep}"
 
 

@@ -7,7 +7,7 @@ blocks that count.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -38,35 +38,44 @@ def to_block_mask(pattern: Pattern, grid: Grid, heads: int, device: torch.device
         FormError: if the first query does not begin a block: FlexAttention's blocks do.
     """
     _begins_a_block(grid)
-    lists = [_lists(pattern, head, grid) for head in range(heads if pattern.by_head else 1)]
-    columns = np.arange(grid.columns, dtype=np.int64)
-    turned = [each.transposed(columns) for each in lists]
-    first, rows = grid.q_start // grid.q_block, len(grid.rows)
-    whole = [each.full & _inside(each, grid) for each in lists]
-    by_row = [
-        _tables(each.owners() - first, each.blocks, kept, rows, grid.columns) for each, kept in zip(lists, whole, strict=True)
-    ]
-    by_column = [
-        _tables(each.owners(), each.blocks - first, each.full & _inside(each, grid, turned=True), grid.columns, rows)
-        for each in turned
-    ]
-    held = np.zeros((len(lists), rows, grid.columns), dtype=np.bool_)
-    for head, each in enumerate(lists):
-        held[head, each.owners() - first, each.blocks] = True
-    (kv_num, kv, full_kv_num, full_kv), (q_num, q, full_q_num, full_q) = (_stacked(each, device) for each in (by_row, by_column))
-    return BlockMask(
-        seq_lengths=(grid.q_stop - grid.q_start, grid.k_len),
-        kv_num_blocks=kv_num,
-        kv_indices=kv,
-        full_kv_num_blocks=full_kv_num,
-        full_kv_indices=full_kv,
-        q_num_blocks=q_num,
-        q_indices=q,
-        full_q_num_blocks=full_q_num,
-        full_q_indices=full_q,
+    lists = [lists_of(pattern.codes(head, grid.rows, grid), grid) for head in range(heads if pattern.by_head else 1)]
+    make: Callable[..., BlockMask] = BlockMask
+    return make(
+        (grid.q_stop - grid.q_start, grid.k_len),
+        *tables_of(lists, grid, device),
         BLOCK_SIZE=(grid.q_block, grid.k_block),
-        mask_mod=_mask_mod(torch.from_numpy(held).to(device), grid),
+        mask_mod=_mask_mod(held_of(lists, grid, device), grid),
     )
+
+
+def held_of(lists: Sequence[BlockLists], grid: Grid, device: torch.device | str = "cpu") -> Tensor:
+    """Which blocks each head has, bool [heads, rows, columns]; rows count from that of the first query."""
+    held = np.zeros((len(lists), len(grid.rows), grid.columns), dtype=np.bool_)
+    for head, each in enumerate(lists):
+        held[head, each.owners() - grid.q_start // grid.q_block, each.blocks] = True
+    return torch.from_numpy(held).to(device)
+
+
+def tables_of(lists: Sequence[BlockLists], grid: Grid, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+    """The tables of a BlockMask: how many partial blocks each row has and which, the same of full ones, then both by columns.
+
+    Args:
+        lists: of each head, or of all; blocks without any pair are left out.
+        grid: its first query begins a block.
+
+    Returns:
+        Eight int32 tensors, counts [1, heads, lines] and numbers [1, heads, lines, lines of the other side] in turns, ordered
+        as ``BlockMask`` takes them.
+    """
+    lists, columns = [with_pairs(each, grid) for each in lists], np.arange(grid.columns, dtype=np.int64)
+    first, rows = grid.q_start // grid.q_block, len(grid.rows)
+    by_row, by_column = [], []
+    for each in lists:
+        whole, turned = each.full & _inside(each, grid), each.transposed(columns)
+        by_row.append(_tables(each.owners() - first, each.blocks, whole, rows, grid.columns))
+        whole = turned.full & _inside(turned, grid, turned=True)
+        by_column.append(_tables(turned.owners(), turned.blocks - first, whole, grid.columns, rows))
+    return (*_stacked(by_row, device), *_stacked(by_column, device))
 
 
 def _begins_a_block(grid: Grid) -> None:
@@ -75,10 +84,6 @@ def _begins_a_block(grid: Grid) -> None:
             f"a BlockMask counts blocks from the first query: q_offset {grid.q_start} is no multiple of the {grid.q_block} "
             "queries of a block; pad the queries, or choose a block that divides the offset"
         )
-
-
-def _lists(pattern: Pattern, head: int, grid: Grid) -> BlockLists:
-    return with_pairs(lists_of(pattern.codes(head, grid.rows, grid), grid), grid)
 
 
 def _inside(lists: BlockLists, grid: Grid, turned: bool = False) -> Flags:
