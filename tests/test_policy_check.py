@@ -81,7 +81,7 @@ UNMET: list[tuple[dict[str, Any], Any, str, str | None, str]] = [
     (CAUSAL, FIXED, "require", "computed on", f"leaves the query at position 0 (block row 0) {SEES_ITSELF}"),
     ({"masked": "causal"}, {"vertical_slash": {"verticals": [3], "slashes": [2]}}, "require", "computed on", "leaves the query at position 0"),
     ({"min_seq": 33}, LISTED, "require", "computed on", f"leaves the query at position 32 (block row 2) {SEES_ITSELF}"),
-    (CAUSAL, {"explicit": {"starts": [0, 1], "columns": [1]}}, "zero", "computed on", f"holds no block that a causal query sees a key in, {EMPTY}"),
+    (CAUSAL, {"explicit": {"starts": [0, 1], "columns": [1]}}, "zero", "given to", f"holds no block that a causal query sees a key in, {EMPTY}"),
     ({}, {"all": [{"fixed": {"stride": 4, "offset": 1}}, {"fixed": {"stride": 6}}]}, "zero", "given to", f"holds no block at all, {EMPTY}"),
     ({}, {"random": {"blocks": 0}}, "require", "computed on", "holds no block at all"),
 ]  # fmt: skip

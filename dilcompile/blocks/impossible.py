@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from math import lcm
-from typing import Any
 
 from dilcompile.blocks.coverage import first_without_keys
 from dilcompile.blocks.grid import Grid
 from dilcompile.blocks.lists import BlockLists, lists_of
-from dilcompile.blocks.spec import SETS, Spec, pattern_of
+from dilcompile.blocks.patterns import most_parts
+from dilcompile.blocks.spec import Spec, parts_of, pattern_of
 
 # The options after whose least common multiple the blocks of a pattern repeat themselves; other numbers are places.
 _PERIODS: dict[str, tuple[str, ...]] = {
@@ -46,7 +45,8 @@ def holds_nothing(spec: Spec, sizes: tuple[int, int], causal: bool) -> bool:
 
 def listed_beyond(spec: Spec, rows: int, columns: int) -> tuple[int, int] | None:
     """The first (row, column) of a list of blocks that a grid of so many rows and columns doesn't have."""
-    for name, options in _kinds(spec):
+    for name, given in parts_of(spec):
+        options = dict(given)
         starts, listed = options.get("starts", ()), options.get("columns", ())
         if name != "explicit":
             continue
@@ -60,7 +60,8 @@ def listed_beyond(spec: Spec, rows: int, columns: int) -> tuple[int, int] | None
 def _looked_at(spec: Spec, sizes: tuple[int, int], causal: bool) -> tuple[BlockLists, Grid] | None:
     """The blocks of so many rows and columns that what follows is repetition; None where that is too many, or not known."""
     periods, places = [1], [1]
-    for name, options in _kinds(spec):
+    for name, given in parts_of(spec):
+        options = dict(given)
         if name == "random" and not options["blocks"]:
             continue
         if name not in _PERIODS:
@@ -70,19 +71,11 @@ def _looked_at(spec: Spec, sizes: tuple[int, int], causal: bool) -> tuple[BlockL
         places += [len(held.pop("starts", ())), *(place for option in held for place in held[option])]
         if name == "dilated_sliding":
             places.append(options["dilation"] * options["blocks"])
+    if most_parts(pattern_of(spec)) is not None:
+        return None
     # Blocks of other sizes than their neighbours' stand beside each other again after as many.
     rows = 2 * (max(places) + lcm(*periods) * lcm(*sizes) // min(sizes))
     if rows > _MOST_ROWS:
         return None
     grid = Grid(*sizes, 0, rows * sizes[0], rows * sizes[0], right=0 if causal else None)
     return lists_of(pattern_of(spec).codes(0, grid.rows, grid), grid), grid
-
-
-def _kinds(spec: Spec) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The named patterns in a composed one, with their options."""
-    name, options = spec
-    if name not in SETS:
-        yield name, dict(options)
-        return
-    for part in options:
-        yield from _kinds(part)

@@ -40,6 +40,7 @@ class Entry:
         causal: whether the site that is drawn is causal.
         block: positions in a block, one number or two.
         grid: the options of a grid of tokens.
+        in_policy: whether a rule may ask for it; else what is shown is the form for ``dilcompile.functional.attention``.
         choice: what is drawn where the data of each call chooses the blocks: a choice that it may make.
     """
 
@@ -49,6 +50,7 @@ class Entry:
     block: int | list[int] = BLOCK
     choice: dict[str, Any] | None = None
     grid: dict[str, Any] = field(default_factory=dict)
+    in_policy: bool = True
 
 
 _LOCAL: dict[str, Any] = {"local": {"before": 2}}
@@ -110,6 +112,7 @@ GALLERY: dict[str, Entry] = {
         "Blocks that come with a call of `dilcompile.functional.attention`, as a trained gate gives them; drawn is one choice.",
         {"any": [{"local": {}}, {"given": {"most": 4}}]},
         choice={"any": [{"local": {}}, {"random": {"blocks": 4, "seed": 3}}]},
+        in_policy=False,
     ),
     "heads": Entry(
         "A pattern for each query head; drawn is that of the first.",
@@ -132,11 +135,10 @@ GALLERY: dict[str, Entry] = {
 
 
 def policy(entry: Entry) -> str:
-    """The policy of an entry, as YAML."""
-    rule: dict[str, Any] = {"match": {"causal": entry.causal}} | {
-        "apply": {"form": "block_sparse", "block": entry.block, "pattern": entry.pattern, **entry.grid}
-    }
-    text: str = yaml.safe_dump({"version": 1, "rules": [rule]}, sort_keys=False, default_flow_style=None, width=120)
+    """The policy of an entry, as YAML; or its form, where no rule may ask for it."""
+    form = {"form": "block_sparse", "block": entry.block, "pattern": entry.pattern, **entry.grid}
+    whole = {"version": 1, "rules": [{"match": {"causal": entry.causal}, "apply": form}]}
+    text: str = yaml.safe_dump(whole if entry.in_policy else form, sort_keys=False, default_flow_style=None, width=120)
     return text
 
 
