@@ -15,6 +15,7 @@ from dilcompile.lowering.triton.scores import (
     row_state,
     scores_of_keys,
     tile_of_queries,
+    unfolded,
 )
 from dilcompile.lowering.triton.walk import FAR, VARYING, reach_of_all, turns
 
@@ -62,20 +63,26 @@ def attend(
 @triton.jit(do_not_specialize=VARYING)
 def attention(
     Q, K, V, OUT, LSE, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
+    q_batch: tl.int64, q_head, q_row, k_batch: tl.int64, k_head, k_row,
+    v_batch: tl.int64, v_head, v_row, out_batch: tl.int64, out_head, out_row,
     document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
-    bias_batch, bias_head, bias_row, bias_key,
+    bias_batch: tl.int64, bias_head: tl.int64, bias_row, bias_key,
     q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, first_line, line_head,
     scale, softcap, least_drawn, kept_factor,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
+    FOLD: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries, key head (or part of its query heads) and batch row.
 
-    PRODUCTS: dtype of the operands of matrix products; SCORES: of scores and sums.
+    PRODUCTS: dtype of the operands of matrix products; SCORES: of scores and sums. FOLD: see ``unfolded``.
     """
+    q_batch, q_head, q_row = unfolded(q_batch, q_head, q_row, FOLD)
+    k_batch, k_head, k_row = unfolded(k_batch, k_head, k_row, FOLD)
+    v_batch, v_head, v_row = unfolded(v_batch, v_head, v_row, FOLD)
+    out_batch, out_head, out_row = unfolded(out_batch, out_head, out_row, FOLD)
     kv_head, batch, first_head, last_head, first, last, position, h, there, line = tile_of_queries(
         tl.program_id(0), TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M, Q_BLOCK
     )

@@ -205,9 +205,13 @@ def compile_case(case: Case, tile: Tile | None = None) -> Resources:
     }  # fmt: skip
     kernel, tile = kernels[case.step], tile or case.tile
     fixed = {name: value for name, value in _fixed(case, tile).items() if name in kernel.arg_names}
-    signature = {name: "constexpr" if name in fixed else _type(name, case.dtype) for name in kernel.arg_names}
-    aligned = [name for name in kernel.arg_names if name.isupper() or name.endswith(("_batch", "_head", "_row"))]
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in fixed}
+    signature = {
+        x.name: "constexpr" if x.name in fixed else x.annotation_type or _type(x.name, case.dtype) for x in kernel.params
+    }
+    # What a launch tells the compiler: where tensors begin, and their rows, whole vectors can be loaded.
+    free = [x for x in kernel.params if x.name not in fixed and not x.do_not_specialize]
+    aligned = [x for x in free if x.name.isupper() or x.name.endswith(("_batch", "_head", "_row"))]
+    attributes = {(x.num,): [["tt.divisibility", 16]] for x in aligned}
     amd = case.arch.startswith("gfx")
     target = GPUTarget("hip", case.arch, 64) if amd else GPUTarget("cuda", int(case.arch.removeprefix("sm")), 32)
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
@@ -230,10 +234,11 @@ def _fixed(case: Case, tile: Tile) -> dict[str, object]:
         "COUNTED": "documents" in case.switches and not case.block, "HEADS": "heads" in case.switches,
         "DEDUPE": "dedupe" in case.switches,
         "PRECISION": "ieee", "PRODUCTS": element, "SCORES": tl.float32, "BLOCK_S": case.tile.own, "PAGE_SIZE": 16,
+        "FOLD": 1,
     }  # fmt: skip
     by = next((word for switch, word in (("bias", "pairs"), ("key_bias", "keys")) if switch in case.switches), "none")
     fixed |= {"BIAS_BY": by, "ALL_QUERIES": by == "keys", "NATURAL": by != "none"}
-    fixed |= {"BIAS": None} if by == "none" else {"bias_key": 1}
+    fixed |= {"BIAS": None} if by == "none" else {}
     fixed |= {"Q_BLOCK": case.block, "K_BLOCK": case.block, **({} if case.block else {"LINES": None, "ENTRIES": None})}
     if case.step == "bias":
         # Of blocks, a bias by key walks their lists, one by pair asks their map.

@@ -53,6 +53,13 @@ def tile_of_queries(
 
 
 @triton.jit
+def unfolded(batch, head, row, FOLD: tl.constexpr):
+    """Strides in elements. A launch gives them times FOLD, so that all are multiples of 16 whatever the length is: what they are
+    multiples of is all that the compiler has to know to load whole vectors, and it compiles for nothing else of them."""
+    return batch // FOLD, head // FOLD, row // FOLD
+
+
+@triton.jit
 def load_rows(base, row_offset, there, dims, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Rows [rows, BLOCK] with zeros where there are none; 64-bit offsets."""
     pointers = base + row_offset[:, None] + dims[None, :]
