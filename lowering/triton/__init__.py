@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -102,13 +103,14 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     plan = bound.plan(tile.own // bound.pack, tile.other)
     q, k, v = (_dense_rows(x) for x in (call.q, call.k, call.v))
     strides, fold = _folded(q, k, v, out)
-    with _current(q.device):
+    described = tile.described and bound.describable(plan, k, v)
+    with _current(q.device), _scratch(described, q.device):
         kernel[bound.grid(plan.queries)](
             q, k, v, out, lse, *plan.tables, plan.queries.tiles, plan.patterns,
             *bound.masks, bound.bias, bound.seed,
             *strides, *bound.mask_strides, *bound.bias_strides,
             *bound.sizes(plan, plan.queries), **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other, FOLD=fold,
-            **tile.options,
+            DESCRIBED=described, **tile.options,
         )  # fmt: skip
     return out, lse
 
@@ -182,12 +184,15 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
         tile = bound.tile("queries")
         strides, fold = _folded(q, k, v, grad_out, grad_q)
         plan = bound.plan(tile.own // bound.pack, tile.other)
-        gradient_of_queries[bound.grid(plan.queries)](
-            q, k, v, grad_out, lse, delta, grad_q, *plan.tables, plan.queries.tiles, plan.patterns,
-            *bound.masks, bound.bias, bound.seed,
-            *strides, *bound.mask_strides, *bound.bias_strides, *bound.sizes(plan, plan.queries),
-            call.scale, **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other, FOLD=fold, **tile.options,
-        )  # fmt: skip
+        described = tile.described and bound.describable(plan, k, v)
+        with _scratch(described, q.device):
+            gradient_of_queries[bound.grid(plan.queries)](
+                q, k, v, grad_out, lse, delta, grad_q, *plan.tables, plan.queries.tiles, plan.patterns,
+                *bound.masks, bound.bias, bound.seed,
+                *strides, *bound.mask_strides, *bound.bias_strides, *bound.sizes(plan, plan.queries),
+                call.scale, **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other, FOLD=fold, DESCRIBED=described,
+                **tile.options,
+            )  # fmt: skip
         tile = bound.tile("keys")
         strides, fold = _folded(q, k, v, grad_out, grad_k, grad_v)
         plan = bound.plan(tile.other // bound.pack, tile.own, transposed=True)
@@ -331,6 +336,13 @@ class _Bound:
             return replace(INTERPRETED, own=rows)
         return tile_of(kind.step, _arch(kind.device), kind.head, kind.dtype, kind.masks, rows, kind.listed)
 
+    def describable(self, plan: Plan, *operands: Tensor) -> bool:
+        """Whether rows can be loaded by descriptors: the walk goes along terms one by one, and each row begins at 16 bytes."""
+        if plan.counted or plan.lists is not None or self.call.q.dtype == torch.float32:
+            return False
+        bytes_of = [x.stride(dim) * x.element_size() for x in operands for dim in range(3) if x.shape[dim] > 1]
+        return not any(number % 16 for number in (*bytes_of, *(x.data_ptr() for x in operands)))
+
     def sizes(self, plan: Plan, rows: Rows) -> tuple[float, ...]:
         """What comes after the strides: lengths, counts, factors."""
         size = self.call.problem
@@ -435,6 +447,24 @@ def _block(dim: int) -> int:
 def _current(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, whichever holds the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def _scratch(needed: bool, device: torch.device) -> Iterator[None]:
+    """Memory in which a launch makes its descriptors, from torch's allocator; what the user told Triton is there again behind."""
+    if not needed or device.type != "cuda":
+        yield
+        return
+    from triton.runtime import _allocation
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    token = _allocation._allocator.set(allocate)
+    try:
+        yield
+    finally:
+        _allocation._allocator.reset(token)
 
 
 def _dense_rows(x: Tensor) -> Tensor:

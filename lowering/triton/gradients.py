@@ -12,6 +12,7 @@ from dilcompile.lowering.triton.scores import (
     bias_of_tile,
     biased,
     capped,
+    described,
     dropped,
     facts_of_keys,
     facts_of_queries,
@@ -64,7 +65,7 @@ def descend(
     least_drawn, kept_factor, blocks, full_from, full_to, start, high, rate, LINE, origin,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr, CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr,
-    COUNTED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    COUNTED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, KEYS=None, VALUES=None,
 ):  # fmt: skip
     """Some blocks of keys added to the gradient of a tile of queries."""
     begin, end = turns(blocks, full_from, full_to, MASKED)
@@ -75,7 +76,7 @@ def descend(
             t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key,
             full_from, full_to, start, high, rate, LINE, origin,
             HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, BLOCKS, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, MASKED, PRECISION,
-            sums.dtype,
+            sums.dtype, KEYS=KEYS, VALUES=VALUES,
         )  # fmt: skip
         weights = power(s - lse[:, None], BIAS is not None)
         d_weights = tl.dot(grad, tl.trans(values.to(q.dtype)), input_precision=PRECISION, out_dtype=sums.dtype)
@@ -104,7 +105,7 @@ def gradient_of_queries(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
-    FOLD: tl.constexpr,
+    FOLD: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries, as in the forward; ``out_*`` are the strides of GRAD_OUT."""
     q_batch, q_head, q_row = unfolded(q_batch, q_head, q_row, FOLD)
@@ -166,6 +167,10 @@ def gradient_of_queries(
                 first_head, last_head, first, last, 0, k_len, k_len, position,
                 False, DEDUPE, Q_BLOCK, K_BLOCK, BLOCK_N,
             )  # fmt: skip
+            KEYS, VALUES = None, None
+            if DESCRIBED:
+                KEYS = described(K, k_row, start, rate, k_len, HEAD_DIM, BLOCK_D, BLOCK_N)
+                VALUES = described(V, v_row, start, rate, k_len, V_DIM, BLOCK_DV, BLOCK_N)
             for masks in tl.static_range(FIRST, 2):
                 sums = descend(
                     sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
@@ -173,7 +178,7 @@ def gradient_of_queries(
                     t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key,
                     SEED, state, least_drawn, kept_factor, blocks, full_from, full_to, start, high, rate, LINE, origin,
                     HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, K_BLOCK, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, masks == 1,
-                    PRECISION,
+                    PRECISION, KEYS=KEYS, VALUES=VALUES,
                 )  # fmt: skip
     pointers = GRAD_Q + batch * grad_batch + (row * grad_row + head * grad_head)[:, None] + dims[None, :]
     tl.store(pointers, (sums * grad_scale).to(GRAD_Q.dtype.element_ty), mask=there[:, None] & (dims < HEAD_DIM)[None, :])
