@@ -574,6 +574,15 @@ def test_the_packages_functions_are_called_by_their_signatures(ops: tuple[Flash,
 # Packing
 
 
+def test_packing_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, waits = Tensor.tolist, []
+    monkeypatch.setattr(Tensor, "tolist", lambda x: waits.append("tolist") or right(x))
+    for name in ("nonzero", "item", "__int__", "__bool__", "__index__", "cpu"):
+        monkeypatch.setattr(Tensor, name, lambda *_, name=name: pytest.fail(f"waits in {name}"))
+    packed(torch.tensor([[0, 0, 1, 1, 1], [7, 7, 7, 7, 7]]), 2, 4, 1)
+    assert waits == ["tolist"]
+
+
 def test_documents_are_packed_as_drawn() -> None:
     held = packed(torch.tensor([[0, 0, 1, 1, 1], [7, 7, 7, 7, 7]]), 2, 4, 1)
     assert held.queries.tolist() == [0, 1, 4, 8]

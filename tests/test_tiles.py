@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -51,6 +53,24 @@ def test_neighbours_differ_in_one_number_and_fit(head: int, shared: int | None) 
     assert len(set(made.values())) == len(made)
     if shared is None:
         assert len(made) == 8
+
+
+def test_descriptors_are_tried_where_a_device_has_them() -> None:
+    """Never by the table, and not along lists or in documents, where the kernel would load by pointers all the same."""
+    table = Tile(128, 64, 8, 3)
+
+    def tried(*kind: Any, describes: bool = True) -> set[bool]:
+        made = tiles.neighbours(Kind(*kind), table, None, describes)
+        assert next(iter(made.values())) == table
+        assert len(set(made.values())) == len(made)
+        return {one.described for one in made.values()}
+
+    assert (
+        tried("forward", CUDA, 64, torch.bfloat16, "some") == tried("queries", CUDA, 128, torch.float16, "none") == {False, True}
+    )
+    assert tried("forward", CUDA, 64, torch.bfloat16, "none", describes=False) == {False}
+    assert tried("keys", CUDA, 64, torch.bfloat16, "none") == tried("forward", CUDA, 64, torch.bfloat16, "none", True) == {False}
+    assert tried("forward", CUDA, 64, torch.bfloat16, "counted") == {False}
 
 
 def test_sides_stay_in_what_kernels_take() -> None:

@@ -393,3 +393,47 @@ def _problem(q: Tensor, k: Tensor, v: Tensor) -> Any:
     from dilcompile.lowering.call import problem_of
 
     return problem_of(q, k, v, True, None, None, 0)
+
+
+DESCRIBED = [
+    (Dense(), {"causal": True}, {}),
+    (Dense(), {"left": 9, "right": 4}, {"softcap": 2.0}),
+    (Dilated([12, 40], [1, 4], offset="own"), {"causal": True}, {"key_padding": True}),
+    (Dilated([24, 48], [2, 3], offset="head_mod", coverage="zero"), {}, {}),
+    (
+        Dilated([16, 48], [1, 2], union="set", sinks=1, coverage="zero"),
+        {"causal": True, "q_offset": 10},
+        {"bias": (1, 2, 37, 47)},
+    ),
+]
+
+
+@pytest.mark.parametrize(("form", "mask", "asked"), DESCRIBED, ids=str)
+def test_rows_loaded_by_descriptors(
+    form: Form, mask: dict[str, Any], asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Residue classes, ragged ends, a head size that is padded; what lies behind the keys is not-a-number and is not read."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    right, made = InterpreterBuilder.create_make_tensor_descriptor, []
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_make_tensor_descriptor", lambda *args, **more: made.append(1) or right(*args, **more)
+    )
+    tile = triton._Bound.tile
+    monkeypatch.setattr(triton._Bound, "tile", lambda *args: replace(tile(*args), described=True))
+    q, k, v = drawn(batch=2, heads=2, kv_heads=2, q_len=37, k_len=47, dim=24, v_dim=8)
+    k, v = (torch.nn.functional.pad(x, (0, 0, 0, 9), value=torch.nan)[:, :, :47] for x in (k, v))
+    operands = operands_of(asked, batch=2, length=47)
+    assert_grads("triton", form, setting_of(q, k, **mask), q, k, v, **operands)
+    assert made
+
+
+def test_rows_that_begin_between_16_bytes_have_no_descriptors() -> None:
+    q, k, v = drawn(batch=1, heads=2, kv_heads=2, q_len=9, k_len=9, dim=24, v_dim=8, dtype=torch.bfloat16)
+    call = Call(q, k, v, None, None, None, None, Dense().relation(_problem(q, k, v)), SCALE)
+    bound = triton._bind(call)
+    made = bound.plan(16, 16)
+    assert bound.describable(made, k, v)
+    assert not bound.describable(made, k[..., 1:], v)
+    assert not bound.describable(made, torch.empty(1, 2, 9, 20, dtype=torch.bfloat16), v)
+    assert not bound.describable(replace(made, counted=True), k, v)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -101,13 +102,15 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     tile = bound.tile("forward")
     plan = bound.plan(tile.own // bound.pack, tile.other)
     q, k, v = (_dense_rows(x) for x in (call.q, call.k, call.v))
-    with _current(q.device):
+    strides, fold = _folded(q, k, v, out)
+    described = tile.described and bound.describable(plan, k, v)
+    with _current(q.device), _scratch(described, q.device):
         kernel[bound.grid(plan.queries)](
             q, k, v, out, lse, *plan.tables, plan.queries.tiles, plan.patterns,
             *bound.masks, bound.bias, bound.seed,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *bound.mask_strides, *bound.bias_strides,
-            *bound.sizes(plan, plan.queries), **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other,
-            **tile.options,
+            *strides, *bound.mask_strides, *bound.bias_strides,
+            *bound.sizes(plan, plan.queries), **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other, FOLD=fold,
+            DESCRIBED=described, **tile.options,
         )  # fmt: skip
     return out, lse
 
@@ -126,18 +129,21 @@ def _decode(call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     q, k, v = (_dense_rows(x) for x in (call.q, call.k, call.v))
     pages = None if call.pages is None else call.pages.contiguous()
     tiles, heads, batch = bound.grid(plan.queries)
+    strides, fold = _folded(q, k, v)
     with _current(q.device):
         decode[(tiles * parts, heads, batch)](
             q, k, v, sums, tops, totals, *plan.tables, plan.queries.tiles, plan.patterns,
             *bound.masks, bound.bias, bound.seed, _kept(bound), pages,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bound.mask_strides, *bound.bias_strides,
+            *strides, *bound.mask_strides, *bound.bias_strides,
             0 if pages is None else pages.stride(0), k.shape[0], *bound.sizes(plan, plan.queries), parts, **bound.switches(plan),
-            PAGE_SIZE=1 if pages is None else k.shape[2], BLOCK_M=tile.own, BLOCK_N=tile.other, **tile.options,
+            PAGE_SIZE=1 if pages is None else k.shape[2], BLOCK_M=tile.own, BLOCK_N=tile.other, FOLD=fold,
+            **tile.options,
         )  # fmt: skip
         tile = bound.tile("join")
+        strides, fold = _folded(out)
         join[(size.q_len, size.heads, size.batch)](
-            sums, tops, totals, out, lse, *out.stride()[:3], parts, NATURAL=bound.bias is not None, V_DIM=size.v_dim,
-            BLOCK_DV=_block(size.v_dim), BLOCK_S=tile.own, **tile.options,
+            sums, tops, totals, out, lse, *strides, parts, NATURAL=bound.bias is not None, V_DIM=size.v_dim,
+            BLOCK_DV=_block(size.v_dim), BLOCK_S=tile.own, FOLD=fold, **tile.options,
         )  # fmt: skip
     return out, lse
 
@@ -169,27 +175,32 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
     q, k, v, out, grad_out = (_dense_rows(x) for x in (call.q, call.k, call.v, out, grad_out))
     lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
     block, tile = _block(size.v_dim), bound.tile("sums")
+    strides, fold = _folded(out, grad_out)
     with _current(q.device):
         row_sums[(-(-size.q_len // tile.own), size.heads, size.batch)](
-            out, grad_out, None if grad_lse is None else grad_lse.contiguous(), delta, *out.stride()[:3], *grad_out.stride()[:3],
-            size.q_len, size.heads, V_DIM=size.v_dim, BLOCK_DV=block, BLOCK_M=tile.own, **tile.options,
+            out, grad_out, None if grad_lse is None else grad_lse.contiguous(), delta, *strides,
+            size.q_len, size.heads, V_DIM=size.v_dim, BLOCK_DV=block, BLOCK_M=tile.own, FOLD=fold, **tile.options,
         )  # fmt: skip
-        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3])
         tile = bound.tile("queries")
+        strides, fold = _folded(q, k, v, grad_out, grad_q)
         plan = bound.plan(tile.own // bound.pack, tile.other)
-        gradient_of_queries[bound.grid(plan.queries)](
-            q, k, v, grad_out, lse, delta, grad_q, *plan.tables, plan.queries.tiles, plan.patterns,
-            *bound.masks, bound.bias, bound.seed,
-            *strides, *grad_q.stride()[:3], *bound.mask_strides, *bound.bias_strides, *bound.sizes(plan, plan.queries),
-            call.scale, **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other, **tile.options,
-        )  # fmt: skip
+        described = tile.described and bound.describable(plan, k, v)
+        with _scratch(described, q.device):
+            gradient_of_queries[bound.grid(plan.queries)](
+                q, k, v, grad_out, lse, delta, grad_q, *plan.tables, plan.queries.tiles, plan.patterns,
+                *bound.masks, bound.bias, bound.seed,
+                *strides, *bound.mask_strides, *bound.bias_strides, *bound.sizes(plan, plan.queries),
+                call.scale, **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other, FOLD=fold, DESCRIBED=described,
+                **tile.options,
+            )  # fmt: skip
         tile = bound.tile("keys")
+        strides, fold = _folded(q, k, v, grad_out, grad_k, grad_v)
         plan = bound.plan(tile.other // bound.pack, tile.own, transposed=True)
         gradient_of_keys[(plan.keys.tiles.shape[1], size.kv_heads, size.batch)](
             q, k, v, grad_out, lse, delta, grad_k, grad_v, *plan.tables, plan.keys.tiles,
             plan.patterns, *bound.masks, bound.bias, bound.seed,
-            *strides, *grad_k.stride()[:3], *grad_v.stride()[:3], *bound.mask_strides, *bound.bias_strides,
-            *bound.sizes(plan, plan.keys), call.scale, **bound.switches(plan), BLOCK_M=tile.other, BLOCK_N=tile.own,
+            *strides, *bound.mask_strides, *bound.bias_strides,
+            *bound.sizes(plan, plan.keys), call.scale, **bound.switches(plan), BLOCK_M=tile.other, BLOCK_N=tile.own, FOLD=fold,
             **tile.options,
         )  # fmt: skip
         grad_bias = _gradient_of_bias(bound, (q, k, v, grad_out, lse, delta), grad_lse)
@@ -226,12 +237,13 @@ def _gradient_of_bias(bound: _Bound, operands: tuple[Tensor, ...], grad_lse: Ten
     blocks = -(-size.k_len // tile.own) * (1 if rows == 1 else -(-size.q_len // tile.other))
     blocks = blocks if tiles is None else tiles.shape[1]
     counts = (size.q_len, size.k_len, size.q_offset, len(call.relation.terms), size.kv_heads)
+    strides, fold = _folded(q, k, v, grad_out)
     map_strides = (0, 0) if there is None else (there.stride(0) if there.shape[0] > 1 else 0, there.stride(1))
     gradient_of_bias[(blocks, heads, batch)](
         q, k, v, grad_out, lse, delta, grad, *plan.tables, tiles, there, *bound.masks, bound.bias, bound.seed,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *bound.mask_strides, *bound.bias_strides,
+        *strides, *bound.mask_strides, *bound.bias_strides,
         *counts, size.heads // heads, size.batch // batch, *bound.factors(), *plan.places, *map_strides, first_row, **switches,
-        BLOCK_M=tile.other, BLOCK_N=tile.own, **tile.options,
+        BLOCK_M=tile.other, BLOCK_N=tile.own, FOLD=fold, **tile.options,
     )  # fmt: skip
     return grad.sum_to_size(shape).view(call.bias.shape).to(call.bias.dtype)
 
@@ -323,6 +335,13 @@ class _Bound:
         if interpreting():
             return replace(INTERPRETED, own=rows)
         return tile_of(kind.step, _arch(kind.device), kind.head, kind.dtype, kind.masks, rows, kind.listed)
+
+    def describable(self, plan: Plan, *operands: Tensor) -> bool:
+        """Whether rows can be loaded by descriptors: the walk goes along terms one by one, and each row begins at 16 bytes."""
+        if plan.counted or plan.lists is not None or self.call.q.dtype == torch.float32:
+            return False
+        bytes_of = [x.stride(dim) * x.element_size() for x in operands for dim in range(3) if x.shape[dim] > 1]
+        return not any(number % 16 for number in (*bytes_of, *(x.data_ptr() for x in operands)))
 
     def sizes(self, plan: Plan, rows: Rows) -> tuple[float, ...]:
         """What comes after the strides: lengths, counts, factors."""
@@ -430,5 +449,34 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+@contextmanager
+def _scratch(needed: bool, device: torch.device) -> Iterator[None]:
+    """Memory in which a launch makes its descriptors, from torch's allocator; what the user told Triton is there again behind."""
+    if not needed or device.type != "cuda":
+        yield
+        return
+    from triton.runtime import _allocation
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    token = _allocation._allocator.set(allocate)
+    try:
+        yield
+    finally:
+        _allocation._allocator.reset(token)
+
+
 def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _folded(*operands: Tensor) -> tuple[tuple[int, ...], int]:
+    """(strides of operands [B, H, S, D] of one dtype by batch row, head and row, times FOLD; FOLD), see ``scores.unfolded``.
+
+    FOLD is 1 where all of them are multiples of 16, else the least that leaves what 16 bytes hold known, or else 16.
+    """
+    strides = [0 if x.shape[dim] == 1 else x.stride(dim) for x in operands for dim in range(3)]
+    whole = (16, 16 // operands[0].element_size(), 1)
+    fold = 16 // next(unit for unit in whole if not any(stride % unit for stride in strides))
+    return tuple(stride * fold for stride in strides), fold

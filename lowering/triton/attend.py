@@ -7,6 +7,7 @@ from dilcompile.lowering.triton.listed import step_of, steps_of
 from dilcompile.lowering.triton.scores import (
     LN_2,
     bias_of_tile,
+    described,
     dropped,
     facts_of_queries,
     load_rows,
@@ -15,6 +16,7 @@ from dilcompile.lowering.triton.scores import (
     row_state,
     scores_of_keys,
     tile_of_queries,
+    unfolded,
 )
 from dilcompile.lowering.triton.walk import FAR, VARYING, reach_of_all, turns
 
@@ -28,7 +30,7 @@ def attend(
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr, CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr,
     COUNTED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    PAGES=None, num_pages=0, k_page=0, v_page=0, PAGE_SIZE: tl.constexpr = 1,
+    PAGES=None, num_pages=0, k_page=0, v_page=0, PAGE_SIZE: tl.constexpr = 1, KEYS=None, VALUES=None,
 ):  # fmt: skip
     """Some blocks of keys joined to the sum of exponentials, the maximum and the weighted sum of values."""
     begin, end = turns(blocks, full_from, full_to, MASKED)
@@ -40,7 +42,7 @@ def attend(
             full_from, full_to, start, high, rate, LINE, origin,
             HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, BLOCKS, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, MASKED, PRECISION,
             sums.dtype,
-            PAGES, num_pages, k_page, v_page, PAGE_SIZE,
+            PAGES, num_pages, k_page, v_page, PAGE_SIZE, KEYS, VALUES,
         )  # fmt: skip
         higher = tl.maximum(top, tl.max(s, 1))
         shift = higher
@@ -62,20 +64,27 @@ def attend(
 @triton.jit(do_not_specialize=VARYING)
 def attention(
     Q, K, V, OUT, LSE, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
+    q_batch: tl.int64, q_head, q_row, k_batch: tl.int64, k_head, k_row,
+    v_batch: tl.int64, v_head, v_row, out_batch: tl.int64, out_head, out_row,
     document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
-    bias_batch, bias_head, bias_row, bias_key,
+    bias_batch: tl.int64, bias_head: tl.int64, bias_row, bias_key,
     q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, first_line, line_head,
     scale, softcap, least_drawn, kept_factor,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
+    FOLD: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries, key head (or part of its query heads) and batch row.
 
-    PRODUCTS: dtype of the operands of matrix products; SCORES: of scores and sums.
+    PRODUCTS: dtype of the operands of matrix products; SCORES: of scores and sums. FOLD: see ``unfolded``.
+    DESCRIBED: keys and values are loaded by descriptors of their rows (TMA).
     """
+    q_batch, q_head, q_row = unfolded(q_batch, q_head, q_row, FOLD)
+    k_batch, k_head, k_row = unfolded(k_batch, k_head, k_row, FOLD)
+    v_batch, v_head, v_row = unfolded(v_batch, v_head, v_row, FOLD)
+    out_batch, out_head, out_row = unfolded(out_batch, out_head, out_row, FOLD)
     kv_head, batch, first_head, last_head, first, last, position, h, there, line = tile_of_queries(
         tl.program_id(0), TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M, Q_BLOCK
     )
@@ -127,6 +136,10 @@ def attention(
                 first_head, last_head, first, last, 0, k_len, k_len, position,
                 False, DEDUPE, Q_BLOCK, K_BLOCK, BLOCK_N,
             )  # fmt: skip
+            KEYS, VALUES = None, None
+            if DESCRIBED:
+                KEYS = described(K, k_row, start, rate, k_len, HEAD_DIM, BLOCK_D, BLOCK_N)
+                VALUES = described(V, v_row, start, rate, k_len, V_DIM, BLOCK_DV, BLOCK_N)
             for masks in tl.static_range(FIRST, 2):
                 total, top, sums = attend(
                     total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
@@ -134,7 +147,7 @@ def attention(
                     t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key,
                     SEED, state, least_drawn, blocks, full_from, full_to, start, high, rate, LINE, origin,
                     HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, K_BLOCK, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, masks == 1,
-                    PRECISION,
+                    PRECISION, KEYS=KEYS, VALUES=VALUES,
                 )  # fmt: skip
     seen = total > 0
     out = sums / tl.where(seen, total, 1.0)[:, None]

@@ -5,7 +5,15 @@ import triton.language as tl
 
 from dilcompile.lowering.triton.gradients import gradient_of_scores, scores_of_queries
 from dilcompile.lowering.triton.listed import step_of, steps_of
-from dilcompile.lowering.triton.scores import bias_of_tile, facts_of_keys, facts_of_queries, load_rows, power, rows_of_tile
+from dilcompile.lowering.triton.scores import (
+    bias_of_tile,
+    facts_of_keys,
+    facts_of_queries,
+    load_rows,
+    power,
+    rows_of_tile,
+    unfolded,
+)
 from dilcompile.lowering.triton.walk import VARYING, bounds, reach_of_all
 
 
@@ -110,20 +118,27 @@ def share_of_bias(
 def gradient_of_bias(
     Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_BIAS, TERMS, RESIDUES, LINES, ENTRIES, TILES, MAP,
     STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
-    document_batch, limit_batch, limit_stride, padding_batch, padding_stride, bias_batch, bias_head, bias_row, bias_key,
+    q_batch: tl.int64, q_head, q_row, k_batch: tl.int64, k_head, k_row,
+    v_batch: tl.int64, v_head, v_row, out_batch: tl.int64, out_head, out_row,
+    document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
+    bias_batch: tl.int64, bias_head: tl.int64, bias_row, bias_key,
     q_len, k_len, q_offset, num_terms, kv_heads, heads, batches, scale, softcap, least_drawn, kept_factor,
     first_line, line_head, map_head, map_row, first_row,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, ALL_QUERIES: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
+    FOLD: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of GRAD_BIAS [batch rows, heads, queries, keys]; with ALL_QUERIES [batch rows, heads, 1, keys].
 
     heads, batches: how many of them each number is for, which the program walks. Pairs are counted by all terms at once. Of
     blocks, TILES of keys walk their lists for all queries; a tile of pairs asks MAP [heads or 1, block rows, block columns].
     """
+    q_batch, q_head, q_row = unfolded(q_batch, q_head, q_row, FOLD)
+    k_batch, k_head, k_row = unfolded(k_batch, k_head, k_row, FOLD)
+    v_batch, v_head, v_row = unfolded(v_batch, v_head, v_row, FOLD)
+    out_batch, out_head, out_row = unfolded(out_batch, out_head, out_row, FOLD)
     tiles = tl.cdiv(k_len, BLOCK_N)
     first_key = tl.program_id(0) % tiles * BLOCK_N
     first_row_of_tile = tl.program_id(0) // tiles * BLOCK_M

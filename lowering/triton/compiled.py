@@ -59,7 +59,8 @@ class Case:
         switches: of ``padding``, ``documents``, ``limits`` (by row), ``softcap``, ``dropout``, ``dedupe`` (terms that count only
             what is new), ``heads`` (terms of some query heads), ``grouped`` (4 query heads a key head), ``one_key`` (all of 64
             query heads have one), ``bias`` (one a pair), ``key_bias`` (one a key), ``paged`` (pages of 16 keys),
-            ``128-blocks`` (lists of blocks of so many queries and keys); none: causal or not.
+            ``128-blocks`` (lists of blocks of so many queries and keys), ``described`` (loads by descriptors); none:
+            causal or not.
     """
 
     step: Pass
@@ -76,7 +77,7 @@ class Case:
             return "counted pairs" if "bias" in self.switches else "counted"
         if "bias" in self.switches:
             return "pairs"
-        plain = {"grouped", "one_key", "paged", "heads", f"{self.block}-blocks"}
+        plain = {"grouped", "one_key", "paged", "heads", "described", f"{self.block}-blocks"}
         return "some" if set(self.switches) - plain else "none"
 
     @property
@@ -146,6 +147,11 @@ def cases() -> Iterator[Case]:
     yield Case("bias", "sm90", torch.float32, 64, 64, ("bias",))
     yield from _decode_cases()
     yield from _block_cases()
+    for dim in (64, 128):
+        yield Case("forward", "sm90", torch.bfloat16, dim, dim, ("described",))
+        yield Case("queries", "sm90", torch.bfloat16, dim, dim, ("described",))
+        yield Case("forward", "sm100", torch.bfloat16, dim, dim, ("described",))
+    yield Case("queries", "sm100", torch.bfloat16, 128, 128, ("described",))
 
 
 def _block_cases() -> Iterator[Case]:
@@ -205,9 +211,13 @@ def compile_case(case: Case, tile: Tile | None = None) -> Resources:
     }  # fmt: skip
     kernel, tile = kernels[case.step], tile or case.tile
     fixed = {name: value for name, value in _fixed(case, tile).items() if name in kernel.arg_names}
-    signature = {name: "constexpr" if name in fixed else _type(name, case.dtype) for name in kernel.arg_names}
-    aligned = [name for name in kernel.arg_names if name.isupper() or name.endswith(("_batch", "_head", "_row"))]
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in fixed}
+    signature = {
+        x.name: "constexpr" if x.name in fixed else x.annotation_type or _type(x.name, case.dtype) for x in kernel.params
+    }
+    # What a launch tells the compiler: where tensors begin, and their rows, whole vectors can be loaded.
+    free = [x for x in kernel.params if x.name not in fixed and not x.do_not_specialize]
+    aligned = [x for x in free if x.name.isupper() or x.name.endswith(("_batch", "_head", "_row"))]
+    attributes = {(x.num,): [["tt.divisibility", 16]] for x in aligned}
     amd = case.arch.startswith("gfx")
     target = GPUTarget("hip", case.arch, 64) if amd else GPUTarget("cuda", int(case.arch.removeprefix("sm")), 32)
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
@@ -230,10 +240,11 @@ def _fixed(case: Case, tile: Tile) -> dict[str, object]:
         "COUNTED": "documents" in case.switches and not case.block, "HEADS": "heads" in case.switches,
         "DEDUPE": "dedupe" in case.switches,
         "PRECISION": "ieee", "PRODUCTS": element, "SCORES": tl.float32, "BLOCK_S": case.tile.own, "PAGE_SIZE": 16,
+        "FOLD": 1, "DESCRIBED": "described" in case.switches,
     }  # fmt: skip
     by = next((word for switch, word in (("bias", "pairs"), ("key_bias", "keys")) if switch in case.switches), "none")
     fixed |= {"BIAS_BY": by, "ALL_QUERIES": by == "keys", "NATURAL": by != "none"}
-    fixed |= {"BIAS": None} if by == "none" else {"bias_key": 1}
+    fixed |= {"BIAS": None} if by == "none" else {}
     fixed |= {"Q_BLOCK": case.block, "K_BLOCK": case.block, **({} if case.block else {"LINES": None, "ENTRIES": None})}
     if case.step == "bias":
         # Of blocks, a bias by key walks their lists, one by pair asks their map.

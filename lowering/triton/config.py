@@ -16,12 +16,18 @@ Masks = Literal["none", "some", "pairs", "counted", "counted pairs"]
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows of the tile's own side and of a block of the other side, and how a program is run."""
+    """Rows of the tile's own side and of a block of the other side, and how a program is run.
+
+    Args:
+        described: keys and values are loaded by descriptors of their rows (TMA) where a call allows that. No tile of the table
+            is: only the clock finds out where it pays.
+    """
 
     own: int
     other: int
     warps: int
     stages: int
+    described: bool = False
 
     @property
     def options(self) -> dict[str, int | bool]:
@@ -141,7 +147,7 @@ _COUNTED_PAIRS: dict[tuple[Pass, int], Tile] = {
 }
 
 _PAIRS: dict[tuple[str, Pass, int], Tile] = {
-    ("sm80", "forward", 64): Tile(128, 32, 8, 3),
+    ("sm80", "forward", 64): Tile(64, 64, 8, 3),
     ("sm80", "forward", 128): Tile(64, 32, 8, 3),
     ("sm80", "queries", 64): Tile(64, 32, 8, 2),
     ("sm80", "queries", 128): Tile(64, 32, 8, 2),
@@ -168,7 +174,7 @@ _PAIRS: dict[tuple[str, Pass, int], Tile] = {
 }
 
 _OF_BIAS: dict[tuple[str, int], Tile] = {
-    ("sm80", 64): Tile(64, 16, 8, 2),
+    ("sm80", 64): Tile(64, 32, 8, 2),
     ("sm80", 128): Tile(64, 16, 8, 2),
     ("sm90", 64): Tile(64, 64, 8, 2),
     ("sm90", 128): Tile(64, 32, 8, 2),

@@ -18,11 +18,12 @@ from dilcompile.lowering.triton.scores import (
     power,
     row_state,
     tile_of_queries,
+    unfolded,
 )
 from dilcompile.lowering.triton.walk import FAR, VARYING, blocks_of, bounds, part_of_term, reach_of_all
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def kept_range(PADDING, KEPT, padding_batch, padding_stride, k_len, BLOCK_N: tl.constexpr):
     """KEPT [B, 2]: the first key that the padding of a batch row keeps, and the first behind the last one."""
     batch = tl.program_id(0)
@@ -95,22 +96,26 @@ def share_of_step(
 def decode(
     Q, K, V, SUMS, TOPS, TOTALS, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS,
     STARTS, ENDS, LIMITS, PADDING, BIAS, SEED, KEPT, PAGES,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    q_batch: tl.int64, q_head, q_row, k_batch: tl.int64, k_head, k_row,
+    v_batch: tl.int64, v_head, v_row,
     document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
-    bias_batch, bias_head, bias_row, bias_key, page_batch, num_pages,
+    bias_batch: tl.int64, bias_head: tl.int64, bias_row, bias_key, page_batch, num_pages,
     q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, first_line, line_head, scale, softcap, least_drawn, kept_factor,
     parts,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """One program a part of the keys of a tile of queries, a key head (or part of its query heads) and a batch row.
 
     With PAGES [B, most pages] the first dim of K and V is that of the pages, and their rows are slots of one. SUMS [parts, B, H,
     Sq, Dv], TOPS and TOTALS [parts, B, H, Sq]: the running softmax of the part, in the base of the scores.
     """
+    q_batch, q_head, q_row = unfolded(q_batch, q_head, q_row, FOLD)
+    k_batch, k_head, k_row = unfolded(k_batch, k_head, k_row, FOLD)
+    v_batch, v_head, v_row = unfolded(v_batch, v_head, v_row, FOLD)
     kv_head, batch, first_head, last_head, first, last, position, h, there, line = tile_of_queries(
         tl.program_id(0) // parts, TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M, Q_BLOCK
     )
@@ -200,13 +205,14 @@ def decode(
     tl.store(TOTALS + place, total, mask=there)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=VARYING)
 def join(
-    SUMS, TOPS, TOTALS, OUT, LSE, out_batch, out_head, out_row, parts,
-    NATURAL: tl.constexpr, V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
+    SUMS, TOPS, TOTALS, OUT, LSE, out_batch: tl.int64, out_head, out_row, parts,
+    NATURAL: tl.constexpr, V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """The parts of one row, query head and batch row as one: each is worth the base of the scores to the power of its maximum
     less the joint one."""
+    out_batch, out_head, out_row = unfolded(out_batch, out_head, out_row, FOLD)
     row, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     rows, heads, batches = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
     place = (batch * heads + head) * rows + row

@@ -12,6 +12,7 @@ from dilcompile.lowering.triton.scores import (
     bias_of_tile,
     biased,
     capped,
+    described,
     dropped,
     facts_of_keys,
     facts_of_queries,
@@ -22,24 +23,28 @@ from dilcompile.lowering.triton.scores import (
     rows_of_tile,
     scores_of_keys,
     tile_of_queries,
+    unfolded,
 )
 from dilcompile.lowering.triton.walk import FAR, VARYING, block_at, reach_of_all, turns
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def row_sums(
-    OUT, GRAD_OUT, GRAD_LSE, DELTA, out_batch, out_head, out_row, grad_batch, grad_head, grad_row, rows, heads,
-    V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    OUT, GRAD_OUT, GRAD_LSE, DELTA,
+    out_batch: tl.int64, out_head, out_row, grad_batch: tl.int64, grad_head, grad_row,
+    q_len, heads, V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """DELTA = sum over dims of out * grad_out, less the gradient of the LSE; a row each of [B, H, Sq]."""
+    out_batch, out_head, out_row = unfolded(out_batch, out_head, out_row, FOLD)
+    grad_batch, grad_head, grad_row = unfolded(grad_batch, grad_head, grad_row, FOLD)
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    dims, there = tl.arange(0, BLOCK_DV), row < rows
+    dims, there = tl.arange(0, BLOCK_DV), row < q_len
     at, grad_at = batch * out_batch + head * out_head, batch * grad_batch + head * grad_head
     out = load_rows(OUT + at, row * out_row, there, dims, V_DIM, BLOCK_DV, True).to(DELTA.dtype.element_ty)
     grad = load_rows(GRAD_OUT + grad_at, row * grad_row, there, dims, V_DIM, BLOCK_DV, True).to(DELTA.dtype.element_ty)
     delta = tl.sum(out * grad, 1)
-    place = (batch * heads + head) * rows + row
+    place = (batch * heads + head) * q_len + row
     if GRAD_LSE is not None:
         delta -= tl.load(GRAD_LSE + place, mask=there, other=0.0)
     tl.store(DELTA + place, delta, mask=there)
@@ -60,7 +65,7 @@ def descend(
     least_drawn, kept_factor, blocks, full_from, full_to, start, high, rate, LINE, origin,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr, CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr,
-    COUNTED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    COUNTED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, KEYS=None, VALUES=None,
 ):  # fmt: skip
     """Some blocks of keys added to the gradient of a tile of queries."""
     begin, end = turns(blocks, full_from, full_to, MASKED)
@@ -71,7 +76,7 @@ def descend(
             t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key,
             full_from, full_to, start, high, rate, LINE, origin,
             HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, BLOCKS, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, MASKED, PRECISION,
-            sums.dtype,
+            sums.dtype, KEYS=KEYS, VALUES=VALUES,
         )  # fmt: skip
         weights = power(s - lse[:, None], BIAS is not None)
         d_weights = tl.dot(grad, tl.trans(values.to(q.dtype)), input_precision=PRECISION, out_dtype=sums.dtype)
@@ -89,18 +94,25 @@ def descend(
 def gradient_of_queries(
     Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_Q, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS,
     STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    out_batch, out_head, out_row, grad_batch, grad_head, grad_row,
+    q_batch: tl.int64, q_head, q_row, k_batch: tl.int64, k_head, k_row,
+    v_batch: tl.int64, v_head, v_row, out_batch: tl.int64, out_head, out_row,
+    grad_batch: tl.int64, grad_head, grad_row,
     document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
-    bias_batch, bias_head, bias_row, bias_key,
+    bias_batch: tl.int64, bias_head: tl.int64, bias_row, bias_key,
     q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, first_line, line_head,
     scale, softcap, least_drawn, kept_factor, grad_scale,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
+    FOLD: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries, as in the forward; ``out_*`` are the strides of GRAD_OUT."""
+    q_batch, q_head, q_row = unfolded(q_batch, q_head, q_row, FOLD)
+    k_batch, k_head, k_row = unfolded(k_batch, k_head, k_row, FOLD)
+    v_batch, v_head, v_row = unfolded(v_batch, v_head, v_row, FOLD)
+    out_batch, out_head, out_row = unfolded(out_batch, out_head, out_row, FOLD)
+    grad_batch, grad_head, grad_row = unfolded(grad_batch, grad_head, grad_row, FOLD)
     kv_head, batch, first_head, last_head, first, last, position, h, there, line = tile_of_queries(
         tl.program_id(0), TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M, Q_BLOCK
     )
@@ -155,6 +167,10 @@ def gradient_of_queries(
                 first_head, last_head, first, last, 0, k_len, k_len, position,
                 False, DEDUPE, Q_BLOCK, K_BLOCK, BLOCK_N,
             )  # fmt: skip
+            KEYS, VALUES = None, None
+            if DESCRIBED:
+                KEYS = described(K, k_row, start, rate, k_len, HEAD_DIM, BLOCK_D, BLOCK_N)
+                VALUES = described(V, v_row, start, rate, k_len, V_DIM, BLOCK_DV, BLOCK_N)
             for masks in tl.static_range(FIRST, 2):
                 sums = descend(
                     sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
@@ -162,7 +178,7 @@ def gradient_of_queries(
                     t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key,
                     SEED, state, least_drawn, kept_factor, blocks, full_from, full_to, start, high, rate, LINE, origin,
                     HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, K_BLOCK, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, masks == 1,
-                    PRECISION,
+                    PRECISION, KEYS=KEYS, VALUES=VALUES,
                 )  # fmt: skip
     pointers = GRAD_Q + batch * grad_batch + (row * grad_row + head * grad_head)[:, None] + dims[None, :]
     tl.store(pointers, (sums * grad_scale).to(GRAD_Q.dtype.element_ty), mask=there[:, None] & (dims < HEAD_DIM)[None, :])
@@ -273,18 +289,26 @@ def gather(
 def gradient_of_keys(
     Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_K, GRAD_V, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS,
     STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
-    grad_k_batch, grad_k_head, grad_k_row, grad_v_batch, grad_v_head, grad_v_row,
+    q_batch: tl.int64, q_head, q_row, k_batch: tl.int64, k_head, k_row,
+    v_batch: tl.int64, v_head, v_row, out_batch: tl.int64, out_head, out_row,
+    grad_k_batch: tl.int64, grad_k_head, grad_k_row, grad_v_batch: tl.int64, grad_v_head, grad_v_row,
     document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
-    bias_batch, bias_head, bias_row, bias_key,
+    bias_batch: tl.int64, bias_head: tl.int64, bias_row, bias_key,
     q_len, k_len, q_offset, num_terms, num_tiles, kv_heads, first_line, line_head,
     scale, softcap, least_drawn, kept_factor, grad_scale,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr, COUNTED: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, PRECISION: tl.constexpr, PRODUCTS: tl.constexpr, SCORES: tl.constexpr,
+    FOLD: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of keys of a key head: it walks the queries of all heads of the group."""
+    q_batch, q_head, q_row = unfolded(q_batch, q_head, q_row, FOLD)
+    k_batch, k_head, k_row = unfolded(k_batch, k_head, k_row, FOLD)
+    v_batch, v_head, v_row = unfolded(v_batch, v_head, v_row, FOLD)
+    out_batch, out_head, out_row = unfolded(out_batch, out_head, out_row, FOLD)
+    grad_k_batch, grad_k_head, grad_k_row = unfolded(grad_k_batch, grad_k_head, grad_k_row, FOLD)
+    grad_v_batch, grad_v_head, grad_v_row = unfolded(grad_v_batch, grad_v_head, grad_v_row, FOLD)
     kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     tile = TILES + (tl.load(PATTERNS + kv_head) * num_tiles + tl.program_id(0)) * 2
     first, stride, line, stop, end = tl.load(tile), tl.load(tile + 1), 0, k_len, q_offset + q_len

@@ -53,6 +53,23 @@ def tile_of_queries(
 
 
 @triton.jit
+def unfolded(batch, head, row, FOLD: tl.constexpr):
+    """Strides in elements. A launch gives them times FOLD, so that all are multiples of 16 whatever the length is: what they are
+    multiples of is all that the compiler has to know to load whole vectors, and it compiles for nothing else of them."""
+    return batch // FOLD, head // FOLD, row // FOLD
+
+
+@triton.jit
+def described(base, stride, start, rate, end, DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """The rows before ``end`` of the residue class of ``start`` as one tensor [rows, DIM], of which a unit of the GPU (TMA) loads
+    ROWS at a time: row n lies at n * rate + start % rate. What is behind the last row is 0."""
+    residue = start % rate
+    rows = tl.maximum(tl.cdiv(end - residue, rate), 1)
+    first, step = base + residue.to(tl.int64) * stride, rate.to(tl.int64) * stride
+    return tl.make_tensor_descriptor(first, [rows, DIM], [step, 1], [ROWS, BLOCK])
+
+
+@triton.jit
 def load_rows(base, row_offset, there, dims, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Rows [rows, BLOCK] with zeros where there are none; 64-bit offsets."""
     pointers = base + row_offset[:, None] + dims[None, :]
@@ -203,7 +220,7 @@ def scores_of_keys(
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr, CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr,
     COUNTED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, SCORES: tl.constexpr,
-    PAGES=None, num_pages=0, k_page=0, v_page=0, PAGE_SIZE: tl.constexpr = 1,
+    PAGES=None, num_pages=0, k_page=0, v_page=0, PAGE_SIZE: tl.constexpr = 1, KEYS=None, VALUES=None,
 ):  # fmt: skip
     """(scores, slope of the cap, k, keys, values) of a tile of queries and the n-th block of keys, at positions k."""
     if BLOCKS == 0:
@@ -214,8 +231,13 @@ def scores_of_keys(
         k, inside = visited(visit, tl.arange(0, BLOCK_N), LINE, origin, start, high, rate, BLOCKS, BLOCK_N, MASKED)
     k_at, v_at, there = places_of_keys(k, inside, k_row, v_row, PAGES, num_pages, k_page, v_page, PAGE_SIZE)
     partly: tl.constexpr = MASKED or PAGES is not None
-    keys = load_rows(K, k_at, there, dims, HEAD_DIM, BLOCK_D, partly).to(q.dtype)
-    values = load_rows(V, v_at, there, v_dims, V_DIM, BLOCK_DV, partly)
+    if KEYS is not None:
+        row = start // rate + block_at(n, full_from, full_to, MASKED) * BLOCK_N
+        keys = KEYS.load([row, 0]).to(q.dtype)
+        values = VALUES.load([row, 0])
+    else:
+        keys = load_rows(K, k_at, there, dims, HEAD_DIM, BLOCK_D, partly).to(q.dtype)
+        values = load_rows(V, v_at, there, v_dims, V_DIM, BLOCK_DV, partly)
     s = tl.dot(q, tl.trans(keys), input_precision=PRECISION, out_dtype=SCORES)
     s, slope = capped(s, scale, softcap, CAPPED)
     s = biased(s, BIAS, bias, k.to(tl.int64) * bias_key, inside, BIAS_BY, "rows", MASKED)

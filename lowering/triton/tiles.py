@@ -90,17 +90,27 @@ def folder() -> Path:
     return records.folder("tiles")
 
 
-def neighbours(kind: Kind, table: Tile, shared: int | None) -> dict[str, Tile]:
-    """The table's tile first, and those that differ from it in one number and may fit a program's shared memory, in bytes."""
+def neighbours(kind: Kind, table: Tile, shared: int | None, describes: bool = False) -> dict[str, Tile]:
+    """The table's tile first, and those that differ from it in one number and may fit a program's shared memory, in bytes.
+
+    Args:
+        describes: the device loads whole rows by their descriptors.
+    """
     changes = [
         *({"own": own} for own in (table.own // 2, table.own * 2)),
         *({"other": other} for other in (table.other // 2, table.other * 2)),
         {"warps": 4 if table.warps == 8 else 8},
         *({"stages": stages} for stages in (table.stages - 1, table.stages + 1)),
     ]
-    made = [table, *(replace(table, **change) for change in changes)]
+    if describes and kind.step in ("forward", "queries") and not kind.listed and "counted" not in kind.masks:
+        changes += [{"described": True}, {"described": True, "stages": table.stages + 1}]
+    made = [table, *(replace(table, **change) for change in changes)]  # type: ignore[arg-type]
     fitting = [one for one in made if one == table or (_sound(one) and (shared is None or _shared(kind, one) <= shared))]
-    return {f"{one.own}x{one.other}, {one.warps} warps, {one.stages} stages": one for one in fitting}
+    return {_name(one): one for one in fitting}
+
+
+def _name(one: Tile) -> str:
+    return f"{one.own}x{one.other}, {one.warps} warps, {one.stages} stages{', by descriptors' if one.described else ''}"
 
 
 def _sound(one: Tile) -> bool:
@@ -121,7 +131,7 @@ def _settle(kernel: Kernel, call: Call, backward: bool, kind: Kind, table: Tile,
     mode, size = probing.mode_of(OPTION, "off"), call.problem
     if kind in _chosen or is_off():
         return
-    tried = neighbours(kind, table, _shared_of(kind.device))
+    tried = neighbours(kind, table, _shared_of(kind.device), _describes(kind))
     about = _about(kind, tried, made_from)
     times = contest.read(folder(), about) if mode == "disk" else None
     if times is None or not set(times) <= set(tried):
@@ -179,6 +189,13 @@ def _shared_of(device: torch.device) -> int | None:
         return None
     held: int | None = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
     return held
+
+
+def _describes(kind: Kind) -> bool:
+    """Whether rows of this dtype can be loaded by descriptors: from compute capability 9.0 on, two bytes a number."""
+    if kind.device.type != "cuda" or torch.version.hip is not None or kind.dtype == torch.float32:
+        return False
+    return torch.cuda.get_device_capability(kind.device) >= (9, 0)
 
 
 def _about(kind: Kind, tried: Mapping[str, Tile], made_from: str) -> dict[str, str]:

@@ -10,10 +10,13 @@ import triton.language as tl
 # More than any position and its negative; two of them added fit in 32 bits.
 FAR = tl.constexpr(1 << 30)
 COLUMNS = tl.constexpr(8)
-# Numbers that change from call to call: a kernel is compiled once for all of them.
+# What changes from call to call: a kernel is compiled once for all of it. The strides of a mask follow the length, and so may the
+# address of a slice; those of other operands are multiples of 16 in every call (``scores.unfolded``).
 VARYING = [
     *("q_len", "k_len", "q_offset", "num_terms", "num_tiles", "kv_heads", "first_line", "line_head", "map_head", "map_row"),
     *("first_row", "least_drawn", "heads", "batches", "parts", "num_pages"),
+    *("document_batch", "limit_batch", "limit_stride", "padding_batch", "padding_stride", "page_batch"),
+    *("bias_batch", "bias_head", "bias_row", "bias_key", "LIMITS", "PADDING", "BIAS", "SEED", "PAGES", "GRAD_LSE"),
 ]
 
 
