@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dilcompile.blocks.adaptive import Given, capacity
+from dilcompile.blocks.patterns import in_turns
 from dilcompile.generators import Blocks, Generator, Segment, Sinks, Window
 from dilcompile.lowering.call import Call
 from dilcompile.lowering.pairs import Pairs
@@ -201,7 +202,7 @@ def _generator(generator: Generator, whole: Problem, size: Problem) -> Generator
         return Window(_before(generator.left, lengths.before), _behind(generator.right, lengths.behind), min(generator.step, 3))
     if isinstance(generator, Blocks):
         # Chosen by an estimate or by the caller, lists are lists.
-        pattern = Given(_LISTED) if generator.adaptive else generator.pattern
+        pattern = Given(_LISTED) if generator.adaptive else in_turns(generator.pattern, size.heads)
         return Blocks(grid_of(size, generator.grid.q_block, generator.grid.k_block), pattern, size.group)
     return Sinks(3) if isinstance(generator, Sinks) else generator
 

@@ -83,7 +83,7 @@ MUTATIONS: list[Mutation] = [
     ("not is off by one", values, "negation", _negated_by_one_too_few, spelt(maker="reverse", hide="where")),
     ("not is off by one, at the end", read_operands, "negation", _negated_by_one_too_few, case("top left")),
     ("runs end one later", interval, "_floored", lambda expr, by: sympy.floor((expr + 1) / by), kind("a prefix")),
-    ("chunks begin at the first key", interval, "_chunk", lambda expr: interval.Interval(sympy.Integer(0), None), kind("chunks alone")),
+    ("chunks begin at the first key", interval, "_chunk", lambda expr: interval.Interval(sympy.Integer(0), None), kind("chunks after padding")),
     ("rows that don't count do", interval, "NOTHING", interval.EVERYTHING, kind("queries that don't count")),
     ("numbers of the row are forgotten", separable.Separated, "_pair", _without_row, kind("labels that come back")),
     ("positions count anywhere", factors, "counted_inside", _by_place_anyway, kind("positions that are not counted")),

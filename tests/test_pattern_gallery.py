@@ -48,12 +48,11 @@ def test_the_policy_of_an_entry_is_one_and_holds_its_pattern(name: str) -> None:
 
 
 def test_a_pattern_without_an_entry_is_named_with_what_to_add(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(KINDS, "spiral", KINDS["local"])
+    monkeypatch.setattr("dilcompile.report.gallery.KINDS", {**KINDS, "spiral": KINDS["local"]})
     with pytest.raises(
         DilcompileError, match=r"no entry for the patterns \['spiral'\].*give each pattern an Entry\(words, pattern\)"
     ):
         files(PAGE)
-    monkeypatch.delitem(KINDS, "spiral")
-    monkeypatch.delitem(KINDS, "fixed")
+    monkeypatch.setattr("dilcompile.report.gallery.KINDS", {name: kind for name, kind in KINDS.items() if name != "fixed"})
     with pytest.raises(DilcompileError, match=r"entries for unknown ones \['fixed'\]"):
         files(PAGE)

@@ -14,6 +14,7 @@ from oracles import Setting, counts
 import dilcompile
 from dilcompile.errors import FormError, PolicyError
 from dilcompile.forms import BlockSparse, Dilated, Form, SlidingWindow, Union, parse_form
+from dilcompile.functional import attention
 from dilcompile.policy import Policy
 from dilcompile.policy.check import check
 from dilcompile.relation import Problem
@@ -190,3 +191,10 @@ def test_patterns_per_head_are_checked_against_the_heads_of_a_rule() -> None:
         match = {} if heads is None else {"match": {"heads": heads}}
         found = check(Policy.load({"version": 1, "rules": [{**match, "apply": {"form": form.name, **form.plain()}}]}))
         assert bool(found) == (heads == 4), (heads, name, found)
+
+
+def test_a_kernel_is_checked_and_trusted_for_patterns_per_head() -> None:
+    """The check's own heads are two, whatever the pattern is made for."""
+    q, k, v = (torch.randn(1, 1, 200, 8) for _ in range(3))
+    form = BlockSparse(16, {"heads": [{"local": {"before": 2}}]})
+    torch.testing.assert_close(attention(q, k, v, form), attention(q, k, v, form, kernel="reference"))

@@ -406,6 +406,16 @@ def dealt(pattern: Pattern, heads: int) -> Pattern:
     return replace(pattern, share=pattern.share or heads // parts)
 
 
+def in_turns(pattern: Pattern, heads: int) -> Pattern:
+    """The pattern for another number of query heads, to which the parts per head are dealt in turns, one each."""
+    if not isinstance(pattern, (AnyOf, AllOf, PerHead)):
+        return pattern
+    parts = tuple(in_turns(part, heads) for part in pattern.parts)
+    if isinstance(pattern, PerHead):
+        return PerHead(tuple(parts[head % len(parts)] for head in range(heads)))
+    return replace(pattern, parts=parts)
+
+
 def most_parts(pattern: Pattern) -> int | None:
     """How many patterns per head there are at most, or None if there are none of them."""
     if not isinstance(pattern, (AnyOf, AllOf, PerHead)):
