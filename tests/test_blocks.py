@@ -26,9 +26,8 @@ from dilcompile.blocks.patterns import (
     Random,
     Strided,
     VerticalSlash,
-    shuffled,
-    unshuffled,
 )
+from dilcompile.blocks.shuffle import shuffled, unshuffled
 
 small = st.integers(0, 5)
 PATTERNS: st.SearchStrategy[Pattern] = st.one_of(
