@@ -104,6 +104,7 @@ def test_the_shapes_show_the_cells(pattern: Pattern, grid: Grid, most: int) -> N
     # Full lies over partial: what is not transparent is the shade, and how much of that is full is as in the cell.
     shade = 1 - (1 - full) * (1 - partial)
     halvings = np.ceil(-np.log2(np.where(share > 0, share, 1)).round(9)).clip(0, 8)
+    # Half of the last digit that opacities are written with.
     assert np.allclose(shade, np.where(share > 0, 1 - 0.1 * halvings, 0), atol=0.005)
     assert ((full > 0) == (drawn.full > 0)).all()
     # Where nothing shows through the full colour there is nothing below it.
