@@ -12,9 +12,23 @@ from torch import Tensor
 from dilcompile.forms import Dilated, Form, parse_form
 from dilcompile.lowering.pairs import Pairs
 from dilcompile.lowering.selection import Selection
+from dilcompile.progression import Progression
 from dilcompile.relation import Problem, Relation
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Held:
+    """The positions of operands that are a part of their sequence.
+
+    Args:
+        queries: where the rows of q stand.
+        keys: where the rows of k and v stand.
+    """
+
+    queries: Progression
+    keys: Progression
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,8 @@ class Call:
             read through; what a row that sees such keys gets is not said.
         exact_lse: False where nobody reads the LSE for its digits: it may be as rough as q's dtype (-inf still says no keys).
         selection: which blocks there are of a relation that names all that there may be; the queries' block rows are the grid's.
+        held: q, k and v are a part of the sequence; Sk, which ``key_padding``, ``documents``, ``pairs`` and the relation go by,
+            is the length of all of it, and Sq the number of rows of q. Neither bias nor pages nor selection.
         flat: the products count as 0, so that all weights of a row are alike; their gradient is that of ordinary scores.
     """
 
@@ -61,6 +77,7 @@ class Call:
     pages: Tensor | None = None
     exact_lse: bool = True
     selection: Selection | None = None
+    held: Held | None = None
 
     @property
     def problem(self) -> Problem:

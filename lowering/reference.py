@@ -11,6 +11,7 @@ from torch import Tensor
 from dilcompile.lowering.call import Call, Gradients, empty_output
 from dilcompile.lowering.dropout import keep_factor
 from dilcompile.lowering.selection import Selection, adaptive_blocks
+from dilcompile.progression import Progression
 from dilcompile.relation import Relation, grid_of
 
 TAKES_ROW_MASKS = True
@@ -96,8 +97,7 @@ def _chunks(call: Call) -> Iterator[_Chunk]:
 def _chunk(call: Call, b: int, rows: slice, k: Tensor, v: Tensor) -> _Chunk:
     problem, device = call.problem, call.q.device
     h = torch.arange(problem.heads, device=device)[:, None, None]
-    t = torch.arange(rows.start, rows.stop, device=device)[:, None] + problem.q_offset
-    keys = torch.arange(problem.k_len, device=device)
+    t, keys = _positions(call, rows)
     q = call.q[b, :, rows].to(call.score_dtype)
     scores, slope = q @ k.mT * call.scale, None
     if call.softcap is not None:
@@ -117,6 +117,15 @@ def _chunk(call: Call, b: int, rows: slice, k: Tensor, v: Tensor) -> _Chunk:
     return _Chunk(b, rows, q, k, v, scores, slope, _counts(call, b, h, t, keys, visible), keep)
 
 
+def _positions(call: Call, rows: slice) -> tuple[Tensor, Tensor]:
+    """Those of the query rows [R, 1] and of the keys [K]."""
+    problem = call.problem
+    first = Progression(problem.q_offset, problem.q_offset + problem.q_len)
+    queries, keys = (first, Progression(0, problem.k_len)) if call.held is None else (call.held.queries, call.held.keys)
+    t, k = (torch.arange(part.start, part.stop, part.step, device=call.q.device) for part in (queries.positions()[rows], keys))
+    return t[:, None], k
+
+
 def _selected(call: Call, selection: Selection, b: int, t: Tensor, k: Tensor) -> Tensor:
     """The pairs [H or 1, R, K] in the selected blocks."""
     blocks = adaptive_blocks(call.relation)
@@ -132,7 +141,7 @@ def _by_row(call: Call, b: int, rows: slice, k: Tensor) -> Tensor:
         visible &= (k >= first) & (k < stop)
     if call.pairs is not None:
         by_row, by_key = (x[:, b if x.shape[1] > 1 else 0] for x in (call.pairs.rows, call.pairs.keys))
-        visible &= call.pairs.visible(lambda number: by_row[number, rows, None] + by_key[number])
+        visible &= call.pairs.visible(lambda number: by_row[number, rows, None] + by_key[number, k])
     return visible
 
 
@@ -140,7 +149,7 @@ def _counts(call: Call, b: int, h: Tensor, t: Tensor, k: Tensor, by_row: Tensor)
     """The multiplicities, one tensor for all terms, or one a term where each has its own gradient."""
     visible = by_row
     if call.key_padding is not None:
-        visible &= call.key_padding[b]
+        visible &= call.key_padding[b, k]
     if call.documents is not None:
         document = call.documents[b if call.documents.shape[0] > 1 else 0]
         visible &= document[t] == document[k]
