@@ -73,22 +73,6 @@ inline void tile_product(Columns<const uint16_t> a, Columns<const uint32_t> b, i
   _tile_stored(3, c.data + c.column + 256, 64);
 }
 
-// c [32][16] = a [32][depth] * b [depth / 2][16 pairs].
-inline void narrow_product(Columns<const uint16_t> a, const uint32_t* b, int64_t depth, float* c) {
-  asm volatile("" ::: "memory");
-  _tile_zero(0);
-  _tile_zero(2);
-  for (int64_t d = 0; d < depth; d += 32, a.data += a.column, b += 256) {
-    _tile_loadd(4, a.data, 64);
-    _tile_loadd(6, b, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, a.data + 512, 64);
-    _tile_dpbf16ps(2, 5, 6);
-  }
-  _tile_stored(0, c, 64);
-  _tile_stored(2, c + 256, 64);
-}
-
 constexpr int64_t kPanelKeys = 32;
 
 inline __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1; }

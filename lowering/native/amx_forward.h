@@ -7,7 +7,6 @@ namespace dil {
 
 class TileForward {
   static constexpr int64_t kMaxLanes = 2304, kWideTile = 32, kKeys = 128;
-  static constexpr int kBoth = 3;  // vectors of a tile, a bit each
   static constexpr float kLargestExponent = 1 << 20, kMargin = 32;
 
  public:
@@ -96,18 +95,6 @@ class TileForward {
       often_[j] = j < keys.count && keys.times[j] != 1 ? NarrowExp2::kStep * std::log2(keys.times[j]) : 0.0f;
   }
 
-  // Which of the tile's two vectors of lanes see any of the panel's keys from `key` on, a bit each.
-  int vectors_that_see(const Tile& tile, int64_t key) const {
-    const __m512i begin = _mm512_set1_epi32(int32_t(key)), end = _mm512_set1_epi32(int32_t(key + kPanelKeys));
-    int seen = 0;
-    for (int c = 0; c < 2; ++c) {
-      __m512i low = _mm512_loadu_si512(low_ + tile.first + c * 16), high = _mm512_loadu_si512(high_ + tile.first + c * 16);
-      __mmask16 some = _mm512_cmplt_epi32_mask(low, high) & _mm512_cmplt_epi32_mask(low, end) & _mm512_cmpgt_epi32_mask(high, begin);
-      seen |= (some != 0) << c;
-    }
-    return seen;
-  }
-
   // Keys `first` to `first + count` of those that are held; `keys`: these.
   template <int N>
   void block(const Tile& tile, int64_t first, int64_t count, const KeyBlock& keys) {
@@ -119,30 +106,23 @@ class TileForward {
     bool settled = !biased_ && most <= least_[tile.first] * factor_ + kMargin;
     int64_t summed = 0;
     for (int64_t j = 0; j < count; j += kPanelKeys) {
-      const bool whole = keys.start + j >= tile.low_max && keys.start + j + kPanelKeys <= tile.high_min;
-      const int seen = whole ? kBoth : vectors_that_see(tile, keys.start + j);
-      Columns<const uint16_t> of_keys{rows_.keys + (first + j) * rows_.key_row, 1024};
-      if (seen == kBoth) {
-        tile_product<false>(of_keys, {queries, pairs_ * 16}, rows_.key_row, {+scores_, panel});
-      } else {
-        const int c = seen >> 1;
-        narrow_product(of_keys, queries + c * pairs_ * 16, rows_.key_row, scores_ + c * panel);
-      }
+      for (int64_t c = 0; c < N; c += 2)
+        tile_product<false>({rows_.keys + (first + j) * rows_.key_row, 1024}, {queries + c * pairs_ * 16, pairs_ * 16}, rows_.key_row,
+                            {scores_ + c * panel, panel});
       if (call_.softcap != 0) cap_scores(call_, +scores_, kPanelKeys * N * 16);
       if (biased_)
         add_bias<N>(+scores_, float(call_.softcap != 0 ? 1 : call_.scale), numbers_ + (bias_.by_key ? j : j * 16),
                     kKeys * 16, bias_.by_key);
-      for (int c = 0; c < N && !whole; ++c)
-        if (seen >> c & 1)
-          hide_scores<1>(scores_ + c * panel, low_ + tile.first + c * 16, high_ + tile.first + c * 16, keys.start + j);
-      if (!settled && exceeds<N>(tile, seen)) {
+      if (keys.start + j < tile.low_max || keys.start + j + kPanelKeys > tile.high_min)
+        hide_scores<N>(+scores_, low_ + tile.first, high_ + tile.first, keys.start + j);
+      if (!settled && exceeds<N>(tile)) {
         add_up<N>(tile, first, summed, j), shift<N>(tile);
         summed = j;
       }
       if (narrow) {
-        with_flag(keys.times != nullptr, [&](auto times) { this->template weigh_narrow<N, times()>(tile, first, j, seen); });
+        with_flag(keys.times != nullptr, [&](auto times) { this->template weigh_narrow<N, times()>(tile, first, j); });
       } else {
-        with_flag(dropout_.on, [&](auto dropped) { this->template weigh<N, dropped()>(tile, keys, j, seen); });
+        with_flag(dropout_.on, [&](auto dropped) { this->template weigh<N, dropped()>(tile, keys, j); });
       }
     }
     add_up<N>(tile, first, summed, count);
@@ -165,15 +145,11 @@ class TileForward {
   // shift is a common factor of sums and total. Here: the new maxima, and whether any is that much larger. Nobody asks where
   // the norms of queries and keys say that none can be.
   template <int N>
-  bool exceeds(const Tile& tile, int seen) {
+  bool exceeds(const Tile& tile) {
     __mmask16 left = 0;
     const Vec<float> margin = fill(margin_);
     for (int c = 0; c < N; ++c) {
       const float* scores = scores_ + c * kPanelKeys * 16;
-      if (!(seen >> c & 1)) {
-        store(maxima_ + c * 16, fill(-std::numeric_limits<float>::infinity()));
-        continue;
-      }
       Vec<float> now = load(scores);
       for (int64_t j = 1; j < kPanelKeys; ++j) now = larger(now, load(scores + j * 16));
       store(maxima_ + c * 16, now);
@@ -196,24 +172,15 @@ class TileForward {
     least_[tile.first] = *std::min_element(most, most + tile.lanes);
   }
 
-  // The weights of a panel for a vector of lanes that sees none of it.
-  static void weigh_nothing(uint32_t* weights) {
-    for (int64_t j = 0; j < kPanelKeys / 2; ++j) _mm512_storeu_si512(weights + j * 16, _mm512_setzero_si512());
-  }
-
   // The weights of a panel where nothing is to be done with them but to add them up.
   template <int N, bool kTimes>
-  void weigh_narrow(const Tile& tile, int64_t first, int64_t key, int seen) {
+  void weigh_narrow(const Tile& tile, int64_t first, int64_t key) {
     typedef Vec<float> V;
     uint32_t* weights = weights_ + key / 2 * 16;
     const V none = fill(-std::numeric_limits<float>::infinity()), factor = fill(factor_ * NarrowExp2::kStep);
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3F80);
     const NarrowExp2 narrow;
     for (int c = 0; c < N; ++c) {
-      if (!(seen >> c & 1)) {
-        weigh_nothing(weights + c * kKeys / 2 * 16);
-        continue;
-      }
       V most = load(most_ + tile.first + c * 16);
       V shift = fma(most == none ? V{} : -most, factor, fill(NarrowExp2::kZero));
       __m512 sum = (__m512)load(total_ + tile.first + c * 16);
@@ -230,17 +197,13 @@ class TileForward {
   }
 
   template <int N, bool kDropped>
-  void weigh(const Tile& tile, const KeyBlock& keys, int64_t key, int seen) {
+  void weigh(const Tile& tile, const KeyBlock& keys, int64_t key) {
     typedef Vec<float> V;
     const float* times = keys.times ? keys.times + key : nullptr;
     const int64_t count = keys.count - key;
     uint32_t* weights = weights_ + key / 2 * 16;
     const V none = fill(-std::numeric_limits<float>::infinity()), factor = fill(factor_);
     for (int c = 0; c < N; ++c) {
-      if (!(seen >> c & 1)) {
-        weigh_nothing(weights + c * kKeys / 2 * 16);
-        continue;
-      }
       V most = load(most_ + tile.first + c * 16), shift = most == none ? V{} : -most, sum = load(total_ + tile.first + c * 16);
       const float* scores = scores_ + c * kPanelKeys * 16;
       for (int64_t j = 0; j < kPanelKeys; j += 2) {
