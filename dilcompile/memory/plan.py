@@ -1,0 +1,152 @@
+"""A buffer plan: each arena's buffers stacked on one another, in a form that holds for every length.
+
+The packing is found at the hints of the sizes. What is kept of it is not the offsets but, for each buffer, on which of those that
+it meets it lies: its offset is the largest end of these. So two buffers that are live together stay apart whatever the lengths
+become, without another search; only how tight the packing is may change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import sympy
+
+from dilcompile.memory.buffer import Buffer, Lane, aligned
+from dilcompile.memory.packing import most_live, overlaps, pack, peak, without_reuse
+
+Arenas = tuple["Arena", ...]
+
+
+@dataclass(frozen=True)
+class Arena:
+    """The memory of one lane on one device.
+
+    Args:
+        buffers: from the lowest up, at the hints.
+        below: for each buffer the numbers of those that it lies on.
+    """
+
+    device: str
+    lane: Lane
+    buffers: tuple[Buffer, ...]
+    below: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """In bytes, at the hints."""
+        return self.offsets_of([buffer.hint for buffer in self.buffers])
+
+    def offsets_of(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """The offsets in bytes of buffers of these sizes."""
+        found: list[int] = []
+        for i, buffer in enumerate(self.buffers):
+            found.append(max((aligned(found[j] + sizes[j], buffer.alignment) for j in self.below[i]), default=0))
+        return tuple(found)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the arena, at the hints."""
+        return peak(self.buffers, self.offsets)
+
+    @property
+    def most_live(self) -> int:
+        """The lower bound: the most bytes that are live in one step."""
+        return most_live(self.buffers)
+
+    @property
+    def without_reuse(self) -> int:
+        """Bytes if each buffer had a place of its own."""
+        return without_reuse(self.buffers)
+
+    def expressions(self) -> tuple[sympy.Expr, ...]:
+        """The offsets as expressions over the symbols of the sizes."""
+        found: list[sympy.Expr] = []
+        for i, buffer in enumerate(self.buffers):
+            unit = sympy.Integer(buffer.alignment)
+            ends = [unit * sympy.ceiling((found[j] + sympy.sympify(self.buffers[j].size)) / unit) for j in self.below[i]]
+            found.append(sympy.Max(0, *ends))
+        return tuple(found)
+
+    def at(self, lengths: Mapping[sympy.Symbol, int]) -> Arena:
+        """The same stacking where the symbols have these values: its hints are then the sizes."""
+        sizes = [int(sympy.sympify(buffer.size).subs(lengths)) for buffer in self.buffers]
+        return replace(self, buffers=tuple(replace(b, hint=size) for b, size in zip(self.buffers, sizes, strict=True)))
+
+
+@dataclass(frozen=True)
+class BufferPlan:
+    """All arenas of a graph. Equal buffers give equal plans; a plan can be pickled."""
+
+    arenas: Arenas
+
+    @property
+    def peak(self) -> int:
+        """Bytes of all arenas together, at the hints."""
+        return sum(arena.peak for arena in self.arenas)
+
+    @property
+    def most_live(self) -> int:
+        """The lower bound of each arena, added up."""
+        return sum(arena.most_live for arena in self.arenas)
+
+    @property
+    def without_reuse(self) -> int:
+        """Bytes if each buffer had a place of its own."""
+        return sum(arena.without_reuse for arena in self.arenas)
+
+    @cached_property
+    def places(self) -> Mapping[str, tuple[int, int]]:
+        """(number of the arena, offset in bytes) of each buffer by its name, at the hints."""
+        return {
+            buffer.name: (number, offset)
+            for number, arena in enumerate(self.arenas)
+            for buffer, offset in zip(arena.buffers, arena.offsets, strict=True)
+        }
+
+    def at(self, lengths: Mapping[sympy.Symbol, int]) -> BufferPlan:
+        """The same stacking at other lengths."""
+        return BufferPlan(tuple(arena.at(lengths) for arena in self.arenas))
+
+    def verify(self) -> None:
+        """Check that no two buffers that are live together overlap.
+
+        Raises:
+            AssertionError: naming two that do.
+        """
+        for arena in self.arenas:
+            found = overlaps(arena.buffers, arena.offsets)
+            assert found is None, f"buffers {found[0]} and {found[1]} of {arena.device}, {arena.lane}, overlap" if found else ""
+
+
+def plan_buffers(buffers: Sequence[Buffer], packing: Callable[[Sequence[Buffer]], tuple[int, ...]] = pack) -> BufferPlan:
+    """Pack buffers into one arena for each device and lane.
+
+    Args:
+        packing: gives the offsets of the buffers of one arena at their hints.
+
+    Raises:
+        ValueError: if two buffers have one name.
+    """
+    names = [buffer.name for buffer in buffers]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two buffers are named {twice}")
+    kinds = sorted({(buffer.device, buffer.lane) for buffer in buffers})
+    arenas = []
+    for device, lane in kinds:
+        own = [buffer for buffer in buffers if (buffer.device, buffer.lane) == (device, lane)]
+        arenas.append(_stacked(device, lane, own, packing(own)))
+    plan = BufferPlan(tuple(arenas))
+    plan.verify()
+    return plan
+
+
+def _stacked(device: str, lane: Lane, buffers: Sequence[Buffer], offsets: Sequence[int]) -> Arena:
+    """What lies on what. A buffer of no bytes at its hint may have some at another length: it is ordered like all others."""
+    order = sorted(range(len(buffers)), key=lambda i: (offsets[i], offsets[i] + buffers[i].hint, i))
+    below: list[tuple[int, ...]] = []
+    for n, i in enumerate(order):
+        below.append(tuple(m for m in range(n) if buffers[order[m]].meets(buffers[i])))
+    return Arena(device, lane, tuple(buffers[i] for i in order), tuple(below))

@@ -1,0 +1,131 @@
+"""Buffer plans: disjoint, as small as can be, valid at every length, the same every time."""
+
+import pickle
+from itertools import combinations, permutations
+
+import pytest
+import sympy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dilcompile.memory import Arena, Buffer, BufferPlan, plan_buffers
+from dilcompile.memory.buffer import ALIGNMENT
+from dilcompile.memory.packing import FEW, most_live, overlaps, pack, peak, without_reuse
+
+
+@st.composite
+def buffer_lists(draw, most: int = 25):
+    steps = draw(st.integers(1, 12))
+    found = []
+    for number in range(draw(st.integers(1, most))):
+        begin = draw(st.integers(0, steps))
+        size = draw(st.one_of(st.just(0), st.integers(1, 5000)))
+        lane = draw(st.sampled_from(["compute", "compute", "communication"]))
+        found.append(Buffer(f"b{number}", size, begin, begin + draw(st.integers(0, steps)), size, lane=lane))
+    return found
+
+
+def taken(plan: BufferPlan):
+    """(arena, buffer, offset) of every buffer."""
+    return [(arena, buffer, offset) for arena in plan.arenas for buffer, offset in zip(arena.buffers, arena.offsets, strict=True)]
+
+
+@settings(deadline=None)
+@given(buffer_lists())
+def test_live_buffers_never_overlap(buffers):
+    plan = plan_buffers(buffers)
+    assert sorted(buffer.name for _, buffer, _ in taken(plan)) == sorted(buffer.name for buffer in buffers)
+    for (arena, one, at), (other_arena, other, other_at) in combinations(taken(plan), 2):
+        assert at % ALIGNMENT == 0
+        if arena is other_arena and one.begin <= other.end and other.begin <= one.end:
+            assert at + one.hint <= other_at or other_at + other.hint <= at
+
+
+@settings(deadline=None)
+@given(buffer_lists())
+def test_the_peak_is_between_what_is_live_and_the_sum(buffers):
+    plan = plan_buffers(buffers)
+    for arena in plan.arenas:
+        steps = range(max(buffer.end for buffer in arena.buffers) + 1)
+        live = max(sum(b.hint for b in arena.buffers if b.begin <= step <= b.end) for step in steps)
+        assert arena.most_live == live <= arena.peak <= arena.without_reuse
+
+
+@settings(deadline=None)
+@given(buffer_lists())
+def test_plans_are_deterministic_and_survive_pickling(buffers):
+    plan = plan_buffers(buffers)
+    assert plan_buffers(list(buffers)) == plan
+    assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+@settings(max_examples=25, deadline=None)
+@given(buffer_lists(most=5))
+def test_few_buffers_are_packed_optimally(buffers):
+    buffers = [buffer for buffer in buffers if buffer.lane == "compute"]
+    best = min((_first_fit(buffers, order) for order in permutations(range(len(buffers)))), default=0)
+    assert len(buffers) <= FEW
+    if buffers:
+        assert peak(buffers, pack(buffers)) == best
+
+
+def _first_fit(buffers, order) -> int:
+    """The peak where each buffer in turn gets the lowest free place, found by trying every multiple of the alignment."""
+    offsets: dict[int, int] = {}
+    for i in order:
+        at = 0
+        while any(
+            buffers[i].meets(buffers[j]) and at < offsets[j] + buffers[j].hint and offsets[j] < at + buffers[i].hint
+            for j in offsets
+        ):
+            at += ALIGNMENT
+        offsets[i] = at
+    return max((at + buffers[i].hint for i, at in offsets.items()), default=0)
+
+
+@settings(deadline=None)
+@given(buffer_lists(most=10), st.integers(1, 10**6))
+def test_a_plan_holds_at_every_length(buffers, length):
+    symbol = sympy.Symbol("s0", positive=True, integer=True)
+    symbolic = [
+        Buffer(b.name, symbol * (b.hint % 7) + b.hint % 64, b.begin, b.end, 100 * (b.hint % 7) + b.hint % 64, lane=b.lane)
+        for b in buffers
+    ]
+    plan = plan_buffers(symbolic)
+    there = plan.at({symbol: length})
+    there.verify()
+    for arena, planned in zip(there.arenas, plan.arenas, strict=True):
+        assert [int(e.subs({symbol: length})) for e in planned.expressions()] == list(arena.offsets)
+
+
+def test_an_overlap_is_noticed():
+    buffers = [Buffer("a", 100, 0, 2, 100), Buffer("b", 100, 2, 3, 100), Buffer("c", 100, 3, 4, 100)]
+    assert overlaps(buffers, (0, 128, 0)) is None
+    assert overlaps(buffers, (0, 64, 0)) == ("a", "b")
+    with pytest.raises(AssertionError, match="buffers a and b of cpu, compute, overlap"):
+        BufferPlan((Arena("cpu", "compute", tuple(buffers), below=((), (), ())),)).verify()
+
+
+def test_a_chain_of_layers_shares_one_place():
+    layers = [Buffer(f"layer{n}", 1 << 20, 2 * n, 2 * n + 1, 1 << 20) for n in range(200)]
+    assert plan_buffers(layers).peak == 1 << 20
+    assert without_reuse(layers) == 200 << 20
+    assert most_live(layers) == 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"begin": 3, "end": 2}, "ends at step 2, before it begins"),
+        ({"hint": -1}, "a size of -1 bytes"),
+        ({"alignment": 48}, "an alignment of 48"),
+    ],
+)
+def test_bad_buffers_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Buffer(**{"name": "b", "size": 1, "begin": 0, "end": 1, "hint": 1, **wrong})
+
+
+def test_two_buffers_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="two buffers are named a"):
+        plan_buffers([Buffer("a", 1, 0, 1, 1), Buffer("a", 1, 2, 3, 1)])
