@@ -1,0 +1,216 @@
+"""When each buffer of a graph is live: which node makes its memory, which is the last to read it, through views too.
+
+Read off an ATen graph with fake values (what AOTAutograd gives the inner compiler: a forward, a backward, or one for inference).
+A step is a node that computes; views take none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from dilcompile.memory import Buffer
+from dilcompile.memory.buffer import Role
+
+_OURS = "dilcompile::"
+# What gives back the memory of its argument, though its schema doesn't say so.
+_SAME = ("_c10d_functional::wait_tensor", "aten::_unsafe_view")
+# What travels while other nodes compute.
+_SENT = ("_c10d_functional::", "dilcompile::exchange", "dilcompile::return_gradients")
+
+
+@dataclass
+class Lifetimes:
+    """The buffers of a graph.
+
+    Args:
+        buffers: made and given up inside the graph: these can be planned.
+        held: bytes by name of what outlives the graph or was there before: inputs, outputs, saved tensors. Never planned.
+        nodes: the name of the node of each step.
+    """
+
+    buffers: list[Buffer] = field(default_factory=list)
+    held: dict[str, int] = field(default_factory=dict)
+    nodes: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """How many nodes compute."""
+        return len(self.nodes)
+
+
+@dataclass
+class _Storage:
+    name: str
+    size: int | sympy.Expr
+    hint: int
+    begin: int
+    end: int
+    node: Node
+    held: bool = False
+
+
+def lifetimes_of(gm: GraphModule, *, ours_only: bool = False) -> Lifetimes:
+    """The lifetimes of a graph's buffers.
+
+    Args:
+        gm: nodes carry fake values (``meta["val"]``).
+        ours_only: leave out what other operators make (where Inductor plans those itself).
+    """
+    walk = _Walk()
+    for node in gm.graph.nodes:
+        walk.visit(node)
+    found = Lifetimes(nodes=tuple(walk.nodes))
+    for storage in walk.storages.values():
+        if ours_only and not _is_ours(storage.node):
+            continue
+        if storage.held:
+            found.held[storage.name] = storage.hint
+            continue
+        found.buffers.append(_buffer(storage))
+    return found
+
+
+def makers(gm: GraphModule) -> Iterator[tuple[Node, list[tuple[str, Tensor]]]]:
+    """Each node that makes memory, with the name and the value of each buffer that it makes."""
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and not _is_view(node):
+            made = list(_named(node))
+            if made:
+                yield node, made
+
+
+class _Walk:
+    """The nodes in order: who makes which storage, and who reads it."""
+
+    def __init__(self) -> None:
+        self.nodes: list[str] = []
+        self.storages: dict[int, _Storage] = {}
+        self._of_node: dict[Node, tuple[int, ...]] = {}
+        self._numbers = 0
+
+    @property
+    def step(self) -> int:
+        """The number of the next node that computes."""
+        return len(self.nodes)
+
+    def visit(self, node: Node) -> None:
+        """One node more."""
+        if node.op in ("placeholder", "get_attr"):
+            self._of_node[node] = self._made(node, held=True)
+            return
+        read = [key for argument in node.all_input_nodes for key in self._of_node.get(argument, ())]
+        if node.op == "output":
+            for key in read:
+                self.storages[key].held = True
+            return
+        if _is_view(node):
+            self._of_node[node] = self._viewed(node)
+            return
+        for key in read:
+            self.storages[key].end = self.step
+        self._of_node[node] = self._made(node, held=False)
+        self.nodes.append(node.name)
+
+    def _viewed(self, node: Node) -> tuple[int, ...]:
+        source = self._of_node.get(node.all_input_nodes[0], ())
+        if _is_getitem(node) and isinstance(node.args[1], int) and not _is_view(node.all_input_nodes[0]):
+            # One storage for each element that is a tensor.
+            places = _elements(node.all_input_nodes[0])
+            return (source[places.index(node.args[1])],) if node.args[1] in places else ()
+        return source
+
+    def _made(self, node: Node, held: bool) -> tuple[int, ...]:
+        keys = []
+        for name, value in _named(node):
+            size = value.untyped_storage().nbytes()
+            expression = size.node.expr if isinstance(size, torch.SymInt) else int(size)
+            self.storages[self._numbers] = _Storage(name, expression, _hint(size), self.step, self.step, node, held)
+            keys.append(self._numbers)
+            self._numbers += 1
+        return tuple(keys)
+
+
+def _named(node: Node) -> Iterator[tuple[str, Tensor]]:
+    for number, value in enumerate(_tensors(node.meta.get("val"))):
+        yield node.name if number == 0 else f"{node.name}.{number}", value
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def _tensors(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [item for item in value if isinstance(item, Tensor)] if isinstance(value, (tuple, list)) else []
+
+
+def _elements(node: Node) -> Sequence[int]:
+    """Which elements of a tuple are tensors."""
+    value = node.meta.get("val")
+    assert isinstance(value, (tuple, list)), "getitem takes an element of a tuple"
+    return [number for number, item in enumerate(value) if isinstance(item, Tensor)]
+
+
+def _is_getitem(node: Node) -> bool:
+    return getattr(node.target, "__name__", "") == "getitem"
+
+
+def _operator(node: Node) -> str:
+    return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def _is_view(node: Node) -> bool:
+    """Does the node give memory that is there already?"""
+    if _is_getitem(node) or _operator(node) in _SAME:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return any(returned.alias_info is not None for returned in node.target._schema.returns) or _shares_memory(node)
+
+
+def _shares_memory(node: Node) -> bool:
+    """Did the fake operator give back memory of an input?"""
+    read = {id_of for argument in node.all_input_nodes for id_of in _storage_ids(argument)}
+    return any(id_of in read for id_of in _storage_ids(node))
+
+
+def _storage_ids(node: Node) -> list[int]:
+    return [value.untyped_storage()._cdata for value in _tensors(node.meta.get("val"))]
+
+
+def _is_ours(node: Node) -> bool:
+    return _operator(node).startswith((_OURS, *_SENT))
+
+
+def _role(node: Node) -> Role:
+    operator = _operator(node)
+    if operator.startswith(_SENT):
+        return "receive"
+    if operator.endswith("_backward"):
+        return "gradient"
+    return "output" if operator.startswith(_OURS) else "workspace"
+
+
+def _buffer(storage: _Storage) -> Buffer:
+    node = storage.node
+    value = _tensors(node.meta.get("val"))[0]
+    stack = node.meta.get("nn_module_stack") or {}
+    module = next(reversed(stack.values()), ("",))[0] if stack else ""
+    return Buffer(
+        name=storage.name,
+        size=storage.size,
+        begin=storage.begin,
+        end=storage.end,
+        hint=storage.hint,
+        device=str(value.device),
+        lane="communication" if _operator(node).startswith(_SENT) else "compute",
+        role=_role(node),
+        module=module,
+    )
