@@ -11,11 +11,12 @@ from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 import dilcompile.lowering.ops as _registered  # noqa: F401
-from dilcompile.decision import Decision
+from dilcompile.decision import Decision, MemoryUse
 from dilcompile.errors import DilcompileError
 from dilcompile.first_call import compared
 from dilcompile.near import hint
 from dilcompile.pipeline import rewrite_dynamo
+from dilcompile.planned import planned
 from dilcompile.policy import Policy, tell_again
 from dilcompile.publish import forget, publish
 from dilcompile.report import GraphReport
@@ -52,7 +53,7 @@ def dilated(
     policy = Policy.load(asked.get("policy"))
     outcome = rewrite_dynamo(gm, example_inputs, policy, _compile_id())
     publish(outcome.report, policy, asked.get("report"))
-    compile_inner = _inner(asked.get("inner", "inductor"), asked.get("mode"))
+    compile_inner = _inner(asked.get("inner", "inductor"), asked.get("mode"), _memory(outcome.report))
     if outcome.gm is None:
         return _counted(compile_inner(gm, example_inputs), outcome.report)
     compiled = compile_inner(outcome.gm, example_inputs)
@@ -101,9 +102,17 @@ def _compile_id() -> str:
     return "?" if compile_id is None else str(compile_id)
 
 
-def _inner(name: str, mode: str | None) -> Callable[[GraphModule, Sequence[Any]], Compiled]:
+def _memory(report: GraphReport) -> MemoryUse | None:
+    """What the rules say of the graph's buffers: the first that says anything."""
+    found = [verdict.memory for verdict in report.verdicts if isinstance(verdict, Decision) and verdict.memory is not None]
+    return found[0] if found and found[0].reuse != "off" else None
+
+
+def _inner(name: str, mode: str | None, memory: MemoryUse | None) -> Callable[[GraphModule, Sequence[Any]], Compiled]:
     if name == "eager":
         return lambda gm, example_inputs: gm.forward
+    if name == "aot_eager" and memory is not None:
+        return planned(memory)
     if name == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 

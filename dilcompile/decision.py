@@ -37,6 +37,22 @@ NO_CHECK = Check()
 
 
 @dataclass(frozen=True)
+class MemoryUse:
+    """How the buffers of a graph lie in memory, where the inner compiler leaves that to us.
+
+    Args:
+        pool: ``default``: arenas are torch's allocator's again after each call; ``private``: kept for the graph's next call;
+            ``shared``: kept for all graphs of the process.
+        reuse: which buffers whose lives don't meet may share memory: those of one module, or all; ``off``: nothing is planned.
+        budget: most bytes, or None.
+    """
+
+    pool: Literal["default", "private", "shared"] = "default"
+    reuse: Literal["off", "within_layer", "across_layers"] = "off"
+    budget: int | None = None
+
+
+@dataclass(frozen=True)
 class Decision:
     """Rewrite this site into ``form``.
 
@@ -48,6 +64,7 @@ class Decision:
         kernel: the kernel asked for by name, or None to choose the fastest that supports the site.
         fallback: what to do when the rewrite fails: ``warn`` and keep the original, ``keep`` it and only list it, or ``error``.
         check: whether and how the rewrite is compared with the site's own computation.
+        memory: what the rule says of the buffers; None: nothing.
         if_faster: the site stays as it is where dense attention is faster.
         notes: what the user should know (policy keys that have no effect here, rows that see only themselves ...).
     """
@@ -59,6 +76,7 @@ class Decision:
     kernel: KernelName | None = None
     fallback: Consequence = "warn"
     check: Check = NO_CHECK
+    memory: MemoryUse | None = None
     if_faster: bool = False
     notes: tuple[str, ...] = field(default=())
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor
-from torch.fx import Interpreter, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.graph import _BoxedCodeGen
 
+from dilcompile.decision import MemoryUse
 from dilcompile.memory import BufferPlan
 from dilcompile.memory.pool import ArenaPool, Lease
-from dilcompile.passes.plan_buffers import Layout, PlannedGraph
+from dilcompile.passes.plan_buffers import Layout, PlannedGraph, plan_graph
 
 # Fill memory that no live buffer has with NaN before and while the graph runs: what reads it is found out.
 POISON = "DILCOMPILE_POISON"
@@ -23,6 +24,23 @@ _POISON = 0xFF
 # Lengths whose plans are kept.
 _MOST_LENGTHS = 64
 _NUMBERS = count()
+
+
+# Arenas of the policies that share them over all graphs.
+_SHARED = ArenaPool()
+
+
+def planned(memory: MemoryUse) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
+    """The inner compiler ``aot_eager`` with the buffers of its graphs, forward and backward, in planned arenas."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    pool = _SHARED if memory.pool == "shared" else ArenaPool(keeps=memory.pool == "private")
+
+    def place(gm: GraphModule, example_inputs: Sequence[Any]) -> PlannedCall:
+        return PlannedCall(plan_graph(gm, within_module=memory.reuse == "within_layer"), pool)
+
+    compiler: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]] = aot_autograd(fw_compiler=place, bw_compiler=place)
+    return lambda gm, example_inputs: compiler(gm, list(example_inputs))
 
 
 class PlannedCall:

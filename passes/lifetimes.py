@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from dilcompile.memory import Buffer
 from dilcompile.memory.buffer import Role
+from dilcompile.passes.provenance import module_path
 
 _OURS = "dilcompile::"
 # What gives back the memory of its argument, though its schema doesn't say so.
@@ -201,8 +202,6 @@ def _role(node: Node) -> Role:
 def _buffer(storage: _Storage) -> Buffer:
     node = storage.node
     value = _tensors(node.meta.get("val"))[0]
-    stack = node.meta.get("nn_module_stack") or {}
-    module = next(reversed(stack.values()), ("",))[0] if stack else ""
     return Buffer(
         name=storage.name,
         size=storage.size,
@@ -212,5 +211,5 @@ def _buffer(storage: _Storage) -> Buffer:
         device=str(value.device),
         lane="communication" if _operator(node).startswith(_SENT) else "compute",
         role=_role(node),
-        module=module,
+        module=module_path(node),
     )

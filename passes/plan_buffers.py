@@ -58,8 +58,12 @@ class PlannedGraph:
     elsewhere: tuple[Buffer, ...]
 
 
-def plan_graph(gm: GraphModule) -> PlannedGraph:
-    """Plan the buffers of an ATen graph with fake values and rewrite it, in place, to use them."""
+def plan_graph(gm: GraphModule, *, within_module: bool = False) -> PlannedGraph:
+    """Plan the buffers of an ATen graph with fake values and rewrite it, in place, to use them.
+
+    Args:
+        within_module: see ``plan_buffers``.
+    """
     lifetimes = lifetimes_of(gm)
     live = {buffer.name: buffer for buffer in lifetimes.buffers}
     layouts: list[Layout] = []
@@ -81,7 +85,8 @@ def plan_graph(gm: GraphModule) -> PlannedGraph:
         _write_into(node, form, places)
     gm.graph.lint()
     gm.recompile()
-    return PlannedGraph(gm, plan_buffers(planned), tuple(layouts), symbols, lifetimes, tuple(live.values()))
+    plan = plan_buffers(planned, within_module=within_module)
+    return PlannedGraph(gm, plan, tuple(layouts), symbols, lifetimes, tuple(live.values()))
 
 
 def _symbols(gm: GraphModule) -> tuple[tuple[int, sympy.Symbol], ...]:

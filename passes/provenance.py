@@ -21,7 +21,8 @@ def module_path(node: Node, prefix: str = "") -> str:
         prefix: the path of the module whose frame the graph is of (see ``frames``).
     """
     for candidate in _neighbours(node):
-        stack = candidate.meta.get("nn_module_stack")
+        # A backward's nodes name the module of the forward.
+        stack = candidate.meta.get("nn_module_stack") or candidate.meta.get("fwd_nn_module_stack")
         if stack:
             return f"{prefix}.{_dotted(str(list(stack.values())[-1][0]))}".strip(".")
         if candidate.meta.get("stack_trace"):

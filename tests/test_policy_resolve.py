@@ -265,7 +265,7 @@ def test_what_has_no_effect_is_said() -> None:
     )
     assert decide(made, site()).notes == (
         "shard: halo over mesh axis 'cp' has no effect in this version: every rank computes what it is given",
-        "memory: has no effect in this version: the inner compiler plans the buffers",
+        "memory.budget: has no effect in this version",
         "numerics.tolerance: has no effect while numerics.check is off",
         "fallback.quality: has no effect while numerics.check is off",
         "fallback.shape: error has no effect in this version",

@@ -26,12 +26,14 @@ class Arena:
     Args:
         buffers: from the lowest up, at the hints.
         below: for each buffer the numbers of those that it lies on.
+        module: whose buffers these are; empty for those of all modules.
     """
 
     device: str
     lane: Lane
     buffers: tuple[Buffer, ...]
     below: tuple[tuple[int, ...], ...]
+    module: str = ""
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -120,11 +122,17 @@ class BufferPlan:
             assert found is None, f"buffers {found[0]} and {found[1]} of {arena.device}, {arena.lane}, overlap" if found else ""
 
 
-def plan_buffers(buffers: Sequence[Buffer], packing: Callable[[Sequence[Buffer]], tuple[int, ...]] = pack) -> BufferPlan:
+def plan_buffers(
+    buffers: Sequence[Buffer],
+    packing: Callable[[Sequence[Buffer]], tuple[int, ...]] = pack,
+    *,
+    within_module: bool = False,
+) -> BufferPlan:
     """Pack buffers into one arena for each device and lane.
 
     Args:
         packing: gives the offsets of the buffers of one arena at their hints.
+        within_module: only buffers of one module share memory: each module has arenas of its own.
 
     Raises:
         ValueError: if two buffers have one name.
@@ -133,20 +141,19 @@ def plan_buffers(buffers: Sequence[Buffer], packing: Callable[[Sequence[Buffer]]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"two buffers are named {twice}")
-    kinds = sorted({(buffer.device, buffer.lane) for buffer in buffers})
-    arenas = []
-    for device, lane in kinds:
-        own = [buffer for buffer in buffers if (buffer.device, buffer.lane) == (device, lane)]
-        arenas.append(_stacked(device, lane, own, packing(own)))
+    by_arena: dict[tuple[str, Lane, str], list[Buffer]] = {}
+    for buffer in buffers:
+        by_arena.setdefault((buffer.device, buffer.lane, buffer.module if within_module else ""), []).append(buffer)
+    arenas = [_stacked(*kind, own, packing(own)) for kind, own in sorted(by_arena.items())]
     plan = BufferPlan(tuple(arenas))
     plan.verify()
     return plan
 
 
-def _stacked(device: str, lane: Lane, buffers: Sequence[Buffer], offsets: Sequence[int]) -> Arena:
+def _stacked(device: str, lane: Lane, module: str, buffers: Sequence[Buffer], offsets: Sequence[int]) -> Arena:
     """What lies on what. A buffer of no bytes at its hint may have some at another length: it is ordered like all others."""
     order = sorted(range(len(buffers)), key=lambda i: (offsets[i], offsets[i] + buffers[i].hint, i))
     below: list[tuple[int, ...]] = []
     for n, i in enumerate(order):
         below.append(tuple(m for m in range(n) if buffers[order[m]].meets(buffers[i])))
-    return Arena(device, lane, tuple(buffers[i] for i in order), tuple(below))
+    return Arena(device, lane, tuple(buffers[i] for i in order), tuple(below), module)

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from dilcompile.decision import Check, Decision, Rejection
+from dilcompile.decision import Check, Decision, MemoryUse, Rejection
 from dilcompile.errors import DilcompileWarning, RewriteError
 from dilcompile.policy.patterns import nearest
 from dilcompile.policy.predicates import PREDICATES
-from dilcompile.policy.schema import Policy, Rule
+from dilcompile.policy.schema import Policy, Rule, num_bytes
 from dilcompile.policy.values import written
 from dilcompile.site import AttentionSite
 
@@ -89,6 +89,7 @@ def _decide(policy: Policy, site: AttentionSite) -> Verdict:
         kernel=rule.apply.kernel,
         fallback=policy.fallback_of(rule).unsupported,
         check=_check(policy, rule),
+        memory=_memory(rule),
         if_faster=rule.match.given().get("min_seq") == "auto",
         notes=(*form.notes(site), *without_effect(policy, rule)),
     )
@@ -99,6 +100,13 @@ def _check(policy: Policy, rule: Rule) -> Check:
     return Check(numerics.check, numerics.tolerance.rel_l2, policy.fallback_of(rule).quality)
 
 
+def _memory(rule: Rule) -> MemoryUse | None:
+    memory = rule.memory
+    if memory is None:
+        return None
+    return MemoryUse(memory.pool, memory.reuse, None if memory.budget is None else num_bytes(memory.budget))
+
+
 def without_effect(policy: Policy, rule: Rule) -> tuple[str, ...]:
     """One note for each thing that the rule asks for and this version only reads."""
     notes = []
@@ -107,8 +115,8 @@ def without_effect(policy: Policy, rule: Rule) -> tuple[str, ...]:
             f"shard: {rule.shard.method} over mesh axis {rule.shard.mesh!r} has no effect in this version: "
             "every rank computes what it is given"
         )
-    if rule.memory is not None:
-        notes.append("memory: has no effect in this version: the inner compiler plans the buffers")
+    if rule.memory is not None and rule.memory.budget is not None:
+        notes.append("memory.budget: has no effect in this version")
     numerics, fallback = policy.numerics_of(rule), policy.fallback_of(rule)
     if numerics.check == "off" and "tolerance" in numerics.model_fields_set:
         notes.append("numerics.tolerance: has no effect while numerics.check is off")

@@ -81,7 +81,7 @@ class Shard(Section):
 
 
 class Memory(Section):
-    """Where the rule's buffers live. Read and checked; this version leaves buffers to the inner compiler."""
+    """Where the buffers of the graph live: planned where its operators run one by one (`inner: aot_eager`)."""
 
     pool: Annotated[Literal["default", "private", "shared"], Field(description="Which arena.")] = "default"
     budget: Annotated[

@@ -1,0 +1,199 @@
+"""Planned graphs of real models: the numbers of the unplanned ones, and nothing read that nobody wrote."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import dilcompile.planned
+from dilcompile.memory.pool import ArenaPool, size_class
+from dilcompile.passes import lifetimes
+from dilcompile.passes.plan_buffers import plan_graph
+from dilcompile.planned import PlannedCall
+
+LENGTH = 96
+
+
+def policy(**memory):
+    apply = {"form": "dilated", "segments": [32, 96], "rates": [1, 3], "offset": "own"}
+    return {"version": 1, "rules": [{"apply": apply, **({"memory": memory} if memory else {})}]}
+
+
+def llama():
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=50
+    )
+    return LlamaForCausalLM(config)
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=128))
+
+
+def bert():
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=50, max_position_embeddings=128
+    )
+    return BertModel(config, add_pooling_layer=False)
+
+
+MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
+
+
+def made(name: str):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    return MODELS[name]().double().eval()
+
+
+def step(compiled, model, tokens):
+    """The sum of squares of what comes out, and all gradients."""
+    model.zero_grad()
+    given = {} if isinstance(model, BertModel) else {"use_cache": False}
+    loss = compiled(input_ids=tokens, **given)[0].square().mean()
+    loss.backward()
+    return [loss.detach()] + [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def compiled_by(model, dynamic=False, **memory):
+    options = {"policy": policy(**memory), "inner": "aot_eager"}
+    return torch.compile(model, backend="dilated", options=options, dynamic=dynamic)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Every planned graph that is made."""
+    found: list[PlannedCall] = []
+    begin = PlannedCall.__init__
+
+    def spied(self, *args):
+        begin(self, *args)
+        found.append(self)
+
+    monkeypatch.setattr(PlannedCall, "__init__", spied)
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("poison", ["0", "1"])
+def test_the_numbers_are_those_of_the_unplanned_graph(name, poison, calls, monkeypatch):
+    monkeypatch.setenv(dilcompile.planned.POISON, poison)
+    model, tokens = made(name), torch.randint(0, 50, (2, LENGTH))
+    expected = step(compiled_by(model), model, tokens)
+    assert not calls
+    found = step(compiled_by(model, pool="private", reuse="across_layers"), model, tokens)
+    assert len(calls) == 2, "a forward and a backward"
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    for call in calls:
+        plan = call.planned.plan
+        assert plan.most_live <= plan.peak <= 1.05 * plan.most_live
+        assert plan.peak <= plan.without_reuse / 3
+
+
+def chain(x):
+    first = x.sin()
+    last = first.cos().exp().tanh().neg()
+    return (last @ first.mT) * 2
+
+
+def test_a_life_that_is_cut_short_is_found_out(monkeypatch):
+    """A buffer that is planned to end before its last reader: memory filled with NaN shows it."""
+    monkeypatch.setenv(dilcompile.planned.POISON, "1")
+    x, found = torch.randn(16, 16), lifetimes._buffer
+
+    def short(storage):
+        storage.end -= storage.name == "sin"
+        return found(storage)
+
+    def run():
+        gm = make_fx(chain, tracing_mode="fake")(x)
+        return PlannedCall(plan_graph(gm), ArenaPool())([x])
+
+    assert torch.equal(run(), chain(x))
+    monkeypatch.setattr(lifetimes, "_buffer", short)
+    assert run().isnan().all()
+
+
+def test_lengths_that_change_are_not_planned_again(calls):
+    model = made("llama")
+    plain, planned = (compiled_by(model, True), compiled_by(model, True, pool="private", reuse="across_layers"))
+    for length in (64, 80, 64):
+        tokens = torch.randint(0, 50, (1, length))
+        expected, found = (step(compiled, model, tokens) for compiled in (plain, planned))
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert len(calls) == 2
+    assert calls[0].pool.counts.hits > 0
+
+
+@pytest.mark.parametrize("reuse", ["within_layer", "across_layers"])
+def test_layers_share_only_where_the_policy_says_so(reuse, calls):
+    model, tokens = made("llama"), torch.randint(0, 50, (1, LENGTH))
+    step(compiled_by(model, pool="private", reuse=reuse), model, tokens)
+    for call in calls:
+        modules = [{buffer.module for buffer in arena.buffers} for arena in call.planned.plan.arenas]
+        assert any(len(of_arena) > 1 for of_arena in modules) == (reuse == "across_layers")
+
+
+def test_a_peak_that_is_predicted_is_the_peak(calls):
+    """The same graph run node by node, each value given up after its last reader: what is live at most, to the byte."""
+    model, tokens = made("llama"), torch.randint(0, 50, (1, LENGTH))
+    step(compiled_by(model, pool="private", reuse="across_layers"), model, tokens)
+    for call in calls:
+        found, predicted = call.planned.lifetimes, [*call.planned.lifetimes.buffers]
+        live = [sum(b.hint for b in predicted if b.begin <= at <= b.end) for at in range(found.steps)]
+        planned = {buffer.name for arena in call.planned.plan.arenas for buffer in arena.buffers}
+        assert planned | {buffer.name for buffer in call.planned.elsewhere} == {buffer.name for buffer in predicted}
+        assert not planned & set(found.held)
+        assert call.planned.plan.most_live <= max(live)
+
+
+def test_nothing_is_held_after_the_model_is_dropped(calls):
+    model, tokens = made("gpt2"), torch.randint(0, 50, (1, LENGTH))
+    compiled = compiled_by(model, pool="private", reuse="across_layers")
+    step(compiled, model, tokens)
+    pools = [weakref.ref(call.pool) for call in calls]
+    assert pools[0]().held_bytes() > 0
+    calls.clear()
+    del compiled, model
+    torch._dynamo.reset()
+    gc.collect()
+    assert all(pool() is None for pool in pools)
+
+
+def test_a_default_pool_keeps_nothing(calls):
+    model, tokens = made("llama"), torch.randint(0, 50, (1, LENGTH))
+    step(compiled_by(model, reuse="across_layers"), model, tokens)
+    assert all(call.pool.held_bytes() == 0 for call in calls)
+
+
+def test_calls_in_flight_never_share_an_arena():
+    pool, device = ArenaPool(), torch.device("cpu")
+    places: list[set[int]] = []
+    barrier = threading.Barrier(4)
+
+    def nested():
+        with pool.lease([(device, 5000)]) as one, pool.lease([(device, 5000)]) as other:
+            barrier.wait()
+            places.append({one.arenas[0].data_ptr(), other.arenas[0].data_ptr()})
+            barrier.wait()
+
+    threads = [threading.Thread(target=nested) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set().union(*places)) == 8
+    with pool.lease([(device, 4900)]) as again:
+        assert again.arenas[0].data_ptr() in set().union(*places)
+    pool.clear()
+    assert pool.held_bytes() == 0
+
+
+def test_size_classes_waste_at_most_a_quarter():
+    for size in (1, 4096, 4097, 5000, 5120, 5121, 10**6, 2**30, 2**30 + 1):
+        assert size <= size_class(size) <= max(4096, 1.25 * size)
+    assert len({size_class(size) for size in range(4097, 8193)}) == 4
