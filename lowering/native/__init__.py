@@ -32,6 +32,7 @@ from dilcompile.lowering.native.build import (
 )
 from dilcompile.lowering.selection import Selection, adaptive_blocks
 from dilcompile.lowering.union import beyond_union
+from dilcompile.progression import Progression
 from dilcompile.relation import Problem, Relation, grid_of
 
 TAKES_ROW_MASKS = True
@@ -59,7 +60,8 @@ def supports(call: Call, backward: bool) -> str | None:
     if call.bias is not None and call.bias.dtype not in BIAS_DTYPES:
         return f"a bias of dtype {call.bias.dtype}"
     size = call.problem
-    if max(size.k_len, abs(size.q_offset) + size.q_len) > _MOST_POSITIONS:
+    queries, keys = _places(call)
+    if max(size.k_len, keys.stop, abs(queries.start) + queries.stop - queries.start) > _MOST_POSITIONS:
         return f"{size.k_len} keys and {size.q_len} queries from {size.q_offset}: positions are held in 32 bits"
     reason = beyond_union(call, backward) or _unequal_counts(call.relation)
     if reason is not None:
@@ -113,12 +115,16 @@ class _Bound(NamedTuple):
 
 def _bind(call: Call, out: Tensor, lse: Tensor) -> _Bound:
     size = call.problem
-    terms = _terms(call.relation, call.documents is not None) if call.selection is None else _selected(call, call.selection)
+    queries, keys = _places(call)
+    # The lists of blocks are those of all positions between the first query and the last.
+    relation = call.relation.at(queries.stop - queries.start, size.k_len, queries.start)
+    terms = _terms(relation, call.documents is not None) if call.selection is None else _selected(call, call.selection)
     q, k, v = (_dense_rows(x) for x in (call.q, call.k, call.v))
     padding = call.key_padding
     documents = None if call.documents is None else call.documents.to(torch.int64).contiguous()
     struct = CallStruct(
-        size.batch, size.heads, size.kv_heads, size.q_len, size.k_len, size.head_dim, size.v_dim, size.q_offset,
+        size.batch, size.heads, size.kv_heads, size.q_len, size.k_len, size.head_dim, size.v_dim,
+        queries.start, queries.step, keys.start, keys.stop, keys.step, k.shape[2],
         _limit(size.left), _limit(size.right), len(terms.structs), ctypes.addressof(terms.structs),
         *(_operand(x) for x in (q, k, v, out, lse)),
     )  # fmt: skip
@@ -138,6 +144,14 @@ def _bind(call: Call, out: Tensor, lse: Tensor) -> _Bound:
     struct.scale, struct.softcap = call.scale, call.softcap or 0.0
     struct.threads, struct.exact_lse = torch.get_num_threads(), call.exact_lse
     return _Bound(struct, (q, k, v, out, lse, padding, documents, limits, call.bias, terms))
+
+
+def _places(call: Call) -> tuple[Progression, Progression]:
+    """The positions of the rows of q and of k."""
+    if call.held is not None:
+        return call.held.queries, call.held.keys
+    size = call.problem
+    return Progression(size.q_offset, size.q_offset + size.q_len), Progression(0, size.k_len)
 
 
 class _Terms(NamedTuple):

@@ -18,8 +18,8 @@ class TileBackwardRows {
   }
 
   void gather(const Span& span, const int32_t* positions, int64_t count) {
-    pack_rows(call_.k, span, positions, count, call_.head_dim, +keys);
-    pack_rows(call_.v, span, positions, count, call_.v_dim, +values);
+    pack_rows(call_, call_.k, span, positions, count, call_.head_dim, +keys);
+    pack_rows(call_, call_.v, span, positions, count, call_.v_dim, +values);
     turn_rows(+keys, count, call_.head_dim, +turned);
   }
 
@@ -137,7 +137,7 @@ class TileBackward {
     };
     auto after = [&](const KeyBlock& keys) {
       for (int64_t i = 0; i < keys.count; ++i) {
-        int64_t row = span.origin + keys.positions[i];
+        int64_t row = key_place(call_, span, keys.positions[i]);
         add_row(key_sums_ + i * 16, into.keys + row * into.key_row, call_.head_dim, float(call_.scale));
         add_row(value_sums_ + i * 16, into.values + row * into.value_row, call_.v_dim, 1.0f);
       }

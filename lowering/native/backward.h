@@ -31,7 +31,7 @@ inline V cap_slope(V capped, V inverse) {
   return part >= -1 ? 1 - part * part : V{};
 }
 
-// Sums of key gradients: [k_len] rows of grad_k and grad_v side by side.
+// Sums of key gradients: [k_rows] rows of grad_k and grad_v side by side.
 template <class T>
 struct KeySums {
   T *keys, *values;
@@ -129,7 +129,7 @@ class Backward {
     };
     auto after = [&](const KeyBlock& keys) {
       for (int64_t i = 0; i < keys.count; ++i) {
-        int64_t row = span.origin + keys.positions[i];
+        int64_t row = key_place(call_, span, keys.positions[i]);
         add_row(+key_sums_ + i * dim_, into.keys + row * into.key_row, call_.head_dim, T(call_.scale));
         add_row(+value_sums_ + i * v_dim_, into.values + row * into.value_row, call_.v_dim, T(1));
       }
@@ -226,7 +226,7 @@ class Backward {
   }
 };
 
-// Zeroed sums for one key head, or a part of it: [k_len] rows of head_dim + v_dim.
+// Zeroed sums for one key head, or a part of it: [k_rows] rows of head_dim + v_dim.
 template <class T>
 struct HeadSums {
   Buffer<T> rows;
@@ -234,8 +234,8 @@ struct HeadSums {
 
   explicit HeadSums(const Call& call) {
     int64_t row = call.head_dim + call.v_dim;
-    rows.take(call.k_len * row);
-    std::fill_n(+rows, call.k_len * row, T(0));
+    rows.take(call.k_rows * row);
+    std::fill_n(+rows, call.k_rows * row, T(0));
     into = {+rows, rows + call.head_dim, row, row};
   }
 };
@@ -253,7 +253,7 @@ template <class X, class T>
 void write_key_grads(const Call& call, int64_t head, const std::unique_ptr<HeadSums<T>>* parts, int64_t count) {
   KeySums<X> to = grads_of_head<X>(call, head);
   int64_t row = call.head_dim + call.v_dim;
-  for (int64_t k = 0; k < call.k_len; ++k)
+  for (int64_t k = 0; k < call.k_rows; ++k)
     for (int64_t d = 0; d < row; ++d) {
       T sum = 0;
       for (int64_t p = 0; p < count; ++p) sum += parts[p]->rows[k * row + d];
@@ -315,7 +315,7 @@ void backward_of_heads(const Call& call, const std::vector<std::vector<Span>>& o
     if (std::is_same_v<X, T> && parts == 1) {
       KeySums<X> rows = grads_of_head<X>(call, head);
       into = {reinterpret_cast<T*>(rows.keys), reinterpret_cast<T*>(rows.values), rows.key_row, rows.value_row};
-      for (int64_t k = 0; k < call.k_len; ++k) {
+      for (int64_t k = 0; k < call.k_rows; ++k) {
         std::fill_n(into.keys + k * into.key_row, call.head_dim, T(0));
         std::fill_n(into.values + k * into.value_row, call.v_dim, T(0));
       }

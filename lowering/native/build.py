@@ -60,7 +60,7 @@ class CallStruct(Structure):
     """``Call`` of call.h."""
 
     _fields_ = [
-        *_fields(c_int64, "batch heads kv_heads q_len k_len head_dim v_dim q_offset left right num_terms"),
+        *_fields(c_int64, "batch heads kv_heads q_len k_len head_dim v_dim q_offset q_step k_start k_stop k_step k_rows left right num_terms"),
         ("terms", c_void_p),
         *_fields(OperandStruct, "q k v out lse"),
         ("key_padding", c_void_p),

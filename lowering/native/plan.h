@@ -140,8 +140,9 @@ class Plan {
       first_ = std::min<int64_t>(first_, first_of(g).position);
       last_ = std::max<int64_t>(last_, lanes_[size_t(group_starts_[g + 1]) - 1].position);
     }
-    low_ = call_.left == kNoLimit ? 0 : std::max<int64_t>(0, first_ - call_.left);
-    high_ = call_.right == kNoLimit ? span_.k_len : std::min<int64_t>(span_.k_len, last_ + call_.right + 1);
+    low_ = std::max<int64_t>(0, call_.k_start - span_.origin), high_ = std::min(span_.k_len, call_.k_stop - span_.origin);
+    if (call_.left != kNoLimit) low_ = std::max(low_, first_ - call_.left);
+    if (call_.right != kNoLimit) high_ = std::min(high_, last_ + call_.right + 1);
   }
 
   const Lane& first_of(size_t group) const { return lanes_[size_t(group_starts_[group])]; }
@@ -240,8 +241,28 @@ class Plan {
     }
     if (start < low_) start += (low_ - start + step - 1) / step * step;
     stop = std::min({stop, high_, span_.k_len});
+    keep_held(start, step);
     if (start >= stop) return {0, 0, 1, 0, false};
     return {int32_t(start), int32_t(stop), int32_t(std::min<int64_t>(step, INT32_MAX)), 0, term.dedupe != 0};
+  }
+
+  // Makes of start, start + step, ... those that are held. None: start is behind all keys.
+  void keep_held(int64_t& start, int64_t& step) const {
+    if (call_.k_step == 1) return;
+    int64_t common = std::gcd(step, call_.k_step), apart = floor_mod(call_.k_start - span_.origin - start, call_.k_step);
+    if (apart % common != 0) {
+      start = INT32_MAX;
+      return;
+    }
+    // step * n = apart modulo k_step, by the inverse of step / common modulo k_step / common.
+    int64_t modulus = call_.k_step / common, a = step / common % modulus, b = modulus, x = 1, y = 0;
+    while (a != 0) {
+      int64_t quotient = b / a;
+      b -= quotient * a, y -= quotient * x;
+      std::swap(a, b), std::swap(x, y);
+    }
+    start += floor_mod(apart / common * floor_mod(y, modulus), modulus) * step;
+    step *= modulus;
   }
 
   void join_progressions(size_t count) {
@@ -316,10 +337,10 @@ class Plan {
 
   // A number for each lane, equal for lanes with the same keys; and what is above all of them.
   int64_t count_lanes() {
-    int64_t count = (span_.end - span_.begin) * per_key_head_;
+    int64_t count = (span_.end - span_.begin + call_.q_step - 1) / call_.q_step * per_key_head_;
     lanes_.resize(size_t(count)), codes_.assign(size_t(count), 0);
     for (int64_t i = 0; i < count; ++i)
-      lanes_[size_t(i)] = {int32_t(span_.begin + i / per_key_head_), int32_t(i % per_key_head_)};
+      lanes_[size_t(i)] = {int32_t(span_.begin + i / per_key_head_ * call_.q_step), int32_t(i % per_key_head_)};
     int64_t bound = 1;
     for (int64_t i = 0; i < call_.num_terms; ++i) {
       const Term& term = call_.terms[i];
@@ -362,14 +383,15 @@ class Plan {
       return;
     }
     // Inside a span the segment is one, so the residue only counts up.
-    int64_t rate = term.rate, at = floor_mod(span_.begin, term.length) % rate;
+    int64_t rate = term.rate, at = floor_mod(span_.begin, term.length) % rate, step = call_.q_step % rate;
     int64_t residue = term.residues ? term.residues[span_.kv_head] : -1;
     for (size_t i = 0; i < lanes_.size(); i += size_t(heads)) {
       for (size_t g = i; g < i + size_t(heads); ++g) {
         int64_t found = !has_head(term, lanes_[g]) ? 0 : residue < 0 ? at + 1 : at == residue;
         codes_[g] = codes_[g] * kinds + found;
       }
-      if (++at == rate) at = 0;
+      at += step;
+      if (at >= rate) at -= rate;
     }
   }
 
@@ -432,7 +454,9 @@ class Plan {
       Keys& keys = lists_[place->second];
       limit(keys, false);
       int64_t stop = std::min((column + 1) * blocks_->k_block, high_);
-      for (int64_t p = std::max(column * blocks_->k_block, low_); p < stop; ++p) keys.position.push_back(int32_t(p));
+      int64_t start = std::max(column * blocks_->k_block, low_), step = 1;
+      keep_held(start, step);
+      for (int64_t p = start; p < stop; p += step) keys.position.push_back(int32_t(p));
     }
     for (Keys& keys : lists_) drop_padding(keys.position, nullptr);
     return work < apart;
@@ -443,7 +467,9 @@ class Plan {
     for (int64_t i = from, next; i < to; i = next) {
       for (next = i + 1; next < to && term.columns[next] == term.columns[next - 1] + 1;) ++next;
       int64_t stop = (term.columns[next - 1] + 1) * term.k_block;
-      unite(shared, term.columns[i] * term.k_block, std::min(stop, span_.k_len), 1, term.dedupe);
+      int64_t start = std::max(term.columns[i] * term.k_block, low_), step = 1;
+      keep_held(start, step);
+      unite(shared, start, std::min(stop, span_.k_len), step, term.dedupe);
     }
   }
 
@@ -479,8 +505,10 @@ class Plan {
     if (term.left != kNoLimit) start = std::max(start, first_ - term.left);
     if (term.right != kNoLimit) stop = std::min(stop, last_ + term.right + 1);
     start += floor_mod(lane.position - start, term.step);
+    int64_t step = term.step;
+    keep_held(start, step);
     auto next = std::lower_bound(shared.position.begin(), shared.position.end(), int32_t(std::max<int64_t>(0, start)));
-    for (int64_t p = start; p < stop; p += term.step) {
+    for (int64_t p = start; p < stop; p += step) {
       while (next != shared.position.end() && *next < p) ++next;
       if (next != shared.position.end() && *next == p) continue;
       windowed.position.push_back(int32_t(p)), windowed.times.push_back(1.0f);
@@ -504,6 +532,12 @@ class Plan {
     if (times) times->resize(n);
   }
 };
+
+// The row of q that a lane is.
+inline int64_t query_place(const Call& call, const Span& span, const Lane& lane) {
+  int64_t at = span.origin + lane.position - call.q_offset;
+  return call.q_step == 1 ? at : at / call.q_step;
+}
 
 // The half-open range of a sorted list of keys that each lane sees.
 inline void find_ranges(const Call& call, const Span& span, const Keys& keys, const Lane* lanes, int64_t count, int32_t* low,
@@ -535,7 +569,7 @@ inline void find_ranges(const Call& call, const Span& span, const Keys& keys, co
     return int32_t(std::lower_bound(keys.position.begin(), keys.position.end(), int32_t(position)) - keys.position.begin());
   };
   for (int64_t i = 0; i < count; ++i) {
-    int64_t row = span.origin + lanes[i].position - call.q_offset;
+    int64_t row = query_place(call, span, lanes[i]);
     high[i] = std::min(high[i], below(ends[row]));
     low[i] = std::min(high[i], std::max(low[i], below(starts[row])));
   }
@@ -549,13 +583,15 @@ inline int64_t rows_of_span(const Call& call, int64_t key_heads) {
     if (call.terms[i].kind == kSegment) widest = std::max(widest, call.terms[i].rate);
   int64_t rows = std::max<int64_t>(768 / heads, 64 * widest / heads);
   int64_t fair = call.q_len * key_heads / (4 * call.threads) + 1;
-  return std::max<int64_t>(48, std::max<int64_t>(1, std::min(std::max<int64_t>(rows, 2048), fair)));
+  return std::max<int64_t>(48, std::max<int64_t>(1, std::min(std::max<int64_t>(rows, 2048), fair))) * call.q_step;
 }
 
 // The spans of one document's queries, from `first` to before `last`.
 inline void add_spans(const Call& call, int64_t batch, int64_t origin, int64_t k_len, int64_t first, int64_t last, int64_t rows,
                       std::vector<Span>& found) {
   for (int64_t t = first, end; t < last; t = end) {
+    t += floor_mod(call.q_offset - origin - t, call.q_step);
+    if (t >= last) return;
     end = std::min(t + rows, last);
     for (int64_t i = 0; i < call.num_terms; ++i) {
       const Term& term = call.terms[i];
@@ -568,20 +604,21 @@ inline void add_spans(const Call& call, int64_t batch, int64_t origin, int64_t k
 // Spans of all documents, key heads and batch rows, cut at segment borders and into at most `rows` positions.
 inline std::vector<Span> spans_of(const Call& call, int64_t rows) {
   std::vector<Span> found;
+  const int64_t q_stop = call.q_offset + (call.q_len - 1) * call.q_step + 1;
   for (int64_t b = 0; b < call.batch; ++b) {
     const int64_t* ids = call.documents ? call.documents + (call.document_rows == 1 ? 0 : b) * call.k_len : nullptr;
     if (!ids) {
       // Queries may stand before or behind the keys.
-      add_spans(call, b, 0, call.k_len, call.q_offset, call.q_offset + call.q_len, rows, found);
+      add_spans(call, b, 0, call.k_len, call.q_offset, q_stop, rows, found);
       continue;
     }
-    add_spans(call, b, 0, 0, call.q_offset, std::min<int64_t>(call.q_offset + call.q_len, 0), rows, found);
+    add_spans(call, b, 0, 0, call.q_offset, std::min<int64_t>(q_stop, 0), rows, found);
     for (int64_t start = 0, stop; start < call.k_len; start = stop) {
       for (stop = start + 1; stop < call.k_len && ids[stop] == ids[start];) ++stop;
-      int64_t first = std::max(start, call.q_offset), last = std::min(stop, call.q_offset + call.q_len);
+      int64_t first = std::max(start, call.q_offset), last = std::min(stop, q_stop);
       add_spans(call, b, start, stop - start, first - start, last - start, rows, found);
     }
-    add_spans(call, b, 0, 0, std::max(call.k_len, call.q_offset), call.q_offset + call.q_len, rows, found);
+    add_spans(call, b, 0, 0, std::max(call.k_len, call.q_offset), q_stop, rows, found);
   }
   return found;
 }

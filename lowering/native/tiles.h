@@ -67,14 +67,20 @@ std::vector<Tile> tiles_of(const std::vector<Group>& groups) {
 
 template <class X>
 const X* key_rows(const Operand& x, const Span& span) {
-  return static_cast<const X*>(x.data) + span.batch * x.batch + span.kv_head * x.head + span.origin * x.row;
+  return static_cast<const X*>(x.data) + span.batch * x.batch + span.kv_head * x.head;
+}
+
+// The row of k that stands at a position of the span's document.
+inline int64_t key_place(const Call& call, const Span& span, int64_t position) {
+  int64_t at = span.origin + position - call.k_start;
+  return call.k_step == 1 ? at : at / call.k_step;
 }
 
 template <class X>
-void prefetch(const Operand& from, const Span& span, const int32_t* positions, int64_t count, int64_t dim) {
+void prefetch(const Call& call, const Operand& from, const Span& span, const int32_t* positions, int64_t count, int64_t dim) {
   const X* base = key_rows<X>(from, span);
   for (int64_t i = 0; i < count; ++i) {
-    const char* row = reinterpret_cast<const char*>(base + int64_t(positions[i]) * from.row);
+    const char* row = reinterpret_cast<const char*>(base + key_place(call, span, positions[i]) * from.row);
     for (int64_t at = 0; at < dim * int64_t(sizeof(X)); at += 64) __builtin_prefetch(row + at, 0, 2);
     // GCC before 14 takes a function that does nothing but prefetch for one without effect, and leaves out its calls.
     asm volatile("");
@@ -97,8 +103,7 @@ void limit(const Call& call, const Span& span, Tile& tile, const Keys& keys, con
 template <class Y>
 Y* row_of(const Call& call, const Operand& x, const Span& span, const Lane& lane) {
   int64_t head = span.kv_head * (call.heads / call.kv_heads) + lane.head;
-  int64_t row = span.origin + lane.position - call.q_offset;
-  return static_cast<Y*>(x.data) + span.batch * x.batch + head * x.head + row * x.row;
+  return static_cast<Y*>(x.data) + span.batch * x.batch + head * x.head + query_place(call, span, lane) * x.row;
 }
 
 template <class T>
@@ -175,16 +180,17 @@ class Rows {
   }
 
   void gather(const Span& span, const int32_t* positions, int64_t count) {
-    gather(key_rows<X>(call_.k, span), call_.k.row, positions, count, call_.head_dim, key_row, +keys);
-    gather(key_rows<X>(call_.v, span), call_.v.row, positions, count, call_.v_dim, value_row, +values);
+    gather(call_.k, span, positions, count, call_.head_dim, key_row, +keys);
+    gather(call_.v, span, positions, count, call_.v_dim, value_row, +values);
   }
 
  private:
   const Call& call_;
 
-  static void gather(const X* from, int64_t stride, const int32_t* positions, int64_t count, int64_t dim, int64_t row, T* to) {
+  void gather(const Operand& x, const Span& span, const int32_t* positions, int64_t count, int64_t dim, int64_t row, T* to) const {
+    const X* from = key_rows<X>(x, span);
     for (int64_t i = 0; i < count; ++i) {
-      load_row(from + int64_t(positions[i]) * stride, to + i * row, int(dim));
+      load_row(from + key_place(call_, span, positions[i]) * x.row, to + i * row, int(dim));
       for (int64_t d = dim; d < row; ++d) to[i * row + d] = 0;
     }
     std::fill_n(to + count * row, (padded(count) - count) * row, T(0));
@@ -224,8 +230,8 @@ void each_block(const Call& call, const Span& span, const Keys& list, const Keys
       if (!list.seen_by(tile.group)) continue;
       // Fetching the next block goes along with the work on this one.
       int64_t until = next * ++done / seeing;
-      prefetch<X>(call.k, span, ahead + fetched, until - fetched, call.head_dim);
-      prefetch<X>(call.v, span, ahead + fetched, until - fetched, call.v_dim);
+      prefetch<X>(call, call.k, span, ahead + fetched, until - fetched, call.head_dim);
+      prefetch<X>(call, call.v, span, ahead + fetched, until - fetched, call.v_dim);
       fetched = until;
       int64_t a = std::max<int64_t>(0, tile.low_min - start) / Held::kStep * Held::kStep;
       int64_t b = (std::min<int64_t>(count, tile.high_max - start) + Held::kStep - 1) / Held::kStep * Held::kStep;
