@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dilcompile.errors import PlacementError
 from dilcompile.lowering import ops as local
 from dilcompile.lowering.call import empty_output, form_of, output_scale
 from dilcompile.lowering.distributed import heads, meshes, ops, plan, tree, whole
@@ -99,7 +98,7 @@ def _sharded(
             dropout_seed = dropout_seed if axis is None else whole.of_first(dropout_seed, axis, text, "dropout seed")
     if row_limits is not None and heads_axis is not None:
         row_limits = whole.of_all_parts(row_limits, heads_axis, text, "row limits")
-    out, lse = _Sharded.apply(q, k, v, key_padding, documents, row_limits, dropout_seed, text)
+    out, lse = _Sharded.apply(q, k, v, key_padding, documents, row_limits, dropout_seed, text)  # type: ignore[no-untyped-call]
     factor = output_scale(form_of(spec.form), shards.length)
     out = out if factor == 1.0 else out * factor
     return out, (lse if heads_axis is None or spec.lse else None)
@@ -163,13 +162,14 @@ def _forward_steps(
 def _start(ready: Plan, k: Tensor, v: Tensor, spec: str, step: int, backward: bool) -> Tensor | None:
     if step >= ready.num_steps or not ready.receives(step):
         return None
-    return ops.exchange(k, v, spec, step, backward)
+    started: Tensor = ops.exchange(k, v, spec, step, backward)
+    return started
 
 
 def _backward_steps(
     ready: Plan,
     operands: tuple[Tensor, ...],
-    upstream: tuple[Tensor | None, ...],
+    upstream: tuple[Tensor, Tensor | None, Tensor, Tensor],
     masks: list[Tensor | None],
     kept: list[Tensor | None],
     spec: str,
@@ -232,9 +232,10 @@ def _upstream_to_parts(
     grad_out: Tensor | None, grad_lse: Tensor | None, axis: str, spec: str
 ) -> tuple[Tensor | None, Tensor | None]:
     parts = meshes.size_of(axis)
-    asked = parse_spec(spec).lse and grad_lse is not None
     out = None if grad_out is None else heads.start(grad_out, parts, axis, spec, "gradient of the output by heads", True)
-    lse = heads.start(grad_lse[..., None], parts, axis, spec, "gradient of the LSE by heads", True) if asked else None
+    lse = None
+    if grad_lse is not None and parse_spec(spec).lse:
+        lse = heads.start(grad_lse[..., None], parts, axis, spec, "gradient of the LSE by heads", True)
     return None if out is None else heads.cut(out), None if lse is None else heads.cut(lse)[..., 0].contiguous()
 
 

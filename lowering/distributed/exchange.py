@@ -1,4 +1,4 @@
-"""Collectives that don't wait: started here, waited for by ``_c10d_functional::wait_tensor``, whose errors say who was waited for.
+"""Collectives that don't wait: started here, waited for by ``_c10d_functional::wait_tensor``, whose errors say for whom.
 
 What is sent lies in a buffer of its own until the wait, so that the compiler may use the operands' memory again at once.
 """

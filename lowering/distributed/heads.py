@@ -11,7 +11,10 @@ from dilcompile.lowering.distributed.exchange import wait
 
 def start(x: Tensor, parts: int, axis: str, spec: str, what: str, backward: bool) -> Tensor:
     """Start to send each part its heads of ``x`` [B, heads, n, D]."""
-    return ops.exchange_equal(x.unflatten(1, (parts, -1)).transpose(0, 1), axis, spec, what, backward)
+    batch, count, places, dim = x.shape
+    dealt = x.reshape(batch, parts, count // parts, places, dim).transpose(0, 1)
+    started: Tensor = ops.exchange_equal(dealt, axis, spec, what, backward)
+    return started
 
 
 def cut(started: Tensor) -> Tensor:
@@ -21,7 +24,10 @@ def cut(started: Tensor) -> Tensor:
 
 def start_back(x: Tensor, parts: int, axis: str, spec: str, what: str, backward: bool) -> Tensor:
     """Start to send each part its rows of ``x`` [B, heads, parts * n, D]."""
-    return ops.exchange_equal(x.unflatten(2, (parts, -1)).movedim(2, 0), axis, spec, what, backward)
+    batch, count, places, dim = x.shape
+    sliced = x.reshape(batch, count, parts, places // parts, dim).movedim(2, 0)
+    started: Tensor = ops.exchange_equal(sliced, axis, spec, what, backward)
+    return started
 
 
 def whole(started: Tensor) -> Tensor:
@@ -36,4 +42,4 @@ def repeat(x: Tensor, share: int) -> Tensor:
 
 def sum_repeated(x: Tensor, share: int) -> Tensor:
     """The sum over the copies that ``repeat`` made."""
-    return x if share == 1 else x.unflatten(1, (-1, share)).sum(2)
+    return x if share == 1 else x.reshape(x.shape[0], -1, share, *x.shape[2:]).sum(2)

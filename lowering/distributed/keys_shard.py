@@ -59,10 +59,7 @@ def shards_of(k: Tensor, spec: Spec) -> Shards:
     return shards
 
 
-
-def _calls(
-    q: Tensor, k: Tensor, v: Tensor, masks: Masks, spec: Spec, rank: int | None
-) -> list[tuple[slice, Call]]:
+def _calls(q: Tensor, k: Tensor, v: Tensor, masks: Masks, spec: Spec, rank: int | None) -> list[tuple[slice, Call]]:
     """The attention of the queries to each run of a rank's keys, with its places."""
     key_padding, documents, row_limits, dropout_seed = masks
     shards = shards_of(k, spec)

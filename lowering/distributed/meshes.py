@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dilcompile.errors import PlacementError
 from dilcompile.near import hint
+
+# Typed by nobody the same in all versions.
+_registry: Any = torch._C._distributed_c10d
 
 
 @dataclass(frozen=True)
@@ -116,15 +120,15 @@ def _register(axis: Axis) -> None:
     name = group_name(axis.name)
     _axes[axis.name] = axis
     if axis.group is not None:
-        torch._C._distributed_c10d._unregister_process_group(name)
-        torch._C._distributed_c10d._register_process_group(name, axis.group)
+        _registry._unregister_process_group(name)
+        _registry._register_process_group(name, axis.group)
 
 
 def forget() -> None:
     """Leave all axes, as when the process group was destroyed."""
     if dist.is_available():
         for name in _axes:
-            torch._C._distributed_c10d._unregister_process_group(group_name(name))
+            _registry._unregister_process_group(group_name(name))
     _axes.clear()
 
 

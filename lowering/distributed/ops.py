@@ -1,7 +1,8 @@
 """The operators that sharded attention is made of, as they stand in graphs: schemas, fakes, and who computes them.
 
-None has a gradient of its own: ``attention.py`` writes the backward out. No number of theirs depends on the rank, so that all ranks
-have one graph; what does depend on it is looked up when they run. Tensors of rows have the size that the rank with most rows needs.
+None has a gradient of its own: ``attention.py`` writes the backward out. No number of theirs depends on the rank, so that all
+ranks have one graph; what depends on it is looked up when they run. Rows lie in tensors as large as the rank with most of them
+needs.
 
 What an exchange returns may be read only after ``_c10d_functional::wait_tensor``.
 """
@@ -30,7 +31,9 @@ def _splits(plan: Plan, transfers: tuple[Transfer, ...]) -> list[int]:
     return [counts.get(rank, 0) for rank in range(plan.sizes.ranks)]
 
 
-@torch.library.custom_op("dilcompile::exchange", mutates_args=(), schema="(Tensor k, Tensor v, str spec, int step, bool backward) -> Tensor")
+@torch.library.custom_op(
+    "dilcompile::exchange", mutates_args=(), schema="(Tensor k, Tensor v, str spec, int step, bool backward) -> Tensor"
+)
 def exchange(k: Tensor, v: Tensor, spec: str, step: int, backward: bool) -> Tensor:
     """Start the transfers of a step.
 
@@ -93,9 +96,9 @@ def add_returned(grad_k: Tensor, grad_v: Tensor, returned: Tensor, spec: str, st
     """The gradients of own keys and values with what has come back for the rows sent in a step."""
     plan = plan_of(spec, grad_k, grad_v)
     at = here(plan.spec)
-    sums = tuple(empty_output(x, x.shape[3]).copy_(x) for x in (grad_k, grad_v))
-    rows.add(returned, *sums, plan.step(at, step).sends, plan.runs(at))
-    return sums[0], sums[1]
+    sum_k, sum_v = (empty_output(x, x.shape[3]).copy_(x) for x in (grad_k, grad_v))
+    rows.add(returned, sum_k, sum_v, plan.step(at, step).sends, plan.runs(at))
+    return sum_k, sum_v
 
 
 @add_returned.register_fake
@@ -190,8 +193,8 @@ def attend_step_backward(
         out, lse: of all steps.
 
     Returns:
-        gradients of q [B, H, n, D]; of k and v, empty where no rank attends to own keys in this step; of ``received``, flat, empty
-        where nothing is received.
+        gradients of q [B, H, n, D]; of k and v, empty where no rank attends to own keys in this step; of ``received``, flat,
+        empty where nothing is received.
     """
     plan = plan_of(spec, k, v)
     given = Operands(q, k, v, key_padding, documents, row_limits, dropout_seed)
@@ -225,7 +228,9 @@ def _(
     return empty_output(q, q.shape[3], dtype), grad_k, grad_v, grad_received
 
 
-@torch.library.custom_op("dilcompile::gather", mutates_args=(), schema="(Tensor x, str axis, str spec, str what, bool backward) -> Tensor")
+@torch.library.custom_op(
+    "dilcompile::gather", mutates_args=(), schema="(Tensor x, str axis, str spec, str what, bool backward) -> Tensor"
+)
 def gather(x: Tensor, axis: str, spec: str, what: str, backward: bool) -> Tensor:
     """Start to gather equal tensors of the ranks of a mesh axis: [ranks, *x.shape]."""
     at = meshes.axis_of(axis)
@@ -240,7 +245,9 @@ def _(x: Tensor, axis: str, spec: str, what: str, backward: bool) -> Tensor:
     return x.new_empty((meshes.size_of(axis), *x.shape))
 
 
-@torch.library.custom_op("dilcompile::exchange_equal", mutates_args=(), schema="(Tensor x, str axis, str spec, str what, bool backward) -> Tensor")
+@torch.library.custom_op(
+    "dilcompile::exchange_equal", mutates_args=(), schema="(Tensor x, str axis, str spec, str what, bool backward) -> Tensor"
+)
 def exchange_equal(x: Tensor, axis: str, spec: str, what: str, backward: bool) -> Tensor:
     """Start an all-to-all over a mesh axis: ``x[i]`` goes to rank i, and what came from rank i is ``result[i]``."""
     message = x.clone(memory_format=torch.contiguous_format).flatten()
@@ -256,7 +263,9 @@ def _(x: Tensor, axis: str, spec: str, what: str, backward: bool) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-_SHARD = "Tensor q, Tensor k, Tensor v, Tensor? key_padding, Tensor? documents, Tensor? row_limits, Tensor? dropout_seed, str spec"
+_SHARD = (
+    "Tensor q, Tensor k, Tensor v, Tensor? key_padding, Tensor? documents, Tensor? row_limits, Tensor? dropout_seed, str spec"
+)
 
 
 @torch.library.custom_op("dilcompile::attend_shard", mutates_args=(), schema=f"({_SHARD}) -> (Tensor, Tensor)")

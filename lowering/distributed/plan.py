@@ -160,8 +160,8 @@ def make_plan(text: str, sizes: Sizes) -> Plan:
     if shards.places != sizes.places:
         raise PlacementError(
             f"{spec.site}: {length} tokens over {sizes.ranks * sizes.parts} ranks ({spec.order}) are "
-            f"{shards.places // sizes.parts} places a rank, but q, k and v have {sizes.places // sizes.parts}; cut and pad them with "
-            f"dilcompile.distributed.shard_inputs"
+            f"{shards.places // sizes.parts} places a rank, but q, k and v have {sizes.places // sizes.parts}; cut and pad them "
+            f"with dilcompile.distributed.shard_inputs"
         )
     whole = whole_relation(spec, sizes, length)
     reason = refusal(spec, whole, sizes)

@@ -33,7 +33,7 @@ def attention(
     documents = whole.by_position(documents, shards, spec.axis, None, text, "documents")
     if dropout_seed is not None and shards.ranks > 1:
         dropout_seed = whole.of_first(dropout_seed, spec.axis, text, "dropout seed")
-    out, lse = _Tree.apply(q, k, v, key_padding, documents, row_limits, dropout_seed, text)
+    out, lse = _Tree.apply(q, k, v, key_padding, documents, row_limits, dropout_seed, text)  # type: ignore[no-untyped-call]
     factor = output_scale(form_of(spec.form), shards.length)
     return (out if factor == 1.0 else out * factor), lse
 
@@ -48,7 +48,9 @@ class _Tree(torch.autograd.Function):
         said = parse_spec(spec)
         out, lse = ops.attend_shard(q, k, v, *rest)
         if meshes.size_of(said.axis) > 1:
-            started = [ops.gather(x, said.axis, spec, what, False) for x, what in ((out, "partial outputs"), (lse, "partial LSE"))]
+            started = [
+                ops.gather(x, said.axis, spec, what, False) for x, what in ((out, "partial outputs"), (lse, "partial LSE"))
+            ]
             out, lse = ops.merge_parts(*(wait(x) for x in started))
         out = empty_output(q, out.shape[3]).copy_(out)
         ctx.save_for_backward(q, k, v, out, lse, *rest[:-1])

@@ -11,17 +11,17 @@ from dilcompile.lowering.distributed.exchange import wait
 from dilcompile.placements.shards import Shards
 
 
-def by_position(x: Tensor | None, shards: Shards, axis: str | None, heads_axis: str | None, spec: str, what: str) -> Tensor | None:
+def by_position(
+    x: Tensor | None, shards: Shards, axis: str | None, heads_axis: str | None, spec: str, what: str
+) -> Tensor | None:
     """[..., length] by position, from each rank's [..., places]; what is of the whole sequence already stays."""
     if x is None:
         return None
-    held = x.shape[-1]
-    if held == shards.length and (held != shards.places // shards.parts or shards.ranks * shards.parts == 1):
+    held, own = x.shape[-1], shards.places // shards.parts
+    if held == shards.length and (held != own or shards.ranks * shards.parts == 1):
         return x
-    if held != shards.places // shards.parts:
-        raise PlacementError(
-            f"{what} has {held} columns; give the rank's own {shards.places // shards.parts}, or those of all {shards.length} tokens"
-        )
+    if held != own:
+        raise PlacementError(f"{what} has {held} columns; give the rank's own {own}, or those of all {shards.length} tokens")
     # Not every transport moves truth values.
     moved = x.to(torch.uint8) if x.dtype == torch.bool else x
     if heads_axis is not None and shards.parts > 1:
@@ -37,7 +37,7 @@ def ordered(x: Tensor, shards: Shards) -> Tensor:
         return x.movedim(0, -2).flatten(-2)
     if shards.order == "striped":
         return x.movedim(0, -1).flatten(-2)
-    first, second = x.unflatten(-1, (2, -1)).unbind(-2)
+    first, second = x.reshape(*x.shape[:-1], 2, -1).unbind(-2)
     return torch.cat([first, second.flip(0)]).movedim(0, -2).flatten(-2)
 
 
