@@ -148,10 +148,10 @@ def _forward_steps(
     q, k, v = operands
     out, lse = None, None
     kept: list[Tensor | None] = []
-    started = _start(ready, k, v, spec, 0, backward=False)
+    started = _start(ready, k, v, None, spec, 0)
     for step in range(ready.num_steps):
         received = None if started is None else wait(started)
-        started = _start(ready, k, v, spec, step + 1, backward=False)
+        started = _start(ready, k, v, None, spec, step + 1)
         out, lse = ops.attend_step(out, lse, q, k, v, *masks, received, started, spec, step)
         kept.append(None if ready.resends else received)
     assert out is not None, "a schedule has a step"
@@ -159,10 +159,10 @@ def _forward_steps(
     return out, lse, kept
 
 
-def _start(ready: Plan, k: Tensor, v: Tensor, spec: str, step: int, backward: bool) -> Tensor | None:
+def _start(ready: Plan, k: Tensor, v: Tensor, after: Tensor | None, spec: str, step: int) -> Tensor | None:
     if step >= ready.num_steps or not ready.receives(step):
         return None
-    started: Tensor = ops.exchange(k, v, spec, step, backward)
+    started: Tensor = ops.exchange(k, v, after, spec, step)
     return started
 
 
@@ -174,18 +174,22 @@ def _backward_steps(
     kept: list[Tensor | None],
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v in their wide dtype."""
+    """Gradients of q, k and v in their wide dtype.
+
+    The first step, that of own keys, comes last: what others are given back travels meanwhile.
+    """
     q, k, v = operands
-    wide = upstream[3].dtype
+    behind, wide = upstream[0], upstream[3].dtype
     grad_q: Tensor | None = None
     grad_k, grad_v = (x.new_zeros(x.shape, dtype=wide) for x in (k, v))
     coming: tuple[int, Tensor] | None = None
-    started = _start(ready, k, v, spec, 0, backward=True) if ready.resends else None
-    for step in range(ready.num_steps):
+    order = (*range(1, ready.num_steps), 0)
+    started = _start(ready, k, v, behind, spec, order[0]) if ready.resends else None
+    for step, following in zip(order, (*order[1:], ready.num_steps), strict=True):
         received = kept[step]
         if ready.resends:
             received = None if started is None else wait(started)
-            started = _start(ready, k, v, spec, step + 1, backward=True)
+            started = _start(ready, k, v, behind, spec, following)
         part = ops.attend_step_backward(*upstream, q, k, v, *masks, received, started, spec, step)
         grad_q = part[0] if grad_q is None else grad_q + part[0]
         if ready.attends_own(step):

@@ -4,7 +4,8 @@ None has a gradient of its own: ``attention.py`` writes the backward out. No num
 ranks have one graph; what depends on it is looked up when they run. Rows lie in tensors as large as the rank with most of them
 needs.
 
-What an exchange returns may be read only after ``_c10d_functional::wait_tensor``.
+What a collective returns may be read only after ``_c10d_functional::wait_tensor``. Collectives are in that namespace because
+autograd's partitioner knows them by it: it never computes one twice, and removes no wait without what it waits for.
 """
 
 from __future__ import annotations
@@ -26,20 +27,23 @@ from dilcompile.lowering.merge import merge_into
 from dilcompile.placements.schedule import Transfer
 
 
+_COLLECTIVE = "_c10d_functional::dilcompile"
+
+
 def _splits(plan: Plan, transfers: tuple[Transfer, ...]) -> list[int]:
     counts = {transfer.peer: plan.elements(transfer.count) for transfer in transfers}
     return [counts.get(rank, 0) for rank in range(plan.sizes.ranks)]
 
 
 @torch.library.custom_op(
-    "dilcompile::exchange", mutates_args=(), schema="(Tensor k, Tensor v, str spec, int step, bool backward) -> Tensor"
+    f"{_COLLECTIVE}_exchange", mutates_args=(), schema="(Tensor k, Tensor v, Tensor? after, str spec, int step) -> Tensor"
 )
-def exchange(k: Tensor, v: Tensor, spec: str, step: int, backward: bool) -> Tensor:
+def exchange(k: Tensor, v: Tensor, after: Tensor | None, spec: str, step: int) -> Tensor:
     """Start the transfers of a step.
 
     Args:
         k: [B, Hkv, n, D]; v: [B, Hkv, n, Dv]; the rank's places.
-        backward: they are received again for the backward pass.
+        after: for the backward pass, which receives them again: what has come from behind, not read. So it is no part of the forward.
 
     Returns:
         flat, in k's dtype: what other ranks send, keys and values beside one another, see ``rows``.
@@ -50,18 +54,18 @@ def exchange(k: Tensor, v: Tensor, spec: str, step: int, backward: bool) -> Tens
     message = k.new_empty(plan.elements(own.rows_sent))
     rows.pack(message, k, v, own.sends, plan.runs(at))
     out = k.new_empty(plan.receives(step))
-    errand = Errand(plan.spec.site, f"step {step}, keys and values", "backward" if backward else "forward")
+    errand = Errand(plan.spec.site, f"step {step}, keys and values", "forward" if after is None else "backward")
     wire.all_to_all(plan.spec.axis, out, message, _splits(plan, own.receives), _splits(plan, own.sends), errand)
     return out
 
 
 @exchange.register_fake
-def _(k: Tensor, v: Tensor, spec: str, step: int, backward: bool) -> Tensor:
+def _(k: Tensor, v: Tensor, after: Tensor | None, spec: str, step: int) -> Tensor:
     return k.new_empty(plan_of(spec, k, v).receives(step))
 
 
 @torch.library.custom_op(
-    "dilcompile::return_gradients", mutates_args=(), schema="(Tensor grads, Tensor k, Tensor v, str spec, int step) -> Tensor"
+    f"{_COLLECTIVE}_return_gradients", mutates_args=(), schema="(Tensor grads, Tensor k, Tensor v, str spec, int step) -> Tensor"
 )
 def return_gradients(grads: Tensor, k: Tensor, v: Tensor, spec: str, step: int) -> Tensor:
     """Start to send the gradients of received rows back to their owners.
@@ -229,7 +233,7 @@ def _(
 
 
 @torch.library.custom_op(
-    "dilcompile::gather", mutates_args=(), schema="(Tensor x, str axis, str spec, str what, bool backward) -> Tensor"
+    f"{_COLLECTIVE}_gather", mutates_args=(), schema="(Tensor x, str axis, str spec, str what, bool backward) -> Tensor"
 )
 def gather(x: Tensor, axis: str, spec: str, what: str, backward: bool) -> Tensor:
     """Start to gather equal tensors of the ranks of a mesh axis: [ranks, *x.shape]."""
@@ -246,7 +250,7 @@ def _(x: Tensor, axis: str, spec: str, what: str, backward: bool) -> Tensor:
 
 
 @torch.library.custom_op(
-    "dilcompile::exchange_equal", mutates_args=(), schema="(Tensor x, str axis, str spec, str what, bool backward) -> Tensor"
+    f"{_COLLECTIVE}_exchange_equal", mutates_args=(), schema="(Tensor x, str axis, str spec, str what, bool backward) -> Tensor"
 )
 def exchange_equal(x: Tensor, axis: str, spec: str, what: str, backward: bool) -> Tensor:
     """Start an all-to-all over a mesh axis: ``x[i]`` goes to rank i, and what came from rank i is ``result[i]``."""
