@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,9 @@ from dilcompile.errors import PlacementError
 from dilcompile.lowering.distributed import meshes, traffic
 from dilcompile.lowering.distributed.meshes import Axis
 from dilcompile.lowering.distributed.traffic import Direction
+
+# Its name until torch 2.12.
+_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def all_gather(axis: str, out: Tensor, message: Tensor, errand: Errand) -> None:
     traffic.count(errand.site, errand.direction, moved, moved)
     watch = _Watch(at, errand, tuple(rank for rank in range(at.size) if rank != at.rank))
     with watch:
-        work = dist.all_gather_into_tensor(out, message, group=at.group, async_op=True)
+        work = _gather(out, message, group=at.group, async_op=True)
     _register(out, _Watched(work, watch, (message,)))
 
 

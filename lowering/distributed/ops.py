@@ -26,7 +26,6 @@ from dilcompile.lowering.distributed.step import Operands, Upstream, wide_dtype
 from dilcompile.lowering.merge import merge_into
 from dilcompile.placements.schedule import Transfer
 
-
 _COLLECTIVE = "_c10d_functional::dilcompile"
 
 
