@@ -13,11 +13,20 @@ from typing import TYPE_CHECKING
 import dilcompile.lowering.ops as _registered  # noqa: F401
 
 if TYPE_CHECKING:
+    import dilcompile.distributed as distributed
     import dilcompile.forms as forms
     import dilcompile.functional as functional
     import dilcompile.nn as nn
     from dilcompile.convert import convert
-    from dilcompile.errors import DilcompileError, DilcompileWarning, FormError, KernelError, PolicyError, RewriteError
+    from dilcompile.errors import (
+        DilcompileError,
+        DilcompileWarning,
+        FormError,
+        KernelError,
+        PlacementError,
+        PolicyError,
+        RewriteError,
+    )
     from dilcompile.exported import rewrite_exported
     from dilcompile.inspect import explain
     from dilcompile.policy import Policy
@@ -29,10 +38,12 @@ __all__ = [
     "DilcompileWarning",
     "FormError",
     "KernelError",
+    "PlacementError",
     "Policy",
     "PolicyError",
     "RewriteError",
     "convert",
+    "distributed",
     "explain",
     "forms",
     "functional",
@@ -46,6 +57,7 @@ _HOME = {
     "DilcompileWarning": "dilcompile.errors",
     "FormError": "dilcompile.errors",
     "KernelError": "dilcompile.errors",
+    "PlacementError": "dilcompile.errors",
     "Policy": "dilcompile.policy",
     "PolicyError": "dilcompile.errors",
     "RewriteError": "dilcompile.errors",
@@ -53,7 +65,7 @@ _HOME = {
     "explain": "dilcompile.inspect",
     "rewrite_exported": "dilcompile.exported",
 }
-_MODULES = ("forms", "functional", "nn")
+_MODULES = ("distributed", "forms", "functional", "nn")
 
 
 def __getattr__(name: str) -> object:

@@ -57,6 +57,10 @@ class KernelError(DilcompileError):
     """No kernel, or not the kernel that was asked for, can compute what was decided."""
 
 
+class PlacementError(DilcompileError):
+    """A sequence can't be held or moved over ranks as was asked for, or another rank is gone."""
+
+
 class RewriteError(DilcompileError):
     """A site could not be rewritten and the policy says that this is an error."""
 

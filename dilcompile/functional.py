@@ -91,7 +91,7 @@ def attention(
         documents,
         bias,
         seed,
-        _text(form),
+        text_of(form),
         is_causal,
         None,
         None,
@@ -135,9 +135,9 @@ def select_blocks(
     arguments.check_padding(key_padding, q, k.shape[2])
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     problem = problem_of(q, k, k, is_causal, None, None, offset)
-    found = selection.select_blocks(relation_of(form_of(_text(form)), problem), q, k, key_padding, scale, softcap)
+    found = selection.select_blocks(relation_of(form_of(text_of(form)), problem), q, k, key_padding, scale, softcap)
     if found is None:
-        raise FormError(f"the blocks of {_text(form)} don't depend on the data; {{topk: ...}} and {{mass: ...}} choose them")
+        raise FormError(f"the blocks of {text_of(form)} don't depend on the data; {{topk: ...}} and {{mass: ...}} choose them")
     return found
 
 
@@ -195,7 +195,8 @@ def dilated_attention(
     )
 
 
-def _text(form: Form | str | Mapping[str, Any]) -> str:
+def text_of(form: Form | str | Mapping[str, Any]) -> str:
+    """The text of what ``attention`` takes as a form."""
     text: str
     if isinstance(form, str):
         text = _parsed(form)

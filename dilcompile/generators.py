@@ -5,7 +5,7 @@ Each says the same thing in several ways: ``contains`` of single pairs (what the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,8 +14,16 @@ from torch import Tensor
 from dilcompile.blocks.adaptive import is_adaptive
 from dilcompile.blocks.grid import Grid
 from dilcompile.blocks.lists import BlockLists, lists_of
-from dilcompile.blocks.patterns import Pattern
+from dilcompile.blocks.patterns import Pattern, from_head
+from dilcompile.position_sets import between, joined, meet, reached
 from dilcompile.progression import Positions, Progression, RowKeys
+
+Limit = int | None
+
+
+def least(one: Limit, other: Limit) -> Limit:
+    """The narrower of two limits; None is no limit."""
+    return other if one is None else one if other is None else min(one, other)
 
 
 @dataclass(frozen=True)
@@ -34,9 +42,9 @@ class Everything:
         """The query positions in ``[start, stop)`` that have keys here."""
         return np.arange(start, stop, dtype=np.int64)
 
-    def needed(self, kv_head: int, rows: Progression, k_len: int) -> list[Progression]:
-        """Keys that the query positions ``rows`` may read under this key head, before the mask."""
-        return [Progression(0, k_len)]
+    def needed(self, kv_head: int, rows: Progression, k_len: int, left: Limit, right: Limit) -> list[Progression]:
+        """The keys that query positions ``rows`` read; see ``Generator``."""
+        return reached(rows, 1, left, right, 0, k_len)
 
     def __str__(self) -> str:
         return "everything"
@@ -87,6 +95,15 @@ class Segment:
         t = np.arange(start, stop, dtype=np.int64)
         return t[self._has(h, t)]
 
+    def of_heads(self, kv_start: int, kv_stop: int) -> Segment:
+        """The branch as some key heads and their query heads have it, which are counted from 0 then."""
+        residues = None if self.residues is None else self.residues[kv_start:kv_stop]
+        if self.heads is None:
+            return replace(self, residues=residues)
+        first, heads = kv_start * self.group, (kv_stop - kv_start) * self.group
+        low, high = (min(max(0, bound - first), heads) for bound in self.heads)
+        return replace(self, residues=residues, heads=None if (low, high) == (0, heads) else (low, high))
+
     def _has(self, h: int, t: Positions) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
         if self.heads is not None and not self.heads[0] <= h < self.heads[1]:
             return np.zeros(t.shape, dtype=np.bool_)
@@ -94,26 +111,40 @@ class Segment:
             return np.ones(t.shape, dtype=np.bool_)
         return np.asarray(t % self.length % self.rate == self.residues[h // self.group], dtype=np.bool_)
 
-    def needed(self, kv_head: int, rows: Progression, k_len: int) -> list[Progression]:
-        """Keys that the query positions ``rows`` may read under this key head, before the mask."""
+    def needed(self, kv_head: int, rows: Progression, k_len: int, left: Limit, right: Limit) -> list[Progression]:
+        """The keys that query positions ``rows`` read; see ``Generator``."""
         if self.heads is not None:
             first, last = kv_head * self.group, (kv_head + 1) * self.group
             if last <= self.heads[0] or first >= self.heads[1]:
                 return []
+        rows = between(rows, 0, -(-k_len // self.length) * self.length)
+        if not len(rows):
+            return []
+        whole = self._whole(rows, k_len, left, right)
+        begin, end = rows.start // self.length * self.length, rows.positions()[-1] + 1
         found = []
-        begin = max(0, rows.start) // self.length * self.length
-        for start in range(begin, min(rows.stop, k_len), self.length):
-            stop = min(start + self.length, k_len)
-            inside = range(max(rows.start, start), min(rows.stop, start + self.length))
-            found += [Progression(start + c, stop, self.rate) for c in self._classes(kv_head, inside, start)]
+        for start in (*range(begin, whole.start, self.length), *range(whole.stop, end, self.length)):
+            stop = start + self.length
+            found += self._reached(kv_head, between(rows, start, stop), start, min(stop, k_len), left, right)
+        if len(whole):
+            # All of them as one, of which every key is read that is in the class of a row.
+            found += self._reached(kv_head, between(rows, whole.start, whole.stop), whole.start, whole.stop, None, None)
         return found
 
-    def _classes(self, kv_head: int, inside: range, start: int) -> list[int]:
-        if self.residues is None:
-            return sorted({(t - start) % self.rate for t in inside[: self.rate]})
-        residue = self.residues[kv_head]
-        first = inside.start + (residue - (inside.start - start)) % self.rate
-        return [residue] if first < inside.stop else []
+    def _whole(self, rows: Progression, k_len: int, left: Limit, right: Limit) -> Progression:
+        """The neighbouring whole segments whose rows read every key of their class, so that one can't tell segments apart."""
+        begin = -(-rows.start // self.length) * self.length
+        end = min(rows.positions()[-1] + rows.step, k_len) // self.length * self.length
+        alike = self.length % self.rate == 0 and self.length % rows.step == 0
+        # In a run of rows each key is a row too, which sees itself.
+        unmasked = (left is None and right is None) or (rows.step == 1 and min(left or 0, right or 0) >= 0)
+        return Progression(begin, end if alike and unmasked and end > begin else begin)
+
+    def _reached(self, kv_head: int, rows: Progression, start: int, stop: int, left: Limit, right: Limit) -> list[Progression]:
+        """The keys in ``[start, stop)`` that ``rows`` read, where that is all of a segment and they are in it."""
+        if self.residues is not None:
+            rows = meet(rows, Progression(start + self.residues[kv_head], rows.stop, self.rate))
+        return reached(rows, self.rate, left, right, start, stop)
 
     def __str__(self) -> str:
         if self.residues is None:
@@ -154,18 +185,9 @@ class Window:
         """The query positions in ``[start, stop)`` that have keys here."""
         return np.arange(start, stop, dtype=np.int64)
 
-    def needed(self, kv_head: int, rows: Progression, k_len: int) -> list[Progression]:
-        """Keys that the query positions ``rows`` may read under this key head, before the mask."""
-        found = []
-        for start in range(rows.start, min(rows.stop, rows.start + self.step)):
-            last = start + (rows.stop - 1 - start) // self.step * self.step
-            low = start % self.step if self.left is None else start - self.left // self.step * self.step
-            low = low if low >= 0 else low % self.step
-            high = k_len if self.right is None else min(k_len, last + self.right + 1)
-            found.append(Progression(low, high, self.step))
-        if self.step > 1 and len(found) == self.step:
-            return [Progression(min(p.start for p in found), max(p.stop for p in found))]
-        return found
+    def needed(self, kv_head: int, rows: Progression, k_len: int, left: Limit, right: Limit) -> list[Progression]:
+        """The keys that query positions ``rows`` read; see ``Generator``."""
+        return reached(rows, self.step, least(left, self.left), least(right, self.right), 0, k_len)
 
     def __str__(self) -> str:
         left = "inf" if self.left is None else str(self.left)
@@ -191,9 +213,9 @@ class Sinks:
         """The query positions in ``[start, stop)`` that have keys here."""
         return np.arange(start, stop, dtype=np.int64)
 
-    def needed(self, kv_head: int, rows: Progression, k_len: int) -> list[Progression]:
-        """Keys that the query positions ``rows`` may read under this key head, before the mask."""
-        return [Progression(0, min(self.count, k_len))]
+    def needed(self, kv_head: int, rows: Progression, k_len: int, left: Limit, right: Limit) -> list[Progression]:
+        """The keys that query positions ``rows`` read; see ``Generator``."""
+        return reached(rows, 1, left, right, 0, min(self.count, k_len))
 
     def __str__(self) -> str:
         return f"sinks({self.count})"
@@ -218,6 +240,10 @@ class Blocks:
         column = torch.div(k, self.grid.k_block, rounding_mode="floor")
         return self.pattern.contains(h, row, column, self.grid) & (t >= 0)
 
+    def of_heads(self, kv_start: int, kv_stop: int) -> Blocks:
+        """The blocks as some key heads and their query heads have them, which are counted from 0 then."""
+        return replace(self, pattern=from_head(self.pattern, kv_start * self.group))
+
     @property
     def adaptive(self) -> bool:
         """Do the blocks depend on the data? These here are then all that there may be."""
@@ -229,22 +255,38 @@ class Blocks:
         there = columns < grid.columns
         return lists_of(rows[there] * grid.columns + columns[there], grid)
 
-    def needed(self, kv_head: int, rows: Progression, k_len: int) -> list[Progression]:
-        """Keys that the query positions ``rows`` may read under this key head, before the mask."""
+    def needed(self, kv_head: int, rows: Progression, k_len: int, left: Limit, right: Limit) -> list[Progression]:
+        """The keys that query positions ``rows`` read; see ``Generator``."""
+        if not len(rows):
+            return []
         size = self.grid
-        lines = np.arange(max(0, rows.start) // size.q_block, -(-max(1, rows.stop) // size.q_block), dtype=np.int64)
+        last = rows.positions()[-1]
+        lines = np.arange(max(0, rows.start) // size.q_block, max(0, last) // size.q_block + 1, dtype=np.int64)
         heads = range(kv_head * self.group, (kv_head + 1) * self.group) if self.pattern.by_head else range(1)
-        columns = np.unique(np.concatenate([self.pattern.codes(h, lines, size) for h in heads]) % max(1, size.columns))
-        return [
-            Progression(int(run[0]) * size.k_block, min((int(run[-1]) + 1) * size.k_block, k_len))
-            for run in np.split(columns, np.flatnonzero(np.diff(columns) != 1) + 1)
-            if len(run)
-        ]
+        codes = np.unique(np.concatenate([self.pattern.codes(h, lines, size) for h in heads]))
+        line, column = np.divmod(codes, max(1, size.columns))
+        # The own rows in each block row: the first and the last of them.
+        low = rows.start + -(-np.maximum(0, line * size.q_block - rows.start) // rows.step) * rows.step
+        high = np.minimum(last, rows.start + ((line + 1) * size.q_block - 1 - rows.start) // rows.step * rows.step)
+        first, stop = column * size.k_block, np.minimum((column + 1) * size.k_block, k_len)
+        if left is not None and right is not None and left + right + 1 < rows.step:
+            found = []
+            for block in range(len(line)):
+                inside = Progression(int(low[block]), int(high[block]) + 1, rows.step)
+                found += reached(inside, 1, left, right, int(first[block]), int(stop[block]))
+            return found
+        first = first if left is None else np.maximum(first, low - left)
+        stop = stop if right is None else np.minimum(stop, high + right + 1)
+        there = (low <= high) & (first < stop)
+        return joined(first[there], stop[there])
 
     def __str__(self) -> str:
         return f"blocks({self.grid.q_block} x {self.grid.k_block}, {self.pattern})"
 
 
+# Each has ``needed(kv_head, rows, k_len, left, right)``: exactly the keys that some query position of ``rows`` reads under this key
+# head with ``-right <= t - k <= left``, as progressions that may meet one another.
+#
 # Whose rows hold one progression of keys each.
 ByRow = Everything | Segment | Window | Sinks
 Generator = ByRow | Blocks

@@ -140,25 +140,37 @@ class Relation:
         return size.batch * self.pairs() * (2 * (3 * size.head_dim + 2 * size.v_dim) if backward else forward)
 
     def keys_needed(self, rows: Progression, kv_head: int) -> list[Progression]:
-        """The key positions that the query positions ``rows`` (step 1) read under one key head.
-
-        A superset may be named where a term is not of one step; nothing outside is ever read. Duplicates between terms stay.
-        """
-        size = self.problem
-        low = 0 if size.left is None else max(0, rows.start - size.left)
-        high = size.k_len if size.right is None else min(size.k_len, rows.stop + size.right)
-        found = []
+        """The key positions that the query positions ``rows`` read under one key head: no other, though several times where terms
+        meet. Where blocks depend on the data: all that may be read."""
+        size, found = self.problem, dict[Progression, None]()
         for term in self.terms:
-            for keys in term.generator.needed(kv_head, rows, size.k_len):
-                first = keys.start + -(-max(0, low - keys.start) // keys.step) * keys.step
-                clipped = Progression(first, min(keys.stop, high), keys.step)
-                if len(clipped) and clipped not in found:
-                    found.append(clipped)
-        return found
+            found.update(dict.fromkeys(term.generator.needed(kv_head, rows, size.k_len, size.left, size.right)))
+        return list(found)
+
+    def alike_kv_heads(self) -> list[list[int]]:
+        """The key heads, those together of which the same keys are read at every position."""
+        kinds: dict[tuple[object, ...], list[int]] = {}
+        for kv_head in range(self.problem.kv_heads):
+            heads = range(kv_head * self.problem.group, (kv_head + 1) * self.problem.group)
+            kind = tuple(dict.fromkeys(tuple(_kind(term.generator, head) for term in self.terms) for head in heads))
+            kinds.setdefault(kind, []).append(kv_head)
+        return list(kinds.values())
 
     def at(self, q_len: int, k_len: int, q_offset: int) -> Relation:
         """The same terms over other lengths (a document, a shard, a decode step)."""
         return replace(self, problem=replace(self.problem, q_len=q_len, k_len=k_len, q_offset=q_offset))
+
+    def of_heads(self, kv_start: int, kv_stop: int) -> Relation:
+        """The same relation as the key heads from ``kv_start`` to before ``kv_stop`` and their query heads see it; both are
+        counted from 0 then."""
+        size = replace(self.problem, heads=(kv_stop - kv_start) * self.problem.group, kv_heads=kv_stop - kv_start)
+        terms = tuple(
+            replace(term, generator=term.generator.of_heads(kv_start, kv_stop))
+            if isinstance(term.generator, Segment | Blocks)
+            else term
+            for term in self.terms
+        )
+        return Relation(size, terms)
 
     def _head_pairs(self, head: int) -> int:
         return sum(self._term_pairs(index, head) for index in range(len(self.terms)))

@@ -25,10 +25,12 @@ class Held:
     Args:
         queries: where the rows of q stand.
         keys: where the rows of k and v stand.
+        first_head: query head 0 is this one of the whole attention, by which dropout is drawn.
     """
 
     queries: Progression
     keys: Progression
+    first_head: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Call:
         exact_lse: False where nobody reads the LSE for its digits: it may be as rough as q's dtype (-inf still says no keys).
         selection: which blocks there are of a relation that names all that there may be; the queries' block rows are the grid's.
         held: q, k and v are a part of the sequence; Sk, which ``key_padding``, ``documents``, ``pairs`` and the relation go by,
-            is the length of all of it, and Sq the number of rows of q. Neither bias nor pages nor selection.
+            is the length of all of it, and Sq the number of rows of q. Neither bias nor pages nor selection. The backward is
+            given out and LSE over all keys of the sequence, and its gradients may be in ``score_dtype``.
         flat: the products count as 0, so that all weights of a row are alike; their gradient is that of ordinary scores.
     """
 

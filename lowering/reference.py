@@ -59,21 +59,26 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
-    """See ``Kernel``; ``out`` and ``lse`` are computed again, in full precision."""
+    """See ``Kernel``; ``out`` and ``lse`` are computed again, in full precision, unless q and k are a part of their sequence."""
     grads = [torch.zeros(x.shape, dtype=call.score_dtype, device=x.device) for x in (call.q, call.k, call.v)]
     bias = call.bias
     grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=call.score_dtype, device=bias.device)
     for chunk in _chunks(call):
         d_out = grad_out[chunk.b, :, chunk.rows].to(call.score_dtype)
         d_lse = None if grad_lse is None else grad_lse[chunk.b, :, chunk.rows].to(call.score_dtype)
-        d_value, d_scores = _score_gradient(call, chunk, d_out, d_lse)
+        if call.held is None:
+            d_value, d_scores = _score_gradient(call, chunk, d_out, d_lse)
+        else:
+            whole = (x[chunk.b, :, chunk.rows].to(call.score_dtype) for x in (out, lse))
+            d_value, d_scores = _part_gradient(chunk, d_out, d_lse, *whole)
         if grad_bias is not None:
             _add_broadcast(grad_bias, chunk, d_scores)
         d_scores = (d_scores if chunk.slope is None else d_scores * chunk.slope) * call.scale
         grads[0][chunk.b, :, chunk.rows] = d_scores @ chunk.k
         grads[1][chunk.b] += _per_key_head(d_scores.mT @ chunk.q, call.problem.kv_heads)
         grads[2][chunk.b] += _per_key_head(d_value, call.problem.kv_heads)
-    d_q, d_k, d_v = (grad.to(call.q.dtype) for grad in grads)
+    # Parts are added up before they are rounded.
+    d_q, d_k, d_v = (grad if call.held is not None else grad.to(call.q.dtype) for grad in grads)
     return d_q, d_k, d_v, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
 
 
@@ -110,7 +115,8 @@ def _chunk(call: Call, b: int, rows: slice, k: Tensor, v: Tensor) -> _Chunk:
     keep = None
     if call.dropout_p > 0 and call.dropout_seed is not None:
         where = torch.tensor(b, device=device)
-        keep = keep_factor(call.dropout_seed, where, h, t, keys, call.dropout_p, call.score_dtype)
+        first = 0 if call.held is None else call.held.first_head
+        keep = keep_factor(call.dropout_seed, where, h + first, t, keys, call.dropout_p, call.score_dtype)
     visible = _by_row(call, b, rows, keys)
     if call.selection is not None:
         visible = visible & _selected(call, call.selection, b, t, keys)
@@ -198,6 +204,20 @@ def _score_gradient(call: Call, chunk: _Chunk, d_out: Tensor, d_lse: Tensor | No
     if d_lse is not None:
         d_scores += weights * d_lse[..., None]
     return d_value, d_scores
+
+
+def _part_gradient(chunk: _Chunk, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``_score_gradient`` for some of the keys of a row, whose out [H, R, Dv] and LSE [H, R] over all keys are given."""
+    count = sum(chunk.counts[1:], chunk.counts[0])
+    seen = (count > 0) & (lse > -torch.inf)[..., None]
+    weights = torch.where(seen, (chunk.scores + count.log() - lse[..., None]).exp(), 0)
+    d_weights, kept = d_out @ chunk.v.mT, weights
+    if chunk.keep is not None:
+        d_weights, kept = d_weights * chunk.keep, weights * chunk.keep
+    d_scores = weights * (d_weights - (d_out * out).sum(-1, keepdim=True))
+    if d_lse is not None:
+        d_scores += weights * d_lse[..., None]
+    return kept.mT @ d_out, d_scores
 
 
 def _softmax_gradient(weights: Tensor, d_weights: Tensor, narrow: bool) -> Tensor:

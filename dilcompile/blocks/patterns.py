@@ -386,6 +386,32 @@ class PerHead:
         return self.parts[h // self.share].codes(h, rows, grid)
 
 
+@dataclass(frozen=True)
+class HeadsFrom:
+    """A pattern whose head 0 is head ``first`` of another."""
+
+    pattern: Pattern
+    first: int
+    by_head = True
+
+    def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
+        """See ``Pattern``."""
+        return self.pattern.contains(h + self.first, i, j, grid)
+
+    def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
+        """See ``Pattern``."""
+        return self.pattern.codes(h + self.first, rows, grid)
+
+
+def from_head(pattern: Pattern, first: int) -> Pattern:
+    """The pattern as the query heads from ``first`` on have it, which are counted from 0 then."""
+    if first == 0 or not pattern.by_head:
+        return pattern
+    if isinstance(pattern, (AnyOf, AllOf)):
+        return replace(pattern, parts=tuple(from_head(part, first) for part in pattern.parts))
+    return HeadsFrom(pattern, first)
+
+
 def dealt(pattern: Pattern, heads: int) -> Pattern:
     """The pattern with parts per head dealt to so many query heads.
 

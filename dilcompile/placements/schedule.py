@@ -105,12 +105,17 @@ class Placement(Protocol):
     __name__: str
     RESENDS: bool
 
-    def reject(self, relation: Relation, shards: Shards) -> str | None:
-        """Why this placement can't be had, naming the limit and the cure, or None."""
+    def reject(self, relation: Relation, shards: Shards, documents: bool = False) -> str | None:
+        """Why this placement can't be had, naming the limit and the cure, or None.
 
-    def schedule(self, relation: Relation, shards: Shards, rank: int) -> RankSchedule:
+        Args:
+            documents: the sequence is packed with documents, at each of which segments, blocks and sinks start anew.
+        """
+
+    def schedule(self, relation: Relation, shards: Shards, rank: int, documents: bool = False) -> RankSchedule:
         """The steps of a rank. Over its steps each key that its queries need is attended to exactly once.
 
         Args:
             relation: over the whole sequence: ``q_len == k_len == shards.length``, ``q_offset`` 0.
+            documents: as for ``reject``, which has given no reason.
         """

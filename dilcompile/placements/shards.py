@@ -50,6 +50,17 @@ class Shards:
         unit = self.parts * pieces
         return -(-self.length // (self.ranks * unit)) * unit
 
+    @property
+    def piece(self) -> int:
+        """Neighbouring positions that a rank holds together."""
+        return 1 if self.order == "striped" else self.places // (2 if self.order == "zigzag" else 1)
+
+    def holder(self, number: int) -> int:
+        """The rank that holds the ``number``-th piece."""
+        if self.order == "zigzag":
+            return min(number, 2 * self.ranks - 1 - number)
+        return number % self.ranks
+
     def runs(self, rank: int) -> tuple[Run, ...]:
         """What the places of a rank hold, in the order of memory; only positions that exist."""
         places = self.places

@@ -1,0 +1,10 @@
+"""Sequences that several ranks hold: attention over them, and what it moves. Start the ranks with ``torchrun``."""
+
+from __future__ import annotations
+
+from dilcompile.distributed.attention import attention
+from dilcompile.distributed.simulation import Simulation, simulate
+from dilcompile.lowering.distributed.meshes import set_mesh
+from dilcompile.lowering.distributed.traffic import Moved, Traffic, traffic
+
+__all__ = ["Moved", "Simulation", "Traffic", "attention", "set_mesh", "simulate", "traffic"]

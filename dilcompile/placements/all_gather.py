@@ -1,0 +1,28 @@
+"""All-gather: every rank receives the whole sequence in one exchange."""
+
+from __future__ import annotations
+
+from dilcompile.placements.needs import local, own
+from dilcompile.placements.schedule import RankSchedule, Step, Transfer
+from dilcompile.placements.shards import Shards
+from dilcompile.placements.unfit import anywhere, data_chosen
+from dilcompile.relation import Relation
+
+RESENDS = True
+
+
+def reject(relation: Relation, shards: Shards, documents: bool = False) -> str | None:
+    """Blocks that the data chooses."""
+    return data_chosen(relation)
+
+
+def schedule(relation: Relation, shards: Shards, rank: int, documents: bool = False) -> RankSchedule:
+    """See ``Placement``: all own keys, then those of all other ranks."""
+    relation = anywhere(relation) if documents else relation
+    first = Step(local=local(relation, shards, rank))
+    if shards.ranks == 1:
+        return RankSchedule(rank, (first,))
+    held = [own(relation, shards, peer) for peer in range(shards.ranks)]
+    receives = tuple(Transfer(peer, rows) for peer, rows in enumerate(held) if rows and peer != rank)
+    sends = tuple(Transfer(peer, held[rank]) for peer in range(shards.ranks) if held[rank] and peer != rank)
+    return RankSchedule(rank, (first, Step(sends, receives)))

@@ -1,0 +1,54 @@
+"""Ring: in each step a rank attends to the shard of another one, a place further on the ring each time (ring attention, arXiv
+2310.01889).
+
+A shard comes straight from its owner and not from the neighbour that had it last: the bytes are the same, and shards that a rank's
+queries don't see are left out.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from dilcompile.placements.needs import holders, local, needed, own
+from dilcompile.placements.schedule import RankSchedule, Step, Transfer
+from dilcompile.placements.shards import Shards
+from dilcompile.placements.unfit import anywhere, data_chosen
+from dilcompile.relation import Relation
+
+RESENDS = True
+
+
+def reject(relation: Relation, shards: Shards, documents: bool = False) -> str | None:
+    """Blocks that the data chooses."""
+    return data_chosen(relation)
+
+
+def schedule(relation: Relation, shards: Shards, rank: int, documents: bool = False) -> RankSchedule:
+    """See ``Placement``: in step s of rank j the shard of rank ``(j - s) mod P``, if any of its keys is read.
+
+    Distances at which no rank reads anything are no steps.
+    """
+    relation = anywhere(relation) if documents else relation
+    seen, held = _seen(relation, shards), [own(relation, shards, peer) for peer in range(shards.ranks)]
+    steps = [Step(local=local(relation, shards, rank))]
+    for distance in _distances(relation, shards):
+        source, target = (rank - distance) % shards.ranks, (rank + distance) % shards.ranks
+        receives = (Transfer(source, held[source]),) if seen[rank, source] else ()
+        sends = (Transfer(target, held[rank]),) if seen[target, rank] else ()
+        steps.append(Step(sends, receives))
+    return RankSchedule(rank, tuple(steps))
+
+
+@lru_cache(maxsize=16)
+def _seen(relation: Relation, shards: Shards) -> npt.NDArray[np.bool_]:
+    """Whether a rank (row) reads keys of another (column)."""
+    return np.stack([holders(rows, shards) for rows in needed(relation, shards)])
+
+
+@lru_cache(maxsize=16)
+def _distances(relation: Relation, shards: Shards) -> tuple[int, ...]:
+    seen, ranks = _seen(relation, shards), np.arange(shards.ranks)
+    return tuple(distance for distance in range(1, shards.ranks) if seen[ranks, ranks - distance].any())

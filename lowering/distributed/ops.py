@@ -1,0 +1,337 @@
+"""The operators that sharded attention is made of, as they stand in graphs: schemas, fakes, and who computes them.
+
+None has a gradient of its own: ``attention.py`` writes the backward out. No number of theirs depends on the rank, so that all
+ranks have one graph; what depends on it is looked up when they run. Rows lie in tensors as large as the rank with most of them
+needs.
+
+What a collective returns may be read only after ``_c10d_functional::wait_tensor``. Collectives are in that namespace because
+autograd's partitioner knows them by it: it never computes one twice, and removes no wait without what it waits for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dilcompile.lowering.call import empty_output
+from dilcompile.lowering.distributed import exchange as wire
+from dilcompile.lowering.distributed import keys_shard, meshes, rows
+from dilcompile.lowering.distributed import step as _step
+from dilcompile.lowering.distributed.exchange import Errand
+from dilcompile.lowering.distributed.plan import Plan, here, plan_of
+from dilcompile.lowering.distributed.spec import parse_spec
+from dilcompile.lowering.distributed.step import Operands, Upstream, wide_dtype
+from dilcompile.lowering.merge import merge_into
+from dilcompile.placements.schedule import Transfer
+
+_COLLECTIVE = "_c10d_functional::dilcompile"
+
+
+def _splits(plan: Plan, transfers: tuple[Transfer, ...]) -> list[int]:
+    counts = {transfer.peer: plan.elements(transfer.count) for transfer in transfers}
+    return [counts.get(rank, 0) for rank in range(plan.sizes.ranks)]
+
+
+@torch.library.custom_op(
+    f"{_COLLECTIVE}_exchange", mutates_args=(), schema="(Tensor k, Tensor v, Tensor? after, str spec, int step) -> Tensor"
+)
+def exchange(k: Tensor, v: Tensor, after: Tensor | None, spec: str, step: int) -> Tensor:
+    """Start the transfers of a step.
+
+    Args:
+        k: [B, Hkv, n, D]; v: [B, Hkv, n, Dv]; the rank's places.
+        after: for the backward pass, which receives them again: what has come from behind, not read. So it is no part of the forward.
+
+    Returns:
+        flat, in k's dtype: what other ranks send, keys and values beside one another, see ``rows``.
+    """
+    plan = plan_of(spec, k, v)
+    at = here(plan.spec)
+    own = plan.step(at, step)
+    message = k.new_empty(plan.elements(own.rows_sent))
+    rows.pack(message, k, v, own.sends, plan.runs(at))
+    out = k.new_empty(plan.receives(step))
+    errand = Errand(plan.spec.site, f"step {step}, keys and values", "forward" if after is None else "backward")
+    wire.all_to_all(plan.spec.axis, out, message, _splits(plan, own.receives), _splits(plan, own.sends), errand)
+    return out
+
+
+@exchange.register_fake
+def _(k: Tensor, v: Tensor, after: Tensor | None, spec: str, step: int) -> Tensor:
+    return k.new_empty(plan_of(spec, k, v).receives(step))
+
+
+@torch.library.custom_op(
+    f"{_COLLECTIVE}_return_gradients", mutates_args=(), schema="(Tensor grads, Tensor k, Tensor v, str spec, int step) -> Tensor"
+)
+def return_gradients(grads: Tensor, k: Tensor, v: Tensor, spec: str, step: int) -> Tensor:
+    """Start to send the gradients of received rows back to their owners.
+
+    Args:
+        grads: flat, laid out as what ``exchange`` returned, float32 (float64 for float64).
+        k, v: as in ``exchange``, for their sizes.
+
+    Returns:
+        flat: the gradients of the rows that this rank sent in this step.
+    """
+    plan = plan_of(spec, k, v)
+    own = plan.step(here(plan.spec), step)
+    message = grads[: plan.elements(own.rows_received)].clone()
+    out = grads.new_empty(plan.sends(step))
+    errand = Errand(plan.spec.site, f"step {step}, gradients of keys and values", "backward")
+    wire.all_to_all(plan.spec.axis, out, message, _splits(plan, own.sends), _splits(plan, own.receives), errand)
+    return out
+
+
+@return_gradients.register_fake
+def _(grads: Tensor, k: Tensor, v: Tensor, spec: str, step: int) -> Tensor:
+    return grads.new_empty(plan_of(spec, k, v).sends(step))
+
+
+@torch.library.custom_op(
+    "dilcompile::add_returned",
+    mutates_args=(),
+    schema="(Tensor grad_k, Tensor grad_v, Tensor returned, str spec, int step) -> (Tensor, Tensor)",
+)
+def add_returned(grad_k: Tensor, grad_v: Tensor, returned: Tensor, spec: str, step: int) -> tuple[Tensor, Tensor]:
+    """The gradients of own keys and values with what has come back for the rows sent in a step."""
+    plan = plan_of(spec, grad_k, grad_v)
+    at = here(plan.spec)
+    sum_k, sum_v = (empty_output(x, x.shape[3]).copy_(x) for x in (grad_k, grad_v))
+    rows.add(returned, sum_k, sum_v, plan.step(at, step).sends, plan.runs(at))
+    return sum_k, sum_v
+
+
+@add_returned.register_fake
+def _(grad_k: Tensor, grad_v: Tensor, returned: Tensor, spec: str, step: int) -> tuple[Tensor, Tensor]:
+    return empty_output(grad_k, grad_k.shape[3]), empty_output(grad_v, grad_v.shape[3])
+
+
+_OPERANDS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? key_padding, Tensor? documents, Tensor? row_limits, Tensor? dropout_seed, "
+    "Tensor? received, Tensor? started, str spec, int step"
+)
+
+
+@torch.library.custom_op(
+    "dilcompile::attend_step", mutates_args=(), schema=f"(Tensor? out, Tensor? lse, {_OPERANDS}) -> (Tensor, Tensor)"
+)
+def attend_step(
+    out: Tensor | None,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    documents: Tensor | None,
+    row_limits: Tensor | None,
+    dropout_seed: Tensor | None,
+    received: Tensor | None,
+    started: Tensor | None,
+    spec: str,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    """The rank's queries attend to the keys of a step, merged with the steps before.
+
+    Args:
+        out, lse: of the steps before, [B, H, n, Dv] and [B, H, n], float32 (float64 for float64); None in the first.
+        q, k, v, key_padding, documents, row_limits, dropout_seed: see ``step.Operands``.
+        received: what came for this step.
+        started: the exchange for the next step, not read: it must have been started before this computes.
+
+    Returns:
+        out and lse up to this step.
+    """
+    plan = plan_of(spec, k, v)
+    given = Operands(q, k, v, key_padding, documents, row_limits, dropout_seed)
+    return _step.forward(plan, here(plan.spec), step, given, received, out, lse)
+
+
+@attend_step.register_fake
+def _(
+    out: Tensor | None,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    documents: Tensor | None,
+    row_limits: Tensor | None,
+    dropout_seed: Tensor | None,
+    received: Tensor | None,
+    started: Tensor | None,
+    spec: str,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    return empty_output(q, v.shape[3], wide_dtype(q)), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
+
+
+@torch.library.custom_op(
+    "dilcompile::attend_step_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def attend_step_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    documents: Tensor | None,
+    row_limits: Tensor | None,
+    dropout_seed: Tensor | None,
+    received: Tensor | None,
+    started: Tensor | None,
+    spec: str,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a step adds to the gradients, float32 (float64 for float64).
+
+    Args:
+        out, lse: of all steps.
+
+    Returns:
+        gradients of q [B, H, n, D]; of k and v, empty where no rank attends to own keys in this step; of ``received``, flat,
+        empty where nothing is received.
+    """
+    plan = plan_of(spec, k, v)
+    given = Operands(q, k, v, key_padding, documents, row_limits, dropout_seed)
+    found = _step.backward(plan, here(plan.spec), step, given, received, Upstream(out, lse, grad_out, grad_lse))
+    grad_k, grad_v, grad_received = (q.new_empty(0, dtype=given.wide) if x is None else x for x in found[1:])
+    return found[0], grad_k, grad_v, grad_received
+
+
+@attend_step_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    documents: Tensor | None,
+    row_limits: Tensor | None,
+    dropout_seed: Tensor | None,
+    received: Tensor | None,
+    started: Tensor | None,
+    spec: str,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = wide_dtype(q)
+    own = plan_of(spec, k, v).attends_own(step)
+    grad_k, grad_v = (empty_output(x, x.shape[3], dtype) if own else q.new_empty(0, dtype=dtype) for x in (k, v))
+    grad_received = q.new_empty(0 if received is None else received.shape[0], dtype=dtype)
+    return empty_output(q, q.shape[3], dtype), grad_k, grad_v, grad_received
+
+
+@torch.library.custom_op(
+    f"{_COLLECTIVE}_gather", mutates_args=(), schema="(Tensor x, str axis, str spec, str what, bool backward) -> Tensor"
+)
+def gather(x: Tensor, axis: str, spec: str, what: str, backward: bool) -> Tensor:
+    """Start to gather equal tensors of the ranks of a mesh axis: [ranks, *x.shape]."""
+    at = meshes.axis_of(axis)
+    message = x.clone(memory_format=torch.contiguous_format).flatten()
+    out = x.new_empty((at.size, *x.shape))
+    wire.all_gather(axis, out.flatten(), message, Errand(parse_spec(spec).site, what, "backward" if backward else "forward"))
+    return out
+
+
+@gather.register_fake
+def _(x: Tensor, axis: str, spec: str, what: str, backward: bool) -> Tensor:
+    return x.new_empty((meshes.size_of(axis), *x.shape))
+
+
+@torch.library.custom_op(
+    f"{_COLLECTIVE}_exchange_equal", mutates_args=(), schema="(Tensor x, str axis, str spec, str what, bool backward) -> Tensor"
+)
+def exchange_equal(x: Tensor, axis: str, spec: str, what: str, backward: bool) -> Tensor:
+    """Start an all-to-all over a mesh axis: ``x[i]`` goes to rank i, and what came from rank i is ``result[i]``."""
+    message = x.clone(memory_format=torch.contiguous_format).flatten()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    each = [message.numel() // x.shape[0]] * x.shape[0]
+    errand = Errand(parse_spec(spec).site, what, "backward" if backward else "forward")
+    wire.all_to_all(axis, out.flatten(), message, each, each, errand)
+    return out
+
+
+@exchange_equal.register_fake
+def _(x: Tensor, axis: str, spec: str, what: str, backward: bool) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+_SHARD = (
+    "Tensor q, Tensor k, Tensor v, Tensor? key_padding, Tensor? documents, Tensor? row_limits, Tensor? dropout_seed, str spec"
+)
+
+
+@torch.library.custom_op("dilcompile::attend_shard", mutates_args=(), schema=f"({_SHARD}) -> (Tensor, Tensor)")
+def attend_shard(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    documents: Tensor | None,
+    row_limits: Tensor | None,
+    dropout_seed: Tensor | None,
+    spec: str,
+) -> tuple[Tensor, Tensor]:
+    """Queries that all ranks have attend to the keys of this one: out and LSE, float32 (float64 for float64)."""
+    return keys_shard.forward(q, k, v, (key_padding, documents, row_limits, dropout_seed), parse_spec(spec))
+
+
+@attend_shard.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return empty_output(q, v.shape[3], wide_dtype(q)), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
+
+
+@torch.library.custom_op(
+    "dilcompile::attend_shard_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_SHARD}) -> (Tensor, Tensor, Tensor)",
+)
+def attend_shard_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    documents: Tensor | None,
+    row_limits: Tensor | None,
+    dropout_seed: Tensor | None,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's summand of the gradient of q, and the gradients of its keys and values, all in the wide dtype."""
+    masks = (key_padding, documents, row_limits, dropout_seed)
+    return keys_shard.backward(q, k, v, masks, Upstream(out, lse, grad_out, grad_lse), parse_spec(spec))
+
+
+@attend_shard_backward.register_fake
+def _(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_q, grad_k, grad_v = (empty_output(x, x.shape[3], wide_dtype(q)) for x in (q, k, v))
+    return grad_q, grad_k, grad_v
+
+
+@torch.library.custom_op("dilcompile::merge_parts", mutates_args=(), schema="(Tensor outs, Tensor lses) -> (Tensor, Tensor)")
+def merge_parts(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """One out and LSE from those over disjoint keys, [P, B, H, Sq, Dv] and [P, B, H, Sq]."""
+    out, lse = empty_output(outs[0], outs.shape[4]).copy_(outs[0]), lses[0].clone()
+    for part, part_lse in zip(outs[1:], lses[1:], strict=True):
+        merge_into(out, lse, part, part_lse, fresh=False)
+    return out, lse
+
+
+@merge_parts.register_fake
+def _(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    return empty_output(outs[0], outs.shape[4]), torch.empty_like(lses[0])

@@ -1,0 +1,156 @@
+"""The arithmetic of one step: a rank's queries attend to the keys that it has now. No rank is asked for anything here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from dilcompile.lowering.call import Call, Held, Kernel, empty_output
+from dilcompile.lowering.distributed import rows
+from dilcompile.lowering.distributed.plan import Plan, Where
+from dilcompile.lowering.merge import merge_into
+from dilcompile.placements.shards import Run
+from dilcompile.progression import Progression
+from dilcompile.relation import Problem
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What a rank holds of one attention.
+
+    Args:
+        q: [B, H, n, D]; k: [B, Hkv, n, D]; v: [B, Hkv, n, Dv]; the rank's places.
+        key_padding: bool [B, length]; documents: int64 [B or 1, length]; of the whole sequence.
+        row_limits: int64 [2, B or 1, n].
+        dropout_seed: int64 with one element, the same on all ranks.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_padding: Tensor | None = None
+    documents: Tensor | None = None
+    row_limits: Tensor | None = None
+    dropout_seed: Tensor | None = None
+
+    @property
+    def wide(self) -> torch.dtype:
+        """See ``wide_dtype``."""
+        return wide_dtype(self.q)
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which steps are merged and gradients added: float32, float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def forward(
+    plan: Plan, at: Where, number: int, given: Operands, received: Tensor | None, out: Tensor | None, lse: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attend to the keys of a step and merge with the steps before.
+
+    Args:
+        received: the flat message of this step.
+        out, lse: of the steps before, [B, H, n, Dv] and [B, H, n] in ``wide``; None in the first.
+
+    Returns:
+        out and lse of all steps up to this; places without a token, and rows that saw no key: 0 and -inf.
+    """
+    if out is None or lse is None:
+        out = empty_output(given.q, int(given.v.shape[3]), given.wide).zero_()
+        lse = given.q.new_full(given.q.shape[:3], -torch.inf, dtype=given.wide)
+    else:
+        out, lse = out.clone(), lse.clone()
+    for run, part in _meetings(plan, at, number, given.k, given.v, received):
+        call, index = _call(plan, at, given, run, part)
+        merge_into(out[index], lse[index], *_kernel(plan, call, backward=False).forward(call), fresh=False)
+    return out, lse
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """What a backward step starts from, all of it over all steps: out in q's dtype, lse and what comes from behind."""
+
+    out: Tensor
+    lse: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor | None
+
+
+def backward(
+    plan: Plan, at: Where, number: int, given: Operands, received: Tensor | None, upstream: Upstream
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """What one step adds to the gradients, in ``wide``.
+
+    A key's share of a row's softmax is made from the LSE of the whole row, so steps need nothing of one another.
+
+    Returns:
+        gradients of q; of k and v where some rank attends to own keys in this step; and of the received rows, laid out as they.
+    """
+    wide = given.wide
+    grad_q = empty_output(given.q, int(given.q.shape[3]), wide).zero_()
+    grad_k, grad_v = None, None
+    if plan.attends_own(number):
+        grad_k, grad_v = (empty_output(x, int(x.shape[3]), wide).zero_() for x in (given.k, given.v))
+    grad_received = None if received is None else received.new_zeros(received.shape, dtype=wide)
+    grads = _meetings(plan, at, number, grad_k, grad_v, grad_received)
+    for (run, part), (_, into) in zip(_meetings(plan, at, number, given.k, given.v, received), grads, strict=True):
+        call, index = _call(plan, at, given, run, part)
+        grad_lse = None if upstream.grad_lse is None else upstream.grad_lse[index]
+        found = _kernel(plan, call, backward=True).backward(
+            call, upstream.out[index], upstream.lse[index], upstream.grad_out[index], grad_lse
+        )
+        grad_q[index] += found[0]
+        into.k.add_(found[1])
+        into.v.add_(found[2])
+    return grad_q, grad_k, grad_v, grad_received
+
+
+def _kernel(plan: Plan, call: Call, backward: bool) -> Kernel:
+    from dilcompile.lowering.select import select
+
+    return select(call, plan.spec.kernel, backward)
+
+
+def _meetings(
+    plan: Plan, at: Where, number: int, k: Tensor | None, v: Tensor | None, received: Tensor | None
+) -> Iterator[tuple[Run, rows.Part]]:
+    """Each run of own rows with each part of the step's keys that some of its rows may see."""
+    step, runs, sizes = plan.step(at, number), plan.runs(at), plan.sizes
+    found: Iterator[rows.Part] = iter(())
+    if k is not None and v is not None:
+        found = rows.own(k, v, step.local, runs)
+    if received is not None:
+        came = rows.parts(received, step.receives, sizes.batch, sizes.head_dim, sizes.v_dim)
+        found = chain(found, came)
+    for part in found:
+        for run in runs:
+            if _may_meet(plan.relations[at.part].problem, run.positions, part.positions):
+                yield run, part
+
+
+def _may_meet(problem: Problem, queries: Progression, keys: Progression) -> bool:
+    """Does the site's own mask let some pair through?"""
+    first, last = queries.start, queries.positions()[-1]
+    low, high = keys.start, keys.positions()[-1]
+    near_enough = problem.left is None or first - high <= problem.left
+    return near_enough and (problem.right is None or low - last <= problem.right)
+
+
+def _call(plan: Plan, at: Where, given: Operands, run: Run, part: rows.Part) -> tuple[Call, tuple[slice, slice, slice]]:
+    """The attention of the rows of a run to a part of the keys, and where those rows lie."""
+    spec, group = plan.spec, plan.heads // plan.kv_heads
+    heads = slice(part.kv_heads[0] * group, part.kv_heads[1] * group)
+    places = slice(run.place, run.place + len(run.positions))
+    index = (slice(None), heads, places)
+    call = Call(
+        given.q[index], part.k, part.v, given.key_padding, given.documents, None, given.dropout_seed,
+        plan.relation(at.part, part.kv_heads, len(run.positions)), spec.scale, spec.softcap, spec.dropout_p,
+        row_limits=None if given.row_limits is None else given.row_limits[:, :, places],
+        held=Held(run.positions, part.positions, at.part * plan.heads + heads.start),
+    )  # fmt: skip
+    return call, index

@@ -1,0 +1,55 @@
+"""Small operands of the whole sequence from the ranks' shards of them: key padding, document numbers, limits of rows, seeds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dilcompile.errors import PlacementError
+from dilcompile.lowering.distributed import ops
+from dilcompile.lowering.distributed.exchange import wait
+from dilcompile.placements.shards import Shards
+
+
+def by_position(
+    x: Tensor | None, shards: Shards, axis: str | None, heads_axis: str | None, spec: str, what: str
+) -> Tensor | None:
+    """[..., length] by position, from each rank's [..., places]; what is of the whole sequence already stays."""
+    if x is None:
+        return None
+    held, own = x.shape[-1], shards.places // shards.parts
+    if held == shards.length and (held != own or shards.ranks * shards.parts == 1):
+        return x
+    if held != own:
+        raise PlacementError(f"{what} has {held} columns; give the rank's own {own}, or those of all {shards.length} tokens")
+    # Not every transport moves truth values.
+    moved = x.to(torch.uint8) if x.dtype == torch.bool else x
+    if heads_axis is not None and shards.parts > 1:
+        moved = _gathered(moved, heads_axis, spec, what).movedim(0, -2).flatten(-2)
+    if axis is not None and shards.ranks > 1:
+        moved = ordered(_gathered(moved, axis, spec, what), shards)
+    return moved[..., : shards.length].to(x.dtype)
+
+
+def ordered(x: Tensor, shards: Shards) -> Tensor:
+    """[ranks, ..., places], the shards of all ranks, as [..., ranks * places] by position; padded places are last."""
+    if shards.order == "contiguous":
+        return x.movedim(0, -2).flatten(-2)
+    if shards.order == "striped":
+        return x.movedim(0, -1).flatten(-2)
+    first, second = x.reshape(*x.shape[:-1], 2, -1).unbind(-2)
+    return torch.cat([first, second.flip(0)]).movedim(0, -2).flatten(-2)
+
+
+def of_all_parts(x: Tensor | None, axis: str, spec: str, what: str) -> Tensor | None:
+    """[..., parts * n] from each part's [..., n]."""
+    return None if x is None else _gathered(x, axis, spec, what).movedim(0, -2).flatten(-2)
+
+
+def of_first(x: Tensor, axis: str, spec: str, what: str) -> Tensor:
+    """What the first rank of an axis has."""
+    return _gathered(x, axis, spec, what)[0]
+
+
+def _gathered(x: Tensor, axis: str, spec: str, what: str) -> Tensor:
+    return wait(ops.gather(x, axis, spec, what, False))
