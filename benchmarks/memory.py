@@ -80,7 +80,7 @@ def _step(compiled, model: torch.nn.Module, length: int) -> None:
 
 def _report(name: str, call: PlannedCall, args: argparse.Namespace) -> None:
     symbols = [symbol for _, symbol in call.planned.symbols]
-    there = call.planned.plan.at({symbol: args.length for symbol in symbols})
+    there = call.planned.plan.at(dict.fromkeys(symbols, args.length))
     buffers = [buffer for arena in there.arenas for buffer in arena.buffers]
     start = time.perf_counter()
     plan = plan_buffers(buffers)
