@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dilcompile.lowering import native, ops, triton
 from dilcompile.lowering.select import KERNELS
+from dilcompile.lowering.triton.bound import Bound
 
 PAGE = mmap.PAGESIZE
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -136,13 +137,13 @@ def with_more_keys_than_there_are() -> None:
 
 
 def with_keys_behind_the_last() -> None:
-    right = triton._Bound.sizes
+    right = Bound.sizes
 
     def sizes(self: Any, *rows: Any) -> Any:
         q_len, k_len, *more = right(self, *rows)
         return (q_len, k_len + PAGE, *more)
 
-    triton._Bound.sizes = sizes  # type: ignore[method-assign]
+    Bound.sizes = sizes  # type: ignore[method-assign]
 
 
 MISTAKES = {"native": with_more_keys_than_there_are, "triton": with_keys_behind_the_last}
