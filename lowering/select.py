@@ -21,6 +21,7 @@ from dilcompile.lowering import (
     trust,
 )
 from dilcompile.lowering.call import Call, Kernel
+from dilcompile.lowering.triton.bound import interpreting
 from dilcompile.near import hint
 
 # Fastest first; their names are also `KERNEL_NAMES` in decision.py, which policies are checked by.
@@ -121,7 +122,7 @@ def measured(call: Call, backward: bool) -> str | None:
 
 def _first_choice(kernel: Kernel, call: Call) -> bool:
     """May it be taken where no kernel is named? Triton's interpreter is for tests; on a CPU FlexAttention is only the slower."""
-    if (kernel is triton and triton.interpreting()) or (kernel is flex and call.q.device.type == "cpu"):
+    if (kernel is triton and interpreting()) or (kernel is flex and call.q.device.type == "cpu"):
         return False
     return call.problem.q_len * call.problem.group >= kernel.LEAST_ROWS
 
