@@ -69,7 +69,8 @@ CHOSEN: list[Any] = [topk("pooled", 2), mass("antidiagonal"), {"any": [{"global"
 
 @pytest.mark.parametrize("pattern", CHOSEN, ids=str)
 @pytest.mark.parametrize("block", [8, 32])
-def test_output_and_gradients(block: int, pattern: Any, uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+@pytest.mark.usefixtures("uncompiled")
+def test_output_and_gradients(block: int, pattern: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (flex, flex_mask):
         monkeypatch.setattr(module, "BLOCK", block)
     form = BlockSparse((24, 16), pattern, "zero")
@@ -90,13 +91,15 @@ def assert_same(found: Any, wanted: Tensor, *leaves: Tensor) -> None:
         assert (one - other).abs().max() <= rounding(length * 8, other, leaves[2], leaves[0])
 
 
-def test_given_blocks_shared_by_batch_rows_and_heads(uncompiled: None) -> None:  # noqa: F811
+@pytest.mark.usefixtures("uncompiled")
+def test_given_blocks_shared_by_batch_rows_and_heads() -> None:
     q, k, v = (x.requires_grad_() for x in operands(64, 64))
     found = attention(q, k, v, GIVEN, is_causal=True, blocks=given_blocks(), kernel="flex")
     assert_same(found, attention(q, k, v, GIVEN, is_causal=True, blocks=given_blocks(), kernel="reference"), q, k, v)  # type: ignore[arg-type]
 
 
-def test_a_new_length_compiles_nothing_anew(uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+@pytest.mark.usefixtures("uncompiled")
+def test_a_new_length_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both passes as torch.compile traces them for a CUDA device, lengths being symbols, without its code."""
     torch._dynamo.reset()
     counters.clear()
@@ -166,11 +169,8 @@ def test_nothing_is_read_back_on_the_way_to_the_kernel(pattern: Any) -> None:
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_the_check_that_a_device_makes_passes_and_notices(
-    backward: bool,
-    uncompiled: None,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
-) -> None:
+@pytest.mark.usefixtures("uncompiled")
+def test_the_check_that_a_device_makes_passes_and_notices(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     call = call_of(BlockSparse(16, topk()))
     assert flex.supports(call, backward) is None
     verdict = trust.check(flex, call, backward)
