@@ -15,7 +15,7 @@ from dilcompile.blocks.adaptive import is_adaptive
 from dilcompile.blocks.grid import Grid
 from dilcompile.blocks.lists import BlockLists, lists_of
 from dilcompile.blocks.patterns import Pattern
-from dilcompile.progression import Positions, Progression, RowKeys
+from dilcompile.progression import Positions, Progression, RowKeys, distinct
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class Blocks:
         size = self.grid
         lines = np.arange(max(0, rows.start) // size.q_block, -(-max(1, rows.stop) // size.q_block), dtype=np.int64)
         heads = range(kv_head * self.group, (kv_head + 1) * self.group) if self.pattern.by_head else range(1)
-        columns = np.unique(np.concatenate([self.pattern.codes(h, lines, size) for h in heads]) % max(1, size.columns))
+        columns = distinct(np.concatenate([self.pattern.codes(h, lines, size) for h in heads]) % max(1, size.columns))
         return [
             Progression(int(run[0]) * size.k_block, min((int(run[-1]) + 1) * size.k_block, k_len))
             for run in np.split(columns, np.flatnonzero(np.diff(columns) != 1) + 1)
