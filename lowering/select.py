@@ -145,7 +145,7 @@ def refusal(kernel: Kernel, call: Call, backward: bool) -> str | None:
     """Why this kernel can't compute the call, or None."""
     if not kernel.TAKES_ROW_MASKS and (call.row_limits is not None or call.pairs is not None or call.flat):
         return "a mask by row"
-    if call.selection is not None and kernel not in (native, reference):
+    if call.selection is not None and kernel not in (native, flex, reference):
         return "blocks that the data chooses"
     if call.held is not None and kernel not in (native, reference):
         return "a part of a sequence"
