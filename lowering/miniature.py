@@ -12,9 +12,10 @@ from torch import Tensor
 from dilcompile.blocks.adaptive import Given, capacity
 from dilcompile.blocks.patterns import in_turns
 from dilcompile.generators import Blocks, Generator, Segment, Sinks, Window
-from dilcompile.lowering.call import Call
+from dilcompile.lowering.call import Call, Held
 from dilcompile.lowering.pairs import Pairs
 from dilcompile.lowering.selection import Selection, adaptive_blocks
+from dilcompile.progression import Progression
 from dilcompile.relation import Problem, Relation, Term, grid_of
 
 # Blocks of a row that the data chooses.
@@ -62,7 +63,11 @@ def kinds(relation: Relation) -> str:
 def miniature(call: Call) -> Call:
     """A small call of the same class, the same whenever it is made. No random state is touched."""
     relation, device = _relation(call.relation), call.q.device
+    held = None if call.held is None else _held(call.held, relation.problem)
+    if held is not None:
+        relation = relation.at(len(held.queries), relation.problem.k_len, 0)
     size = relation.problem
+    num_keys = size.k_len if held is None else len(held.keys)
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
@@ -72,8 +77,8 @@ def miniature(call: Call) -> Call:
         return drawn(_BATCH, length, heads, dim).transpose(1, 2)
 
     # Scores that grow from block to block move the running maximum.
-    k = operand(size.kv_heads, size.k_len, size.head_dim) * torch.linspace(0, 2, size.k_len, dtype=torch.float64)[:, None]
-    q, v = operand(size.heads, size.q_len, size.head_dim), operand(size.kv_heads, size.k_len, size.v_dim)
+    k = operand(size.kv_heads, num_keys, size.head_dim) * torch.linspace(0, 2, num_keys, dtype=torch.float64)[:, None]
+    q, v = operand(size.heads, size.q_len, size.head_dim), operand(size.kv_heads, num_keys, size.v_dim)
     pages = None if call.pages is None else torch.randperm(_BATCH * -(-size.k_len // call.k.shape[2]), generator=generator)
     if pages is not None:
         pages = pages.view(_BATCH, -1)
@@ -102,6 +107,16 @@ def miniature(call: Call) -> Call:
         pairs=None if call.pairs is None else Pairs("g0 | e1", rows, keys),
         pages=None if pages is None else pages.to(device, torch.int32),
         selection=None if call.selection is None else _selection(call.selection, relation, generator, device),
+        held=held,
+    )
+
+
+def _held(held: Held, size: Problem) -> Held:
+    """Parts of a small sequence: neither the first positions nor the last keys; what has a step has one of 2."""
+    q_step, k_step = (min(part.step, 2) for part in (held.queries, held.keys))
+    first = 5
+    return Held(
+        Progression(first, min(size.k_len, first + size.q_len * q_step), q_step), Progression(3, size.k_len - 20, k_step)
     )
 
 

@@ -101,6 +101,7 @@ def class_of(call: Call) -> tuple[object, ...]:
         call.dropout_p > 0,
         call.flat,
         call.exact_lse,
+        None if call.held is None else (call.held.queries.step > 1, call.held.keys.step > 1),
         None if call.selection is None else tuple(length > 1 for length in call.selection.columns.shape[:2]),
         call.merge_grad,
         _chosen_by_user(q),

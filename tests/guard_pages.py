@@ -12,13 +12,16 @@ import math
 import mmap
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dilcompile.lowering import native, ops, triton
+from dilcompile.lowering.call import Call, Held, form_of, problem_of, relation_of
 from dilcompile.lowering.select import KERNELS
+from dilcompile.progression import Progression
 
 PAGE = mmap.PAGESIZE
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -64,6 +67,8 @@ LARGE = [
 ]  # fmt: skip
 SMALL = [(17, 17, 2, 1, 16, 16), (1, 1, 1, 1, 1, 1), (2, 19, 4, 2, 33, 7), (9, 21, 1, 1, 20, 48)]
 OPTIONS = ["plain", "padding", "documents", "limits", "bias by pair", "bias by key", "bias by row", "dropout", "softcap"]
+# Kernels that compute parts of a sequence.
+OF_PARTS = ("native",)
 
 
 def operands(option: str, rows: int, keys: int, heads: int, dtype: torch.dtype, at_end: bool) -> dict[str, Any]:
@@ -90,7 +95,7 @@ def cases(kernel: str) -> Iterator[tuple[Any, ...]]:
     small = kernel == "triton"
     dtypes = (torch.float32,) if small else (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     forms = [form for form in FORMS if not (small and "block" in form)]
-    turns = itertools.cycle(OPTIONS)
+    turns = itertools.cycle([*OPTIONS, "part"] if kernel in OF_PARTS else OPTIONS)
     for size, form in itertools.product(SMALL if small else LARGE, forms):
         for dtype in dtypes:
             for _ in range(1 if small else 2):
@@ -103,6 +108,8 @@ def attend(kernel: str, size: tuple[int, ...], form: str, dtype: torch.dtype, op
         heads_last(torch.randn(2, h, s, d).to(dtype), at_end)
         for h, s, d in ((heads, rows, dim), (kv_heads, keys, dim), (kv_heads, keys, v_dim), (heads, rows, v_dim))
     )
+    if option == "part":
+        return attend_part(kernel, q, k, v, grad_out, form, at_end)
     held = operands(option, rows, keys, heads, dtype, at_end)
     if option == "documents" and rows > keys:
         return
@@ -114,6 +121,18 @@ def attend(kernel: str, size: tuple[int, ...], form: str, dtype: torch.dtype, op
     out, lse = heads_last(out, at_end), placed(lse, at_end)
     grad_lse = placed(torch.randn(lse.shape).to(lse.dtype), at_end)
     ops.attention_backward(grad_out, grad_lse, out, lse, q, k, v, *arguments)
+
+
+def attend_part(kernel: str, q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, form: str, at_end: bool) -> None:
+    """Rows with a step, and keys with another one, of a sequence that goes on after both."""
+    held = Held(Progression(2, 2 + 3 * q.shape[2], 3), Progression(1, 1 + 2 * k.shape[2], 2))
+    length = max(held.queries.stop, held.keys.stop) + 7
+    whole = problem_of(q, k, v, True, None, None, 0, length)
+    relation = relation_of(form_of(form), replace(whole, q_len=length)).at(q.shape[2], length, 0)
+    padding = placed(torch.rand(2, length) > 0.3, at_end)
+    call = Call(q, k, v, padding, None, None, None, relation, 0.2, held=held)
+    out, lse = KERNELS[kernel].forward(call)
+    KERNELS[kernel].backward(call, heads_last(out, at_end), placed(lse, at_end), grad_out, None)
 
 
 def guard_what_is_written(at_end: bool) -> None:
@@ -130,6 +149,7 @@ def with_more_keys_than_there_are() -> None:
     def bind(*args: Any) -> Any:
         bound = right(*args)
         bound.struct.k_len += PAGE
+        bound.struct.k_stop += PAGE
         return bound
 
     native._bind = bind  # type: ignore[assignment]

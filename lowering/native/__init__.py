@@ -147,11 +147,15 @@ def _bind(call: Call, out: Tensor, lse: Tensor) -> _Bound:
 
 
 def _places(call: Call) -> tuple[Progression, Progression]:
-    """The positions of the rows of q and of k."""
-    if call.held is not None:
-        return call.held.queries, call.held.keys
+    """The positions of the rows of q and of k; the step of a single one, which may be anything, is 1."""
     size = call.problem
-    return Progression(size.q_offset, size.q_offset + size.q_len), Progression(0, size.k_len)
+    if call.held is None:
+        return Progression(size.q_offset, size.q_offset + size.q_len), Progression(0, size.k_len)
+    parts = ((call.held.queries, call.q), (call.held.keys, call.k))
+    for part, x in parts:
+        assert len(part) == x.shape[2], f"{x.shape[2]} rows do not stand at the {len(part)} positions {part}"
+    queries, keys = (part if len(part) > 1 else Progression(part.start, part.start + len(part)) for part, _ in parts)
+    return queries, keys
 
 
 class _Terms(NamedTuple):

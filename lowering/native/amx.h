@@ -80,11 +80,11 @@ inline __mmask16 first_of_16(int64_t count) { return count >= 16 ? __mmask16(0xF
 inline int64_t up_to_32(int64_t n) { return (n + 31) / 32 * 32; }
 
 // Rows of keys or values in panels of 32, each as columns of [32 rows][32 dims], zeros up to whole tiles.
-inline void pack_rows(const Call& call, const Operand& x, const Span& span, const int32_t* positions, int64_t count, int64_t dim,
+inline void pack_rows(const Call& call, const Operand& x, const Span& span, const int32_t* rows, int64_t count, int64_t dim,
                       uint16_t* to) {
-  const BFloat16* from = key_rows<BFloat16>(x, span);
+  const BFloat16* from = key_rows<BFloat16>(call, x, span);
   for (int64_t i = 0; i < up_to_32(count); ++i) {
-    const BFloat16* row = from + key_place(call, span, positions[i < count ? i : 0]) * x.row;
+    const BFloat16* row = from + int64_t(rows[i < count ? i : 0]) * x.row;
     uint16_t* place = to + i / 32 * 32 * up_to_32(dim) + i % 32 * 32;
     for (int64_t d = 0; d < dim; d += 32) {
       __mmask32 there = i < count ? first_of_32(dim - d) : 0;
@@ -154,10 +154,10 @@ class TileRows {
     keys.take(kBlock * key_row), values.take(kBlock * value_rows), packed_.take(kBlock * value_rows);
   }
 
-  void gather(const Span& span, const int32_t* positions, int64_t count) {
-    pack_rows(call_, call_.k, span, positions, count, call_.head_dim, +keys);
+  void gather(const Span& span, const int32_t* rows, int64_t count) {
+    pack_rows(call_, call_.k, span, rows, count, call_.head_dim, +keys);
     largest_key = largest_norm(+keys, count, call_.head_dim);
-    pack_rows(call_, call_.v, span, positions, count, call_.v_dim, +packed_);
+    pack_rows(call_, call_.v, span, rows, count, call_.v_dim, +packed_);
     turn_rows(+packed_, count, call_.v_dim, +values);
   }
 

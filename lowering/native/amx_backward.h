@@ -17,9 +17,9 @@ class TileBackwardRows {
     values.take(kBlock * up_to_32(call.v_dim));
   }
 
-  void gather(const Span& span, const int32_t* positions, int64_t count) {
-    pack_rows(call_, call_.k, span, positions, count, call_.head_dim, +keys);
-    pack_rows(call_, call_.v, span, positions, count, call_.v_dim, +values);
+  void gather(const Span& span, const int32_t* rows, int64_t count) {
+    pack_rows(call_, call_.k, span, rows, count, call_.head_dim, +keys);
+    pack_rows(call_, call_.v, span, rows, count, call_.v_dim, +values);
     turn_rows(+keys, count, call_.head_dim, +turned);
   }
 
@@ -137,7 +137,7 @@ class TileBackward {
     };
     auto after = [&](const KeyBlock& keys) {
       for (int64_t i = 0; i < keys.count; ++i) {
-        int64_t row = key_place(call_, span, keys.positions[i]);
+        int64_t row = first_key_row(call_, span) + keys.rows[i];
         add_row(key_sums_ + i * 16, into.keys + row * into.key_row, call_.head_dim, float(call_.scale));
         add_row(value_sums_ + i * 16, into.values + row * into.value_row, call_.v_dim, 1.0f);
       }

@@ -73,11 +73,12 @@ class TileForward {
 
   void attend(const Span& span, const Keys& keys, const Keys* next, const Lane* lanes) {
     counted_ = nullptr;
-    auto use = [&](const Tile& tile, int64_t a, int64_t b, const KeyBlock& held) {
-      if (held.times) count(held);
+    auto use = [&](const Tile& tile, int64_t a, int64_t b, const KeyBlock& all) {
+      if (all.times) count(all);
       for (int64_t first = a; first < b; first += kKeys) {
         int64_t count = std::min(kKeys, b - first);
-        KeyBlock keys{held.start + first, held.count - first, held.positions + first, held.times ? held.times + first : nullptr};
+        KeyBlock keys{all.start + first, all.count - first, all.positions + first, all.rows + first,
+                      all.times ? all.times + first : nullptr};
         if (biased_)
           bias_.read(span, tile, lanes, keys.positions, std::min(count, keys.count), count, {+numbers_, 16, kKeys * 16});
         dropout_.read(span, keys, 0, count);

@@ -129,7 +129,7 @@ class Backward {
     };
     auto after = [&](const KeyBlock& keys) {
       for (int64_t i = 0; i < keys.count; ++i) {
-        int64_t row = key_place(call_, span, keys.positions[i]);
+        int64_t row = first_key_row(call_, span) + keys.rows[i];
         add_row(+key_sums_ + i * dim_, into.keys + row * into.key_row, call_.head_dim, T(call_.scale));
         add_row(+value_sums_ + i * v_dim_, into.values + row * into.value_row, call_.v_dim, T(1));
       }

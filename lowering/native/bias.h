@@ -77,8 +77,7 @@ class Bias {
   void read_row(const Span& span, const Lane& lane, const int32_t* positions, int64_t count, T* to) const {
     const Square& bias = call_.bias;
     int64_t head = span.kv_head * (call_.heads / call_.kv_heads) + lane.head;
-    int64_t row = span.origin + lane.position - call_.q_offset;
-    int64_t at = span.batch * bias.batch + head * bias.head + row * bias.row + span.origin * bias.key;
+    int64_t at = span.batch * bias.batch + head * bias.head + lane.row * bias.row + span.origin * bias.key;
     switch (call_.bias_dtype) {
       case kFloat32: return read_keys(static_cast<const float*>(bias.data) + at, positions, count, to);
       case kBFloat16: return read_keys(static_cast<const BFloat16*>(bias.data) + at, positions, count, to);
@@ -146,7 +145,7 @@ class BiasGradient {
 
   void add_row(const Span& span, const Lane& lane, const int32_t* positions, int64_t count, const T* from,
                const BiasSums<T>& into) const {
-    T* to = into.rows + lane.head * into.head + (span.origin + lane.position - call_.q_offset) * into.row;
+    T* to = into.rows + lane.head * into.head + lane.row * into.row;
     if (into.key == 0) {
       T sum = 0;
       for (int64_t j = 0; j < count; ++j) sum += from[j];

@@ -60,7 +60,8 @@ class CallStruct(Structure):
     """``Call`` of call.h."""
 
     _fields_ = [
-        *_fields(c_int64, "batch heads kv_heads q_len k_len head_dim v_dim q_offset q_step k_start k_stop k_step k_rows left right num_terms"),
+        *_fields(c_int64, "batch heads kv_heads q_len k_len head_dim v_dim"),
+        *_fields(c_int64, "q_offset q_step k_start k_stop k_step k_rows left right num_terms"),
         ("terms", c_void_p),
         *_fields(OperandStruct, "q k v out lse"),
         ("key_padding", c_void_p),
@@ -97,7 +98,7 @@ class Library:
 def _checked(entry: Callable[[object], int], call: CallStruct) -> None:
     if entry(ctypes.byref(call)) != 0:
         raise MemoryError(
-            f"the native CPU kernel found no memory for the workspaces of {call.threads} threads ({call.k_len} keys, head sizes "
+            f"the native CPU kernel found no memory for the workspaces of {call.threads} threads ({call.k_rows} keys, head sizes "
             f"{call.head_dim} and {call.v_dim}); use fewer threads (torch.set_num_threads) or shorter sequences"
         )
 

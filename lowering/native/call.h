@@ -34,10 +34,11 @@ struct Term {
   const int64_t* columns;
 };
 
+// Row i of q stands at position q_offset + i * q_step, row j of k and v at k_start + j * k_step, below k_stop; these are k_rows.
+// k_len is the length of the sequence that positions, padding and documents are of.
 struct Call {
-  // Row i of q stands at position q_offset + i * q_step. Row j of k stands at k_start + j * k_step, below k_stop, and there are
-  // k_rows of them; k_len is the length of the whole sequence.
-  int64_t batch, heads, kv_heads, q_len, k_len, head_dim, v_dim, q_offset, q_step, k_start, k_stop, k_step, k_rows, left, right;
+  int64_t batch, heads, kv_heads, q_len, k_len, head_dim, v_dim;
+  int64_t q_offset, q_step, k_start, k_stop, k_step, k_rows, left, right;
   int64_t num_terms;
   const Term* terms;
   Operand q, k, v, out, lse;  // lse: contiguous [batch, heads, q_len]

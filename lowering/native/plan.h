@@ -27,26 +27,32 @@ namespace dil {
 struct Span {
   int64_t batch, kv_head;
   int64_t origin, k_len;  // first position of the document, its length
-  int64_t begin, end;     // query positions
+  int64_t begin, end;     // query positions, `q_step` apart
+  int64_t row, rows;      // of q: that of the first position, how many
 };
+
+// The row of k and v that a position stands for; positions one step apart count from the origin of the span's document.
+inline int64_t first_key_row(const Call& call, const Span& span) { return call.k_step == 1 ? span.origin - call.k_start : 0; }
 
 // Keys that the same groups of a batch see.
 struct Keys {
   std::vector<int32_t> position;          // ascending
+  std::vector<int32_t> row;               // of k and v, from `first_key_row` on; empty: as the positions
   std::vector<std::vector<float>> times;  // by group, how often each key counts; empty: once
   uint64_t groups = 0;                    // bit n: the n-th group sees these keys
   int64_t left = kNoLimit, right = kNoLimit;
 
   int64_t size() const { return int64_t(position.size()); }
+  const int32_t* rows() const { return row.empty() ? position.data() : row.data(); }
   bool seen_by(int group) const { return groups >> group & 1; }
   const float* times_of(int group, int64_t at) const {
     return times[size_t(group)].empty() ? nullptr : &times[size_t(group)][size_t(at)];
   }
 };
 
-// One query: a position and a query head inside the group of heads that share a key head.
+// One query: a position, a query head inside the group of heads that share a key head, and the row of q.
 struct Lane {
-  int32_t position, head;
+  int32_t position, head, row;
 };
 
 // A group in a batch: lanes `first` to `first + lanes`. It begins at a whole vector.
@@ -54,10 +60,6 @@ struct Group {
   int64_t first, lanes;
 };
 
-inline int64_t floor_mod(int64_t a, int64_t b) {
-  int64_t r = a % b;
-  return r < 0 ? r + b : r;
-}
 inline int64_t floor_to(int64_t a, int64_t b) { return a - floor_mod(a, b); }
 inline int64_t tighter(int64_t a, int64_t b) { return a == kNoLimit ? b : b == kNoLimit ? a : std::min(a, b); }
 
@@ -84,12 +86,14 @@ class Plan {
       bound(g, next);
       if (next - g > 1 && (blocks_ ? join_blocks(g, next - g) : join(g, next - g))) {
         lay_out(g, next, width);
+        number_rows();
         use(batch_lanes_.data(), groups_, lists_);
         continue;
       }
       find_batch(g, next);
       for (size_t one = g; one < next; ++one) {
         take_own(one - g);
+        number_rows();
         for (int64_t first = group_starts_[one]; first < group_starts_[one + 1]; first += most) {
           groups_ = {{0, std::min(most, group_starts_[one + 1] - first)}};
           use(&lanes_[size_t(first)], groups_, lists_);
@@ -140,9 +144,31 @@ class Plan {
       first_ = std::min<int64_t>(first_, first_of(g).position);
       last_ = std::max<int64_t>(last_, lanes_[size_t(group_starts_[g + 1]) - 1].position);
     }
-    low_ = std::max<int64_t>(0, call_.k_start - span_.origin), high_ = std::min(span_.k_len, call_.k_stop - span_.origin);
+    low_ = std::max<int64_t>(0, first_key());
+    high_ = std::min(span_.k_len, call_.k_stop - span_.origin);
     if (call_.left != kNoLimit) low_ = std::max(low_, first_ - call_.left);
     if (call_.right != kNoLimit) high_ = std::min(high_, last_ + call_.right + 1);
+  }
+
+  // Where the first row of k stands.
+  int64_t first_key() const { return call_.k_start - span_.origin; }
+
+  // The rows of k that the positions of the lists stand for.
+  void number_rows() {
+    if (call_.k_step == 1) return;
+    int64_t first = first_key();
+    for (Keys& keys : lists_) {
+      keys.row.resize(keys.position.size());
+      for (size_t i = 0; i < keys.row.size(); ++i)
+        keys.row[i] = int32_t(uint32_t(keys.position[i] - first) / uint32_t(call_.k_step));
+    }
+  }
+
+  // Those of the positions that are inside the limits and have a row of k.
+  Steps held(Steps of) const {
+    if (of.start < low_) of.start = align_up(low_, of.start, of.step);
+    of.stop = std::min(of.stop, high_);
+    return meet(of, first_key(), call_.k_step);
   }
 
   const Lane& first_of(size_t group) const { return lanes_[size_t(group_starts_[group])]; }
@@ -239,30 +265,10 @@ class Plan {
       if (own != residue || !has_head(term, lane)) return {0, 0, 1, 0, false};
       start = segment + residue, stop = segment + term.length, step = term.rate;
     }
-    if (start < low_) start += (low_ - start + step - 1) / step * step;
-    stop = std::min({stop, high_, span_.k_len});
-    keep_held(start, step);
-    if (start >= stop) return {0, 0, 1, 0, false};
-    return {int32_t(start), int32_t(stop), int32_t(std::min<int64_t>(step, INT32_MAX)), 0, term.dedupe != 0};
-  }
-
-  // Makes of start, start + step, ... those that are held. None: start is behind all keys.
-  void keep_held(int64_t& start, int64_t& step) const {
-    if (call_.k_step == 1) return;
-    int64_t common = std::gcd(step, call_.k_step), apart = floor_mod(call_.k_start - span_.origin - start, call_.k_step);
-    if (apart % common != 0) {
-      start = INT32_MAX;
-      return;
-    }
-    // step * n = apart modulo k_step, by the inverse of step / common modulo k_step / common.
-    int64_t modulus = call_.k_step / common, a = step / common % modulus, b = modulus, x = 1, y = 0;
-    while (a != 0) {
-      int64_t quotient = b / a;
-      b -= quotient * a, y -= quotient * x;
-      std::swap(a, b), std::swap(x, y);
-    }
-    start += floor_mod(apart / common * floor_mod(y, modulus), modulus) * step;
-    step *= modulus;
+    Steps found = held({start, stop, step});
+    if (found.start >= found.stop) return {0, 0, 1, 0, false};
+    step = std::min<int64_t>(found.step, INT32_MAX);
+    return {int32_t(found.start), int32_t(found.stop), int32_t(step), 0, term.dedupe != 0};
   }
 
   void join_progressions(size_t count) {
@@ -337,10 +343,12 @@ class Plan {
 
   // A number for each lane, equal for lanes with the same keys; and what is above all of them.
   int64_t count_lanes() {
-    int64_t count = (span_.end - span_.begin + call_.q_step - 1) / call_.q_step * per_key_head_;
+    int64_t count = span_.rows * per_key_head_;
     lanes_.resize(size_t(count)), codes_.assign(size_t(count), 0);
-    for (int64_t i = 0; i < count; ++i)
-      lanes_[size_t(i)] = {int32_t(span_.begin + i / per_key_head_ * call_.q_step), int32_t(i % per_key_head_)};
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t n = i / per_key_head_;
+      lanes_[size_t(i)] = {int32_t(span_.begin + n * call_.q_step), int32_t(i % per_key_head_), int32_t(span_.row + n)};
+    }
     int64_t bound = 1;
     for (int64_t i = 0; i < call_.num_terms; ++i) {
       const Term& term = call_.terms[i];
@@ -436,11 +444,17 @@ class Plan {
   // The lists of `count` groups from `begin`, found column by column; false if each group by itself is less work.
   bool join_blocks(size_t begin, size_t count) {
     lists_.clear(), list_numbers_.clear(), entries_.clear();
-    int64_t work = 0, apart = 0;
+    int64_t work = 0, apart = 0, block_keys = std::max<int64_t>(1, blocks_->k_block / call_.k_step);
+    // Columns with keys inside the limits.
+    int64_t first = floor_to(low_, blocks_->k_block) / blocks_->k_block, last = floor_to(high_ - 1, blocks_->k_block) / blocks_->k_block;
     for (size_t g = 0; g < count; ++g) {
       auto [from, to] = line_of(*blocks_, first_of(begin + g));
-      for (int64_t i = from; i < to; ++i) entries_.push_back({blocks_->columns[i], g});
-      apart += work_of((to - from) * blocks_->k_block, lanes_of(begin + g));
+      int64_t own = 0;
+      for (int64_t i = from; i < to; ++i) {
+        if (blocks_->columns[i] < first || blocks_->columns[i] > last) continue;
+        entries_.push_back({blocks_->columns[i], g}), ++own;
+      }
+      apart += work_of(own * block_keys, lanes_of(begin + g));
     }
     std::sort(entries_.begin(), entries_.end());
     for (size_t i = 0, next; i < entries_.size(); i = next) {
@@ -448,15 +462,13 @@ class Plan {
       int64_t lanes = 0, column = entries_[i].first;
       for (next = i; next < entries_.size() && entries_[next].first == column; ++next)
         groups |= uint64_t(1) << entries_[next].second, lanes += lanes_of(begin + entries_[next].second);
-      work += work_of(blocks_->k_block, lanes);
+      work += work_of(block_keys, lanes);
       auto [place, fresh] = list_numbers_.try_emplace(groups, lists_.size());
       if (fresh) lists_.emplace_back(), lists_.back().groups = groups, lists_.back().times.resize(count);
       Keys& keys = lists_[place->second];
       limit(keys, false);
-      int64_t stop = std::min((column + 1) * blocks_->k_block, high_);
-      int64_t start = std::max(column * blocks_->k_block, low_), step = 1;
-      keep_held(start, step);
-      for (int64_t p = start; p < stop; p += step) keys.position.push_back(int32_t(p));
+      Steps there = held({column * blocks_->k_block, (column + 1) * blocks_->k_block, 1});
+      for (int64_t p = there.start; p < there.stop; p += there.step) keys.position.push_back(int32_t(p));
     }
     for (Keys& keys : lists_) drop_padding(keys.position, nullptr);
     return work < apart;
@@ -466,17 +478,13 @@ class Plan {
     auto [from, to] = line_of(term, lane);
     for (int64_t i = from, next; i < to; i = next) {
       for (next = i + 1; next < to && term.columns[next] == term.columns[next - 1] + 1;) ++next;
-      int64_t stop = (term.columns[next - 1] + 1) * term.k_block;
-      int64_t start = std::max(term.columns[i] * term.k_block, low_), step = 1;
-      keep_held(start, step);
-      unite(shared, start, std::min(stop, span_.k_len), step, term.dedupe);
+      Steps there = held({term.columns[i] * term.k_block, (term.columns[next - 1] + 1) * term.k_block, 1});
+      unite(shared, there.start, there.stop, there.step, term.dedupe);
     }
   }
 
   // Add the keys start, start + step, ... below stop; with `once` only those that are not there yet.
   void unite(Own& shared, int64_t start, int64_t stop, int64_t step, bool once) {
-    if (start < low_) start += (low_ - start + step - 1) / step * step;
-    stop = std::min(stop, high_);
     if (start >= stop) return;
     size_t count = size_t((stop - start + step - 1) / step), i = 0, end = shared.position.size();
     if (end == 0 || shared.position.back() < start) {
@@ -504,11 +512,9 @@ class Plan {
     int64_t start = low_, stop = high_;
     if (term.left != kNoLimit) start = std::max(start, first_ - term.left);
     if (term.right != kNoLimit) stop = std::min(stop, last_ + term.right + 1);
-    start += floor_mod(lane.position - start, term.step);
-    int64_t step = term.step;
-    keep_held(start, step);
-    auto next = std::lower_bound(shared.position.begin(), shared.position.end(), int32_t(std::max<int64_t>(0, start)));
-    for (int64_t p = start; p < stop; p += step) {
+    Steps there = held({align_up(start, lane.position, term.step), stop, term.step});
+    auto next = std::lower_bound(shared.position.begin(), shared.position.end(), int32_t(std::clamp<int64_t>(there.start, 0, INT32_MAX)));
+    for (int64_t p = there.start; p < there.stop; p += there.step) {
       while (next != shared.position.end() && *next < p) ++next;
       if (next != shared.position.end() && *next == p) continue;
       windowed.position.push_back(int32_t(p)), windowed.times.push_back(1.0f);
@@ -532,12 +538,6 @@ class Plan {
     if (times) times->resize(n);
   }
 };
-
-// The row of q that a lane is.
-inline int64_t query_place(const Call& call, const Span& span, const Lane& lane) {
-  int64_t at = span.origin + lane.position - call.q_offset;
-  return call.q_step == 1 ? at : at / call.q_step;
-}
 
 // The half-open range of a sorted list of keys that each lane sees.
 inline void find_ranges(const Call& call, const Span& span, const Keys& keys, const Lane* lanes, int64_t count, int32_t* low,
@@ -569,56 +569,58 @@ inline void find_ranges(const Call& call, const Span& span, const Keys& keys, co
     return int32_t(std::lower_bound(keys.position.begin(), keys.position.end(), int32_t(position)) - keys.position.begin());
   };
   for (int64_t i = 0; i < count; ++i) {
-    int64_t row = query_place(call, span, lanes[i]);
-    high[i] = std::min(high[i], below(ends[row]));
-    low[i] = std::min(high[i], std::max(low[i], below(starts[row])));
+    high[i] = std::min(high[i], below(ends[lanes[i].row]));
+    low[i] = std::min(high[i], std::max(low[i], below(starts[lanes[i].row])));
   }
 }
 
-// Positions in a span: enough that many queries share the gathered keys, few enough that every thread has work with the spans
+// Queries in a span: enough that many queries share the gathered keys, few enough that every thread has work with the spans
 // of `key_heads`.
 inline int64_t rows_of_span(const Call& call, int64_t key_heads) {
   int64_t widest = 1, heads = call.heads / call.kv_heads;
   for (int64_t i = 0; i < call.num_terms; ++i)
-    if (call.terms[i].kind == kSegment) widest = std::max(widest, call.terms[i].rate);
+    if (call.terms[i].kind == kSegment) widest = std::max(widest, call.terms[i].rate / std::gcd(call.terms[i].rate, call.q_step));
   int64_t rows = std::max<int64_t>(768 / heads, 64 * widest / heads);
   int64_t fair = call.q_len * key_heads / (4 * call.threads) + 1;
-  return std::max<int64_t>(48, std::max<int64_t>(1, std::min(std::max<int64_t>(rows, 2048), fair))) * call.q_step;
+  return std::max<int64_t>(48, std::max<int64_t>(1, std::min(std::max<int64_t>(rows, 2048), fair)));
 }
 
 // The spans of one document's queries, from `first` to before `last`.
 inline void add_spans(const Call& call, int64_t batch, int64_t origin, int64_t k_len, int64_t first, int64_t last, int64_t rows,
                       std::vector<Span>& found) {
-  for (int64_t t = first, end; t < last; t = end) {
-    t += floor_mod(call.q_offset - origin - t, call.q_step);
-    if (t >= last) return;
-    end = std::min(t + rows, last);
+  for (int64_t t = align_up(first, call.q_offset - origin, call.q_step), end, count; t < last; t += count * call.q_step) {
+    end = std::min(t + rows * call.q_step, last);
     for (int64_t i = 0; i < call.num_terms; ++i) {
       const Term& term = call.terms[i];
       if (term.kind == kSegment) end = std::min(end, floor_to(t, term.length) + term.length);
     }
-    for (int64_t h = 0; h < call.kv_heads; ++h) found.push_back({batch, h, origin, k_len, t, end});
+    count = (end - t + call.q_step - 1) / call.q_step;
+    int64_t row = (origin + t - call.q_offset) / call.q_step;
+    for (int64_t h = 0; h < call.kv_heads; ++h) found.push_back({batch, h, origin, k_len, t, end, row, count});
   }
 }
 
-// Spans of all documents, key heads and batch rows, cut at segment borders and into at most `rows` positions.
+// Spans of all documents, key heads and batch rows, cut at segment borders and into at most `rows` queries.
 inline std::vector<Span> spans_of(const Call& call, int64_t rows) {
   std::vector<Span> found;
-  const int64_t q_stop = call.q_offset + (call.q_len - 1) * call.q_step + 1;
+  int64_t q_first = call.q_offset, q_last = call.q_offset + (call.q_len - 1) * call.q_step + 1;
   for (int64_t b = 0; b < call.batch; ++b) {
     const int64_t* ids = call.documents ? call.documents + (call.document_rows == 1 ? 0 : b) * call.k_len : nullptr;
     if (!ids) {
       // Queries may stand before or behind the keys.
-      add_spans(call, b, 0, call.k_len, call.q_offset, q_stop, rows, found);
+      add_spans(call, b, 0, call.k_len, q_first, q_last, rows, found);
       continue;
     }
-    add_spans(call, b, 0, 0, call.q_offset, std::min<int64_t>(q_stop, 0), rows, found);
-    for (int64_t start = 0, stop; start < call.k_len; start = stop) {
+    add_spans(call, b, 0, 0, q_first, std::min<int64_t>(q_last, 0), rows, found);
+    int64_t start = std::clamp<int64_t>(q_first, 0, call.k_len), stop;
+    // The first query may stand inside a document.
+    while (start > 0 && start < call.k_len && ids[start - 1] == ids[start]) --start;
+    for (; start < std::min(call.k_len, q_last); start = stop) {
       for (stop = start + 1; stop < call.k_len && ids[stop] == ids[start];) ++stop;
-      int64_t first = std::max(start, call.q_offset), last = std::min(stop, q_stop);
+      int64_t first = std::max(start, q_first), last = std::min(stop, q_last);
       add_spans(call, b, start, stop - start, first - start, last - start, rows, found);
     }
-    add_spans(call, b, 0, 0, std::max(call.k_len, call.q_offset), q_stop, rows, found);
+    add_spans(call, b, 0, 0, std::max(call.k_len, q_first), q_last, rows, found);
   }
   return found;
 }

@@ -2,9 +2,49 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 namespace dil {
+
+inline int64_t floor_mod(int64_t a, int64_t b) {
+  int64_t r = a % b;
+  return r < 0 ? r + b : r;
+}
+
+// The first number from `at` on that is `start` and a multiple of `step`.
+inline int64_t align_up(int64_t at, int64_t start, int64_t step) { return at + floor_mod(start - at, step); }
+
+// x with a * x = 1 modulo b, which have no common divisor (extended Euclid).
+inline int64_t inverse_of(int64_t a, int64_t b) {
+  int64_t x = 1, y = 0;
+  for (int64_t m = b; m != 0;) {
+    int64_t whole = a / m;
+    a -= whole * m, x -= whole * y;
+    std::swap(a, m), std::swap(x, y);
+  }
+  return floor_mod(x, b);
+}
+
+// Positions start, start + step, ... below stop.
+struct Steps {
+  int64_t start, stop, step;
+};
+
+// The positions of `of` that are `start` and a multiple of `step` too (Chinese remainder theorem).
+inline Steps meet(Steps of, int64_t start, int64_t step) {
+  if (step == 1 || of.start >= of.stop) return of;
+  if (of.step >= of.stop - of.start) {
+    // One position; the step may be too large to be multiplied.
+    return floor_mod(of.start - start, step) == 0 ? of : Steps{0, 0, 1};
+  }
+  int64_t divisor = std::gcd(of.step, step), gap = floor_mod(start - of.start, step);
+  if (gap % divisor != 0) return {0, 0, 1};
+  int64_t rest = step / divisor;
+  int64_t count = rest == 1 ? 0 : gap / divisor % rest * inverse_of(of.step / divisor % rest, rest) % rest;
+  return {of.start + of.step * count, of.stop, of.step * rest};
+}
 
 // The keys start, start + step, ... below stop, which the groups of a batch see that are bits of `groups`. `once`: they are not
 // counted for a group that has them from an earlier progression.

@@ -66,21 +66,15 @@ std::vector<Tile> tiles_of(const std::vector<Group>& groups) {
 }
 
 template <class X>
-const X* key_rows(const Operand& x, const Span& span) {
-  return static_cast<const X*>(x.data) + span.batch * x.batch + span.kv_head * x.head;
-}
-
-// The row of k that stands at a position of the span's document.
-inline int64_t key_place(const Call& call, const Span& span, int64_t position) {
-  int64_t at = span.origin + position - call.k_start;
-  return call.k_step == 1 ? at : at / call.k_step;
+const X* key_rows(const Call& call, const Operand& x, const Span& span) {
+  return static_cast<const X*>(x.data) + span.batch * x.batch + span.kv_head * x.head + first_key_row(call, span) * x.row;
 }
 
 template <class X>
-void prefetch(const Call& call, const Operand& from, const Span& span, const int32_t* positions, int64_t count, int64_t dim) {
-  const X* base = key_rows<X>(from, span);
+void prefetch(const Call& call, const Operand& from, const Span& span, const int32_t* rows, int64_t count, int64_t dim) {
+  const X* base = key_rows<X>(call, from, span);
   for (int64_t i = 0; i < count; ++i) {
-    const char* row = reinterpret_cast<const char*>(base + key_place(call, span, positions[i]) * from.row);
+    const char* row = reinterpret_cast<const char*>(base + int64_t(rows[i]) * from.row);
     for (int64_t at = 0; at < dim * int64_t(sizeof(X)); at += 64) __builtin_prefetch(row + at, 0, 2);
     // GCC before 14 takes a function that does nothing but prefetch for one without effect, and leaves out its calls.
     asm volatile("");
@@ -103,7 +97,7 @@ void limit(const Call& call, const Span& span, Tile& tile, const Keys& keys, con
 template <class Y>
 Y* row_of(const Call& call, const Operand& x, const Span& span, const Lane& lane) {
   int64_t head = span.kv_head * (call.heads / call.kv_heads) + lane.head;
-  return static_cast<Y*>(x.data) + span.batch * x.batch + head * x.head + query_place(call, span, lane) * x.row;
+  return static_cast<Y*>(x.data) + span.batch * x.batch + head * x.head + lane.row * x.row;
 }
 
 template <class T>
@@ -179,18 +173,17 @@ class Rows {
     keys.take(kBlock * key_row), values.take(kBlock * value_row);
   }
 
-  void gather(const Span& span, const int32_t* positions, int64_t count) {
-    gather(call_.k, span, positions, count, call_.head_dim, key_row, +keys);
-    gather(call_.v, span, positions, count, call_.v_dim, value_row, +values);
+  void gather(const Span& span, const int32_t* from, int64_t count) {
+    gather(key_rows<X>(call_, call_.k, span), call_.k.row, from, count, call_.head_dim, key_row, +keys);
+    gather(key_rows<X>(call_, call_.v, span), call_.v.row, from, count, call_.v_dim, value_row, +values);
   }
 
  private:
   const Call& call_;
 
-  void gather(const Operand& x, const Span& span, const int32_t* positions, int64_t count, int64_t dim, int64_t row, T* to) const {
-    const X* from = key_rows<X>(x, span);
+  static void gather(const X* from, int64_t stride, const int32_t* rows, int64_t count, int64_t dim, int64_t row, T* to) {
     for (int64_t i = 0; i < count; ++i) {
-      load_row(from + key_place(call_, span, positions[i]) * x.row, to + i * row, int(dim));
+      load_row(from + int64_t(rows[i]) * stride, to + i * row, int(dim));
       for (int64_t d = dim; d < row; ++d) to[i * row + d] = 0;
     }
     std::fill_n(to + count * row, (padded(count) - count) * row, T(0));
@@ -200,16 +193,16 @@ class Rows {
 // Up to kBlock neighbours in a list of keys.
 struct KeyBlock {
   int64_t start, count;  // in the list
-  const int32_t* positions;
+  const int32_t *positions, *rows;
   const float* times;  // or null: each counts once
 };
 
-// Walks a list of keys block by block for the tiles whose groups see them. `Held` is the block's memory, `Rows` or another.
+// Walks a list of keys block by block for the tiles whose groups see them. `Gathered` is the block's memory, `Rows` or another.
 // use(tile, a, b, block): keys a to b (whole steps) of the block. after(block): all tiles have used it. after_list: the list that
 // comes next, or null.
-template <class X, class Held, class Use, class After>
+template <class X, class Gathered, class Use, class After>
 void each_block(const Call& call, const Span& span, const Keys& list, const Keys* after_list, const Lane* lanes,
-                std::vector<Tile>& tiles, int32_t* low, int32_t* high, Held& held, Use use, After after) {
+                std::vector<Tile>& tiles, int32_t* low, int32_t* high, Gathered& gathered, Use use, After after) {
   if (list.size() == 0) return;
   int32_t begin = INT32_MAX, end = 0;
   int64_t seeing = 0;
@@ -218,14 +211,14 @@ void each_block(const Call& call, const Span& span, const Keys& list, const Keys
     limit<typename Score<X>::T>(call, span, tile, list, lanes, low + tile.first, high + tile.first);
     begin = std::min(begin, tile.low_min), end = std::max(end, tile.high_max), ++seeing;
   }
-  for (int64_t start = begin; start < end; start += Held::kBlock) {
-    int64_t count = std::min(Held::kBlock, list.size() - start);
-    const int32_t* positions = &list.position[size_t(start)];
-    held.gather(span, positions, count);
-    const int32_t* ahead = positions + Held::kBlock;
-    int64_t next = std::clamp<int64_t>(end - start - Held::kBlock, 0, Held::kBlock), fetched = 0, done = 0;
+  for (int64_t start = begin; start < end; start += Gathered::kBlock) {
+    int64_t count = std::min(Gathered::kBlock, list.size() - start);
+    const int32_t *positions = &list.position[size_t(start)], *rows = list.rows() + start;
+    gathered.gather(span, rows, count);
+    const int32_t* ahead = rows + Gathered::kBlock;
+    int64_t next = std::clamp<int64_t>(end - start - Gathered::kBlock, 0, Gathered::kBlock), fetched = 0, done = 0;
     if (next == 0 && after_list)
-      ahead = after_list->position.data(), next = std::min<int64_t>(Held::kBlock, after_list->size());
+      ahead = after_list->rows(), next = std::min<int64_t>(Gathered::kBlock, after_list->size());
     for (const Tile& tile : tiles) {
       if (!list.seen_by(tile.group)) continue;
       // Fetching the next block goes along with the work on this one.
@@ -233,11 +226,11 @@ void each_block(const Call& call, const Span& span, const Keys& list, const Keys
       prefetch<X>(call, call.k, span, ahead + fetched, until - fetched, call.head_dim);
       prefetch<X>(call, call.v, span, ahead + fetched, until - fetched, call.v_dim);
       fetched = until;
-      int64_t a = std::max<int64_t>(0, tile.low_min - start) / Held::kStep * Held::kStep;
-      int64_t b = (std::min<int64_t>(count, tile.high_max - start) + Held::kStep - 1) / Held::kStep * Held::kStep;
-      if (a < b) use(tile, a, b, KeyBlock{start, count, positions, list.times_of(tile.group, start)});
+      int64_t a = std::max<int64_t>(0, tile.low_min - start) / Gathered::kStep * Gathered::kStep;
+      int64_t b = (std::min<int64_t>(count, tile.high_max - start) + Gathered::kStep - 1) / Gathered::kStep * Gathered::kStep;
+      if (a < b) use(tile, a, b, KeyBlock{start, count, positions, rows, list.times_of(tile.group, start)});
     }
-    after(KeyBlock{start, count, positions, nullptr});
+    after(KeyBlock{start, count, positions, rows, nullptr});
   }
 }
 
