@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
+import time
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ranks import over_ranks
-from torch import Tensor
+from torch import Tensor, fx
+from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 
-from dilcompile import distributed
-from dilcompile.errors import PlacementError
+from dilcompile import distributed, functional
+from dilcompile.errors import DilcompileError, PlacementError
 from dilcompile.forms import make_form
 from dilcompile.lowering import ops
 from dilcompile.lowering.distributed import meshes, plan
 from dilcompile.lowering.distributed.attention import sharded_attention
-from dilcompile.lowering.distributed.spec import Spec
+from dilcompile.lowering.distributed.spec import Spec, parse_spec
 from dilcompile.placements import PLACEMENTS
 from dilcompile.placements.shards import ORDERS, Shards
 from dilcompile.relation import Problem
@@ -227,3 +234,231 @@ def test_ranks_give_the_numbers_of_one_and_move_the_bytes_of_their_schedules(ran
     kept = [case for case in cases if case.placement == "halo" and case not in refused]
     assert ranks != 3 or {case.form for case in kept} >= {"window"}
     assert {case.order for case in kept} <= {"contiguous"}
+
+
+def _grid_job(rank: int, cases: list[tuple[Case, str]], expected: dict[Any, dict[str, Tensor]]) -> list[str]:
+    """Sequence and heads over two axes."""
+    problems = []
+    for case, moving in cases:
+        spec = _spec(case, axis="ring", heads_axis="heads", moving=moving)
+        found, (shards, at), _ = _sharded(rank, spec, case, *HEADS[4])
+        gap = _difference(found, expected[case.whole()], shards, at)
+        if not gap <= 1e-12:
+            problems.append(f"wrong {case} {moving} on rank {rank}: {gap}")
+    return problems
+
+
+def test_usp_gives_the_numbers_of_one_rank() -> None:
+    """Heads over one axis, and keys over the other by whatever moves them."""
+    cases = [
+        (Case(form, True, "usp", order, masks, options), moving)
+        for form, order, moving, masks, options in (
+            ("dense", "zigzag", "ring", (), {}),
+            ("dense", "striped", "all_gather", ("documents", "padding"), {"dropout_p": 0.25}),
+            ("window", "contiguous", "halo", ("limits",), {}),
+            ("dilated", "contiguous", "gather_needed", (), {}),
+        )
+    ]
+    expected = {case.whole(): _alone(case, *HEADS[4]) for case, _ in cases}
+    found = over_ranks({"ring": 2, "heads": 2}, _grid_job, cases, expected)
+    assert not [problem for each in found for problem in each]
+
+
+def _tree_job(rank: int, cases: list[Case], q_rows: int, q_offset: int, expected: list[dict[str, Tensor]]) -> list[str]:
+    """Queries that all ranks have."""
+    problems = []
+    for case, right in zip(cases, expected, strict=True):
+        given = _operands(*HEADS[3])
+        shards, at = Shards(LENGTH, 3, case.order), plan.Where(rank)
+        q = given["q"][:, :, q_offset : q_offset + q_rows].clone().requires_grad_()
+        k, v = (_cut(given[name], shards, rank, 0).requires_grad_() for name in "kv")
+        padding, documents = (_cut(given[n], shards, rank, 0, 1) if n in case.masks else None for n in ("padding", "documents"))
+        seed = torch.tensor([7 + rank]) if "dropout_p" in case.options else None
+        spec = _spec(case, q_offset=q_offset)
+        out, lse = sharded_attention(q, k, v, padding, documents, None, seed, str(spec))
+        torch.autograd.backward([out, lse], [given["grad_out"][:, :, :q_rows], given["grad_lse"][:, :, :q_rows]])
+        gap = _difference({"k": k.grad, "v": v.grad}, right, shards, at)
+        gap = max(gap, *(float((x - right[n]).abs().max()) for n, x in (("out", out), ("lse", lse), ("q", q.grad))))
+        if not gap <= 1e-12:
+            problems.append(f"wrong {case} on rank {rank}: {gap}")
+    return problems
+
+
+def test_tree_gives_the_numbers_of_one_rank() -> None:
+    """Decoding: few queries, at the end or inside, that every rank has."""
+    rows, offset = 3, LENGTH - 7
+    cases = [
+        Case("dense", True, "tree", "contiguous", ("padding",)),
+        Case("dense", True, "tree", "striped", ("documents",), {"dropout_p": 0.25}),
+        Case("window", True, "tree", "zigzag"),
+        Case("dilated", True, "tree", "contiguous"),
+    ]
+    expected = []
+    for case in cases:
+        given = _operands(*HEADS[3])
+        q, k, v = (given[name].clone().requires_grad_() for name in "qkv")
+        padding, documents = (given[name] if name in case.masks else None for name in ("padding", "documents"))
+        dropout = case.options.get("dropout_p", 0.0)
+        out, lse = ops.attention(
+            q[:, :, offset : offset + rows], k, v, padding, documents, None, torch.tensor([7]) if dropout else None,
+            str(FORMS[case.form]), True, None, None, offset, 0.4, None, dropout, "reference",
+        )  # fmt: skip
+        torch.autograd.backward([out, lse], [given["grad_out"][:, :, :rows], given["grad_lse"][:, :, :rows]])
+        grad_q = q.grad[:, :, offset : offset + rows]
+        expected.append({"out": out.detach(), "lse": lse.detach(), "q": grad_q, "k": k.grad, "v": v.grad})
+    found = over_ranks({"cp": 3}, _tree_job, cases, rows, offset, expected)
+    assert not [problem for each in found for problem in each]
+
+
+def _graph_job(rank: int, placements: list[str]) -> dict[str, Any]:
+    """The graphs of forward and backward, and how far what they compute is from what eager computes."""
+    found = {}
+    for placement in placements:
+        spec = str(Spec("cp", placement, "dense", is_causal=True, scale=0.4, site="model.attention"))
+        torch.manual_seed(rank)
+        eager = [torch.randn(1, 6, 8, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+        traced = [x.detach().clone().requires_grad_() for x in eager]
+        graph = fx.Graph()
+        operands = [graph.placeholder(name) for name in "qkv"]
+        both = graph.call_function(sharded_attention, (*operands, None, None, None, None, spec))
+        graph.output((graph.call_function(torch.sin, (graph.call_function(lambda x: x[0], (both,)),)),))
+        codes: list[str] = []
+
+        def keep(module: fx.GraphModule, _: Any, codes: list[str] = codes) -> Any:
+            codes.append(module.code)
+            return make_boxed_func(module.forward)
+
+        compiled = aot_module_simplified(fx.GraphModule(torch.nn.Module(), graph), traced, fw_compiler=keep, bw_compiler=keep)
+        (out,) = compiled(*traced)
+        right = sharded_attention(*eager, None, None, None, None, spec)[0].sin()
+        for result in (out, right):
+            result.square().sum().backward()
+        gaps = [float((a - b).abs().max()) for a, b in ((out, right), *((x.grad, y.grad) for x, y in zip(eager, traced, strict=True)))]
+        found[placement] = (codes, max(gaps))
+    return found
+
+
+def _called(code: str) -> list[str]:
+    """The operators of ours and of c10d, in order, by short names."""
+    names = re.findall(r"torch\.ops\.(?:dilcompile|_c10d_functional)\.(\w+)\.default", code)
+    return [name.removeprefix("dilcompile_") for name in names]
+
+
+def test_every_rank_has_one_graph_and_computes_while_rows_travel() -> None:
+    """Hashes of the graphs; an exchange is started before the step before computes, and waited for after that."""
+    found = over_ranks({"cp": 3}, _graph_job, ["ring", "gather_needed", "ulysses"])
+    for placement in found[0]:
+        hashes = {hashlib.sha256("".join(rank[placement][0]).encode()).hexdigest() for rank in found}
+        assert len(hashes) == 1, placement
+        assert all(rank[placement][1] == 0 for rank in found), placement
+    forward, backward = map(_called, found[0]["ring"][0])
+    assert forward == ["exchange", "attend_step", "wait_tensor", "exchange", "attend_step", "wait_tensor", "attend_step"]
+    step = "attend_step_backward"
+    assert backward == [
+        *("exchange", "wait_tensor", "exchange", step, "return_gradients", "wait_tensor", step, "wait_tensor", "add_returned"),
+        *("return_gradients", step, "wait_tensor", "add_returned"),
+    ]
+    forward, backward = map(_called, found[0]["gather_needed"][0])
+    assert forward == ["exchange", "attend_step", "wait_tensor", "attend_step"]
+    assert backward == [step, "return_gradients", step, "wait_tensor", "add_returned"]
+    assert _called(found[0]["ulysses"][0][0]) == [*["exchange_equal", "wait_tensor"] * 0, *["exchange_equal"] * 3, *["wait_tensor"] * 3,
+                                                  "attend_step", "exchange_equal", "wait_tensor"]
+
+
+def _faulty_job(rank: int, fault: str) -> str | None:
+    """What the other ranks are told when rank 1 leaves or stays away before a step."""
+    q, k, v = (torch.randn(1, 2, 4, 4) for _ in range(3))
+    spec = str(Spec("cp", "ring", "dense", scale=0.5, site="model.layers.3.attention"))
+    sharded_attention(q, k, v, None, None, None, None, spec)
+    if rank == 1:
+        if fault == "dies":
+            os._exit(3)
+        time.sleep(8)
+        return None
+    start = time.monotonic()
+    try:
+        sharded_attention(q, k, v, None, None, None, None, spec)
+    except PlacementError as error:
+        return f"{time.monotonic() - start:.0f} s: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize("fault", ["dies", "hangs"])
+def test_a_rank_that_is_gone_is_named_by_the_others(fault: str) -> None:
+    """Within the timeout of the group, with the site, the step, the axis and who was waited for."""
+    first, gone, last = over_ranks({"cp": 3}, _faulty_job, fault, timeout=5.0)
+    assert gone is None
+    for rank, told in ((0, first), (2, last)):
+        seconds, message = told.split(" s: ", 1)
+        assert int(seconds) <= 6
+        assert message.startswith("model.layers.3.attention: step 1, keys and values (forward) over mesh axis 'cp' failed on rank")
+        assert f"rank {rank} while it waited for ranks {', '.join(str(r) for r in range(3) if r != rank)}" in message
+        assert "timeout of the group: 5 s" in message
+
+
+@st.composite
+def _simulated(draw: st.DrawFn) -> dict[str, Any]:
+    """Sizes, a form and a placement."""
+    kv_heads = draw(st.integers(1, 3))
+    heads = kv_heads * draw(st.integers(1, 3))
+    parts = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
+    length = draw(st.integers(1, 40))
+    method = draw(st.sampled_from([*PLACEMENTS, "ulysses", "usp"]))
+    first, rate = draw(st.integers(1, 8)), draw(st.integers(2, 4))
+    branches = draw(st.integers(1, 3))
+    form = draw(
+        st.sampled_from(
+            [
+                {"form": "dense"},
+                {"form": "sliding_window", "window": draw(st.integers(1, 20)), "sinks": draw(st.integers(0, 3))},
+                {
+                    "form": "dilated",
+                    "segments": [first * rate**n for n in range(branches)],
+                    "rates": [rate**n for n in range(branches)],
+                    "offset": draw(st.sampled_from(["head_mod", "own"])),
+                    "coverage": "zero",
+                },
+            ]
+        )
+    )
+    return {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "length": length,
+        "form": form,
+        "method": method,
+        "order": draw(st.sampled_from(ORDERS)),
+        "ranks": 1 if method == "ulysses" else draw(st.integers(1, 8)),
+        "parts": parts if method in ("ulysses", "usp") else 1,
+        "is_causal": draw(st.booleans()),
+        "cut": draw(st.integers(0, length)),
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(_simulated())
+def test_simulated_ranks_give_the_numbers_of_one(drawn: dict[str, Any]) -> None:
+    """Up to eight ranks in this process, forward and all gradients, packed or not."""
+    torch.manual_seed(0)
+    shape = lambda heads, dim: (1, heads, drawn["length"], dim)  # noqa: E731
+    q, k, v = (
+        torch.randn(shape(drawn[heads], dim), dtype=torch.float64, requires_grad=True)
+        for heads, dim in (("heads", 4), ("kv_heads", 4), ("kv_heads", 3))
+    )
+    cut = drawn["cut"]
+    packed = torch.tensor([0, cut, drawn["length"]]) if 0 < cut < drawn["length"] else None
+    options = {name: drawn[name] for name in ("is_causal",)} | {"cu_seqlens": packed}
+    try:
+        made = distributed.simulate(
+            q, k, v, drawn["form"], ranks=drawn["ranks"], parts=drawn["parts"], method=drawn["method"], order=drawn["order"], **options
+        )  # fmt: skip
+    except PlacementError as error:
+        assert "halo" in str(error) or "counts from the start of each packed document" in str(error), error
+        return
+    out, lse = functional.attention(q, k, v, drawn["form"], kernel="reference", return_lse=True, **options)
+    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse) * torch.isfinite(lse)
+    right = torch.autograd.grad([out, lse], [q, k, v], [grad_out, grad_lse])
+    found = torch.autograd.grad([made.out, made.lse], [q, k, v], [grad_out, grad_lse])
+    assert torch.equal(torch.isfinite(made.lse), torch.isfinite(lse))
+    for one, other in ((made.out, out), (made.lse.nan_to_num(neginf=0), lse.nan_to_num(neginf=0)), *zip(found, right, strict=True)):
+        assert (one - other).abs().max() <= 1e-12

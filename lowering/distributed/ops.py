@@ -42,7 +42,8 @@ def exchange(k: Tensor, v: Tensor, after: Tensor | None, spec: str, step: int) -
 
     Args:
         k: [B, Hkv, n, D]; v: [B, Hkv, n, Dv]; the rank's places.
-        after: for the backward pass, which receives them again: what has come from behind, not read. So it is no part of the forward.
+        after: for the backward pass, which receives them again: what comes from behind, not read, so that the forward has no part
+            in it.
 
     Returns:
         flat, in k's dtype: what other ranks send, keys and values beside one another, see ``rows``.
