@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dilcompile.distributed.attention import attention
+from dilcompile.distributed.compression import TopKCompression
 from dilcompile.distributed.simulation import Simulation, simulate
 from dilcompile.lowering.distributed.meshes import set_mesh
 from dilcompile.lowering.distributed.traffic import Moved, Traffic, traffic
 
-__all__ = ["Moved", "Simulation", "Traffic", "attention", "set_mesh", "simulate", "traffic"]
+__all__ = ["Moved", "Simulation", "TopKCompression", "Traffic", "attention", "set_mesh", "simulate", "traffic"]
