@@ -110,8 +110,11 @@ def check(inputs: tuple[Tensor, ...], form: BlockSparse, causal: bool = True, q_
     return found
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("pattern", FAMILIES, ids=str)
+@pytest.mark.parametrize(
+    ("pattern", "causal"),
+    [*((one, True) for one in FAMILIES), *((one, False) for one in FAMILIES[1::2]), (BY_HEAD, False)],
+    ids=str,
+)
 def test_every_family_of_patterns(pattern: dict[str, Any], causal: bool) -> None:
     check(drawn(batch=1, heads=2, kv_heads=1, q_len=57, k_len=57), blocks_of(16, pattern), causal)
 
@@ -124,7 +127,7 @@ SIZES: list[Any] = [17, 20, 40, 48, (16, 48), (48, 16), (24, 40), (33, 16), (256
     ("block", "causal"), [*((block, True) for block in SIZES), *((SIZES[n], False) for n in (1, 3, 5, 6, 8))], ids=str
 )
 def test_blocks_of_any_size(block: Any, causal: bool) -> None:
-    check(drawn(batch=1, heads=2, kv_heads=1, q_len=101, k_len=101), blocks_of(block, {"strided": {"stride": 2}}), causal)
+    check(drawn(batch=1, heads=2, kv_heads=1, q_len=69, k_len=69), blocks_of(block, {"strided": {"stride": 2}}), causal)
 
 
 @pytest.mark.parametrize(
@@ -205,8 +208,7 @@ def test_a_bias_of_every_shape(form: BlockSparse, shape: tuple[int, ...]) -> Non
     check(drawn(heads=2, kv_heads=1, q_len=ROWS, k_len=ROWS), form, bias=bias_of(shape))
 
 
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3]], ids=str)
-@pytest.mark.parametrize("q_offset", [-4, 6])
+@pytest.mark.parametrize(("shape", "q_offset"), [(SHAPES[1], -4), (SHAPES[3], 6)], ids=str)
 def test_a_bias_beside_everything_else(shape: tuple[int, ...], q_offset: int) -> None:
     operands = operands_of({"softcap": 1.5, "key_padding": True, "documents": "own"}, length=ROWS)
     inputs = drawn(heads=2, kv_heads=1, q_len=ROWS, k_len=ROWS, v_dim=5)
