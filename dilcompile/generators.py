@@ -284,7 +284,7 @@ class Blocks:
         return f"blocks({self.grid.q_block} x {self.grid.k_block}, {self.pattern})"
 
 
-# Each has ``needed(kv_head, rows, k_len, left, right)``: exactly the keys that some query position of ``rows`` reads under this key
+# Each has ``needed(kv_head, rows, k_len, left, right)``: exactly the keys that some query position of ``rows`` reads under a key
 # head with ``-right <= t - k <= left``, as progressions that may meet one another.
 #
 # Whose rows hold one progression of keys each.

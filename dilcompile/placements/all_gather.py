@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dilcompile.placements.needs import local, own
+from dilcompile.placements.needs import local, shares
 from dilcompile.placements.schedule import RankSchedule, Step, Transfer
 from dilcompile.placements.shards import Shards
 from dilcompile.placements.unfit import anywhere, data_chosen
@@ -22,7 +22,7 @@ def schedule(relation: Relation, shards: Shards, rank: int, documents: bool = Fa
     first = Step(local=local(relation, shards, rank))
     if shards.ranks == 1:
         return RankSchedule(rank, (first,))
-    held = [own(relation, shards, peer) for peer in range(shards.ranks)]
+    held = shares(relation.problem.kv_heads, shards)
     receives = tuple(Transfer(peer, rows) for peer, rows in enumerate(held) if rows and peer != rank)
     sends = tuple(Transfer(peer, held[rank]) for peer in range(shards.ranks) if held[rank] and peer != rank)
     return RankSchedule(rank, (first, Step(sends, receives)))
