@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from dilcompile.placements.schedule import RankSchedule, Rows, Step, Transfer
+from dilcompile.placements.rows import Rows
+from dilcompile.placements.schedule import RankSchedule, Step, Transfer
 from dilcompile.placements.shards import Shards
 from dilcompile.position_sets import Parts, disjoint, meet
 from dilcompile.progression import Progression
@@ -93,7 +95,7 @@ def _by_piece(rows: Sequence[Rows], shards: Shards) -> Iterator[tuple[int, tuple
         first, last = part.start // shards.piece, part.positions()[-1] // shards.piece
         edges.update((first, first + 1, last, last + 1))
     bounds = sorted(edges)
-    for first, stop in zip(bounds, bounds[1:], strict=False):
+    for first, stop in pairwise(bounds):
         inside = _common(rows, Progression(first * shards.piece, stop * shards.piece))
         if stop - first == 1:
             yield shards.holder(first), inside
