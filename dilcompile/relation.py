@@ -238,7 +238,7 @@ class Relation:
                 keys = generator.rows(head, t, size.k_len).meet(keys)
             counts = keys.count
             if before:
-                counts = counts - union_count([each.rows(head, t, size.k_len).meet(keys) for each in before])
+                counts = counts - union_count([_common(each, head, t, keys, size.k_len) for each in before])
             yield t, counts
 
     def _counts_one_by_one(self, index: int, head: int) -> Iterator[tuple[Positions, Positions]]:
@@ -292,7 +292,7 @@ class Relation:
             keys = self._masked(generator.rows(head, t, self.problem.k_len), t)
             counts = keys.count
             if term.dedupe and before:
-                counts = counts - union_count([each.rows(head, t, self.problem.k_len).meet(keys) for each in before])
+                counts = counts - union_count([_common(each, head, t, keys, self.problem.k_len) for each in before])
             yield t, counts
 
     def _active(self, generator: ByRow, head: int, start: int, stop: int) -> Iterator[Positions]:
@@ -318,6 +318,18 @@ class Relation:
 def _by_row(generator: Generator) -> ByRow:
     assert not isinstance(generator, Blocks), "the keys of a row of blocks are no progression"
     return generator
+
+
+def _common(generator: ByRow, head: int, t: Positions, keys: RowKeys, k_len: int) -> RowKeys:
+    """Those of ``keys`` that the generator holds too, row by row; computed only for rows that are active in it."""
+    if not isinstance(generator, Segment) or not len(t):
+        return generator.rows(head, t, k_len).meet(keys)
+    active = generator.has(head, t)
+    found = generator.rows(head, t[active], k_len).meet(keys.rows(active))
+    first = np.zeros_like(t)
+    stop = np.zeros_like(t)
+    first[active], stop[active] = found.first, found.stop
+    return RowKeys(first, stop, found.step)
 
 
 def _kind(generator: Generator, head: int) -> object:
