@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 from dilcompile import arguments
 from dilcompile.errors import DilcompileError, FormError
 from dilcompile.forms import Form, make_form, parse_form
-from dilcompile.lowering import ops, selection
+from dilcompile.lowering import ops, selection, token_order
 from dilcompile.lowering.call import form_of, problem_of, relation_of
 from dilcompile.lowering.selection import Selection
 
@@ -122,7 +122,8 @@ def select_blocks(
 ) -> Selection:
     """The blocks that ``attention`` computes for these queries and keys, where the form leaves that to the data.
 
-    ``Selection.pairs`` and ``Selection.density`` count what they hold. The operands are those of ``attention``.
+    ``Selection.pairs`` and ``Selection.density`` count what they hold. The operands are those of ``attention``. Under an order of
+    tokens blocks count positions along its curve.
 
     Returns:
         int32 columns [B, H, block rows, capacity], ascending, and counts [B, H, block rows].
@@ -135,7 +136,9 @@ def select_blocks(
     arguments.check_padding(key_padding, q, k.shape[2])
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     problem = problem_of(q, k, k, is_causal, None, None, offset)
-    found = selection.select_blocks(relation_of(form_of(text_of(form)), problem), q, k, key_padding, scale, softcap)
+    whole = form_of(text_of(form))
+    along = token_order.chosen_from(whole, q, k, key_padding)
+    found = selection.select_blocks(relation_of(whole, problem), *along, scale, softcap)
     if found is None:
         raise FormError(f"the blocks of {text_of(form)} don't depend on the data; {{topk: ...}} and {{mass: ...}} choose them")
     return found

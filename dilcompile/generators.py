@@ -16,7 +16,7 @@ from dilcompile.blocks.grid import Grid
 from dilcompile.blocks.lists import BlockLists, lists_of
 from dilcompile.blocks.patterns import Pattern, from_head
 from dilcompile.position_sets import between, joined, meet, reached
-from dilcompile.progression import Positions, Progression, RowKeys
+from dilcompile.progression import Positions, Progression, RowKeys, distinct
 
 Limit = int | None
 
@@ -263,7 +263,7 @@ class Blocks:
         last = rows.positions()[-1]
         lines = np.arange(max(0, rows.start) // size.q_block, max(0, last) // size.q_block + 1, dtype=np.int64)
         heads = range(kv_head * self.group, (kv_head + 1) * self.group) if self.pattern.by_head else range(1)
-        codes = np.unique(np.concatenate([self.pattern.codes(h, lines, size) for h in heads]))
+        codes = distinct(np.concatenate([self.pattern.codes(h, lines, size) for h in heads]))
         line, column = np.divmod(codes, max(1, size.columns))
         # The own rows in each block row: the first and the last of them.
         low = rows.start + -(-np.maximum(0, line * size.q_block - rows.start) // rows.step) * rows.step

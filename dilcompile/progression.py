@@ -12,6 +12,17 @@ import numpy.typing as npt
 Positions = npt.NDArray[np.int64]
 
 
+def distinct(positions: Positions) -> Positions:
+    """Each number once, ascending. (``numpy.unique`` hashes, which takes many times as long on numbers that come in runs.)"""
+    positions = np.sort(positions[_changes(positions)])
+    found: Positions = positions[_changes(positions)]
+    return found
+
+
+def _changes(positions: Positions) -> npt.NDArray[np.bool_]:
+    return np.append(True, positions[1:] != positions[:-1])[: len(positions)]
+
+
 @dataclass(frozen=True)
 class Progression:
     """Positions ``start, start + step, ...`` below ``stop``, as in ``range``."""

@@ -22,34 +22,15 @@ class AtenFlash:
     def forward(self, laid: Laid) -> tuple[Tensor, Tensor]:
         """See ``FlashOp``."""
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            laid.q,
-            laid.k,
-            laid.v,
-            *_lengths(laid),
-            0.0,
-            laid.band.is_causal,
-            return_debug_mask=False,
-            **_options(laid),
+            *laid.operands, *_lengths(laid), 0.0, laid.band.is_causal, return_debug_mask=False, **_options(laid)
         )
         return out, lse
 
     def backward(self, laid: Laid, out: Tensor, lse: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See ``FlashOp``."""
-        # Without dropout the op doesn't read its random state.
-        state = torch.zeros(2, dtype=torch.uint64, device=laid.q.device)
+        state = laid.no_draws(2, dtype=torch.uint64), laid.no_draws(0, dtype=torch.uint64)
         d_q, d_k, d_v = torch.ops.aten._flash_attention_backward(
-            grad_out,
-            laid.q,
-            laid.k,
-            laid.v,
-            out,
-            lse,
-            *_lengths(laid),
-            0.0,
-            laid.band.is_causal,
-            state,
-            state.narrow(0, 0, 0),
-            **_options(laid),
+            grad_out, *laid.operands, out, lse, *_lengths(laid), 0.0, laid.band.is_causal, *state, **_options(laid)
         )
         return d_q, d_k, d_v
 

@@ -172,3 +172,8 @@ def empty_output(q: Tensor, v_dim: int, dtype: torch.dtype | None = None) -> Ten
     """An uninitialised [B, H, Sq, Dv] that lies in memory as [B, Sq, H, Dv], what the models' next view wants."""
     batch, heads, rows, _ = q.shape
     return q.new_empty((batch, rows, heads, v_dim), dtype=dtype).transpose(1, 2)
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """``x`` with neighbouring elements in its last dim, as kernels load them: itself, or a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from dilcompile.lowering import views
+from dilcompile.lowering import aten_cpu_flash, views
 from dilcompile.lowering.call import Call, Gradients
 from dilcompile.lowering.engines import (
     Downstream,
@@ -36,18 +35,8 @@ class FlashEngine:
         q, k, v = block.view(part.q), block.view(part.k), block.view(part.v)
         for masked in masked_cuts(part, block):
             first, second, rows, keys = masked.cut
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q[first, second, rows],
-                k[first, second, keys],
-                v[first, second, keys],
-                0.0,
-                masked.causal,
-                attn_mask=masked.mask,
-                scale=part.call.scale,
-            )
-            if masked.sees is not None:
-                # The op gives LSE 0 to rows that see no key.
-                lse = lse.masked_fill(~masked.sees, -torch.inf)
+            inputs = q[first, second, rows], k[first, second, keys], v[first, second, keys]
+            out, lse = aten_cpu_flash.attend(*inputs, masked.causal, masked.mask, part.call.scale, masked.sees)
             yield Result(masked.cut, out, lse)
 
     def backward(self, part: Part, block: Block, upstream: Upstream) -> Iterator[Downstream]:
@@ -57,17 +46,10 @@ class FlashEngine:
         lse = finite_for_backward(block.view(upstream.lse))
         for masked in masked_cuts(part, block):
             first, second, rows, keys = masked.cut
-            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad_out[first, second, rows],
-                q[first, second, rows],
-                k[first, second, keys],
-                v[first, second, keys],
-                out[first, second, rows],
-                lse[first, second, rows],
-                0.0,
-                masked.causal,
-                attn_mask=masked.mask,
-                scale=part.call.scale,
+            inputs = q[first, second, rows], k[first, second, keys], v[first, second, keys]
+            own = out[first, second, rows], lse[first, second, rows]
+            grads = aten_cpu_flash.gradients(
+                grad_out[first, second, rows], *inputs, *own, masked.causal, masked.mask, part.call.scale
             )
             yield Downstream(masked.cut, *grads)
 

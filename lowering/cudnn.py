@@ -22,44 +22,21 @@ class Cudnn:
 
     def forward(self, laid: Laid) -> tuple[Tensor, Tensor]:
         """See ``FlashOp``."""
-        q, k, v = (x.transpose(1, 2) for x in (laid.q, laid.k, laid.v))
+        q, k, v = (x.transpose(1, 2) for x in laid.operands)
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q,
-            k,
-            v,
-            None,
-            True,
-            0.0,
-            laid.band.is_causal,
-            False,
-            scale=laid.scale,
+            q, k, v, None, True, 0.0, laid.band.is_causal, False, scale=laid.scale
         )
         # [B, H, S, 1]
         return out.transpose(1, 2), lse.view(lse.shape[:3])
 
     def backward(self, laid: Laid, out: Tensor, lse: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See ``FlashOp``."""
-        q, k, v, out, grad_out = (x.transpose(1, 2) for x in (laid.q, laid.k, laid.v, out, grad_out))
-        # Without dropout the op doesn't read its random state.
-        state = torch.zeros((), dtype=torch.int64, device=q.device)
+        q, k, v, out, grad_out = (x.transpose(1, 2) for x in (*laid.operands, out, grad_out))
+        state = laid.no_draws()
         d_q, d_k, d_v = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            grad_out,
-            q,
-            k,
-            v,
-            out,
-            lse.unsqueeze(-1),
-            state,
-            state,
-            None,
-            None,
-            None,
-            q.shape[2],
-            k.shape[2],
-            0.0,
-            laid.band.is_causal,
-            scale=laid.scale,
-        )
+            grad_out, q, k, v, out, lse.unsqueeze(-1), state, state, None, None, None, q.shape[2], k.shape[2], 0.0,
+            laid.band.is_causal, scale=laid.scale,
+        )  # fmt: skip
         return d_q.transpose(1, 2), d_k.transpose(1, 2), d_v.transpose(1, 2)
 
 

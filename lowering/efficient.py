@@ -27,46 +27,21 @@ class AtenEfficient:
 
     def forward(self, laid: Laid) -> tuple[Tensor, Tensor]:
         """See ``FlashOp``."""
+        bias_and_lengths = (None,) * 5
         out, lse, *_ = torch.ops.aten._efficient_attention_forward(
-            laid.q,
-            laid.k,
-            laid.v,
-            None,
-            None,
-            None,
-            None,
-            None,
-            0.0,
-            _mask(laid.band),
-            compute_log_sumexp=True,
-            **_options(laid),
+            *laid.operands, *bias_and_lengths, 0.0, _mask(laid.band), compute_log_sumexp=True, **_options(laid)
         )
         return out, lse.narrow(2, 0, laid.q.shape[1])
 
     def backward(self, laid: Laid, out: Tensor, lse: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See ``FlashOp``."""
         padded = torch.nn.functional.pad(lse, (0, -lse.shape[2] % _LSE_ROWS), value=torch.inf)
-        # Without dropout the op doesn't read its random state.
-        state = torch.zeros((), dtype=torch.int64, device=laid.q.device)
+        lengths = None, None, laid.q.shape[1], laid.k.shape[1]
+        state, bias_wants_grad = laid.no_draws(), False
         d_q, d_k, d_v, _ = torch.ops.aten._efficient_attention_backward(
-            grad_out,
-            laid.q,
-            laid.k,
-            laid.v,
-            None,
-            out,
-            None,
-            None,
-            laid.q.shape[1],
-            laid.k.shape[1],
-            padded,
-            0.0,
-            state,
-            state,
-            _mask(laid.band),
-            False,
+            grad_out, *laid.operands, None, out, *lengths, padded, 0.0, state, state, _mask(laid.band), bias_wants_grad,
             **_options(laid),
-        )
+        )  # fmt: skip
         return d_q, d_k, d_v
 
 

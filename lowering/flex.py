@@ -1,4 +1,4 @@
-"""Blocks, one window or every key by FlexAttention (Dong et al., arXiv 2412.05496), as torch.compile makes it.
+"""Blocks, chosen ones too, one window or every key by FlexAttention (Dong et al., arXiv 2412.05496), as torch.compile makes it.
 
 The backward is FlexAttention's own too, from the output and the LSE that are there: nothing is computed again. Its operator
 counts the LSE in powers of 2, torch's public function and all kernels here in powers of e.
@@ -23,6 +23,7 @@ from dilcompile.lowering.call import Call, Gradients
 from dilcompile.lowering.flex_mask import (
     BLOCK,
     Kind,
+    Tables,
     buffers_of_mask,
     buffers_of_score,
     bytes_of_tables,
@@ -38,7 +39,7 @@ LEAST_ROWS = 1
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LEAST_HEAD, _LARGEST_HEAD = 16, 256
-# Of a BlockMask and what its function looks up.
+# Of a BlockMask and what its function looks up, where that is kept; made for one call it may take what the queries take.
 _MOST_BYTES = 1 << 28
 _SCORES_AT_ONCE = 1 << 22
 # Compiled functions: one a class of calls.
@@ -69,12 +70,14 @@ def supports(call: Call, backward: bool) -> str | None:
 
 
 def _of_size(call: Call) -> str | None:
-    needed = bytes_of_tables(call.relation)
-    if needed <= _MOST_BYTES:
+    needed, most = bytes_of_tables(call), _MOST_BYTES
+    if call.selection is not None:
+        most = max(most, call.q.numel() * call.q.element_size())
+    if needed <= most:
         return None
     return (
-        f"its BlockMask, which has numbers for every block, there or not, would take {needed / 2**20:.0f} MiB, more than "
-        f"{_MOST_BYTES >> 20}"
+        f"its BlockMask, which has numbers for every block, there or not, would take {needed / 2**20:.0f} MiB, "
+        f"more than {most >> 20}"
     )
 
 
@@ -122,9 +125,9 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     with _plainly(call.q.device):
         kind, with_lse = Kind.of(call), _gives_lse(call.q.device)
         q, k, v = (x.detach() for x in (call.q, call.k, call.v))
-        attend = _forward_of(kind, call.scale, with_lse, _class_of(call))
-        out, lse = attend(q, k, v, _lists(call, kind), buffers_of_mask(call, kind), buffers_of_score(call))
-        lse = _lse_by_rows(call, kind) if lse is None else lse
+        attend, found = _forward_of(kind, call.scale, with_lse, _class_of(call)), tables(call, kind)
+        out, lse = attend(q, k, v, _lists(found, kind), buffers_of_mask(call, found), buffers_of_score(call))
+        lse = _lse_by_rows(call, kind, found) if lse is None else lse
         return out, lse.to(call.score_dtype).contiguous()
 
 
@@ -134,8 +137,8 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
         kind = Kind.of(call)
         operands = [x.detach() for x in (call.q, call.k, call.v, out, lse, grad_out)]
         operands.append(torch.zeros_like(lse) if grad_lse is None else grad_lse.detach())
-        gradients = _backward_of(kind, call.scale, _class_of(call))
-        d_q, d_k, d_v = gradients(*operands, _lists(call, kind), buffers_of_mask(call, kind), buffers_of_score(call))
+        gradients, found = _backward_of(kind, call.scale, _class_of(call)), tables(call, kind)
+        d_q, d_k, d_v = gradients(*operands, _lists(found, kind), buffers_of_mask(call, found), buffers_of_score(call))
         return d_q, d_k, d_v, None
 
 
@@ -150,9 +153,9 @@ def _gives_lse(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _lists(call: Call, kind: Kind) -> tuple[Tensor | None, ...]:
+def _lists(found: Tables, kind: Kind) -> tuple[Tensor | None, ...]:
     """The tables of the BlockMask. Where more is hidden than they know, all blocks are partial."""
-    num, some, num_full, full, *turned = tables(call.relation, call.q.device, kind.hides_more).lists
+    num, some, num_full, full, *turned = found.lists
     if kind.hides_more:
         return num, some, None, None, turned[0], turned[1], None, None
     return num, some, num_full, full, *turned
@@ -249,10 +252,10 @@ def _compiled(function: Compiled, class_of_calls: tuple[object, ...]) -> Compile
     return torch.compile(own, fullgraph=True, dynamic=not on_cpu)
 
 
-def _lse_by_rows(call: Call, kind: Kind) -> Tensor:
+def _lse_by_rows(call: Call, kind: Kind, held: Tables) -> Tensor:
     """The LSE of all rows, some at a time, by products over all keys."""
     size, device = call.problem, call.q.device
-    visible, score, masks, scores = visible_of(kind), score_of(kind), buffers_of_mask(call, kind), buffers_of_score(call)
+    visible, score, masks, scores = visible_of(kind), score_of(kind), buffers_of_mask(call, held), buffers_of_score(call)
     b, h, k = (torch.arange(n, device=device) for n in (size.batch, size.heads, size.k_len))
     keys = call.k.to(call.score_dtype).repeat_interleave(size.group, dim=1)
     step, found = max(1, _SCORES_AT_ONCE // max(1, size.batch * size.heads * size.k_len)), []

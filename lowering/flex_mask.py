@@ -10,17 +10,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dilcompile.blocks.cells import with_pairs
 from dilcompile.blocks.grid import Grid
 from dilcompile.blocks.recut import counted_from_first_query, recut, within_reach
 from dilcompile.generators import Blocks
 from dilcompile.lowering.band import limits_of
 from dilcompile.lowering.call import Call
+from dilcompile.lowering.selection import Selection
 from dilcompile.relation import Relation, grid_of
 
 # FlexAttention's own size: every one of its tilings for CUDA devices divides it, and few divide a smaller one.
@@ -33,13 +35,22 @@ _KEPT = 16
 Visible = Callable[..., Tensor]
 
 
+class Shape(NamedTuple):
+    """Of the blocks that a pair is looked up in: queries and keys in one, and whether batch rows and heads differ."""
+
+    q_block: int
+    k_block: int
+    by_batch: bool
+    by_head: bool
+
+
 @dataclass(frozen=True)
 class Kind:
     """What the functions of a pair are made of.
 
     Args:
         left, right: whether the relation has limits on t - k and on k - t.
-        blocks: queries and keys in a block of the pattern, and whether heads differ; None: no pattern.
+        blocks: those of the pattern; None: no pattern.
         padding: whether keys are left out.
         documents: whether there are documents, and each batch row has its own.
         softcap: whether scores are capped.
@@ -48,7 +59,7 @@ class Kind:
 
     left: bool
     right: bool
-    blocks: tuple[int, int, bool] | None
+    blocks: Shape | None
     padding: bool
     documents: bool | None
     softcap: bool
@@ -58,10 +69,11 @@ class Kind:
     def of(call: Call) -> Kind:
         """The kind of a call."""
         grid, held = _grid(call.relation), _blocks(call.relation)
+        batch, heads = _tables_apart(call)
         return Kind(
             left=grid.left is not None,
             right=grid.right is not None,
-            blocks=None if held is None else (held.grid.q_block, held.grid.k_block, held.pattern.by_head),
+            blocks=None if held is None else Shape(held.grid.q_block, held.grid.k_block, batch > 1, heads > 1),
             padding=call.key_padding is not None,
             documents=None if call.documents is None else call.documents.shape[0] > 1,
             softcap=call.softcap is not None,
@@ -91,13 +103,21 @@ def refusal_of_relation(call: Call) -> str | None:
     return None
 
 
-def bytes_of_tables(relation: Relation) -> int:
-    """What the tables of a relation take, all of them dense over the grid of blocks."""
-    size, held = relation.problem, _blocks(relation)
-    heads = size.heads if held is not None and held.pattern.by_head else 1
+def bytes_of_tables(call: Call) -> int:
+    """What the tables of a call take, all of them dense over the grid of blocks."""
+    size, held = call.problem, _blocks(call.relation)
     places = math.ceil(size.q_len / BLOCK) * math.ceil(size.k_len / BLOCK)
     looked_up = 0 if held is None else (math.ceil(size.q_len / held.grid.q_block) + 1) * held.grid.columns
-    return heads * (16 * places + looked_up)
+    return math.prod(_tables_apart(call)) * (16 * places + looked_up)
+
+
+def _tables_apart(call: Call) -> tuple[int, int]:
+    """For how many batch rows and heads there are tables."""
+    if call.selection is not None:
+        batch, heads = call.selection.columns.shape[:2]
+        return batch, heads
+    held = _blocks(call.relation)
+    return 1, call.problem.heads if held is not None and held.pattern.by_head else 1
 
 
 def _blocks(relation: Relation) -> Blocks | None:
@@ -118,13 +138,14 @@ def _grid(relation: Relation) -> Grid:
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """Of one relation, on a device.
+    """Of one call, on a device.
 
     Args:
         lists: what a BlockMask is made of, see ``tables_of``; blocks of ``BLOCK`` x ``BLOCK``, counted from the first query.
         numbers: int32 [4]: the limits left and right of a query that counts from the first; the position of the first query; the
             number of its block row in the pattern.
-        held: bool [heads or 1, rows, columns] of the pattern's blocks, from the row of the first query on; None: no pattern.
+        held: bool [batch or 1, heads or 1, rows, columns] of the pattern's blocks, from the row of the first query on; None: no
+            pattern.
     """
 
     lists: tuple[Tensor, ...]
@@ -132,9 +153,16 @@ class Tables:
     held: Tensor | None
 
 
+def tables(call: Call, kind: Kind) -> Tables:
+    """The tables of a call; nothing is read back from the device."""
+    if call.selection is not None:
+        return _chosen(call.selection, _cut(call.relation, call.q.device), kind.hides_more)
+    return _kept(call.relation, call.q.device, kind.hides_more)
+
+
 @lru_cache(maxsize=_KEPT)
-def tables(relation: Relation, device: torch.device, hides_more: bool) -> Tables:
-    """The tables of a relation, made once; no block is full where a call ``hides_more``."""
+def _kept(relation: Relation, device: torch.device, hides_more: bool) -> Tables:
+    """The tables of a relation that asks no data, made once; no block is full where a call ``hides_more``."""
     from dilcompile.blocks.block_mask import held_of, tables_of
 
     grid, held = _grid(relation), _blocks(relation)
@@ -145,17 +173,90 @@ def tables(relation: Relation, device: torch.device, hides_more: bool) -> Tables
             lists, there = [within_reach(into)], None
         else:
             own = [held.lists(head, grid) for head in range(relation.problem.heads if held.pattern.by_head else 1)]
-            lists, there = [recut(each, grid, into) for each in own], held_of(own, grid, device)
+            lists, there = [recut(each, grid, into) for each in own], held_of(own, grid, device)[None]
         if hides_more:
             lists = [replace(each, full=np.zeros_like(each.full)) for each in lists]
-        limits = [max(-_FAR, min(_FAR, 0 if limit is None else limit)) for limit in (into.left, into.right)]
-        numbers = [*limits, grid.q_start, grid.q_start // grid.q_block]
-        return Tables(tables_of(lists, into, device), torch.tensor(numbers, dtype=torch.int32, device=device), there)
+        return Tables(tables_of(lists, into, device), _numbers(grid, into, device), there)
 
 
-def buffers_of_mask(call: Call, kind: Kind) -> tuple[Tensor, ...]:
+def _numbers(grid: Grid, into: Grid, device: torch.device) -> Tensor:
+    limits = [max(-_FAR, min(_FAR, 0 if limit is None else limit)) for limit in (into.left, into.right)]
+    return torch.tensor([*limits, grid.q_start, grid.q_start // grid.q_block], dtype=torch.int32, device=device)
+
+
+class _Cut(NamedTuple):
+    """How the pattern's blocks lie in FlexAttention's, on a device.
+
+    Args:
+        rows, columns: int64 [2, lines]: the first of the pattern's rows (columns) that a block row (column) of ``BLOCK`` meets,
+            and the one behind its last; rows count from that of the first query.
+        seen: bool [rows, columns] of blocks of ``BLOCK``: the limits let a pair through.
+        whole: the limits let every pair through, and no padding is in it.
+        size: rows and columns of the pattern.
+        numbers: see ``Tables``.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    seen: Tensor
+    whole: Tensor
+    size: tuple[int, int]
+    numbers: Tensor
+
+
+@lru_cache(maxsize=_KEPT)
+def _cut(relation: Relation, device: torch.device) -> _Cut:
+    """Made once for all selections of a relation."""
+    from dilcompile.blocks.block_mask import full_of, held_of
+
+    grid = _grid(relation)
+    into = counted_from_first_query(grid, BLOCK, BLOCK)
+    with torch.inference_mode(False):
+        inside = [with_pairs(within_reach(into), into)]
+        return _Cut(
+            _met(grid.q_start, into.q_stop, grid.q_block).to(device),
+            _met(0, into.k_len, grid.k_block).to(device),
+            held_of(inside, into, device)[0],
+            full_of(inside, into, device)[0],
+            (len(grid.rows), grid.columns),
+            _numbers(grid, into, device),
+        )
+
+
+def _met(start: int, length: int, block: int) -> Tensor:
+    """The first block of a pattern and the one behind the last, for each ``BLOCK`` of the positions from ``start`` on."""
+    first = torch.arange(0, length, BLOCK)
+    last = (first + BLOCK).clamp(max=length) - 1
+    return torch.stack([(start + first) // block, (start + last) // block + 1]) - start // block
+
+
+def _chosen(selection: Selection, cut: _Cut, hides_more: bool) -> Tables:
+    """The tables of chosen blocks: how many of them each block of ``BLOCK`` meets is a difference of sums over both sides."""
+    held = selection.held(0, *cut.size)
+    sums = torch.nn.functional.pad(held.cumsum(2, dtype=torch.int32).cumsum(3, dtype=torch.int32), (1, 0, 1, 0))
+    (top, bottom), (left, right) = cut.rows, cut.columns
+    bands = sums[:, :, bottom] - sums[:, :, top]
+    met = bands[..., right] - bands[..., left]
+    some, full = (met > 0) & cut.seen, (met == (bottom - top)[:, None] * (right - left)) & cut.whole
+    if hides_more:
+        full = torch.zeros_like(full)
+    by_row = some & ~full, full
+    by_column = (there.mT for there in by_row)
+    lists = [table for there in (*by_row, *by_column) for table in _listed(there)]
+    return Tables(tuple(lists), cut.numbers, held)
+
+
+def _listed(there: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of each line are there, int32 [..., lines], and which, int32 [..., lines, columns], ascending."""
+    columns = there.shape[-1]
+    places = torch.where(there, there.cumsum(-1) - 1, columns)
+    numbers = torch.arange(columns, dtype=torch.int32, device=there.device).expand(there.shape)
+    found = torch.zeros(*there.shape[:-1], columns + 1, dtype=torch.int32, device=there.device).scatter_(-1, places, numbers)
+    return there.sum(-1, dtype=torch.int32), found[..., :columns].contiguous()
+
+
+def buffers_of_mask(call: Call, found: Tables) -> tuple[Tensor, ...]:
     """The tensors that ``visible_of`` reads behind a pair's numbers."""
-    found = tables(call.relation, call.q.device, kind.hides_more)
     read = (found.held, call.key_padding, call.documents)
     return (found.numbers, *(x for x in read if x is not None))
 
@@ -172,9 +273,9 @@ def visible_of(kind: Kind) -> Visible:
             found = found & (ahead <= numbers[1])
         place = 0
         if kind.blocks is not None:
-            q_block, k_block, by_head = kind.blocks
+            q_block, k_block, by_batch, by_head = kind.blocks
             row = (q + numbers[2]) // q_block - numbers[3]
-            found = found & read[place][h if by_head else h * 0, row, k // k_block]
+            found = found & read[place][b if by_batch else b * 0, h if by_head else h * 0, row, k // k_block]
             place += 1
         if kind.padding:
             found = found & read[place][b, k]

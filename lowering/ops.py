@@ -248,7 +248,9 @@ def _call(
         formula = Pairs(pairs, row_terms, key_terms)
     relation = relation_of(form_of(form), problem)
     _refuse_to_select(relation, documents is not None, pages is not None)
-    selection = select_blocks(relation, q, k, key_padding, scale, softcap, given)
+    chooses = adaptive_blocks(relation) is not None
+    along = token_order.chosen_from(form_of(form), q, k, key_padding) if chooses else (q, k, key_padding)
+    selection = select_blocks(relation, *along, scale, softcap, given)
     return Call(
         q, k, v, key_padding, documents, bias, dropout_seed, relation,
         scale, softcap, dropout_p, merge_grad(form_of(form)), row_limits, formula, flat, narrow, bias_grad, pages,

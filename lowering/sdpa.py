@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from dilcompile.generators import Everything
-from dilcompile.lowering.call import Call, Gradients
+from dilcompile.lowering import aten_cpu_flash
+from dilcompile.lowering.call import Call, Gradients, dense_rows
 from dilcompile.lowering.engines import finite_for_backward, needs_math
 from dilcompile.relation import Term
 
@@ -39,21 +40,14 @@ def supports(call: Call, backward: bool) -> str | None:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """See ``Kernel``."""
-    q, k, v = (_dense_rows(x) for x in (call.q, call.k, call.v))
-    causal, scale = call.problem.is_causal, call.scale
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=_mask(call), scale=scale
-    )
-    sees = _rows_that_see(call)
-    if sees is not None:
-        # The op gives LSE 0 to rows that see no key.
-        lse = lse.masked_fill(~sees, -torch.inf)
+    q, k, v = (dense_rows(x) for x in (call.q, call.k, call.v))
+    out, lse = aten_cpu_flash.attend(q, k, v, call.problem.is_causal, _mask(call), call.scale, _rows_that_see(call))
     return out, lse.contiguous()
 
 
 def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
     """See ``Kernel``."""
-    q, k, v, out, grad_out = (_dense_rows(x) for x in (call.q, call.k, call.v, out, grad_out))
+    q, k, v, out, grad_out = (dense_rows(x) for x in (call.q, call.k, call.v, out, grad_out))
     sizes = q.shape[-1], k.shape[-1], v.shape[-1]
     if grad_lse is not None:
         # Note [LSE gradient] in views.py: more head columns turn the op's delta into delta - grad_lse.
@@ -61,10 +55,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
         out[..., -1] = -1
         grad_out[..., -1] = grad_lse.to(grad_out.dtype)
     lse = finite_for_backward(lse)
-    causal, scale = call.problem.is_causal, call.scale
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=_mask(call), scale=scale
-    )
+    grads = aten_cpu_flash.gradients(grad_out, q, k, v, out, lse, call.problem.is_causal, _mask(call), call.scale)
     return grads[0][..., : sizes[0]], grads[1][..., : sizes[1]], grads[2][..., : sizes[2]], None
 
 
@@ -87,7 +78,3 @@ def _rows_that_see(call: Call) -> Tensor | None:
     seen = call.key_padding.cumsum(-1) > 0
     last = torch.arange(call.problem.q_len, device=seen.device).clamp_(max=call.problem.k_len - 1)
     return seen[:, None, last]
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

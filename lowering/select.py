@@ -21,6 +21,7 @@ from dilcompile.lowering import (
     trust,
 )
 from dilcompile.lowering.call import Call, Kernel
+from dilcompile.lowering.triton.bound import interpreting
 from dilcompile.near import hint
 
 # Fastest first; their names are also `KERNEL_NAMES` in decision.py, which policies are checked by.
@@ -121,7 +122,7 @@ def measured(call: Call, backward: bool) -> str | None:
 
 def _first_choice(kernel: Kernel, call: Call) -> bool:
     """May it be taken where no kernel is named? Triton's interpreter is for tests; on a CPU FlexAttention is only the slower."""
-    if (kernel is triton and triton.interpreting()) or (kernel is flex and call.q.device.type == "cpu"):
+    if (kernel is triton and interpreting()) or (kernel is flex and call.q.device.type == "cpu"):
         return False
     return call.problem.q_len * call.problem.group >= kernel.LEAST_ROWS
 
@@ -144,7 +145,7 @@ def refusal(kernel: Kernel, call: Call, backward: bool) -> str | None:
     """Why this kernel can't compute the call, or None."""
     if not kernel.TAKES_ROW_MASKS and (call.row_limits is not None or call.pairs is not None or call.flat):
         return "a mask by row"
-    if call.selection is not None and kernel not in (native, reference):
+    if call.selection is not None and kernel not in (native, flex, reference):
         return "blocks that the data chooses"
     if call.held is not None and kernel not in (native, reference):
         return "a part of a sequence"

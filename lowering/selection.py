@@ -44,7 +44,7 @@ class Selection(NamedTuple):
     def held(self, first: int, stop: int, columns: int) -> Tensor:
         """Which blocks of these rows there are: bool [B or 1, H or 1, rows, columns]."""
         listed, counts = self.columns[:, :, first:stop].long(), self.counts[:, :, first:stop, None]
-        there = torch.arange(self.capacity, device=listed.device) < counts
+        there = (torch.arange(self.capacity, device=listed.device) < counts) & (listed >= 0)
         found = torch.zeros(*listed.shape[:3], columns + 1, dtype=torch.bool, device=listed.device)
         return found.scatter_(3, torch.where(there, listed.clamp(0, columns), columns), True)[..., :columns]
 

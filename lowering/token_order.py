@@ -49,6 +49,15 @@ def backward(
     return _rows(grad_q, back), _rows(grad_k, back), _rows(grad_v, back), None if grad_bias is None else _square(grad_bias, back)
 
 
+def chosen_from(form: Form, q: Tensor, k: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The queries, keys and padding from which the blocks of a call are chosen: along the form's curve, as blocks count them."""
+    curve = curve_of(form)
+    if curve is None:
+        return q, k, keep
+    tokens = _indices(curve, q.device)[0]
+    return _rows(q, tokens), _rows(k, tokens), None if keep is None else keep.index_select(1, tokens)
+
+
 def _refuse(call: Call, form: Form) -> None:
     """Raise where operands say something of the sequence that the grid's tokens, or their order, leave no sense."""
     curve = form.curve if isinstance(form, BlockSparse) else None
@@ -67,6 +76,7 @@ def _along(curve: Curve, call: Call) -> Call:
     tokens = _indices(curve, call.q.device)[0]
     q, k, v = (_rows(x, tokens) for x in (call.q, call.k, call.v))
     padding = None if call.key_padding is None else call.key_padding.index_select(1, tokens)
+    # A selection counts positions along the curve already.
     return replace(call, q=q, k=k, v=v, key_padding=padding, bias=None if call.bias is None else _square(call.bias, tokens))
 
 

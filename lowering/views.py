@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dilcompile.lowering.call import Call, Gradients, empty_output
+from dilcompile.lowering.call import Call, Gradients, dense_rows, empty_output
 from dilcompile.lowering.engines import Engine, Part, Upstream
 from dilcompile.lowering.merge import merge_into
 from dilcompile.lowering.pieces import Piece, Plan, plan
@@ -38,7 +38,7 @@ _LSE_COLUMNS = 8
 
 def forward(call: Call, engine: Engine) -> tuple[Tensor, Tensor]:
     """See ``Kernel.forward``; ``engine`` computes the blocks."""
-    call = replace(call, q=_dense_rows(call.q), k=_dense_rows(call.k), v=_dense_rows(call.v))
+    call = replace(call, q=dense_rows(call.q), k=dense_rows(call.k), v=dense_rows(call.v))
     out = empty_output(call.q, call.problem.v_dim)
     lse = call.q.new_empty((call.problem.batch, call.problem.heads, call.problem.q_len), dtype=call.score_dtype)
     for region in _regions(call):
@@ -48,8 +48,8 @@ def forward(call: Call, engine: Engine) -> tuple[Tensor, Tensor]:
 
 def backward(call: Call, engine: Engine, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
     """See ``Kernel.backward``; ``engine`` computes the blocks."""
-    joint = _Joint(_dense_rows(out), lse, _dense_rows(grad_out), grad_lse)
-    call = replace(call, q=_dense_rows(call.q), k=_dense_rows(call.k), v=_dense_rows(call.v))
+    joint = _Joint(dense_rows(out), lse, dense_rows(grad_out), grad_lse)
+    call = replace(call, q=dense_rows(call.q), k=dense_rows(call.k), v=dense_rows(call.v))
     head_dim, v_dim = call.q.shape[-1], call.v.shape[-1]
     if call.merge_grad == "detach":
         # The LSE is no part of the merge: its gradient is the exact one.
@@ -286,8 +286,3 @@ def _with_lse_as_head_dim(call: Call, joint: _Joint) -> tuple[Call, _Joint]:
     out[..., -1] = -1
     grad_out[..., -1] = joint.grad_lse.to(grad_out.dtype)
     return replace(call, q=q, k=k, v=v), _Joint(out, joint.lse, grad_out, None)
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    """``x`` with neighbouring elements in its last dim, as the ops need it."""
-    return x if x.stride(-1) == 1 else x.contiguous()

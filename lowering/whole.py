@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dilcompile.lowering.band import Band, band_of, limits_of
-from dilcompile.lowering.call import Call, Gradients
+from dilcompile.lowering.call import Call, Gradients, dense_rows
 from dilcompile.lowering.packed import Packed, packed
 
 
@@ -34,6 +34,15 @@ class Laid:
     packed: Packed | None
     scale: float
     softcap: float | None
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v."""
+        return self.q, self.k, self.v
+
+    def no_draws(self, *sizes: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        """What stands for the random state that an op's backward wants; without dropout it isn't read."""
+        return torch.zeros(sizes, dtype=dtype, device=self.q.device)
 
 
 class FlashOp(Protocol):
@@ -112,7 +121,7 @@ def _laid(call: Call) -> Laid:
     band, size = band_of(call.relation), call.problem
     assert isinstance(band, Band), band
     k, v = (x.narrow(2, band.first, band.stop - band.first) for x in (call.k, call.v))
-    q, k, v = (_dense_rows(x).transpose(1, 2) for x in (call.q, k, v))
+    q, k, v = (dense_rows(x).transpose(1, 2) for x in (call.q, k, v))
     documents = None
     if call.documents is not None:
         documents = packed(
@@ -124,7 +133,7 @@ def _laid(call: Call) -> Laid:
 
 def _rows(x: Tensor, laid: Laid) -> Tensor:
     """[B, H, S, D] as the op's q is laid out."""
-    x = _dense_rows(x).transpose(1, 2)
+    x = dense_rows(x).transpose(1, 2)
     return x if laid.packed is None else x.flatten(0, 1)
 
 
@@ -149,7 +158,3 @@ def _uncut(grad: Tensor, band: Band, like: Tensor) -> Tensor:
     whole = torch.zeros_like(like)
     whole.narrow(2, band.first, band.stop - band.first).copy_(grad)
     return whole
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -12,6 +12,10 @@ os.environ["DILCOMPILE_TUNE"] = "memory"
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter
+
+    interpreter.leave_out_what_changes_nothing()
 
 
 @pytest.fixture(autouse=True)
@@ -24,10 +28,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run the tests that need a CUDA device, and no others")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--gpu"):
+        _need_a_device()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     gpu, slow = config.getoption("--gpu"), config.getoption("--slow")
-    if gpu:
-        _need_a_device()
     left_out = [
         item for item in items if bool(item.get_closest_marker("gpu")) != gpu or (item.get_closest_marker("slow") and not slow)
     ]

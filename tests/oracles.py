@@ -115,8 +115,13 @@ def _in_block(pattern: Any, form: Any, at: Setting, h: int, i: int, j: int) -> b
     assert name == "random", name
     right = at.right if not at.causal else 0 if at.right is None else min(0, at.right)
     drawn = Random(said["blocks"], said.get("seed", 0), said.get("by_head", False))
-    grid = Grid(q_block, k_block, 0, (i + 1) * q_block, at.k_len, at.left, right)
-    return i * grid.columns + j in drawn.codes(h, np.array([i]), grid)
+    return j in _drawn_columns(drawn, h, i, Grid(q_block, k_block, 0, (i + 1) * q_block, at.k_len, at.left, right))
+
+
+@lru_cache(maxsize=4096)
+def _drawn_columns(drawn: Random, h: int, i: int, grid: Grid) -> frozenset[int]:
+    """The columns of block row i: its draw does not depend on the pair that is asked for."""
+    return frozenset((drawn.codes(h, np.array([i]), grid) - i * grid.columns).tolist())
 
 
 def near_pairs(curve: Any, radius: int | list[int]) -> np.ndarray:

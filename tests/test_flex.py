@@ -1,4 +1,6 @@
-"""Kernel flex: FlexAttention uncompiled against float64, its lists against the pairs, its gradients traced, its C++ code once.
+"""Kernel flex: FlexAttention uncompiled against float64, its lists against the pairs, its gradients traced.
+
+Its C++ code is computed with in tests/test_flex_selection.py.
 
 Uncompiled it computes what it is told pair by pair and gives the LSE and gradients, as compiled on a CUDA device.
 """
@@ -17,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_blocks import COMPOSED, grids, visible
 from test_flash_route import call_of
-from test_kernels import FORMS, assert_as_good_as_eager, assert_grads, drawn, expected, operands_of, run, setting_of
+from test_kernels import FORMS, assert_grads, drawn, expected, operands_of, run, setting_of
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as torchs
@@ -39,7 +41,7 @@ SMALL = 8
 
 
 def forget() -> None:
-    for cache in (flex._forward_of, flex._backward_of, flex_mask.tables):
+    for cache in (flex._forward_of, flex._backward_of, flex_mask._kept, flex_mask._cut):
         cache.cache_clear()
     trust.forget()
 
@@ -126,10 +128,11 @@ def shown_by_lists(call: Call) -> Tensor:
     """The pairs [B, H, Sq, Sk] that FlexAttention's kernels visit: those of full blocks, and of partial ones what the function lets
     through."""
     kind, size = Kind.of(call), call.problem
-    num, some, num_full, full, *_ = flex._lists(call, kind)
+    found = flex_mask.tables(call, kind)
+    num, some, num_full, full, *_ = flex._lists(found, kind)
     b, h, q, k = (torch.arange(n) for n in (size.batch, size.heads, size.q_len, size.k_len))
     function = flex_mask.visible_of(kind)(
-        b[:, None, None, None], h[:, None, None], q[:, None], k, *flex_mask.buffers_of_mask(call, kind)
+        b[:, None, None, None], h[:, None, None], q[:, None], k, *flex_mask.buffers_of_mask(call, found)
     )
 
     def spread(counts: Tensor | None, columns: Tensor | None) -> Tensor:
@@ -138,7 +141,7 @@ def shown_by_lists(call: Call) -> Tensor:
         there = torch.zeros(*columns.shape[:-1], columns.shape[-1] + 1, dtype=torch.bool)
         listed = torch.arange(columns.shape[-1]) < counts[..., None]
         there.scatter_(-1, torch.where(listed, columns, columns.shape[-1]).long(), True)
-        return there[..., q // SMALL, :][..., k // SMALL]
+        return there[..., q // flex_mask.BLOCK, :][..., k // flex_mask.BLOCK]
 
     partial, whole = spread(num, some), spread(num_full, full)
     assert not (partial & whole).any()
@@ -196,7 +199,8 @@ def test_the_lists_of_blocks_of_128_are_those_of_the_forms_own_block_mask(monkey
     form = BlockSparse(128, {"bigbird": {"random": 1}})
     call = call_of(form, causal=True, batch=1, q_len=700, k_len=700)
     mask = form.block_mask(call.problem)
-    found = flex._lists(call, Kind.of(call))
+    kind = Kind.of(call)
+    found = flex._lists(flex_mask.tables(call, kind), kind)
     held = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices)
     held += (mask.q_num_blocks, mask.q_indices, mask.full_q_num_blocks, mask.full_q_indices)
     assert all(torch.equal(one, other) for one, other in zip(found, held, strict=True))
@@ -259,23 +263,6 @@ def test_a_new_length_compiles_nothing_anew(uncompiled: None, monkeypatch: pytes
         keep = operands_of({"key_padding": True}, length=length)["key_padding"]
         assert_grads("flex", BLOCKS, setting_of(q, k, causal=True), q, k, v, softcap=2.0, key_padding=keep)
     assert counters["stats"]["unique_graphs"] == 2
-
-
-def test_compiled_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlexAttention's C++ code, by the kernel's name, with the LSE that it does not give."""
-    for module in (flex, flex_mask):
-        monkeypatch.setattr(module, "BLOCK", 128)
-    monkeypatch.setenv("DILCOMPILE_TRUST", "off")
-    q, k, v = (x.requires_grad_() for x in drawn(heads=2, kv_heads=1, q_len=150, k_len=150, dim=16, v_dim=16, dtype=torch.float32))
-    form, at = BlockSparse((64, 32), {"any": [{"local": {}}, {"fixed": {"stride": 3}}]}), setting_of(q, k, causal=True)
-    keep = operands_of({"key_padding": True}, length=150)["key_padding"]
-    found = run(q, k, v, form, "flex", at, key_padding=keep)
-    exact, eager = (expected(q, k, v, form, at, dtype, key_padding=keep) for dtype in (torch.float64, torch.float32))
-    for mine, theirs, true in zip(found, eager, exact, strict=True):
-        assert_as_good_as_eager(mine, theirs, true, torch.float32)
-    assert (found[1] == -torch.inf).any()
-    with pytest.raises(KernelError, match="on a CPU compiled FlexAttention has no backward"):
-        found[0].sum().backward()
 
 
 def on_cuda(call: Call) -> Call:

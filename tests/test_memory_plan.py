@@ -2,6 +2,7 @@
 
 import pickle
 from itertools import combinations, permutations
+from xml.etree import ElementTree
 
 import pytest
 import sympy
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from dilcompile.memory import Arena, Buffer, BufferPlan, plan_buffers
 from dilcompile.memory.buffer import ALIGNMENT
 from dilcompile.memory.packing import FEW, most_live, overlaps, pack, peak, without_reuse
+from dilcompile.memory.timeline import svg, table
 
 
 @st.composite
@@ -129,3 +131,17 @@ def test_bad_buffers_are_refused(wrong, message):
 def test_two_buffers_of_one_name_are_refused():
     with pytest.raises(ValueError, match="two buffers are named a"):
         plan_buffers([Buffer("a", 1, 0, 1, 1), Buffer("a", 1, 2, 3, 1)])
+
+
+def test_the_picture_and_the_table_show_every_buffer():
+    buffers = [Buffer("a", 4096, 0, 2, 4096, module="layer.0"), Buffer("b", 8192, 2, 5, 8192, role="gradient")]
+    arena = plan_buffers(buffers).arenas[0]
+    root = ElementTree.fromstring(svg(arena, "Forward & more", "forward", alone=True))
+    shapes = [e for e in root.iter() if "buffer" in e.get("class", "").split()]
+    heights = {e[0].text.split(":")[0]: float(e.get("height")) for e in shapes}
+    assert set(heights) == {"a of layer.0", "b"}
+    assert heights["b"] == pytest.approx(2 * heights["a of layer.0"], rel=1e-2)
+    boxes = {e[0].text[0]: [float(e.get(key)) for key in ("x", "y", "width", "height")] for e in shapes}
+    apart = boxes["a"][1] >= boxes["b"][1] + boxes["b"][3] - 0.1 or boxes["b"][1] >= boxes["a"][1] + boxes["a"][3] - 0.1
+    assert apart, "both are live in step 2"
+    assert "12 KiB for 2 buffers" in table(plan_buffers(buffers))

@@ -341,7 +341,7 @@ BLOCKS = closed(dict.fromkeys(("q_block", "k_block", "rows", "columns", "heads",
 # Written out by hand: a change of the keys must change VERSION and this.
 REPORT_SCHEMA = closed({
     "schema": {"const": "dilcompile.report"},
-    "version": {"const": 4},
+    "version": {"const": 5},
     "policy": {"type": "string"},
     "graphs": {"type": "array", "items": closed({
         "graph": {"type": "string"},
@@ -353,17 +353,25 @@ REPORT_SCHEMA = closed({
     "patterns": {"type": "array", "items": closed({
         "form": {"type": "string"}, "lengths": {"type": "string"},
         "sites": {"type": "array", "items": closed({"graph": {"type": "string"}, "index": COUNT, "module": {"type": "string"}})},
-        "density_of_mask": {"type": "number"}, "density_of_all": {"type": "number"},
+        "density_of_mask": {"type": "number"}, "density_of_all": {"type": "number"}, "is_bound": {"type": "boolean"},
         "blocks": SITE_KEYS["blocks"], "unseen": {"type": "array", "items": {"type": "string"}},
+        "orders": {"type": "array", "items": closed({
+            "order": {"type": "string"}, "radius": {"type": "array", "items": COUNT}, "density": {"type": "number"},
+            **dict.fromkeys(("blocks", "full", "partial"), COUNT),
+        })},
     })},
     "unused_rules": {"type": "array", "items": {"type": "string"}},
     "totals": closed(dict.fromkeys(("sites", "rewritten", "exact", "approximate", "kept", "refused", "misses", "pairs_mask", "pairs_form", "flops_before", "flops_after", "scores_bytes", "mask_bytes", "uncounted"), COUNT)),
 }) | {"$defs": {"blocks": BLOCKS}}  # fmt: skip
 
 
-def test_json_has_the_keys_of_version_4() -> None:
+def test_json_has_the_keys_of_version_5() -> None:
     blocks = BlockSparse(64, {"local": {}})
-    verdicts = (decided(), kept(index=1), refused(index=2), decided(q_len=symbolic(64)), decided(blocks))
+    along = BlockSparse(16, {"near": {"radius": 2}}, order="hilbert", grid=(16, 16))
+    verdicts = (
+        decided(), kept(index=1), refused(index=2), decided(q_len=symbolic(64)), decided(blocks),
+        decided(along, q_len=256, k_len=256, mask=MaskSpec()),
+    )  # fmt: skip
     described = report(*verdicts).to_dict()
     back = json.loads(json.dumps(described, allow_nan=False))
     assert back == described
@@ -371,11 +379,11 @@ def test_json_has_the_keys_of_version_4() -> None:
     costs = back["graphs"][0]["sites"][0]["costs"]
     assert sorted(costs) == sorted((
         "pairs_all", "pairs_mask", "pairs_form", "flops_before", "flops_after", "operand_bytes", "scores_bytes", "mask_bytes",
-        "density_of_mask", "density_of_all",
+        "density_of_mask", "density_of_all", "is_bound",
     ))  # fmt: skip
     mask = back["graphs"][0]["sites"][0]["mask"]
     assert sorted(mask) == sorted(("words", "text", "formula", "left", "right", "q_offset", "unread", "empty_rows"))
-    assert [held["verdict"] for held in back["graphs"][0]["sites"]] == ["rewritten", "kept", "refused", *["rewritten"] * 2]
+    assert [held["verdict"] for held in back["graphs"][0]["sites"]] == ["rewritten", "kept", "refused", *["rewritten"] * 3]
 
 
 def test_json_says_of_each_verdict_what_a_program_asks() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import product
 from typing import Any
 from xml.etree import ElementTree
 
@@ -14,9 +15,13 @@ from hypothesis import strategies as st
 from policy_sites import site
 from test_report import decided, kept, layers, report, symbolic
 
-from dilcompile.forms import BlockSparse, Dense, Dilated, SlidingWindow
+from dilcompile.blocks.curve import Curve
+from dilcompile.blocks.fullness import fullness
+from dilcompile.forms import BlockSparse, Dense, Dilated, SlidingWindow, Union
 from dilcompile.relation import Problem
 from dilcompile.report.block_counts import count_of
+from dilcompile.report.pair_cells import pair_cells
+from dilcompile.report.rows import row_of
 from dilcompile.site import MaskSpec
 
 BLOCKS = BlockSparse(16, {"any": [{"local": {"before": 1}}, {"global": {"columns": 1}}]})
@@ -74,8 +79,10 @@ def test_json_holds_what_a_pattern_says() -> None:
         "sites": [{"graph": "0/0", "index": n, "module": f"model.layers.{n}.self_attn"} for n in range(2)],
         "density_of_mask": pytest.approx((5 * 256 + 4 * 136) / (64 * 65 / 2)),
         "density_of_all": (5 * 256 + 4 * 136) / 64**2,
+        "is_bound": False,
         "blocks": blocks,
         "unseen": [],
+        "orders": [],
     }
     assert [held["blocks"] for held in described["graphs"][0]["sites"]] == [blocks, blocks]
 
@@ -202,3 +209,80 @@ def test_lengths_at_which_nothing_is_seen_are_told() -> None:
         "no block of the pattern shows a query any key at 32 positions: every output is 0; add {local: {}} under `any`",
     )
     assert form.notes(site(q_len=33, k_len=33)) == ()
+
+
+def test_densities_of_blocks_that_the_data_chooses_are_bounds() -> None:
+    form = BlockSparse(16, {"topk": {"estimator": "pooled", "blocks": 2}})
+    whole = report(decided(form, q_len=64, k_len=64))
+    (pattern,), described = whole.patterns, whole.to_dict()
+    assert pattern.title.startswith("block_sparse: at most ")
+    assert described["patterns"][0]["is_bound"] is True  # type: ignore[index]
+    assert described["graphs"][0]["sites"][0]["costs"]["is_bound"] is True  # type: ignore[index]
+    assert list(pattern.pictures()) == []
+
+
+def test_the_blocks_of_an_order_stand_beside_those_by_row() -> None:
+    form = BlockSparse(64, {"any": [{"local": {}}, {"near": {"radius": 8}}]}, order="hilbert", grid=(64, 64), lead=1)
+    whole = report(decided(form, q_len=4097, k_len=4097, mask=MaskSpec()))
+    (pattern,) = whole.patterns
+    own, by_row = (fullness(Curve(order, (64, 64), 1), 8, 64) for order in ("hilbert", "row"))
+    described: Any = whole.to_dict()
+    for shown, count, order in zip(described["patterns"][0]["orders"], (own, by_row), ("hilbert", "row"), strict=True):
+        numbers = {"blocks": count.blocks, "full": count.full, "partial": count.partial, "density": count.density}
+        assert shown == {"order": order, "radius": [8, 8], **numbers}
+    assert own.full_share > 2 * by_row.full_share
+    said = (
+        f"pairs of tokens at most 8 apart are in {own.blocks:,} blocks by hilbert, {own.full:,} of them full of such pairs; "
+        f"by row in {by_row.blocks:,}, {by_row.full:,} full"
+    )
+    assert said in str(pattern).splitlines()
+    assert said in " ".join(str(row_of(whole.decisions[0])).split())
+    *_, bars = pattern.svgs("pattern-0")
+    widths = [float(part.get("width", 0)) for part in ElementTree.fromstring(bars).iter("rect")][:4]
+    scale = 320 / by_row.blocks
+    assert widths == pytest.approx([own.full * scale, own.partial * scale, by_row.full * scale, by_row.partial * scale], abs=0.11)
+    assert bars in whole.to_html()
+    # Rows by rows gain nothing, and a patch is no neighbourhood.
+    for other in (replace(form, order="row"), replace(form, pattern={"local": {"before": 1}})):
+        assert report(decided(other, q_len=4097, k_len=4097, mask=MaskSpec())).patterns[0].orders == ()
+
+
+PARTS: list[dict[str, Any]] = [
+    {"form": "sliding_window", "window": 7, "sinks": 2},
+    {"form": "dilated", "segments": [8, 16], "rates": [1, 2]},
+    {"form": "dilated", "segments": [12], "rates": [3], "union": "set", "offset": "own"},
+    {"form": "block_sparse", "block": 16, "pattern": {"any": [{"global": {"columns": 1}}, {"random": {"blocks": 1, "by_head": True}}]}},
+    {"form": "block_sparse", "block": [48, 17], "pattern": {"fixed": {"stride": 2}}},
+]  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.sampled_from(PARTS), min_size=1, max_size=3, unique_by=str),
+    st.sampled_from([3, 4]),
+    st.booleans(),
+    st.sampled_from([(70, 70, 0), (21, 90, 37)]),
+    st.sampled_from([None, 29]),
+)
+def test_cells_of_blocks_beside_other_terms_hold_as_many_pairs(
+    parts: list[dict[str, Any]], block: int, causal: bool, lengths: tuple[int, int, int], left: int | None
+) -> None:
+    q_len, k_len, offset = lengths
+    relation = Union((PARTS[block], *parts), coverage="zero").relation(Problem(1, 4, 2, q_len, k_len, 8, 8, offset, causal, left))
+    t, k = torch.arange(q_len)[:, None] + offset, torch.arange(k_len)
+    for head in (0, 3):
+        cells = pair_cells(relation, head, 20)
+        assert cells is not None
+        counted = relation.multiplicity(torch.tensor(head), t, k).double()
+        for i, j in product(range(len(cells.q_edges) - 1), range(len(cells.k_edges) - 1)):
+            rows = slice(*(int(edge) - offset for edge in cells.q_edges[i : i + 2]))
+            share = counted[rows, int(cells.k_edges[j]) : int(cells.k_edges[j + 1])].mean().clamp(max=1)
+            assert cells.full[i, j] + cells.partial[i, j] == pytest.approx(float(share), abs=1e-9)
+
+
+def test_a_union_with_blocks_has_a_picture_of_each_kind_of_head() -> None:
+    union = Union(({"form": "dilated", "segments": [64, 256], "rates": [1, 4]}, PARTS[3]))
+    (pattern,) = report(decided(union, heads=2, kv_heads=2, q_len=512, k_len=512)).patterns
+    drawn = list(pattern.pictures())
+    assert [heads for heads, _ in drawn] == ["head 0; heads differ in the offset alone", "head 1; heads differ in the offset alone"]
+    assert all(cells.unit == "pair" for _, cells in drawn)

@@ -18,6 +18,7 @@ from dilcompile.blocks.curve import Curve, OrderName
 from dilcompile.blocks.fullness import fullness
 from dilcompile.errors import FormError, PolicyError
 from dilcompile.forms import BlockSparse, parse_form
+from dilcompile.functional import select_blocks
 from dilcompile.lowering import token_order
 from dilcompile.policy import Policy
 from dilcompile.policy.check import check
@@ -83,6 +84,39 @@ def test_the_numbers_are_those_of_the_mask_in_the_models_order(form: BlockSparse
     padding[:, :3] = True
     for bias in biases(len(form.curve or ())):
         assert_same(form, bias, padding)
+
+
+CHOSEN: list[dict[str, Any]] = [
+    {"any": [{"global": {"columns": 1}}, {"topk": {"estimator": "antidiagonal", "blocks": 2}}]},
+    {"mass": {"estimator": "pooled", "mass": 0.4, "most": 3}},
+]
+
+
+@pytest.mark.parametrize("pattern", CHOSEN, ids=str)
+@pytest.mark.parametrize("order", ["hilbert", "row"])
+def test_blocks_are_chosen_along_the_curve(order: OrderName, pattern: dict[str, Any]) -> None:
+    """From the rows in the order in which blocks count them; what these show, in the model's order, is what is attended."""
+    form = BlockSparse(16, pattern, order=order, grid=(16, 6), lead=3)
+    q, k, v = operands(form)
+    assert form.curve is not None
+    tokens, back = torch.tensor(form.curve.tokens), torch.tensor(form.curve.positions)
+    padding = torch.rand(2, 99, generator=torch.Generator().manual_seed(2)) > 0.2
+    along = (x.index_select(2, tokens) for x in (q, k))
+    blocks = select_blocks(*along, BlockSparse(16, pattern), key_padding=padding[:, tokens])
+    assert all(map(torch.equal, blocks, select_blocks(q, k, form, key_padding=padding)))
+    held = blocks.held(0, 7, 7).repeat_interleave(16, 2).repeat_interleave(16, 3)[:, :, :99, :99]
+    seen = held[:, :, back][..., back] & padding[:, None, None]
+    expected, expected_lse = oracles.softmax(q, k, v, seen.double(), DIM**-0.5)
+    weight, of_lse = torch.randn_like(expected), torch.randn_like(expected_lse)
+    for kernel in ("native", "reference"):
+        found = dilcompile.functional.attention(q, k, v, form, key_padding=padding, return_lse=True, kernel=kernel)
+        mine, wanted = (
+            torch.autograd.grad((out * weight).sum() + (lse * of_lse).sum(), (q, k, v), retain_graph=True)
+            for out, lse in (found, (expected, expected_lse))
+        )
+        # Roundings of float64 in sums over at most 99 tokens, 2 batch rows and 4 heads.
+        for one, other in zip((*found, *mine), (expected, expected_lse, *wanted), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kernel", ["native", "cpu", "reference"])
@@ -267,6 +301,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "larger": (
         {"block": 128, "order": "hilbert", "grid": (8, 8)},
         "block 128 is larger than the grid [8, 8] of 64 tokens; sizes that do: 16, 32, 64",
+    ),
+    "distances": (
+        {"order": "row", "grid": (8, 8), "lead": 1, "pattern": {"topk": {"estimator": "vertical_slash", "blocks": 2}}},
+        "estimator vertical_slash looks at distances along the sequence, which order 'row' leaves: estimate by pooled or antidiagonal",
     ),
     "prime": ({"order": "hilbert", "grid": (1, 257)}, "tokens of the grid [1, 257]; no size from 16 to 256 does"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 from itertools import product
 from math import prod
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dilcompile.blocks import neighbourhood
+from dilcompile.blocks import block_sets, neighbourhood
 from dilcompile.blocks.curve import ORDER_NAMES, Curve
 from dilcompile.blocks.fullness import fullness
 from dilcompile.blocks.neighbourhood import near
@@ -106,12 +107,23 @@ def test_near_blocks_hold_a_near_pair_each_and_none_is_missed(curve: Curve, radi
     assert found.pairs == pytest.approx(pairs.mean())
 
 
-def test_windows_asked_at_too_few_cells_are_seen_to_miss_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_blocks_are_cut_and_sets_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_sets, "_TOKENS_AT_ONCE", 60)
+    monkeypatch.setattr(block_sets, "_BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(block_sets, "_OF_A_RUN", 0)
+    for order in ("hilbert", "row", "morton"):
+        near.cache_clear()
+        assert_near(Curve(order, (9, 5, 7), 2), (2, 1, 3), 15, 2)
+    near.cache_clear()
+
+
+def test_windows_around_blocks_that_are_no_boxes_are_seen_to_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     curve = Curve("hilbert", (12, 12))
     near.cache_clear()
     assert_near(curve, (3, 3), 16, 18)
     near.cache_clear()
-    monkeypatch.setattr(neighbourhood, "_filled", neighbourhood.extents)
+    extents = neighbourhood.extents
+    monkeypatch.setattr(neighbourhood, "extents", lambda curve, size: replace(extents(curve, size), filled=True))
     with pytest.raises(AssertionError):
         assert_near(curve, (3, 3), 16, 18)
     near.cache_clear()

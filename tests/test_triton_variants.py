@@ -16,7 +16,7 @@ from torch import Tensor
 from dilcompile.forms import BlockSparse, Dense, Dilated, Form, SlidingWindow
 from dilcompile.lowering import triton
 from dilcompile.lowering.call import Call, problem_of
-from dilcompile.lowering.triton import plan
+from dilcompile.lowering.triton import bound, plan
 
 jit = pytest.importorskip("triton.runtime.jit")
 
@@ -45,7 +45,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[Launch]:
         found.add((kernel.__name__, f"{specialization} {told}"))
 
     monkeypatch.setattr(jit.JITFunction, "run", note)
-    monkeypatch.setattr(triton, "_arch", lambda device: "sm90")
+    monkeypatch.setattr(bound, "arch", lambda device: "sm90")
     monkeypatch.setattr(triton, "_programs_at_once", lambda device: 264)
     for cached in (plan.plan_of, plan.plan_of_few, plan.plan_of_blocks):
         cached.cache_clear()
@@ -184,7 +184,7 @@ def test_a_number_that_is_specialised_would_be_seen(launched: set[Launch], monke
 def test_strides_are_given_as_multiples_of_16(sizes: tuple[int, ...], dtype: torch.dtype, fold: int) -> None:
     """So the compiler knows, whatever they are, that 16 bytes can be loaded at once where that is so."""
     x = torch.empty(sizes, dtype=dtype)
-    strides, found = triton._folded(x)
+    strides, found = bound.folded(x)
     assert found == fold
     assert [stride // fold for stride in strides] == [0 if sizes[n] == 1 else x.stride(n) for n in range(3)]
     assert all(stride % 16 == 0 for stride in strides)

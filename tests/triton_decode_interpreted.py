@@ -15,7 +15,7 @@ from torch import Tensor
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
 from dilcompile.lowering import ops, triton, trust
 from dilcompile.lowering.call import Call, problem_of
-from dilcompile.lowering.triton import decode, plan, split
+from dilcompile.lowering.triton import bound, decode, plan, split
 from dilcompile.lowering.triton.compiled import ARCHS
 from dilcompile.lowering.triton.config import Tile, tile_of
 
@@ -320,10 +320,8 @@ def tiles_of_the_table() -> list[Tile]:
 @pytest.mark.parametrize("tile", tiles_of_the_table(), ids=str)
 def test_every_tile_of_the_table(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     in_parts(monkeypatch, 2)
-    right = triton._Bound.tile
-    monkeypatch.setattr(
-        triton._Bound, "tile", lambda bound, step, rows=16: tile if step == "decode" else right(bound, step, rows)
-    )
+    right = bound.Bound.tile
+    monkeypatch.setattr(bound.Bound, "tile", lambda self, step, rows=16: tile if step == "decode" else right(self, step, rows))
     group = tile.own // 2
     q, k, v = drawn(batch=1, heads=group, kv_heads=1, q_len=2, k_len=300)
     keep = torch.rand(1, 300, generator=torch.Generator().manual_seed(0)) > 0.2

@@ -13,8 +13,7 @@ from triton_decode_interpreted import LONG, WINDOW, assert_exact, decoded, in_pa
 from triton_interpreted_bias import of_bound, with_strides
 
 from dilcompile.forms import Dense, Dilated, Form
-from dilcompile.lowering import triton
-from dilcompile.lowering.triton import decode
+from dilcompile.lowering.triton import bound, decode
 
 __all__ = ["decoded"]
 
@@ -253,5 +252,5 @@ def test_a_step_with_a_bias_is_split() -> None:
         raise AssertionError("one program walks all keys")
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(triton._Bound, "plan", refused)
+        monkeypatch.setattr(bound.Bound, "plan", refused)
         run(q, k, v, LONG, "triton", step_of(q, k), bias=bias_of(SHAPES[1]))

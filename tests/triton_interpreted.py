@@ -31,7 +31,7 @@ from torch import Tensor
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
 from dilcompile.lowering import ops, triton, trust
 from dilcompile.lowering.call import Call
-from dilcompile.lowering.triton import plan, split
+from dilcompile.lowering.triton import bound, plan, split
 from dilcompile.relation import Relation, Term
 
 HEAD_DEPENDENT = [FORMS[3], FORMS[6], FORMS[9]]
@@ -252,7 +252,7 @@ def without_the_last_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_one_pattern_for_all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     right = plan.plan_of
-    monkeypatch.setattr(triton, "plan_of", lambda *args: replace(right(*args), patterns=torch.zeros_like(right(*args).patterns)))
+    monkeypatch.setattr(bound, "plan_of", lambda *args: replace(right(*args), patterns=torch.zeros_like(right(*args).patterns)))
 
 
 def without_the_gradient_of_the_lse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,13 +266,13 @@ def without_the_joint_lse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = triton._bind
-    monkeypatch.setattr(triton, "_bind", lambda call: right(replace(call, key_padding=None)))
+    right = bound.bind
+    monkeypatch.setattr(triton, "bind", lambda call: right(replace(call, key_padding=None)))
 
 
 def with_documents_joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = triton._runs
-    monkeypatch.setattr(triton, "_runs", lambda documents: right(torch.zeros_like(documents)))
+    right = bound._runs
+    monkeypatch.setattr(bound, "_runs", lambda documents: right(torch.zeros_like(documents)))
 
 
 MUTATIONS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
@@ -419,8 +419,8 @@ def test_rows_loaded_by_descriptors(
     monkeypatch.setattr(
         InterpreterBuilder, "create_make_tensor_descriptor", lambda *args, **more: made.append(1) or right(*args, **more)
     )
-    tile = triton._Bound.tile
-    monkeypatch.setattr(triton._Bound, "tile", lambda *args: replace(tile(*args), described=True))
+    tile = bound.Bound.tile
+    monkeypatch.setattr(bound.Bound, "tile", lambda *args: replace(tile(*args), described=True))
     q, k, v = drawn(batch=2, heads=2, kv_heads=2, q_len=37, k_len=47, dim=24, v_dim=8)
     k, v = (torch.nn.functional.pad(x, (0, 0, 0, 9), value=torch.nan)[:, :, :47] for x in (k, v))
     operands = operands_of(asked, batch=2, length=47)
@@ -431,9 +431,9 @@ def test_rows_loaded_by_descriptors(
 def test_rows_that_begin_between_16_bytes_have_no_descriptors() -> None:
     q, k, v = drawn(batch=1, heads=2, kv_heads=2, q_len=9, k_len=9, dim=24, v_dim=8, dtype=torch.bfloat16)
     call = Call(q, k, v, None, None, None, None, Dense().relation(_problem(q, k, v)), SCALE)
-    bound = triton._bind(call)
-    made = bound.plan(16, 16)
-    assert bound.describable(made, k, v)
-    assert not bound.describable(made, k[..., 1:], v)
-    assert not bound.describable(made, torch.empty(1, 2, 9, 20, dtype=torch.bfloat16), v)
-    assert not bound.describable(replace(made, counted=True), k, v)
+    taken = bound.bind(call)
+    made = taken.plan(16, 16)
+    assert taken.describable(made, k, v)
+    assert not taken.describable(made, k[..., 1:], v)
+    assert not taken.describable(made, torch.empty(1, 2, 9, 20, dtype=torch.bfloat16), v)
+    assert not taken.describable(replace(made, counted=True), k, v)

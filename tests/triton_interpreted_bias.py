@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
 from dilcompile.lowering import triton
+from dilcompile.lowering.triton import bound
 
 BATCH, HEADS, ROWS, KEYS = 2, 2, 11, 18
 # One number a key, a key of each head, a pair, a pair of each batch row, a row, all pairs; and shapes of fewer dims.
@@ -224,8 +225,8 @@ def test_the_same_numbers_every_time() -> None:
 
 def of_bound(method: str, changed: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
     def mutate(monkeypatch: pytest.MonkeyPatch) -> None:
-        right = getattr(triton._Bound, method)
-        monkeypatch.setattr(triton._Bound, method, lambda *args: changed(right, *args))
+        right = getattr(bound.Bound, method)
+        monkeypatch.setattr(bound.Bound, method, lambda *args: changed(right, *args))
 
     return mutate
 
@@ -240,8 +241,8 @@ def of_gradient(changed: Callable[[Any], Any]) -> Callable[[pytest.MonkeyPatch],
 
 def with_strides(change: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Callable[[pytest.MonkeyPatch], None]:
     def mutate(monkeypatch: pytest.MonkeyPatch) -> None:
-        right = triton._strides_over_pairs
-        monkeypatch.setattr(triton, "_strides_over_pairs", lambda *args: change(right(*args)))
+        right = bound._strides_over_pairs
+        monkeypatch.setattr(bound, "_strides_over_pairs", lambda *args: change(right(*args)))
 
     return mutate
 

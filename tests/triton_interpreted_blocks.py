@@ -20,7 +20,7 @@ from dilcompile.forms import BlockSparse
 from dilcompile.functional import attention
 from dilcompile.lowering import ops, triton, trust
 from dilcompile.lowering.call import Call, problem_of
-from dilcompile.lowering.triton import lists, plan, split
+from dilcompile.lowering.triton import bound, lists, plan, split
 from dilcompile.lowering.triton.config import Tile
 
 Outcome = tuple[Tensor, ...]
@@ -137,12 +137,12 @@ def test_grouped_query_heads(heads: int, kv_heads: int, pattern: dict[str, Any])
 @pytest.mark.parametrize("form", [*BOTH, blocks_of((64, 32), BY_HEAD)], ids=str)
 def test_tiles_as_large_as_a_device_takes(form: BlockSparse, own: int, other: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A visit takes several whole blocks, and tiles have more rows than a block."""
-    right = triton._Bound.tile
+    right = bound.Bound.tile
 
     def larger(self: Any, step: Any, *rows: int) -> Tile:
         return Tile(own, other, 4, 1) if step in ("forward", "queries", "keys", "bias") else right(self, step, *rows)
 
-    monkeypatch.setattr(triton._Bound, "tile", larger)
+    monkeypatch.setattr(bound.Bound, "tile", larger)
     inputs = drawn(batch=1, heads=3, kv_heads=1, q_len=101, k_len=101)
     for causal, bias in ((True, None), (False, bias_of((3, 1, 101)))):
         check(inputs, form, causal, bias=bias)

@@ -10,8 +10,8 @@ import torch
 from test_kernels import SCALE, assert_grads, drawn, operands_of, setting_of
 
 from dilcompile.forms import Dense, Dilated
-from dilcompile.lowering import triton
 from dilcompile.lowering.call import Call, problem_of
+from dilcompile.lowering.triton import bound
 from dilcompile.lowering.triton.compiled import ARCHS
 from dilcompile.lowering.triton.config import Masks, Pass, Tile, tile_of
 
@@ -43,8 +43,8 @@ CONFIGURATIONS = configurations()
 def test_every_tile_of_the_table(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tiles and more of both sides, blocks with and without masks, ragged ends."""
     masks, tiles = CONFIGURATIONS[name]
-    right = triton._Bound.tile
-    monkeypatch.setattr(triton._Bound, "tile", lambda bound, step, rows=16: tiles.get(step) or right(bound, step, rows))
+    right = bound.Bound.tile
+    monkeypatch.setattr(bound.Bound, "tile", lambda self, step, rows=16: tiles.get(step) or right(self, step, rows))
     length = max(max(tile.own, tile.other) for tile in tiles.values()) + 22
     q, k, v = drawn(batch=1, heads=2, kv_heads=1, q_len=length, k_len=length)
     asked: dict[str, Any] = {"key_padding": True, "documents": "own", "bias": (1, 2, length, length)}
@@ -54,4 +54,4 @@ def test_every_tile_of_the_table(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     # Calls of this kind are those that have these tiles.
     relation = Dense().relation(problem_of(q, k, v, True, None, None, 0))
     call = Call(q, k, v, *map(operands.get, ("key_padding", "documents", "bias")), None, relation, SCALE)
-    assert triton._masks(call, triton._bind(call).bias_by(1)) == masks
+    assert bound._masks(call, bound.bind(call).bias_by(1)) == masks

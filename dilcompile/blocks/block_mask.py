@@ -56,6 +56,16 @@ def held_of(lists: Sequence[BlockLists], grid: Grid, device: torch.device | str 
     return torch.from_numpy(held).to(device)
 
 
+def full_of(lists: Sequence[BlockLists], grid: Grid, device: torch.device | str = "cpu") -> Tensor:
+    """Which of them FlexAttention calls full, as ``held_of`` has them."""
+    return held_of([_only(each, each.full & _inside(each, grid)) for each in lists], grid, device)
+
+
+def _only(lists: BlockLists, kept: Flags) -> BlockLists:
+    starts = np.concatenate([[0], np.cumsum(kept)])[lists.starts]
+    return BlockLists(lists.lines, starts, lists.blocks[kept], lists.full[kept])
+
+
 def tables_of(lists: Sequence[BlockLists], grid: Grid, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
     """The tables of a BlockMask: how many partial blocks each row has and which, the same of full ones, then both by columns.
 

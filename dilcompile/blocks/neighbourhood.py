@@ -1,9 +1,9 @@
 """Which blocks of tokens along a curve lie near one another in the grid, without a look at each pair of tokens or of blocks.
 
-Note [sampled windows]: the tokens near a block lie in its extents, made larger by the radius. Which blocks these tokens are of is
-asked at some cells of that window only: no further apart along an axis than the shortest box that any block holds, and at both
-ends, so that no block is missed. Where blocks fill boxes, as Hilbert's and Morton's do on powers of two, these are about as
-many cells as there are blocks to be found. Elsewhere the boxes of the two blocks are compared afterwards.
+Note [sampled windows]: the tokens near a block lie in its extents, made larger by the radius. Where all blocks are boxes of
+the grid, as Hilbert's and Morton's are on powers of two, all tokens there are near. Which blocks these are of is asked at some
+cells of that window only: no further apart along an axis than the shortest box is long, and at both ends, so that no block is
+missed. These are about as many cells as there are blocks to be found. Other blocks: Note [sets of blocks in bits].
 """
 
 from __future__ import annotations
@@ -15,29 +15,27 @@ from math import prod
 
 import numpy as np
 
+from dilcompile.blocks.block_sets import near_by_sets
 from dilcompile.blocks.curve import Curve
-from dilcompile.blocks.grid import Flags
-from dilcompile.progression import Positions
+from dilcompile.progression import Positions, distinct
 
 _AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class Boxes:
-    """Blocks cut into boxes of the grid that they fill; a block that is a box has one.
+    """The smallest boxes of the grid around blocks.
 
     Args:
         low, high: int64 [boxes, axes], the first and the last cell along each axis.
-        block: int64 [boxes], the block that the box is of, ascending; the largest box of a block is its first.
+        block: int64 [boxes], the block that the box is of, ascending.
+        filled: whether each block fills its box.
     """
 
     low: Positions
     high: Positions
     block: Positions
-
-    def starts(self, blocks: Positions) -> Positions:
-        """The first box of each block."""
-        return np.searchsorted(self.block, blocks).astype(np.int64)
+    filled: bool
 
 
 def extents(curve: Curve, size: int) -> Boxes:
@@ -46,7 +44,8 @@ def extents(curve: Curve, size: int) -> Boxes:
     blocks = np.arange(curve.first // size, -(-stop // size), dtype=np.int64)
     starts = np.maximum(blocks * size - curve.first, 0)
     low, high = np.minimum.reduceat(curve.places, starts, axis=0), np.maximum.reduceat(curve.places, starts, axis=0)
-    return Boxes(low, high, blocks)
+    tokens = np.diff(np.append(starts, len(curve.places)))
+    return Boxes(low, high, blocks, bool(((high - low + 1).prod(1) == tokens).all()))
 
 
 @lru_cache(maxsize=16)
@@ -57,45 +56,27 @@ def near(curve: Curve, radius: tuple[int, ...], q_block: int, k_block: int) -> P
         int64, ``row * columns + column``, ascending; not to be written.
     """
     columns = -(-len(curve) // k_block)
-    around, filled = extents(curve, q_block), _filled(curve, k_block)
+    around, others = extents(curve, q_block), extents(curve, k_block)
     owner = curve.positions[curve.lead :] // k_block
-    maybe = _distinct_in_parts(around.block[n] * columns + owner[cells] for n, cells in _windows(curve, around, radius, filled))
-    filling = _filled(curve, q_block)
-    if max(len(filling.block) - len(around.block), len(filled.block) - len(extents(curve, k_block).block)) > 0:
-        maybe = maybe[_touching(maybe // columns, maybe % columns, filling, filled, radius)]
-    codes = _distinct(np.append(maybe, _with_lead(curve, q_block, k_block, columns)))
+    if around.filled and others.filled:
+        found = distinct(np.concatenate([distinct(part) for part in _by_windows(curve, around, radius, others, owner, columns)]))
+    else:
+        found = np.concatenate([*_by_sets(curve, around, q_block, radius, owner, columns)])
+    codes = distinct(np.append(found, _with_lead(curve, q_block, k_block, columns)))
     codes.flags.writeable = False
     return codes
 
 
-def _filled(curve: Curve, size: int) -> Boxes:
-    """The boxes that the blocks fill. A block that is none is halved until its parts are, in O(tokens x log size)."""
-    stop = curve.first + prod(curve.grid)
-    cuts = np.unique(np.clip(np.arange(0, stop + size, size), curve.first, stop)) - curve.first
-    begin, end = cuts[:-1], cuts[1:]
-    found: list[tuple[Positions, ...]] = []
-    while len(begin):
-        low, high = _around(curve.places, begin, end)
-        box = (high - low + 1).prod(1) == end - begin
-        found.append(((begin[box] + curve.first) // size, begin[box] - end[box], low[box], high[box]))
-        begin, end = begin[~box], end[~box]
-        middle = (begin + end) // 2
-        begin, end = np.append(begin, middle), np.append(middle, end)
-    block, less, lows, highs = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    order = np.lexsort((less, block))
-    return Boxes(lows[order], highs[order], block[order])
+def _by_windows(
+    curve: Curve, around: Boxes, radius: tuple[int, ...], others: Boxes, owner: Positions, columns: int
+) -> Iterator[Positions]:
+    """See Note [sampled windows]."""
+    return (around.block[n] * columns + owner[cells] for n, cells in _windows(curve, around, radius, others))
 
 
-def _around(places: Positions, begin: Positions, end: Positions) -> tuple[Positions, Positions]:
-    """The first and last cell along each axis of each part of the curve."""
-    cells = places[_runs(begin, end - begin)]
-    starts = np.cumsum(end - begin) - (end - begin)
-    return np.minimum.reduceat(cells, starts, axis=0), np.maximum.reduceat(cells, starts, axis=0)
-
-
-def _windows(curve: Curve, around: Boxes, radius: tuple[int, ...], filled: Boxes) -> Iterator[tuple[Positions, Positions]]:
-    """Cells of the window of each block, see Note [sampled windows], part by part: (number of the block, cell in row order)."""
-    apart = (filled.high - filled.low + 1).min(0)
+def _windows(curve: Curve, around: Boxes, radius: tuple[int, ...], others: Boxes) -> Iterator[tuple[Positions, Positions]]:
+    """Cells of the window of each block, part by part: (number of the block, cell in row order)."""
+    apart = (others.high - others.low + 1).min(0)
     low = np.maximum(around.low - np.array(radius), 0)
     high = np.minimum(around.high + np.array(radius), np.array(curve.grid) - 1)
     counts = -(-(high - low) // apart) + 1
@@ -114,23 +95,14 @@ def _windows(curve: Curve, around: Boxes, radius: tuple[int, ...], filled: Boxes
         start = stop
 
 
-def _touching(rows: Positions, columns: Positions, filling: Boxes, filled: Boxes, radius: tuple[int, ...]) -> Flags:
-    """Whether some box of the row and some box of the column are at most ``radius`` apart along every axis.
-
-    One box of each row after the other, the largest first, so that most blocks are found by the first ones.
-    """
-    found = np.zeros(len(rows), dtype=np.bool_)
-    first, last = filling.starts(rows), filling.starts(rows + 1)
-    begin, count = filled.starts(columns), filled.starts(columns + 1) - filled.starts(columns)
-    for number in range(int((last - first).max(initial=0))):
-        left = np.flatnonzero(~found & (first + number < last))
-        for part in np.array_split(left, 1 + int(count[left].sum()) // _AT_ONCE):
-            if len(part):
-                box, other = np.repeat(first[part] + number, count[part]), _runs(begin[part], count[part])
-                apart = np.maximum(filled.low[other] - filling.high[box], filling.low[box] - filled.high[other])
-                close = (apart <= np.array(radius)).all(1)
-                found[part] = np.logical_or.reduceat(close, np.cumsum(count[part]) - count[part])
-    return found
+def _by_sets(
+    curve: Curve, around: Boxes, size: int, radius: tuple[int, ...], owner: Positions, columns: int
+) -> Iterator[Positions]:
+    """See Note [sets of blocks in bits]."""
+    starts = np.append(np.maximum(around.block * size - curve.first, 0), len(curve.places))
+    reach = np.minimum(np.array(radius), np.array(curve.grid) - 1)
+    found = near_by_sets(owner.reshape(curve.grid), curve.places, starts, around.low, around.high, reach)
+    return (around.block[row] * columns + column for row, column in found)
 
 
 def _with_lead(curve: Curve, q_block: int, k_block: int, columns: int) -> Positions:
@@ -145,18 +117,3 @@ def _runs(begin: Positions, lengths: Positions) -> Positions:
     """``begin, begin + 1, ...``, so many of each, one run after the other."""
     starts = np.cumsum(lengths) - lengths
     return np.repeat(begin - starts, lengths) + np.arange(lengths.sum(), dtype=np.int64)
-
-
-def _distinct_in_parts(parts: Iterator[Positions]) -> Positions:
-    return _distinct(np.concatenate([_distinct(part) for part in parts]))
-
-
-def _distinct(codes: Positions) -> Positions:
-    """Each number once, ascending. (``numpy.unique`` hashes, which takes many times as long on such numbers.)"""
-    codes = np.sort(codes[_changes(codes)])
-    found: Positions = codes[_changes(codes)]
-    return found
-
-
-def _changes(codes: Positions) -> Flags:
-    return np.append(True, codes[1:] != codes[:-1])[: len(codes)]

@@ -20,7 +20,7 @@ from dilcompile.blocks.grid import Grid
 from dilcompile.blocks.neighbourhood import near
 from dilcompile.blocks.shuffle import mixed, shuffled, unshuffled
 from dilcompile.errors import FormError
-from dilcompile.progression import Positions
+from dilcompile.progression import Positions, distinct
 
 
 class Pattern(Protocol):
@@ -265,7 +265,7 @@ class Explicit:
         starts, columns = np.asarray(self.starts, dtype=np.int64), np.asarray(self.columns, dtype=np.int64)
         rows = np.repeat(np.arange(len(starts) - 1, dtype=np.int64), np.diff(starts))
         inside = columns < grid.columns
-        return _ascending(rows[inside] * grid.columns + columns[inside])
+        return distinct(rows[inside] * grid.columns + columns[inside])
 
 
 @dataclass(frozen=True)
@@ -459,11 +459,4 @@ def alike_in_heads(pattern: Pattern) -> Pattern:
 
 
 def _joined(parts: list[Positions]) -> Positions:
-    return _ascending(np.concatenate(parts)) if parts else np.arange(0, dtype=np.int64)
-
-
-def _ascending(codes: Positions) -> Positions:
-    """The codes ascending, each once. They come nearly sorted: np.unique, which hashes, takes hundreds of times longer."""
-    codes = np.sort(codes, kind="stable")
-    found: Positions = codes[np.append(True, codes[1:] != codes[:-1])[: len(codes)]]
-    return found
+    return distinct(np.concatenate(parts)) if parts else np.arange(0, dtype=np.int64)

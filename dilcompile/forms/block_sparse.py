@@ -87,10 +87,18 @@ class BlockSparse(Form):
         pattern = frozen(self.pattern)
         if not found and isinstance(pattern, tuple):
             found += wrong_grid(self.grid, self.order, self.lead, self.sizes, pattern)
-        if not found and self.is_adaptive and self.curve is not None and self.curve.moves:
-            text = f"patterns that choose blocks from the data know no order of tokens: take 'none', not {self.order!r}"
-            found.append(OptionProblem(("order",), text))
+        if not found and self.curve is not None and self.curve.moves:
+            found += self._lost_by_order()
         return found
+
+    def _lost_by_order(self) -> list[OptionProblem]:
+        if not any(isinstance(leaf, Scored) and leaf.estimator == "vertical_slash" for leaf in leaves(self._pattern())):
+            return []
+        text = (
+            f"estimator vertical_slash looks at distances along the sequence, which order {self.order!r} leaves: estimate by "
+            "pooled or antidiagonal, or take order 'none'"
+        )
+        return [OptionProblem(("order",), text)]
 
     @property
     def curve(self) -> Curve | None:

@@ -28,6 +28,7 @@ class Costs:
         operand_bytes: q, k, v and the output.
         scores_bytes: the S x S scores in the softmax's dtype that the model writes out and the rewritten site does not hold.
         mask_bytes: a bool mask over all pairs that is not built any more (one a batch row if it holds padding or documents).
+        is_bound: the data chooses, so that ``pairs_form`` and ``flops_after`` are the most that may be computed.
     """
 
     pairs_all: int
@@ -38,6 +39,7 @@ class Costs:
     operand_bytes: int
     scores_bytes: int
     mask_bytes: int
+    is_bound: bool
 
     @property
     def density_of_mask(self) -> float:
@@ -72,13 +74,8 @@ def costs_of(verdict: Decision | Rejection) -> Costs | None:
         operand_bytes=_operand_bytes(site, problem),
         scores_bytes=_scores_bytes(site, problem) if rewritten else 0,
         mask_bytes=_mask_bytes(site, problem) if rewritten else 0,
+        is_bound=relation is not None and relation.is_bound,
     )
-
-
-def is_bound(decision: Decision) -> bool:
-    """Does the data choose, so that ``pairs_form`` is what may be computed at most?"""
-    problem = problem_of(decision.site)
-    return problem is not None and problem_with(decision) is None and decision.form.relation(problem).is_bound
 
 
 def problem_with(verdict: Decision | Rejection) -> str | None:

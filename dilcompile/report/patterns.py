@@ -14,6 +14,7 @@ from dilcompile.report import units
 from dilcompile.report.block_counts import block_count, blocks_of, listed
 from dilcompile.report.costs import costs_of, relation_of
 from dilcompile.report.lengths import shown, symbol
+from dilcompile.report.orders import OrderCount, figure, orders_of, words
 from dilcompile.report.pair_cells import MOST_CELLS as PAIR_CELLS
 from dilcompile.report.pair_cells import pair_cells
 from dilcompile.report.record import Record, Verdict
@@ -37,9 +38,10 @@ class Pattern:
         lengths: queries and keys; a symbol with its value in the example call.
         sites: graph and index of each site.
         modules: their modules.
-        density_of_mask, density_of_all: as in ``Costs``: of the pairs that are computed.
+        density_of_mask, density_of_all: as in ``Costs``: of the pairs that are computed, or of the most that may be.
         count: the blocks, where the form has any.
         unseen: factors of the mask that depend on data. Nothing here knows of them.
+        orders: the blocks of the form's neighbourhood by its order of tokens and by rows, where it has them.
     """
 
     form: str
@@ -52,11 +54,17 @@ class Pattern:
     density_of_all: float
     count: BlockCount | None
     unseen: tuple[str, ...]
+    orders: tuple[OrderCount, ...] = ()
+
+    @property
+    def is_bound(self) -> bool:
+        """Does the data choose, so that the densities are the most that may be computed?"""
+        return self.relation.is_bound
 
     @property
     def title(self) -> str:
         """The form's name and the density."""
-        return f"{self.name}: {units.percent(self.density_of_all)} of all pairs"
+        return f"{self.name}: {'at most ' if self.is_bound else ''}{units.percent(self.density_of_all)} of all pairs"
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -74,9 +82,11 @@ class Pattern:
         """The pictures for a page. ``name``: unique in the page."""
         for number, (heads, cells) in enumerate(self.pictures()):
             yield svg(cells, f"{self.title}; {heads}" if heads else self.title, self.lines, f"{name}-{number}")
+        if self.orders:
+            yield figure(self.orders, f"{name}-orders")
 
     def __str__(self) -> str:
-        parts = [f"{named(self.modules)}: {self.form}", self.title, *self.lines]
+        parts = [f"{named(self.modules)}: {self.form}", self.title, *self.lines, *([words(self.orders)] if self.orders else [])]
         for heads, cells in self.pictures(_TEXT_CELLS):
             parts += [*([heads] if heads else []), text(cells)]
         return "\n".join([*parts, TEXT_LEGEND])
@@ -121,6 +131,7 @@ def _pattern(verdict: Verdict, graph: str) -> Pattern | None:
         density_of_all=costs.density_of_all,
         count=block_count(verdict),
         unseen=tuple(word for word in site.mask.words if word not in _DRAWN_AS_IT_IS),
+        orders=orders_of(verdict.form),
     )
 
 
@@ -143,9 +154,9 @@ def _blocks_drawn(blocks: Blocks, heads: int, most: int) -> Iterator[tuple[str, 
 
 def _pairs_drawn(relation: Relation, most: int) -> Iterator[tuple[str, Cells]]:
     """Heads that differ in the offset of a branch alone look alike in cells."""
-    alike: dict[tuple[bool, ...], list[int]] = {}
+    alike: dict[tuple[object, ...], list[int]] = {}
     for head in range(relation.problem.heads):
-        alike.setdefault(tuple(_has(term.generator, head) for term in relation.terms), []).append(head)
+        alike.setdefault(tuple(_kind(term.generator, head) for term in relation.terms), []).append(head)
     for heads in list(alike.values())[:MOST_HEADS]:
         cells = pair_cells(relation, heads[0], min(most, PAIR_CELLS))
         offsets = {residue for term in relation.terms for residue in _residues(term.generator)}
@@ -154,7 +165,11 @@ def _pairs_drawn(relation: Relation, most: int) -> Iterator[tuple[str, Cells]]:
             yield (_words(heads, len(alike)) or ("all heads" if own else "")) + own, cells
 
 
-def _has(generator: object, head: int) -> bool:
+def _kind(generator: object, head: int) -> object:
+    """Heads look alike where this is equal under each term."""
+    if isinstance(generator, Blocks) and generator.pattern.by_head:
+        lists = listed(generator, head)
+        return lists.starts.tobytes(), lists.blocks.tobytes()
     return not isinstance(generator, Segment) or generator.heads is None or generator.heads[0] <= head < generator.heads[1]
 
 

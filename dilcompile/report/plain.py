@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from dilcompile.blocks.cells import BlockCount
@@ -16,7 +17,7 @@ from dilcompile.report.totals import totals_of
 from dilcompile.site import AttentionSite, MaskSpec, Miss
 
 SCHEMA = "dilcompile.report"
-VERSION = 4
+VERSION = 5
 
 
 def plain(report: Record) -> dict[str, Any]:
@@ -149,7 +150,10 @@ def _blocks(count: BlockCount | None) -> dict[str, int] | None:
 
 
 def _pattern(pattern: Pattern) -> dict[str, Any]:
-    """One distinct pattern; ``unseen``: factors of the mask that depend on data and are not counted."""
+    """One distinct pattern; ``unseen``: factors of the mask that depend on data and are not counted.
+
+    ``orders``: the blocks of its neighbourhood by its order of tokens, then by rows.
+    """
     return {
         "form": pattern.form,
         "lengths": pattern.lengths,
@@ -159,8 +163,10 @@ def _pattern(pattern: Pattern) -> dict[str, Any]:
         ],
         "density_of_mask": pattern.density_of_mask,
         "density_of_all": pattern.density_of_all,
+        "is_bound": pattern.is_bound,
         "blocks": _blocks(pattern.count),
         "unseen": list(pattern.unseen),
+        "orders": [{**asdict(order), "radius": list(order.radius)} for order in pattern.orders],
     }
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from dilcompile.decision import Decision, Rejection
 from dilcompile.report import units
 from dilcompile.report.block_counts import block_count
-from dilcompile.report.costs import Costs, costs_of, is_bound, problem_with
+from dilcompile.report.costs import Costs, costs_of, problem_with
 from dilcompile.report.kernels import Choice, kernel_of
 from dilcompile.report.lengths import shown
+from dilcompile.report.orders import orders_of, words
 from dilcompile.site import AttentionSite
 
 HEADINGS = ("site", "attention", "mask", "becomes", "numbers", "pairs", "FLOPs", "memory")
@@ -27,7 +28,7 @@ class Row:
         attention: kind and spelling; sizes; the way of the dtypes; what else the scores go through, where there is any.
         roles: the tensors that are queries, keys, values, biases, sinks, multipliers. Sites that differ in them alone are alike.
         mask: the mask that was read, in words; its formula.
-        becomes: the form, or ``kept``; the rule; how many blocks there are, where it has any.
+        becomes: the form, or ``kept``; the rule; how many blocks there are, where it has any; what its order of tokens gains.
         numbers: ``exact``, ``approximate`` or ``unchanged``.
         kernel: who computes it (``forward / backward`` where they differ).
         pairs: pairs of the form over those of the mask; over all.
@@ -102,7 +103,7 @@ def row_of(verdict: Decision | Rejection) -> Row:
             cure=verdict.cure,
             asked=verdict.asked,
         )
-    choice, count = kernel_of(verdict), block_count(verdict)
+    choice, count, orders = kernel_of(verdict), block_count(verdict), orders_of(verdict.form)
     if choice.reason is not None and problem is None:
         notes = (*notes, f"no kernel is named: {choice.reason}")
     if choice.passed_over is not None:
@@ -110,10 +111,10 @@ def row_of(verdict: Decision | Rejection) -> Row:
     notes = (*notes, *choice.remarks)
     return Row(
         **common,  # type: ignore[arg-type]
-        becomes=(str(verdict.form), _rule(verdict.rule), "" if count is None else str(count)),
+        becomes=(str(verdict.form), _rule(verdict.rule), "" if count is None else str(count), words(orders)),
         kernel=_by(choice),
         numbers=verdict.fidelity,
-        pairs=_pairs(costs, is_bound(verdict)),
+        pairs=_pairs(costs),
         flops=("", "") if costs is None else (units.count(costs.flops_before), f"-> {units.count(costs.flops_after)}"),
         memory=_memory(costs),
         notes=(*notes, *verdict.notes),
@@ -170,10 +171,10 @@ def besides(site: AttentionSite) -> str:
     return ", ".join(part for part in (scale, multipliers, softcap, bias, sinks, dropout) if part)
 
 
-def _pairs(costs: Costs | None, bound: bool) -> tuple[str, str]:
+def _pairs(costs: Costs | None) -> tuple[str, str]:
     if costs is None:
         return ("", "")
-    most = "at most " if bound else ""
+    most = "at most " if costs.is_bound else ""
     return (f"{most}{units.percent(costs.density_of_mask)} of mask", f"{most}{units.percent(costs.density_of_all)} of all")
 
 

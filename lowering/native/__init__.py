@@ -141,6 +141,7 @@ def _bind(call: Call, out: Tensor, lse: Tensor) -> _Bound:
         assert call.dropout_seed is not None, "dropout needs a seed"
         struct.dropout_seed, struct.dropout_least = int(call.dropout_seed), _least_draw(call.dropout_p)
         struct.dropout_factor = 1 / (1 - call.dropout_p)
+        struct.dropout_head = 0 if call.held is None else call.held.first_head
     struct.scale, struct.softcap = call.scale, call.softcap or 0.0
     struct.threads, struct.exact_lse = torch.get_num_threads(), call.exact_lse
     return _Bound(struct, (q, k, v, out, lse, padding, documents, limits, call.bias, terms))

@@ -53,6 +53,7 @@ struct Call {
   int64_t bias_dtype;
   int64_t dropout_seed, dropout_least;  // a draw of at least this keeps its pair
   double dropout_factor;                // of what is kept; 0: no dropout
+  int64_t dropout_head;                 // query head 0 draws as this one
   int64_t threads;
   int64_t exact_lse;  // 0: nobody reads its digits
   // Backward: gradients that come in, and those that go out.

@@ -30,7 +30,7 @@ class Dropout {
     uint32_t of_row = mixed(seed_ + uint32_t(span.batch) * 0x85EBCA6Bu);
     for (int64_t i = 0; i < tile.vectors * kWidth<T>; ++i) {
       const Lane& lane = lanes[tile.first + std::min(i, tile.lanes - 1)];
-      int64_t head = span.kv_head * (call_.heads / call_.kv_heads) + lane.head;
+      int64_t head = call_.dropout_head + span.kv_head * (call_.heads / call_.kv_heads) + lane.head;
       uint32_t of_head = mixed(of_row + uint32_t(head) * 0xC2B2AE35u);
       lanes_[tile.first + i] = mixed(of_head + uint32_t(span.origin + lane.position));
     }

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from dilcompile.lowering.triton.bound import head_block
 from dilcompile.lowering.triton.config import Masks, Pass, Tile, tile_of
 
 TABLE = Path(__file__).with_name("compiled.txt")
@@ -84,7 +85,7 @@ class Case:
     def tile(self) -> Tile:
         """The tile sizes that a call of this kind gets."""
         rows = max(16, self.group) if self.step == "decode" else 64
-        head, block = max(_block(self.head_dim), _block(self.v_dim)), self.block
+        head, block = max(head_block(self.head_dim), head_block(self.v_dim)), self.block
         tile = tile_of(self.step, self.arch, head, self.dtype, self.masks, rows, block > 0)
         if block == 0 or self.step == "decode" or (self.step == "bias" and "bias" in self.switches):
             return tile
@@ -225,18 +226,15 @@ def compile_case(case: Case, tile: Tile | None = None) -> Resources:
     return _amd(case.arch, made) if amd else _nvidia(case.arch, made)
 
 
-def _block(dim: int) -> int:
-    return max(16, 1 << (dim - 1).bit_length())
-
-
 def _fixed(case: Case, tile: Tile) -> dict[str, object]:
     import triton.language as tl
 
     own, other = ("BLOCK_N", "BLOCK_M") if case.step in ("keys", "bias") else ("BLOCK_M", "BLOCK_N")
     element = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[case.dtype]
     fixed: dict[str, object] = {
-        "GROUP": case.group, "PACK": case.group, "HEAD_DIM": case.head_dim, "V_DIM": case.v_dim, "BLOCK_D": _block(case.head_dim),
-        "BLOCK_DV": _block(case.v_dim), own: tile.own, other: tile.other, "CAPPED": "softcap" in case.switches,
+        "GROUP": case.group, "PACK": case.group, "HEAD_DIM": case.head_dim, "V_DIM": case.v_dim,
+        "BLOCK_D": head_block(case.head_dim), "BLOCK_DV": head_block(case.v_dim), own: tile.own, other: tile.other,
+        "CAPPED": "softcap" in case.switches,
         "COUNTED": "documents" in case.switches and not case.block, "HEADS": "heads" in case.switches,
         "DEDUPE": "dedupe" in case.switches,
         "PRECISION": "ieee", "PRODUCTS": element, "SCORES": tl.float32, "BLOCK_S": case.tile.own, "PAGE_SIZE": 16,

@@ -1,0 +1,114 @@
+"""A plan as a picture, offset against step, and as a table. The SVG holds no script and reads nothing from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+
+from dilcompile.memory.buffer import ROLES, Buffer
+from dilcompile.memory.plan import Arena, BufferPlan
+
+# For a page that holds pictures; a picture that stands alone carries it in itself.
+STYLE = """
+.arena { --workspace: #2a56c6; --output: #2f8f5b; --saved: #8a5cc2; --gradient: #d1495b; --send: #c98a1b; --receive: #ee9d3d;
+  --edge: #9aa3ad; --ink: #1b1f24; --soft: #5c6670; --back: #fff; }
+@media (prefers-color-scheme: dark) { .arena { --workspace: #86abff; --output: #6fcf97; --saved: #bb9af0; --gradient: #ff8a98;
+  --send: #e0b050; --receive: #ffb866; --edge: #5d6771; --ink: #e6e9ec; --soft: #98a2ac; --back: #1c2024; } }
+.arena text { font: 11px system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; fill: var(--soft); }
+.arena .head { font-size: 12.5px; font-weight: 600; fill: var(--ink); }
+.arena .back { fill: var(--back); } .arena .edge { fill: none; stroke: var(--edge); }
+.arena .buffer { stroke: var(--back); stroke-width: 0.6; }
+""".strip() + "".join(f"\n.arena .{role} {{ fill: var(--{role}); }}" for role in ROLES)
+
+_WIDE, _TALL = 640, 240
+_LEFT, _LINE = 74, 16
+_UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+
+
+def size_text(size: int) -> str:
+    """A number of bytes in words: ``1.5 MiB``."""
+    for unit, name in _UNITS:
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size} B"
+
+
+def svg(arena: Arena, title: str, name: str, alone: bool = False) -> str:
+    """The picture of one arena: steps to the right, offsets up, a rectangle for each buffer, coloured by its role.
+
+    Args:
+        title: the line above the picture, and its name for a screen reader.
+        name: unique in the page, of letters, digits and ``-``.
+        alone: a file of its own, which needs its style inside.
+    """
+    top, steps = 2 * _LINE + 10, max((buffer.end + 1 for buffer in arena.buffers), default=1)
+    wide, tall = _LEFT + _WIDE + 16, top + _TALL + 3 * _LINE
+    space = ' xmlns="http://www.w3.org/2000/svg"' if alone else ""
+    said = f"{size_text(arena.peak)} for {len(arena.buffers)} buffers; {size_text(arena.without_reuse)} without reuse"
+    return "\n".join(
+        [
+            f'<svg{space} class="arena" role="img" aria-labelledby="{name}-title {name}-desc" width="{wide}" height="{tall}" '
+            f'viewBox="0 0 {wide} {tall}">',
+            f'<title id="{name}-title">{escape(title)}</title>'
+            f'<desc id="{name}-desc">Steps to the right, offsets up. {escape(said)}.</desc>',
+            *([f'<style>{STYLE}</style>\n<rect class="back" width="{wide}" height="{tall}"/>'] if alone else []),
+            f'<text class="head" x="6" y="{_LINE}">{escape(title)}</text>',
+            f'<text x="6" y="{2 * _LINE}">{escape(said)}</text>',
+            *_axes(arena, top, steps),
+            *_rectangles(arena, top, steps),
+            f'<rect class="edge" x="{_LEFT - 0.5}" y="{top - 0.5}" width="{_WIDE + 1}" height="{_TALL + 1}"/>',
+            *_legend(arena, top + _TALL + 2 * _LINE + 6),
+            "</svg>",
+        ]
+    )
+
+
+def _axes(arena: Arena, top: int, steps: int) -> Iterator[str]:
+    yield f'<text x="{_LEFT - 6}" y="{top + 8}" text-anchor="end">{size_text(arena.peak)}</text>'
+    yield f'<text x="{_LEFT - 6}" y="{top + _TALL}" text-anchor="end">0</text>'
+    yield f'<text x="{_LEFT}" y="{top + _TALL + _LINE}">step 0</text>'
+    yield f'<text x="{_LEFT + _WIDE}" y="{top + _TALL + _LINE}" text-anchor="end">{steps - 1}</text>'
+
+
+def _rectangles(arena: Arena, top: int, steps: int) -> Iterator[str]:
+    across, up = _WIDE / steps, _TALL / max(1, arena.peak)
+    for buffer, offset in zip(arena.buffers, arena.offsets, strict=True):
+        height = buffer.hint * up
+        if not height:
+            continue
+        x, y = _LEFT + buffer.begin * across, top + _TALL - offset * up - height
+        width = (buffer.end - buffer.begin + 1) * across
+        yield (
+            f'<rect class="buffer {buffer.role}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}">'
+            f"<title>{escape(_words(buffer, offset))}</title></rect>"
+        )
+
+
+def _words(buffer: Buffer, offset: int) -> str:
+    where = f" of {buffer.module}" if buffer.module else ""
+    return f"{buffer.name}{where}: {size_text(buffer.hint)} at {offset}, steps {buffer.begin} to {buffer.end}, {buffer.role}"
+
+
+def _legend(arena: Arena, y: int) -> Iterator[str]:
+    x = _LEFT
+    for role in ROLES:
+        total = sum(buffer.hint for buffer in arena.buffers if buffer.role == role)
+        if total:
+            yield f'<rect class="{role}" x="{x}" y="{y - 9}" width="10" height="10"/>'
+            yield f'<text x="{x + 14}" y="{y}">{role} {size_text(total)}</text>'
+            x += 150
+
+
+def table(plan: BufferPlan) -> str:
+    """One line an arena, and the three largest buffers of each."""
+    lines = []
+    for arena in plan.arenas:
+        whose = f"{arena.device}, {arena.lane}" + (f", {arena.module}" if arena.module else "")
+        ratio = arena.peak / max(1, arena.most_live)
+        lines.append(
+            f"{whose}: {size_text(arena.peak)} for {len(arena.buffers)} buffers, {ratio:.3f} of what is live at once, "
+            f"{size_text(arena.without_reuse)} without reuse"
+        )
+        placed = sorted(zip(arena.buffers, arena.offsets, strict=True), key=lambda pair: (-pair[0].hint, pair[1], pair[0].name))
+        lines += [f"  {_words(buffer, offset)}" for buffer, offset in placed[:3]]
+    return "\n".join(lines)
