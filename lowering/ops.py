@@ -91,7 +91,7 @@ def attention(
     """
     from dilcompile.lowering.select import select
 
-    scale, factor = _positive(scale, q.dtype)
+    scale, factor = positive_scale(scale, q.dtype)
     scaled = q if factor == 1.0 else q * factor
     call = _call(
         scaled, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
@@ -156,7 +156,7 @@ def attention_backward(
             "(k[block_table].transpose(1, 2).flatten(2, 3)) and leave block_table out"
         )
 
-    scale, factor = _positive(scale, q.dtype)
+    scale, factor = positive_scale(scale, q.dtype)
     scaled = q if factor == 1.0 else q * factor
     call = _call(
         scaled, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
@@ -191,7 +191,7 @@ def _swallows(call: Call, lse: Tensor) -> bool:
 _LOST = 1e-3
 
 
-def _positive(scale: float, dtype: torch.dtype) -> tuple[float, float]:
+def positive_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:
     """A scale above 0, and the factor on q that makes up for it.
 
     Flash ops fill hidden scores with -inf before they scale them, so a scale that is not above 0 in the dtype that they
@@ -320,7 +320,7 @@ def _register_autocast() -> torch.library.Library:
         dtype = torch.get_autocast_dtype(device)
         eligible = [x.is_floating_point() and x.dtype != torch.float64 for x in args[:3]]
         cast_args = [x.to(dtype) if fits else x for x, fits in zip(args[:3], eligible, strict=True)]
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
             return torch.ops.dilcompile.attention.default(*cast_args, *args[3:], **kwargs)
 
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
@@ -330,7 +330,7 @@ def _register_autocast() -> torch.library.Library:
     return library
 
 
-_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
 )
 _LIBRARY = _register_autocast()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dilcompile.lowering import ops as local
 from dilcompile.lowering.call import empty_output, form_of, output_scale
@@ -16,7 +17,6 @@ from dilcompile.lowering.distributed import heads, meshes, ops, plan, tree, whol
 from dilcompile.lowering.distributed.exchange import wait
 from dilcompile.lowering.distributed.plan import Plan
 from dilcompile.lowering.distributed.spec import Spec, parse_spec
-from dilcompile.lowering.ops import _positive as positive
 
 Rows = tuple[Tensor, Tensor]
 
@@ -50,8 +50,32 @@ def sharded_attention(
         PlacementError: if the placement can't be had, or another rank is gone.
     """
     said = parse_spec(spec).within(heads=int(q.shape[1]), kv_heads=int(k.shape[1]), documents=documents is not None)
-    factor = positive(said.scale, q.dtype)
-    said, q = said.within(scale=factor[0]), q if factor[1] == 1.0 else q * factor[1]
+    q, k, v = (autocast(x) for x in (q, k, v))
+    scale, factor = local.positive_scale(said.scale, q.dtype)
+    said, q = said.within(scale=scale), q if factor == 1.0 else q * factor
+    # What is computed here has its dtype from here on.
+    with torch._C._ExcludeDispatchKeyGuard(local.AUTOCAST_KEYS):
+        return _placed(q, k, v, key_padding, documents, row_limits, dropout_seed, said)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype that autocast has for products, as SDPA's operands."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def _placed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    documents: Tensor | None,
+    row_limits: Tensor | None,
+    dropout_seed: Tensor | None,
+    said: Spec,
+) -> tuple[Tensor, Tensor | None]:
+    """By the placement that the spec names."""
     if said.placement == "tree":
         return tree.attention(q, k, v, key_padding, documents, row_limits, dropout_seed, said)
     ready = plan.make_plan(str(said), plan.sizes_of(said, k, v, cut=True))
@@ -125,6 +149,7 @@ class _Sharded(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         """Gradients of q, k and v."""
         q, k, v, out, lse, *rest = ctx.saved_tensors

@@ -210,6 +210,8 @@ def refusal(spec: Spec, relation: Relation, sizes: Sizes) -> str | None:
     form = form_of(spec.form)
     if relation.is_bound and (sizes.ranks > 1 or spec.order != "contiguous"):
         return "its blocks are chosen from the data of the whole sequence; take ulysses with order 'contiguous'"
+    if relation.is_bound and spec.documents:
+        return "its blocks are chosen from the data of whole sequences, and documents are packed; take a pattern without data"
     if merge_grad(form) == "detach":
         return "merge_grad 'detach' needs the LSE of each branch over the whole sequence; take merge_grad 'exact'"
     if _moves_tokens(form):

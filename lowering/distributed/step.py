@@ -13,6 +13,7 @@ from dilcompile.lowering.call import Call, Held, Kernel, empty_output
 from dilcompile.lowering.distributed import rows
 from dilcompile.lowering.distributed.plan import Plan, Where
 from dilcompile.lowering.merge import merge_into
+from dilcompile.lowering.selection import select_blocks
 from dilcompile.placements.shards import Run
 from dilcompile.progression import Progression
 from dilcompile.relation import Problem
@@ -142,15 +143,22 @@ def _may_meet(problem: Problem, queries: Progression, keys: Progression) -> bool
 
 
 def _call(plan: Plan, at: Where, given: Operands, run: Run, part: rows.Part) -> tuple[Call, tuple[slice, slice, slice]]:
-    """The attention of the rows of a run to a part of the keys, and where those rows lie."""
+    """The attention of the rows of a run to a part of the keys, and where those rows lie.
+
+    Where that is the whole sequence, in order, every kernel can have it.
+    """
     spec, group = plan.spec, plan.heads // plan.kv_heads
     heads = slice(part.kv_heads[0] * group, part.kv_heads[1] * group)
     places = slice(run.place, run.place + len(run.positions))
     index = (slice(None), heads, places)
+    whole, first_head = Progression(0, plan.shards.length), at.part * plan.heads + heads.start
+    alone = run.positions == part.positions == whole and not (first_head and spec.dropout_p)
+    relation = plan.relation(at.part, part.kv_heads, len(run.positions))
+    selection = select_blocks(relation, given.q[index], part.k, given.key_padding, spec.scale, spec.softcap)
     call = Call(
         given.q[index], part.k, part.v, given.key_padding, given.documents, None, given.dropout_seed,
-        plan.relation(at.part, part.kv_heads, len(run.positions)), spec.scale, spec.softcap, spec.dropout_p,
+        relation, spec.scale, spec.softcap, spec.dropout_p,
         row_limits=None if given.row_limits is None else given.row_limits[:, :, places],
-        held=Held(run.positions, part.positions, at.part * plan.heads + heads.start),
+        held=None if alone else Held(run.positions, part.positions, first_head), selection=selection,
     )  # fmt: skip
     return call, index

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dilcompile.lowering.call import empty_output, form_of, output_scale
 from dilcompile.lowering.distributed import keys_shard, meshes, ops, whole
@@ -59,6 +60,7 @@ class _Tree(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         """Gradients of q, summed over ranks, and of own keys and values."""
         q, k, v, out, lse, *masks = ctx.saved_tensors
