@@ -1,0 +1,156 @@
+"""What a rule's ``shard`` makes of one site: a placement, or the reason why the site can't be held by several ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dilcompile.forms import BlockSparse, Dilated, Form, KeepStructure, Union
+from dilcompile.placements.choice import Method, PlacementChoice
+from dilcompile.placements.shards import Order
+from dilcompile.site import AttentionSite
+
+if TYPE_CHECKING:
+    from dilcompile.policy.schema import Policy, Rule, Shard
+
+_TABLES = "leave `shard` out for it, or take a model without it"
+
+
+@dataclass(frozen=True)
+class Unplaced:
+    """Why a site can't be sharded, naming the limit, and the cure."""
+
+    reason: str
+    cure: str
+
+
+def place(policy: Policy, rule: Rule, site: AttentionSite, form: Form) -> PlacementChoice | Unplaced | None:
+    """The placement of a site under a rule; None where the rule asks for none, or its mesh axes have one rank.
+
+    Args:
+        form: what the site becomes, settled.
+    """
+    shard = rule.shard
+    if shard is None or ranks_of(policy, shard) == 1:
+        return None
+    order = order_of(policy, shard)
+    method, why = _method(rule, shard, order)
+    unfit = _unfit_site(site, form.fidelity(site) == "exact") or _unfit_form(form, method) or _unfit_method(site, method, order)
+    if unfit is not None:
+        return unfit
+    axis, *heads = shard.axes
+    return PlacementChoice(
+        axis=axis,
+        ranks=policy.mesh[axis].size,
+        method=method,
+        order=order,
+        overlap="off" if shard.overlap == "off" else "prefetch",
+        heads_axis=heads[0] if heads else None,
+        heads_ranks=policy.mesh[heads[0]].size if heads else 1,
+        why=why,
+    )
+
+
+def ranks_of(policy: Policy, shard: Shard) -> int:
+    """Ranks that hold one sequence."""
+    return math.prod(policy.mesh[axis].size for axis in shard.axes)
+
+
+def order_of(policy: Policy, shard: Shard) -> Order:
+    """In which order the ranks hold the tokens: as the rule says, else as the mesh axis does."""
+    axis = policy.mesh.get(shard.axes[0])
+    if shard.order != "auto":
+        return shard.order
+    return "contiguous" if axis is None else axis.layout
+
+
+def _method(rule: Rule, shard: Shard, order: Order) -> tuple[Method, str]:
+    """How keys come to queries, and why so."""
+    if rule.apply.form == "ring":
+        return "ring", "form: ring"
+    if shard.dim == "heads":
+        return "ulysses", "dim: heads"
+    if shard.method != "auto":
+        return shard.method, "the policy names it"
+    return "gather_needed", "auto: no other placement that moves keys moves fewer rows"
+
+
+def _unfit_site(site: AttentionSite, exact: bool) -> Unplaced | None:
+    """What of the site itself is not known from one rank's rows."""
+    mask = site.mask
+    if site.dropout_p > 0:
+        return Unplaced(
+            f"it drops out attention with p={site.dropout_p}: the ranks would drop other pairs than one rank does",
+            "set the dropout of attention to 0",
+        )
+    if site.bias:
+        what = " + ".join(bias.word for bias in site.bias)
+        return Unplaced(f"a bias over pairs ({what}) is added to its scores, computed for the rows of one rank alone", _TABLES)
+    if mask.unread is not None:
+        return Unplaced(f"its mask could not be read ({mask.unread}): a tensor over the pairs of one rank", _TABLES)
+    if mask.runtime_offset or not (isinstance(mask.q_offset, int) and mask.q_offset == 0):
+        return Unplaced(
+            "its queries stand behind keys of a cache: which rank holds them is not known",
+            "shard training and prefill without a cache (use_cache=False)",
+        )
+    if exact and mask.empty_rows not in ("zero", "nan"):
+        return Unplaced(
+            "a row that sees no key gets the mean of values that other ranks hold",
+            "use attn_implementation='sdpa' or a mask of -inf, whose empty rows are 0 or NaN, or leave the padding out",
+        )
+    if exact and site.narrowed != "no":
+        return Unplaced(
+            "its float64 scores go through a softmax in float32, which is not repeated digit by digit over ranks",
+            "compute it in float32, or with scaled_dot_product_attention",
+        )
+    return None
+
+
+def _unfit_form(form: Form, method: Method) -> Unplaced | None:
+    """What of the form can't be computed in parts."""
+    parts = form.parts if isinstance(form, Union) else (form,)
+    for part in parts:
+        if isinstance(part, Dilated) and part.merge_grad == "detach":
+            return Unplaced("merge_grad 'detach' needs the LSE of each branch over the whole sequence", "take merge_grad: exact")
+        if isinstance(part, BlockSparse) and part.curve is not None and part.curve.moves:
+            return Unplaced("its blocks lie along a curve of the whole grid", "take order: none")
+        if isinstance(part, BlockSparse) and part.is_adaptive:
+            return Unplaced("its blocks are chosen from the data of the whole sequence", "take a pattern without data")
+    return None
+
+
+def _unfit_method(site: AttentionSite, method: Method, order: Order) -> Unplaced | None:
+    """What of the site this way of bringing keys to queries doesn't take."""
+    mask = site.mask
+    by_row = [factor.formula for factor in mask.by_row if factor.word != "chunk" or mask.chunk is None]
+    if by_row:
+        return Unplaced(
+            f"its mask has a factor by row ({' and '.join(by_row)}) over the rows of one rank; no formula over the whole sequence "
+            "is known for it",
+            "say it by documents or key padding, or leave `shard` out for it",
+        )
+    if method == "tree":
+        return _unfit_tree(site)
+    if site.kind != "self":
+        return Unplaced(
+            "it is cross attention: queries and keys are not positions of one sequence",
+            "leave `shard` out for it; queries that every rank holds take method: tree",
+        )
+    if method == "halo" and order != "contiguous":
+        return Unplaced(f"method halo with order {order}: neighbours are on distant ranks", "take order: contiguous")
+    return None
+
+
+def _unfit_tree(site: AttentionSite) -> Unplaced | None:
+    if set(site.mask.words) - {"padding"}:
+        return Unplaced(
+            f"method tree is for queries that all ranks hold and that see every key; its mask is {site.mask}",
+            "take another method",
+        )
+    return None
+
+
+def kept_form(site: AttentionSite) -> Form:
+    """What ``form: keep`` is where the site has to be computed over ranks: the pairs of its own mask, exactly."""
+    return KeepStructure().settled(site)
