@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from os import PathLike
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -287,6 +288,11 @@ class Policy(Section):
         """Rules that no file cites are cited by their index, so that every label is unique."""
         for index, rule in enumerate(self.rules):
             rule._cited = rule._cited or f"rules[{index}]"
+
+    @property
+    def shards(self) -> bool:
+        """A rule holds its sites over several ranks."""
+        return any(math.prod(self.mesh[axis].size for axis in rule.shard.axes) > 1 for rule in self.rules if rule.shard is not None)
 
     def numerics_of(self, rule: Rule) -> Numerics:
         """The rule's numerics over the defaults."""
