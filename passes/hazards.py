@@ -54,7 +54,8 @@ def hazards(parts: Sequence[Graph], sharding: Sharding) -> list[Hazard]:
             wrong = _wrong(node, part, along, numbers)
             if wrong is not None:
                 found.append(_hazard(node, part, wrong))
-    return found
+    # Layers of one kind are told of once.
+    return list({(each.source, each.node.partition(" ")[0], each.reason): each for each in reversed(found)}.values())[::-1]
 
 
 def _hazard(node: Node, part: Graph, wrong: Wrong) -> Hazard:

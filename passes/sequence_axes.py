@@ -71,6 +71,11 @@ class SequenceAxes:
         """The atoms of every dim."""
         return self._axes[self._of_graph[node.graph]][node]
 
+    def cut_of(self, node: Node) -> list[Atom]:
+        """The atoms that are still whole here, and that some view cuts."""
+        held = self._axes[self._of_graph[node.graph]]._layouts[node]
+        return [atom for dim in held for atom in dim if atom.parts is not None]
+
     def axis(self, dim: Leaves) -> str | None:
         """The mesh axis along which a dim runs, or None."""
         return next((self.axis_of[atom.root] for atom in dim if atom.root in self.axis_of), None)

@@ -49,6 +49,9 @@ class Wrong:
     cure: str
 
 
+_OVER_ROWS = Wrong("a convolution over the sequence: rows at the edge of a shard need rows of another rank", NO_SHARD)
+
+
 Rule = Callable[[Node, SequenceAxes], "Wrong | None"]
 
 _LOSSES = frozenset(
@@ -86,12 +89,19 @@ _REORDERS = MOVES_ONLY - frozenset("slice narrow select".split())
 
 def wrong_with(node: Node, along: SequenceAxes) -> Wrong | None:
     """What would be wrong about a call in a graph whose sequence is sharded."""
-    touched = [arg for arg in tensor_args(node) if along.dims(arg)]
-    if not touched:
-        return _source(node, along) if along.dims(node) else None
-    if node.target in (along.sharding.attention, along.sharding.whole, operator.getitem, CHECKPOINT):
+    if node.target in (along.sharding.attention, along.sharding.whole, CHECKPOINT):
         return None
+    if node.target is operator.getitem:
+        parent = node.args[0]
+        made = isinstance(parent, Node) and parent.op == "call_function" and parent.target is not CHECKPOINT
+        return _source(parent, along) if made and along.dims(node) and not _touched(parent, along) else None  # type: ignore[arg-type]
+    if not _touched(node, along):
+        return _source(node, along) if along.dims(node) else None
     return _rule(node, along)(node, along)
+
+
+def _touched(node: Node, along: SequenceAxes) -> bool:
+    return any(along.dims(arg) for arg in tensor_args(node))
 
 
 def _rule(node: Node, along: SequenceAxes) -> Rule:
@@ -139,7 +149,18 @@ def _source(node: Node, along: SequenceAxes) -> Wrong | None:
         return Wrong("it counts positions from this rank's first row on", POSITIONS)
     if name in _DRAWN:
         return Wrong("it draws numbers for this rank's tokens, which are not those of one rank", NO_DROPOUT)
-    return Wrong("it takes one entry a token by this rank's own count", POSITIONS)
+    if name in CONVOLUTIONS:
+        return _OVER_ROWS
+    if all(_held(arg) for arg in tensor_args(node)):
+        return Wrong("it takes one entry a token out of a table, by this rank's own count", POSITIONS)
+    return _unknown(node, along)
+
+
+def _held(node: Node) -> bool:
+    """An input of the graph or a constant, moved."""
+    while node.op == "call_function" and op_name(node) in MOVES_ONLY and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node.op != "call_function"
 
 
 def _attention(node: Node, along: SequenceAxes) -> Wrong | None:
@@ -157,10 +178,8 @@ def _reordered(node: Node, along: SequenceAxes) -> Wrong | None:
     if not along.dims(source):
         return None
     if op_name(node) in VIEWS:
-        for dim in along.layout(node):
-            for atom in dim:
-                if along.axis((atom,)) is not None and atom in along.parents:
-                    return Wrong("it cuts this rank's rows into parts, as windows or a grid", NO_SHARD)
+        if any(along.axis((atom,)) is not None for atom in along.cut_of(source)):
+            return Wrong("it cuts this rank's rows into parts, as windows or a grid", NO_SHARD)
     before = {id(atom.root) for dim in along.layout(source) for atom in dim if along.axis((atom,)) is not None}
     after = {id(atom.root) for dim in along.layout(node) for atom in dim if along.axis((atom,)) is not None}
     if before != after:
@@ -324,7 +343,7 @@ def _convolution(node: Node, along: SequenceAxes) -> Wrong | None:
     )
     if alone and 1 not in hit:
         return None
-    return Wrong("a convolution over the sequence: rows at the edge of a shard need rows of another rank", NO_SHARD)
+    return _OVER_ROWS
 
 
 def _embedding(node: Node, along: SequenceAxes) -> Wrong | None:
