@@ -34,6 +34,7 @@ from dilcompile.site import AttentionSite
 _VARIABLE = re.compile(r"^G\['\w+'\]$|^G\['__import_\w+'\]\.\w+$|cell_contents$")
 
 MOST_HAZARDS = 8
+ALONE = "its sequence is sharded, but no process group is initialised: that all ranks compile the same is not checked"
 UNSHARDED = "none of its attention is sharded, though the policy shards some: it computes with the tokens that it is given"
 
 
@@ -173,7 +174,8 @@ def _sharded(parts: Sequence[Graph], done: Rewritten, policy: Policy, name: str,
             f"graph {name} holds a sequence that is sharded over mesh axis {', '.join(map(repr, held))}, and would compute something "
             f"else than one rank does:\n{lines}{more}"
         )
-    return tuple(f"would be refused, as its sequence is sharded: {line}" for line in found)
+    alone = () if torch.distributed.is_available() and torch.distributed.is_initialized() else (ALONE,)
+    return (*alone, *(f"would be refused, as its sequence is sharded: {line}" for line in found))
 
 
 def _with_operands(match: Match) -> AttentionSite:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from dilcompile.errors import FormError
 from dilcompile.forms import BlockSparse, Dilated, Form, KeepStructure, Union
+from dilcompile.placements import PLACEMENTS
 from dilcompile.placements.choice import Method, PlacementChoice
-from dilcompile.placements.shards import Order
-from dilcompile.site import AttentionSite
+from dilcompile.placements.shards import Order, Shards
+from dilcompile.relation import Problem
+from dilcompile.site import AttentionSite, Length
 
 if TYPE_CHECKING:
     from dilcompile.policy.schema import Policy, Rule, Shard
@@ -34,22 +39,33 @@ def place(policy: Policy, rule: Rule, site: AttentionSite, form: Form) -> Placem
     shard = rule.shard
     if shard is None or ranks_of(policy, shard) == 1:
         return None
+    axis, *heads = shard.axes
     order = order_of(policy, shard)
-    method, why = _method(rule, shard, order)
-    unfit = _unfit_site(site, form.fidelity(site) == "exact") or _unfit_form(form, method) or _unfit_method(site, method, order)
+    shards = Shards(0, policy.mesh[axis].size, order, policy.mesh[heads[0]].size if heads else 1)
+    method, why = _method(rule, shard, site, form, shards)
+    unfit = (
+        _unfit_site(site, form.fidelity(site) == "exact")
+        or _unfit_form(form)
+        or _unfit_method(site, method, shards)
+        or _refused(site, form, method, shards)
+    )
     if unfit is not None:
         return unfit
-    axis, *heads = shard.axes
     return PlacementChoice(
         axis=axis,
-        ranks=policy.mesh[axis].size,
+        ranks=shards.ranks,
         method=method,
         order=order,
         overlap="off" if shard.overlap == "off" else "prefetch",
         heads_axis=heads[0] if heads else None,
-        heads_ranks=policy.mesh[heads[0]].size if heads else 1,
+        heads_ranks=shards.parts,
         why=why,
     )
+
+
+def whole_site(site: AttentionSite, ranks: int, method: str) -> AttentionSite:
+    """A site whose rows are a shard, with the lengths of the whole sequence. A tree's queries are on all ranks."""
+    return replace(site, q_len=site.q_len if method == "tree" else site.q_len * ranks, k_len=site.k_len * ranks)
 
 
 def ranks_of(policy: Policy, shard: Shard) -> int:
@@ -65,7 +81,7 @@ def order_of(policy: Policy, shard: Shard) -> Order:
     return "contiguous" if axis is None else axis.layout
 
 
-def _method(rule: Rule, shard: Shard, order: Order) -> tuple[Method, str]:
+def _method(rule: Rule, shard: Shard, site: AttentionSite, form: Form, shards: Shards) -> tuple[Method, str]:
     """How keys come to queries, and why so."""
     if rule.apply.form == "ring":
         return "ring", "form: ring"
@@ -73,7 +89,30 @@ def _method(rule: Rule, shard: Shard, order: Order) -> tuple[Method, str]:
         return "ulysses", "dim: heads"
     if shard.method != "auto":
         return shard.method, "the policy names it"
-    return "gather_needed", "auto: no other placement that moves keys moves fewer rows"
+    refused = _refused(site, form, "gather_needed", shards)
+    if refused is None:
+        return "gather_needed", "auto: no other placement moves fewer rows"
+    return "ring", f"auto: gather_needed can't be had ({refused.reason})"
+
+
+def _refused(site: AttentionSite, form: Form, method: Method, shards: Shards) -> Unplaced | None:
+    """Why the placement itself refuses the relation, at the lengths of the example."""
+    if method not in PLACEMENTS:
+        return None
+    sizes = [length if isinstance(length, int) else length.node.hint for length in (site.batch, site.q_len, site.k_len)]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    mask = site.mask
+    batch, q_len, k_len = sizes
+    problem = Problem(
+        batch, site.heads, site.kv_heads, q_len, k_len, site.head_dim, site.v_dim, 0, mask.causal, mask.left, mask.right
+    )
+    try:
+        relation = form.relation(problem)
+    except FormError:
+        return None  # it is told of where the form is bound to its sizes
+    reason = PLACEMENTS[method].reject(relation, replace(shards, length=k_len), mask.documents)
+    return None if reason is None else Unplaced(reason, "or take method: auto")
 
 
 def _unfit_site(site: AttentionSite, exact: bool) -> Unplaced | None:
@@ -107,7 +146,7 @@ def _unfit_site(site: AttentionSite, exact: bool) -> Unplaced | None:
     return None
 
 
-def _unfit_form(form: Form, method: Method) -> Unplaced | None:
+def _unfit_form(form: Form) -> Unplaced | None:
     """What of the form can't be computed in parts."""
     parts = form.parts if isinstance(form, Union) else (form,)
     for part in parts:
@@ -120,7 +159,7 @@ def _unfit_form(form: Form, method: Method) -> Unplaced | None:
     return None
 
 
-def _unfit_method(site: AttentionSite, method: Method, order: Order) -> Unplaced | None:
+def _unfit_method(site: AttentionSite, method: Method, shards: Shards) -> Unplaced | None:
     """What of the site this way of bringing keys to queries doesn't take."""
     mask = site.mask
     by_row = [factor.formula for factor in mask.by_row if factor.word != "chunk" or mask.chunk is None]
@@ -137,9 +176,19 @@ def _unfit_method(site: AttentionSite, method: Method, order: Order) -> Unplaced
             "it is cross attention: queries and keys are not positions of one sequence",
             "leave `shard` out for it; queries that every rank holds take method: tree",
         )
-    if method == "halo" and order != "contiguous":
-        return Unplaced(f"method halo with order {order}: neighbours are on distant ranks", "take order: contiguous")
+    dealt = shards.ranks if method == "ulysses" else shards.parts
+    if site.heads % dealt:
+        return Unplaced(f"{site.heads} query heads can't be dealt to {dealt} ranks", "take a number of ranks that divides them, or a ring")
+    if site.q_len is not site.k_len and not same(site.q_len, site.k_len):
+        return Unplaced(
+            f"it has {site.q_len} queries but {site.k_len} keys: a rank holds both of the same tokens", "leave `shard` out for it"
+        )
     return None
+
+
+def same(a: Length, b: Length) -> bool:
+    """Are two lengths surely the same? Adds no guard."""
+    return statically_known_true(a == b)
 
 
 def _unfit_tree(site: AttentionSite) -> Unplaced | None:

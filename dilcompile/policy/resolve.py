@@ -12,7 +12,7 @@ import torch
 from dilcompile.decision import Check, Decision, MemoryUse, Rejection
 from dilcompile.errors import DilcompileWarning, RewriteError, ShardingError
 from dilcompile.policy.patterns import nearest
-from dilcompile.policy.place import Unplaced, kept_form, place, ranks_of
+from dilcompile.policy.place import Unplaced, kept_form, place, ranks_of, whole_site
 from dilcompile.policy.predicates import PREDICATES
 from dilcompile.policy.schema import Policy, Rule, num_bytes
 from dilcompile.policy.values import written
@@ -77,7 +77,12 @@ def _still_sharded(before: Verdict, after: Verdict) -> Verdict:
 
 def rule_of(policy: Policy, site: AttentionSite) -> Rule | None:
     """The rule that decides a site: the first that takes it."""
-    return next((rule for rule in policy.rules if rule.match.takes(site)), None)
+    return next((rule for rule in policy.rules if rule.match.takes(_as_whole(policy, rule, site))), None)
+
+
+def _as_whole(policy: Policy, rule: Rule, site: AttentionSite) -> AttentionSite:
+    """The site as it is on one rank, for a rule that shards it."""
+    return site if rule.shard is None else whole_site(site, ranks_of(policy, rule.shard), rule.shard.method)
 
 
 def _decide(policy: Policy, site: AttentionSite) -> Verdict:
@@ -90,25 +95,26 @@ def _decide(policy: Policy, site: AttentionSite) -> Verdict:
     if form is None and not sharded:
         return Rejection(site, rule.label, "the policy keeps it", asked=True)
     form = kept_form(site) if form is None else form
+    local, site = site, _as_whole(policy, rule, site)
     reason = form.reject(site)
     if reason is not None:
         cure = "give it another form, or `form: keep`, by a rule before this one"
-        return Rejection(site, rule.label, f"{form.name} can't be given to it: {reason}", cure, axis=axis)
+        return Rejection(local, rule.label, f"{form.name} can't be given to it: {reason}", cure, axis=axis)
     form = form.settled(site)
     placement = place(policy, rule, site, form)
     if isinstance(placement, Unplaced):
-        return Rejection(site, rule.label, f"it can't be sharded: {placement.reason}", placement.cure, axis=axis)
+        return Rejection(local, rule.label, f"it can't be sharded: {placement.reason}", placement.cure, axis=axis)
     return Decision(
-        site=site,
+        site=local,
         rule=rule.label,
         form=form,
         fidelity=form.fidelity(site),
         kernel=rule.apply.kernel,
-        fallback="error" if sharded else policy.fallback_of(rule).unsupported,
-        check=_check(policy, rule, sharded),
+        fallback="error" if placement is not None else policy.fallback_of(rule).unsupported,
+        check=_check(policy, rule, placement is not None),
         memory=_memory(rule),
         # A shard's length says nothing about what is faster.
-        if_faster=rule.match.given().get("min_seq") == "auto" and not sharded,
+        if_faster=rule.match.given().get("min_seq") == "auto" and placement is None,
         notes=(*form.notes(site), *without_effect(policy, rule)),
         placement=placement,
     )
@@ -130,20 +136,10 @@ def _memory(rule: Rule) -> MemoryUse | None:
 def without_effect(policy: Policy, rule: Rule) -> tuple[str, ...]:
     """One note for each thing that the rule asks for and this version only reads."""
     notes = []
-<<<<<<< HEAD
-    if rule.shard is not None:
-        notes.append(
-            f"shard: {rule.shard.method} over mesh axis {rule.shard.mesh!r} has no effect in this version: "
-            "every rank computes what it is given"
-        )
-    if rule.memory is not None and rule.memory.budget is not None:
-        notes.append("memory.budget: has no effect in this version")
-=======
     if rule.shard is not None and ranks_of(policy, rule.shard) == 1:
         notes.append(f"shard: mesh axis {' and '.join(map(repr, rule.shard.axes))} has one rank: nothing is moved")
-    if rule.memory is not None:
-        notes.append("memory: has no effect in this version: the inner compiler plans the buffers")
->>>>>>> 0d7dd80 (A rule's shard becomes a placement on the decision, or the reason why the site can't be sharded; form: ring)
+    if rule.memory is not None and rule.memory.budget is not None:
+        notes.append("memory.budget: has no effect in this version")
     numerics, fallback = policy.numerics_of(rule), policy.fallback_of(rule)
     if numerics.check == "off" and "tolerance" in numerics.model_fields_set:
         notes.append("numerics.tolerance: has no effect while numerics.check is off")
