@@ -176,6 +176,11 @@ def _unfit_method(site: AttentionSite, method: Method, shards: Shards) -> Unplac
             "it is cross attention: queries and keys are not positions of one sequence",
             "leave `shard` out for it; queries that every rank holds take method: tree",
         )
+    if method == "ulysses" and shards.order != "contiguous":
+        return Unplaced(
+            f"method ulysses with order {shards.order}: parts of the sequence are put together as runs, one a rank",
+            "take layout: contiguous, which is even for it",
+        )
     dealt = shards.ranks if method == "ulysses" else shards.parts
     if site.heads % dealt:
         return Unplaced(f"{site.heads} query heads can't be dealt to {dealt} ranks", "take a number of ranks that divides them, or a ring")
