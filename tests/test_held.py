@@ -74,7 +74,7 @@ def test_parts_of_a_sequence_equal_the_reference_and_add_up_to_the_whole(data: s
     length, ranks = draw(st.integers(1, 140)), draw(st.integers(1, 5))
     runs = Shards(length, ranks, draw(st.sampled_from(ORDERS))).runs(draw(st.integers(0, ranks - 1)))
     queries = runs[-1].positions if runs else Progression(draw(st.integers(0, length - 1)), length, draw(st.integers(1, 200)))
-    site = {"is_causal": draw(st.booleans()), "window_left": draw(st.sampled_from([None, None, 11]))}
+    site: dict[str, Any] = {"is_causal": draw(st.booleans()), "window_left": draw(st.sampled_from([None, None, 11]))}
     call = drawn(length, Held(queries, Progression(0, length)), draw(st.sampled_from(FORMS)), **site)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     if draw(st.booleans()):
