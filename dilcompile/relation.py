@@ -126,6 +126,13 @@ class Relation:
         the data."""
         return sum(len(heads) * self._head_pairs(heads[0]) for heads in self._alike_heads())
 
+    def pairs_by_head(self) -> Positions:
+        """``pairs`` of each query head, int64 [H]."""
+        found = np.zeros(self.problem.heads, dtype=np.int64)
+        for heads in self._alike_heads():
+            found[heads] = self._head_pairs(heads[0])
+        return found
+
     def pairs_of_rows(self) -> Iterator[tuple[Positions, Positions]]:
         """Query positions and what they add to ``pairs``, int64 both; a position may come many times, with less than nothing too.
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from dilcompile.cli import app
 from dilcompile.errors import FormError
 from dilcompile.forms import BlockSparse, Dense, Dilated, Form, KeepStructure, SlidingWindow, Union
 from dilcompile.placements import ORDERS, PLACEMENTS, RankSchedule, Rows, Shards
 from dilcompile.placements.account import imbalance, pairs_by_rank, traffic
 from dilcompile.placements.check import check, wrong_with
+from dilcompile.placements.choose import Chosen, Site, choose, choose_order
+from dilcompile.placements.cost import DEVICES, estimate, estimate_ulysses
 from dilcompile.placements.picture import describe
 from dilcompile.position_sets import disjoint, meet, reached, without
 from dilcompile.progression import Progression
@@ -204,7 +211,7 @@ def test_bytes_are_those_of_the_formulas() -> None:
     assert 7 * n * kappa == 3_758_096_384
     # Nested branches longer than a shard: (w_i - max(n, w_(i-1))) / r_i rows each.
     branches = [(2048 << i, 1 << i) for i in range(10)]
-    remote = [(w, r, before) for (before, _), (w, r) in zip([(0, 1), *branches], branches) if w > n]
+    remote = [(w, r, before) for (before, _), (w, r) in pairwise([(0, 1), *branches]) if w > n]
     rows = sum((w - max(n, before)) // r for w, r, before in remote)
     assert set(bytes_of("gather_needed", LONGNET, False)) == {rows * kappa} == {12_582_912}
     # A window's rows come from the left, and the sinks once.
@@ -261,7 +268,7 @@ def test_what_is_refused_says_the_cure() -> None:
     window = SlidingWindow(8).relation(size)
     assert halo(window, shards) is None
     assert "contiguous" in str(halo(window, replace(shards, order="zigzag")))
-    chosen = BlockSparse(16, {"topk": {"blocks": 2}}).relation(size)
+    chosen = BlockSparse(16, {"topk": {"estimator": "pooled", "blocks": 2}}).relation(size)
     for name, placement in PLACEMENTS.items():
         assert "take ulysses" in str(placement.reject(chosen, shards))
         assert placement.reject(window, shards, documents=True) is None
@@ -300,3 +307,79 @@ def test_a_schedule_is_printed() -> None:
         "1     0     .     1   0        4         .           .",
         "1     1     0     .   4        0         0:4         all pairs",
     ]
+
+
+H100 = DEVICES["h100"]
+
+
+def test_auto_takes_what_is_fastest_and_says_why() -> None:
+    shards = Shards(MILLION, 8)
+    chosen = choose(Site(of_a_million(SlidingWindow(4096, sinks=4), True)), shards, H100)
+    assert isinstance(chosen, Chosen)
+    assert chosen.best.method == "gather_needed"
+    assert chosen.why.startswith("gather_needed over contiguous: 16.8 MB in ")
+    assert "hidden behind" in chosen.why
+    assert "would move 3.76 GB" in chosen.why
+    # 64 ranks: no heads to deal, and contiguous shards would leave most ranks waiting.
+    dense = Site(of_a_million(Dense(), True))
+    order, why = choose_order([dense], MILLION, 64, H100)
+    assert order == "zigzag"
+    assert "against contiguous" in why
+    chosen = choose(dense, Shards(MILLION, 64, order), H100)
+    assert isinstance(chosen, Chosen)
+    assert chosen.best.method == "ring"
+    assert "can't be dealt" in chosen.refused["ulysses"] or "runs of the sequence" in chosen.refused["ulysses"]
+    # Keys of the whole sequence don't fit in the budget; two shards do.
+    chosen = choose(dense, Shards(MILLION, 64, order), H100, budget=200_000_000)
+    assert isinstance(chosen, Chosen)
+    assert chosen.best.method == "ring"
+    assert "more than the budget of 200 MB" in chosen.refused["all_gather"]
+    assert "budget" in str(choose(dense, Shards(MILLION, 64, order), H100, budget=1))
+
+
+def test_a_slow_wire_is_waited_for() -> None:
+    relation, shards = of_a_million(SlidingWindow(4096), True), Shards(MILLION, 8)
+    slow = replace(H100, bandwidth=1e6)
+    fast, waiting = (estimate("ring", PLACEMENTS["ring"], relation, shards, device, 2) for device in (H100, slow))
+    assert fast.hidden
+    assert not waiting.hidden
+    assert waiting.wire == pytest.approx(MILLION // 8 * 8 * 512 / 1e6, rel=1e-3)
+    assert waiting.seconds == pytest.approx(waiting.wire, rel=0.01)
+    assert fast.compute == pytest.approx(relation.flops() / 8 / H100.flops, rel=0.01)
+    heads = estimate_ulysses(relation, shards, H100, 2)
+    # (P - 1) / P * n * (2 H D + 2 Hkv D) numbers of 2 bytes.
+    assert heads.received == 7 * (MILLION // 8) // 8 * (2 * 32 * 128 + 2 * 8 * 128) * 2
+
+
+class _Layer(torch.nn.Module):
+    """Attention over its own input, and nothing else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+def two_layers() -> tuple[torch.nn.Module, tuple[torch.Tensor]]:
+    """What the command line is given."""
+    return torch.nn.Sequential(_Layer(), _Layer()), (torch.zeros(1, 4, 64, 8),)
+
+
+def test_the_command_plans_1024_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tmp_path / "p.yaml"
+    policy.write_text(
+        "version: 1\nmesh: {cp: {size: 2}}\nrules:\n"
+        "  - {name: a, match: {layers: '0'}, apply: {form: sliding_window, window: 512}, shard: {mesh: cp}}\n"
+        "  - {name: b, match: {module: '*'}, apply: {form: keep}, shard: {mesh: cp, method: all_gather}}\n"
+    )
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    common = ["plan", "test_placements:two_layers", "--policy", str(policy), "--length", "65536"]
+    found = CliRunner().invoke(app, [*common, "--mesh", "cp=1024", "--json"])
+    assert found.exit_code == 0, found.output
+    told = json.loads(found.output)
+    window, dense = told["sites"]
+    assert (window["method"], window["received"]) == ("gather_needed", 511 * 4 * 2 * 8 * 4)
+    assert (dense["method"], dense["received"]) == ("all_gather", (65536 - 64) * 4 * 2 * 8 * 4)
+    assert told["totals"]["received"] == window["received"] + dense["received"]
+    text = CliRunner().invoke(app, [*common, "--mesh", "cp=8"]).output
+    assert "gather_needed over" in text
+    assert "all sites, of the rank that has most: receives" in text
+    assert "AXIS=RANKS" in CliRunner().invoke(app, [*common, "--mesh", "cp"]).output

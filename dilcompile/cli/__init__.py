@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from dilcompile.cli import bench, inspect, policy
+from dilcompile.cli import bench, inspect, plan, policy
 
 app = typer.Typer(
     help="Rewrite the attention of unmodified models by policy.",
@@ -13,6 +13,7 @@ app = typer.Typer(
 )
 app.command()(inspect.inspect)
 app.command()(bench.bench)
+app.command()(plan.plan)
 app.add_typer(policy.app, name="policy")
 
 

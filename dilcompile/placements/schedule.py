@@ -89,6 +89,9 @@ class Placement(Protocol):
     RESENDS: bool
     ONLY_NEEDED: bool
 
+    def __hash__(self) -> int:
+        """Placements are values."""
+
     def reject(self, relation: Relation, shards: Shards, documents: bool = False) -> str | None:
         """Why this placement can't be had, naming the limit and the cure, or None.
 

@@ -1,0 +1,89 @@
+"""`dilcompile plan`: what sharding a model's sequence moves and costs, predicted on one CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dilcompile.cli.model import Traceback, failed
+
+if TYPE_CHECKING:
+    from dilcompile.placements.cost import Device
+    from dilcompile.planning import Plan
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODULE:FUNCTION", help="A function that returns (model, inputs) or (model, args, kwargs).")
+    ],
+    mesh: Annotated[str, typer.Option(metavar="AXIS=RANKS", help="The mesh axis that holds the sequence, such as cp=8.")],
+    policy: Annotated[
+        str | None, typer.Option(metavar="FILE|PRESET", help="Default: what DILCOMPILE_POLICY names, else longnet.")
+    ] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens of the whole sequence; default: those of the inputs.")] = None,
+    device: Annotated[str, typer.Option(metavar="NAME", help="What the ranks are: h100, h200, a100 or cpu.")] = "h100",
+    flops: Annotated[float | None, typer.Option(help="Measured FLOP/s of attention in 2-byte dtypes.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="Measured bytes/s that a rank receives, over all links.")] = None,
+    latency: Annotated[float | None, typer.Option(help="Measured seconds of an exchange beside its bytes.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Most bytes of other ranks' rows held at once, such as 2GiB.")
+    ] = None,
+    train: Annotated[bool, typer.Option(help="Count the backward, too.")] = True,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, with every method that could be had.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Show for each attention how its keys would travel over the ranks of a mesh axis, how many bytes, how long, and why so.
+
+    Exit code 1 if the policy or an option is wrong or the model can't be made.
+    """
+    from dilcompile.errors import DilcompileError
+
+    try:
+        found = _plan(model, mesh, policy, length, _device(device, flops, bandwidth, latency), budget, train)
+    except DilcompileError as error:
+        raise failed(error, traceback) from None
+    if json:
+        import json as text
+
+        typer.echo(text.dumps(found.to_dict(), indent=2))
+    else:
+        typer.echo(str(found))
+
+
+def _plan(model: str, mesh: str, policy: str | None, length: int | None, device: Device, budget: str | None, train: bool) -> Plan:
+    from dilcompile.cli.model import load_example, users_code
+    from dilcompile.errors import DilcompileError
+    from dilcompile.planning import plan as planned
+    from dilcompile.policy import Policy
+    from dilcompile.policy.schema import num_bytes
+
+    axis, _, ranks = mesh.partition("=")
+    if not axis or not ranks.isdecimal() or int(ranks) < 1:
+        raise DilcompileError(f"--mesh takes AXIS=RANKS, such as cp=8, got {mesh!r}")
+    try:
+        most = None if budget is None else num_bytes(budget)
+    except ValueError as error:
+        raise DilcompileError(f"--budget {budget}: {error}") from None
+    loaded = Policy.load(policy)
+    example = load_example(model, "MODULE:FUNCTION")
+    with users_code(f"MODULE:FUNCTION {model}: calling the model"):
+        return planned(example.model, example.args, example.kwargs, loaded, (axis, int(ranks)), device, length, most, train)
+
+
+def _device(name: str, flops: float | None, bandwidth: float | None, latency: float | None) -> Device:
+    from dilcompile.errors import DilcompileError
+    from dilcompile.near import hint
+    from dilcompile.placements.cost import DEVICES
+
+    if name not in DEVICES:
+        raise DilcompileError(f"--device {name!r} is not known{hint(name, DEVICES)}; known are {', '.join(DEVICES)}")
+    given = {key: value for key, value in (("flops", flops), ("latency", latency)) if value is not None}
+    if bandwidth is not None:
+        given.update(bandwidth=bandwidth, network=bandwidth)
+    wrong = [f"--{key} must be more than 0, got {value}" for key, value in given.items() if not value > 0]
+    if wrong:
+        raise DilcompileError("; ".join(wrong))
+    device = DEVICES[name]
+    return replace(device, **given, source=f"{device.source}; given: {', '.join(given)}") if given else device  # type: ignore[arg-type]
