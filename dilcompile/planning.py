@@ -21,6 +21,8 @@ from dilcompile.report.lengths import problem_of
 from dilcompile.site import AttentionSite
 
 METHODS = (*PLACEMENTS, "ulysses")
+# (the rule and the form), and what is to be placed, or why that can't be.
+Kind = tuple[tuple[str | None, str], Site | str]
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,12 @@ class Plan:
         lines += _table([_HEAD, *(_row(one) for one in self.sites)])
         lines += ["", *(f"{_name(one)}: {one.chosen if isinstance(one.chosen, str) else one.chosen.why}" for one in self.sites)]
         total = self.totals()
+        backward = f", receives {size_text(total['received_backward'])} in the backward" if self.train else ""
         wait = "forward and backward" if self.train else "forward"
-        lines += [
-            "",
-            f"all sites, of the rank that has most: receives {size_text(total['received'])}, sends {size_text(total['sent'])} in the "
-            f"forward" + (f", receives {size_text(total['received_backward'])} in the backward" if self.train else ""),
-            f"forward: compute {time_text(total['compute'])}, moving {time_text(total['wire'])}; {wait}: {time_text(total['seconds'])}",
-        ]
+        moved = f"receives {size_text(total['received'])}, sends {size_text(total['sent'])} in the forward{backward}"
+        lines += ["", f"all sites, of the rank that has most: {moved}"]
+        spent = f"compute {time_text(total['compute'])}, moving {time_text(total['wire'])}"
+        lines += [f"forward: {spent}; {wait}: {time_text(total['seconds'])}"]
         return "\n".join(lines)
 
 
@@ -140,11 +141,9 @@ def plan(
     return Plan(axis, ranks, order, why, device, train, tuple(planned))
 
 
-def _grouped(
-    verdicts: list[Decision | Rejection], length: int | None
-) -> dict[tuple[tuple[str | None, str], Site | str], list[str]]:
+def _grouped(verdicts: list[Decision | Rejection], length: int | None) -> dict[Kind, list[str]]:
     """Module paths by rule, form and what is to be placed, or why it can't be."""
-    groups: dict[tuple[tuple[str | None, str], Site | str], list[str]] = {}
+    groups: dict[Kind, list[str]] = {}
     for verdict in sorted(verdicts, key=lambda one: one.site.index):
         site = verdict.site if length is None else replace(verdict.site, q_len=length, k_len=length)
         form = verdict.form if isinstance(verdict, Decision) else KeepStructure().settled(site)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dilcompile.generators import Segment
 from dilcompile.placements import PLACEMENTS
+from dilcompile.placements.account import imbalance, pairs_by_rank
 from dilcompile.placements.cost import Device, Estimate, estimate, estimate_ulysses, ulysses_refuses
 from dilcompile.placements.shards import Order, Shards
 from dilcompile.relation import Relation
@@ -96,8 +97,6 @@ def _estimated(method: str, site: Site, shards: Shards, device: Device) -> Estim
 def orders_of(sites: Iterable[Site], length: int, ranks: int) -> list[Order]:
     """Orders that may be worth it: contiguous; zigzag where that leaves ranks waiting; striped (residue sharding) where the rates
     of branches are multiples of the ranks, so that their keys are at hand."""
-    from dilcompile.placements.account import imbalance, pairs_by_rank
-
     found: list[Order] = ["contiguous"]
     known = [site.relation for site in sites if not site.relation.is_bound]
     if any(imbalance(pairs_by_rank(relation, Shards(length, ranks))) > _EVEN for relation in known):
