@@ -15,9 +15,9 @@ from dilcompile.relation import Relation
 def check(placement: Placement, relation: Relation, shards: Shards) -> list[str]:
     """What is wrong with the schedules of a placement; nothing if all holds:
 
-    every rank has equally many steps; what one sends is what the other expects, in the same step and order; nobody receives what it
-    holds; each key that the queries of a rank read is attended to exactly once, no key more than once, and under ``ONLY_NEEDED``
-    none is received that isn't read.
+    every rank has equally many steps; what one sends is what the other expects, in the same step and order; nobody receives what
+    it holds; each key that the queries of a rank read is attended to exactly once, no key more than once, and under
+    ``ONLY_NEEDED`` none is received that isn't read.
     """
     return wrong_with(
         [placement.schedule(relation, shards, rank) for rank in range(shards.ranks)], relation, shards, placement.ONLY_NEEDED
