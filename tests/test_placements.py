@@ -272,7 +272,7 @@ def test_what_is_refused_says_the_cure() -> None:
     for name, placement in PLACEMENTS.items():
         assert "take ulysses" in str(placement.reject(chosen, shards))
         assert placement.reject(window, shards, documents=True) is None
-        refused = placement.reject(dilated, shards, documents=True)
+        refused = placement.reject(Dilated([8], [1]).relation(size), shards, documents=True)
         assert refused is None if name in ("ring", "all_gather") else "document" in str(refused)
 
 

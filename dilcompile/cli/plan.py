@@ -11,7 +11,7 @@ from dilcompile.cli.model import Traceback, failed
 
 if TYPE_CHECKING:
     from dilcompile.placements.cost import Device
-    from dilcompile.planning import Plan
+    from dilcompile.sharding_plan import Plan
 
 
 def plan(
@@ -55,9 +55,9 @@ def plan(
 def _plan(model: str, mesh: str, policy: str | None, length: int | None, device: Device, budget: str | None, train: bool) -> Plan:
     from dilcompile.cli.model import load_example, users_code
     from dilcompile.errors import DilcompileError
-    from dilcompile.planning import plan as planned
     from dilcompile.policy import Policy
     from dilcompile.policy.schema import num_bytes
+    from dilcompile.sharding_plan import plan as planned
 
     axis, _, ranks = mesh.partition("=")
     if not axis or not ranks.isdecimal() or int(ranks) < 1:

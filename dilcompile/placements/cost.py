@@ -7,6 +7,7 @@ from functools import lru_cache
 from math import gcd
 
 import numpy as np
+import torch
 
 from dilcompile.placements.account import imbalance, pairs_by_rank, traffic
 from dilcompile.placements.schedule import Placement
@@ -53,6 +54,14 @@ DEVICES: dict[str, Device] = {
     ),
     "cpu": Device(1e11, 2e9, 1e9, 100e-6, 1, "assumed: a few cores, gloo over a 10 Gb/s network"),
 }
+
+
+def device_of(device: torch.device) -> Device:
+    """The entry of ``DEVICES`` for a torch device; an unknown CUDA device is taken for an ``h100``."""
+    if device.type != "cuda":
+        return DEVICES["cpu"]
+    name = torch.cuda.get_device_name(device).lower() if torch.cuda.is_available() else ""
+    return next((held for key, held in DEVICES.items() if key in name), DEVICES["h100"])
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,11 @@ from dilcompile.errors import FormError
 from dilcompile.forms import BlockSparse, Dilated, Form, KeepStructure, Union
 from dilcompile.placements import PLACEMENTS
 from dilcompile.placements.choice import Method, PlacementChoice
+from dilcompile.placements.choose import Site, choose
+from dilcompile.placements.cost import device_of
 from dilcompile.placements.shards import Order, Shards
-from dilcompile.relation import Problem
+from dilcompile.policy.schema import num_bytes
+from dilcompile.relation import Problem, Relation
 from dilcompile.site import AttentionSite, Length
 
 if TYPE_CHECKING:
@@ -89,16 +92,28 @@ def _method(rule: Rule, shard: Shard, site: AttentionSite, form: Form, shards: S
         return "ulysses", "dim: heads"
     if shard.method != "auto":
         return shard.method, "the policy names it"
-    refused = _refused(site, form, "gather_needed", shards)
-    if refused is None:
+    relation = _relation(site, form)
+    if relation is None:
         return "gather_needed", "auto: no other placement moves fewer rows"
-    return "ring", f"auto: gather_needed can't be had ({refused.reason})"
+    budget = None if rule.memory is None or rule.memory.budget is None else num_bytes(rule.memory.budget)
+    asked = Site(relation, site.dtype.itemsize, site.mask.documents, site.phase == "train")
+    chosen = choose(asked, replace(shards, length=relation.problem.k_len), device_of(site.device), budget)
+    if isinstance(chosen, str):
+        return "ring", f"auto: no placement can be had ({chosen})"
+    return chosen.best.method, f"auto: {chosen.why}"  # type: ignore[return-value]
 
 
 def _refused(site: AttentionSite, form: Form, method: Method, shards: Shards) -> Unplaced | None:
     """Why the placement itself refuses the relation, at the lengths of the example."""
-    if method not in PLACEMENTS:
+    relation = _relation(site, form) if method in PLACEMENTS else None
+    if relation is None:
         return None
+    reason = PLACEMENTS[method].reject(relation, replace(shards, length=relation.problem.k_len), site.mask.documents)
+    return None if reason is None else Unplaced(reason, "or take method: auto")
+
+
+def _relation(site: AttentionSite, form: Form) -> Relation | None:
+    """The site's relation at the lengths of the example; None where they are not known."""
     sizes = [length if isinstance(length, int) else length.node.hint for length in (site.batch, site.q_len, site.k_len)]
     if not all(isinstance(size, int) for size in sizes):
         return None
@@ -108,11 +123,9 @@ def _refused(site: AttentionSite, form: Form, method: Method, shards: Shards) ->
         batch, site.heads, site.kv_heads, q_len, k_len, site.head_dim, site.v_dim, 0, mask.causal, mask.left, mask.right
     )
     try:
-        relation = form.relation(problem)
+        return form.relation(problem)
     except FormError:
         return None  # it is told of where the form is bound to its sizes
-    reason = PLACEMENTS[method].reject(relation, replace(shards, length=k_len), mask.documents)
-    return None if reason is None else Unplaced(reason, "or take method: auto")
 
 
 def _unfit_site(site: AttentionSite, exact: bool) -> Unplaced | None:
@@ -183,7 +196,9 @@ def _unfit_method(site: AttentionSite, method: Method, shards: Shards) -> Unplac
         )
     dealt = shards.ranks if method == "ulysses" else shards.parts
     if site.heads % dealt:
-        return Unplaced(f"{site.heads} query heads can't be dealt to {dealt} ranks", "take a number of ranks that divides them, or a ring")
+        return Unplaced(
+            f"{site.heads} query heads can't be dealt to {dealt} ranks", "take a number of ranks that divides them, or a ring"
+        )
     if site.q_len is not site.k_len and not same(site.q_len, site.k_len):
         return Unplaced(
             f"it has {site.q_len} queries but {site.k_len} keys: a rank holds both of the same tokens", "leave `shard` out for it"

@@ -188,7 +188,9 @@ def _order(
 
 def _methods(policy: Policy) -> dict[str | None, str]:
     """The methods that rules name, by the rule's label."""
-    return {rule.label: rule.shard.method for rule in policy.rules if rule.shard is not None and rule.shard.method != "auto"}
+    asked: dict[str | None, str] = {rule.label: "ring" for rule in policy.rules if rule.apply.form == "ring"}
+    named = {rule.label: rule.shard.method for rule in policy.rules if rule.shard is not None and rule.shard.method != "auto"}
+    return {**asked, **named}
 
 
 def _chosen(site: Site, ranks: int, order: Order, device: Device, budget: int | None, method: str | None) -> Chosen | str:
