@@ -16,6 +16,7 @@ from dilcompile.placements.choose import Chosen, Site, choose, choose_order, sec
 from dilcompile.placements.cost import Device
 from dilcompile.placements.shards import Order, Shards
 from dilcompile.policy import Policy
+from dilcompile.policy.resolve import resolve
 from dilcompile.relation import Relation
 from dilcompile.report.lengths import problem_of
 from dilcompile.site import AttentionSite
@@ -126,7 +127,10 @@ def plan(
     verdicts: list[Decision | Rejection] = [*report.decisions, *report.rejections]
     if not verdicts:
         raise DilcompileError("the model has no attention that was found: nothing is to be planned")
-    groups = _grouped(verdicts, length)
+    if length is not None:
+        # Rules may go by the length.
+        verdicts = resolve(alone, [_longer(one.site, length) for one in verdicts], enforce=False)
+    groups = _grouped(verdicts)
     known = [(site, len(modules)) for (_, site), modules in groups.items() if isinstance(site, Site)]
     sites = [replace(site, train=train) for site, _ in known]
     lengths = {site.relation.problem.k_len for site in sites}
@@ -141,11 +145,16 @@ def plan(
     return Plan(axis, ranks, order, why, device, train, tuple(planned))
 
 
-def _grouped(verdicts: list[Decision | Rejection], length: int | None) -> dict[Kind, list[str]]:
+def _longer(site: AttentionSite, length: int) -> AttentionSite:
+    """A site over one sequence, at another length."""
+    return replace(site, q_len=length, k_len=length) if site.kind == "self" else site
+
+
+def _grouped(verdicts: list[Decision | Rejection]) -> dict[Kind, list[str]]:
     """Module paths by rule, form and what is to be placed, or why it can't be."""
     groups: dict[Kind, list[str]] = {}
     for verdict in sorted(verdicts, key=lambda one: one.site.index):
-        site = verdict.site if length is None else replace(verdict.site, q_len=length, k_len=length)
+        site = verdict.site
         form = verdict.form if isinstance(verdict, Decision) else KeepStructure().settled(site)
         placed = _site(site, form) if isinstance(verdict, Decision) or verdict.asked else verdict.reason
         groups.setdefault(((verdict.rule, str(form)), placed), []).append(site.module or "<top>")
@@ -189,7 +198,9 @@ def _order(
 def _methods(policy: Policy) -> dict[str | None, str]:
     """The methods that rules name, by the rule's label."""
     asked: dict[str | None, str] = {rule.label: "ring" for rule in policy.rules if rule.apply.form == "ring"}
-    named = {rule.label: rule.shard.method for rule in policy.rules if rule.shard is not None and rule.shard.method != "auto"}
+    named: dict[str | None, str] = {
+        rule.label: rule.shard.method for rule in policy.rules if rule.shard is not None and rule.shard.method != "auto"
+    }
     return {**asked, **named}
 
 
