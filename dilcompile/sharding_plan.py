@@ -197,11 +197,12 @@ def _order(
 
 def _methods(policy: Policy) -> dict[str | None, str]:
     """The methods that rules name, by the rule's label."""
-    asked: dict[str | None, str] = {rule.label: "ring" for rule in policy.rules if rule.apply.form == "ring"}
-    named: dict[str | None, str] = {
-        rule.label: rule.shard.method for rule in policy.rules if rule.shard is not None and rule.shard.method != "auto"
-    }
-    return {**asked, **named}
+    found: dict[str | None, str] = {}
+    for rule in policy.rules:
+        method = "auto" if rule.shard is None else rule.shard.method
+        if rule.apply.form == "ring" or method != "auto":
+            found[rule.label] = "ring" if rule.apply.form == "ring" else method
+    return found
 
 
 def _chosen(site: Site, ranks: int, order: Order, device: Device, budget: int | None, method: str | None) -> Chosen | str:
