@@ -11,8 +11,9 @@ from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 import dilcompile.lowering.ops as _registered  # noqa: F401
+from dilcompile.agreement import agree_over_ranks, axes_of
 from dilcompile.decision import Decision, MemoryUse
-from dilcompile.errors import DilcompileError
+from dilcompile.errors import DilcompileError, ShardingError
 from dilcompile.first_call import compared
 from dilcompile.near import hint
 from dilcompile.pipeline import rewrite_dynamo
@@ -48,21 +49,39 @@ def dilated(
         DilcompileError: for an unknown option or value.
         PolicyError: for a policy that can't be read, with every problem in it.
         RewriteError: where the policy says that a failure is an error.
+        ShardingError: if a sharded graph would compute something else than one rank does, or ranks compile different graphs.
+        PlacementError: if there is no mesh to shard over.
     """
     asked = _checked(options, mode)
     policy = Policy.load(asked.get("policy"))
     outcome = rewrite_dynamo(gm, example_inputs, policy, _compile_id())
+    axes = axes_of(outcome.report)
+    if axes and outcome.gm is not None:
+        agree_over_ranks(outcome.gm, example_inputs, outcome.report, policy)
     publish(outcome.report, policy, asked.get("report"))
     compile_inner = _inner(asked.get("inner", "inductor"), asked.get("mode"), _memory(outcome.report))
     if outcome.gm is None:
         return _counted(compile_inner(gm, example_inputs), outcome.report)
     compiled = compile_inner(outcome.gm, example_inputs)
-    original = cache(lambda: compile_inner(gm, example_inputs))
+    original = _no_shard(axes) if axes else cache(lambda: compile_inner(gm, example_inputs))
     if outcome.trials:
         compiled = compared(compiled, outcome, original, lambda report: publish(report, policy, asked.get("report")))
     if outcome.tables:
         compiled = _watched(compiled, outcome.tables, original)
     return _counted(compiled, outcome.report)
+
+
+def _no_shard(axes: Mapping[str, int]) -> Callable[[], Compiled]:
+    """In place of the user's own graph, which would take a rank's shard for the whole sequence."""
+
+    def refuse() -> Compiled:
+        raise ShardingError(
+            f"what this graph was rewritten by no longer holds (see the warning or error before, or a buffer with a mask has changed), "
+            f"and its sequence is sharded over mesh axis {', '.join(map(repr, axes))}: the model's own graph would compute something "
+            "else; compile it again with torch._dynamo.reset()"
+        )
+
+    return refuse
 
 
 def _reset() -> None:

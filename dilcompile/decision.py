@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from dilcompile.forms import Form
+from dilcompile.placements.choice import PlacementChoice
 from dilcompile.site import AttentionSite
 
 Fidelity = Literal["exact", "approximate"]
@@ -67,6 +68,7 @@ class Decision:
         memory: what the rule says of the buffers; None: nothing.
         if_faster: the site stays as it is where dense attention is faster.
         notes: what the user should know (policy keys that have no effect here, rows that see only themselves ...).
+        placement: how the sequence is held over ranks; None: all of it is here.
     """
 
     site: AttentionSite
@@ -79,6 +81,7 @@ class Decision:
     memory: MemoryUse | None = None
     if_faster: bool = False
     notes: tuple[str, ...] = field(default=())
+    placement: PlacementChoice | None = None
 
 
 def repeats_rounding(decision: Decision) -> bool:
@@ -97,6 +100,7 @@ class Rejection:
         reason: why, naming the limit.
         cure: what to change to have it rewritten; empty when keeping it is what the policy asked for.
         asked: True if the policy itself said ``keep`` (or no rule matched); False if the site can't take the form asked for.
+        axis: the mesh axis over which its rule shards it, so that keeping it as it is would be wrong; None: none.
     """
 
     site: AttentionSite
@@ -104,3 +108,4 @@ class Rejection:
     reason: str
     cure: str = ""
     asked: bool = False
+    axis: str | None = None

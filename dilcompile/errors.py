@@ -65,5 +65,12 @@ class RewriteError(DilcompileError):
     """A site could not be rewritten and the policy says that this is an error."""
 
 
+class ShardingError(DilcompileError):
+    """A graph whose sequence is held by several ranks, and that would compute something else than on one.
+
+    It is raised while the graph is compiled: the model's own graph is no way out, because it takes a shard for all there is.
+    """
+
+
 class DilcompileWarning(UserWarning):
     """Something was left as it was, and the policy says to tell; or a kernel was passed over because its numbers are wrong."""

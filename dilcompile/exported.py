@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.fx import Node
 
-from dilcompile.errors import DilcompileError
+from dilcompile.errors import DilcompileError, ShardingError
 from dilcompile.passes.regions import Graph
 from dilcompile.pipeline import rewrite_exported_graph
 from dilcompile.policy import Policy
@@ -43,6 +43,7 @@ def rewrite_exported(
         DilcompileError: if ``ep`` is no exported program.
         PolicyError: for a policy that can't be read.
         RewriteError: where the policy says that a failure is an error.
+        ShardingError: if the policy shards attention over ranks.
     """
     if not isinstance(ep, ExportedProgram):
         raise DilcompileError(
@@ -50,6 +51,10 @@ def rewrite_exported(
             f"export it first: torch.export.export(model, args)"
         )
     loaded = Policy.load(policy)
+    if loaded.shards:
+        raise ShardingError(
+            "the policy shards attention over ranks, which an exported program can't hold; use torch.compile, or a policy without `shard`"
+        )
     rewritten = _copied(ep)
     gm = rewritten.graph_module
     by_name = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}

@@ -87,13 +87,13 @@ class Segment:
         start = t - t % self.length
         stop = np.minimum(start + self.length, k_len)
         residue = t % self.length % self.rate if self.residues is None else self.residues[h // self.group]
-        stop = np.where(self._has(h, t), stop, start)
+        stop = np.where(self.has(h, t), stop, start)
         return RowKeys(start + residue, stop, self.rate).limited(0, k_len)
 
     def active(self, h: int, start: int, stop: int) -> Positions:
         """The query positions in ``[start, stop)`` that have keys here."""
         t = np.arange(start, stop, dtype=np.int64)
-        return t[self._has(h, t)]
+        return t[self.has(h, t)]
 
     def of_heads(self, kv_start: int, kv_stop: int) -> Segment:
         """The branch as some key heads and their query heads have it, which are counted from 0 then."""
@@ -104,7 +104,8 @@ class Segment:
         low, high = (min(max(0, bound - first), heads) for bound in self.heads)
         return replace(self, residues=residues, heads=None if (low, high) == (0, heads) else (low, high))
 
-    def _has(self, h: int, t: Positions) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    def has(self, h: int, t: Positions) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+        """Which of the query positions ``t`` have keys here."""
         if self.heads is not None and not self.heads[0] <= h < self.heads[1]:
             return np.zeros(t.shape, dtype=np.bool_)
         if self.residues is None:
@@ -284,7 +285,7 @@ class Blocks:
         return f"blocks({self.grid.q_block} x {self.grid.k_block}, {self.pattern})"
 
 
-# Each has ``needed(kv_head, rows, k_len, left, right)``: exactly the keys that some query position of ``rows`` reads under this key
+# Each has ``needed(kv_head, rows, k_len, left, right)``: exactly the keys that some query position of ``rows`` reads under a key
 # head with ``-right <= t - k <= left``, as progressions that may meet one another.
 #
 # Whose rows hold one progression of keys each.

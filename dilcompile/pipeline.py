@@ -13,9 +13,10 @@ from torch.fx import GraphModule, Node
 
 import dilcompile.traceable as _registered  # noqa: F401  (before Dynamo traces anything for us)
 from dilcompile.decision import Decision
-from dilcompile.errors import RewriteError
+from dilcompile.errors import RewriteError, ShardingError
 from dilcompile.passes.expand_fused_layers import expand_fused_layers
 from dilcompile.passes.find_sites import find_sites
+from dilcompile.passes.hazards import hazards
 from dilcompile.passes.match import Match
 from dilcompile.passes.normalize import NormalizeError, normalize
 from dilcompile.passes.regions import Graph, regions
@@ -25,12 +26,16 @@ from dilcompile.policy import Policy, resolve
 from dilcompile.report import GraphReport, Verdict
 from dilcompile.report.faster import where_faster
 from dilcompile.report.kernels import able
-from dilcompile.rewriting import rewrite_sites
+from dilcompile.rewriting import Rewritten, rewrite_sites
 from dilcompile.shared_frames import apart
 from dilcompile.site import AttentionSite
 
 # A global of the compiled code, one of another module, a cell of a closure.
 _VARIABLE = re.compile(r"^G\['\w+'\]$|^G\['__import_\w+'\]\.\w+$|cell_contents$")
+
+MOST_HAZARDS = 8
+ALONE = "its sequence is sharded, but no process group is initialised: that all ranks compile the same is not checked"
+UNSHARDED = "none of its attention is sharded, though the policy shards some: it computes with the tokens that it is given"
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ def rewrite_dynamo(gm: GraphModule, example_inputs: Sequence[Any], policy: Polic
 
     Raises:
         RewriteError: where the policy says that a failure is an error.
+        ShardingError: if the policy shards a site and the graph would compute something else than on one rank.
     """
     clock = _Clock()
     if not _may_hold_attention(gm):
@@ -143,10 +149,33 @@ def rewrite_normal(
     done = rewrite_sites(parts, found, verdicts, known or {}, enforce=enforce, runs_later=known is not None)
     clock.lap("rewrite")
     clock.move("rewrite", "check", done.check_seconds)
-    notes = tuple(closed_bodies(part.gm for part in parts))
+    notes = (*closed_bodies(part.gm for part in parts), *_sharded(parts, done, policy, name, enforce))
+    clock.lap("shard")
     report = GraphReport(name, tuple(done.verdicts), misses, notes, clock.seconds)
     rewritten = any(isinstance(verdict, Decision) for verdict in done.verdicts)
     return Outcome(graph.gm if rewritten else None, report, done.tables, tuple(done.trials), done.probe)  # type: ignore[arg-type]
+
+
+def _sharded(parts: Sequence[Graph], done: Rewritten, policy: Policy, name: str, enforce: bool) -> tuple[str, ...]:
+    """What there is to say of a graph whose sequence may be sharded.
+
+    Raises:
+        ShardingError: if it would compute something else than one rank does.
+    """
+    if done.sharding is None:
+        own = [verdict for verdict in done.verdicts if isinstance(verdict, Decision) or verdict.asked]
+        return (UNSHARDED,) if own and policy.shards else ()
+    found = [str(hazard) for hazard in hazards(parts, done.sharding)]
+    if found and enforce:
+        held = sorted({verdict.placement.axis for verdict in done.verdicts if isinstance(verdict, Decision) and verdict.placement})
+        lines = "\n".join(f"  {line}" for line in found[:MOST_HAZARDS])
+        more = f"\n  and {len(found) - MOST_HAZARDS} more" if len(found) > MOST_HAZARDS else ""
+        raise ShardingError(
+            f"graph {name} holds a sequence that is sharded over mesh axis {', '.join(map(repr, held))}, and would compute something "
+            f"else than one rank does:\n{lines}{more}"
+        )
+    alone = () if torch.distributed.is_available() and torch.distributed.is_initialized() else (ALONE,)
+    return (*alone, *(f"would be refused, as its sequence is sharded: {line}" for line in found))
 
 
 def _with_operands(match: Match) -> AttentionSite:
@@ -163,6 +192,8 @@ def _numbered(verdicts: Sequence[Verdict]) -> list[Verdict]:
 def _left(gm: GraphModule, name: str, why: str, policy: Policy, clock: _Clock, enforce: bool) -> Outcome:
     """A graph that nothing is done to, with the reason as a note."""
     note = f"left as it is: {why}"
+    if enforce and policy.shards and like_attention(gm):
+        raise ShardingError(f"graph {name} holds something like attention, which the policy may shard, and can't be looked into: {why}")
     if enforce and policy.defaults.fallback.unsupported == "error" and like_attention(gm):
         raise RewriteError(f"graph {name}: {note}")
     return Outcome(None, GraphReport(name, notes=(note,), seconds=clock.seconds))

@@ -16,12 +16,16 @@ Parts = tuple[Progression, ...]
 
 def between(part: Progression, low: int, high: int) -> Progression:
     """The positions of ``part`` in ``[low, high)``."""
-    first = part.start + -(-max(0, low - part.start) // part.step) * part.step
+    first = part.start
+    if low > first:
+        first += -((first - low) // part.step) * part.step
     return Progression(first, max(first, min(part.stop, high)), part.step)
 
 
 def meet(one: Progression, other: Progression) -> Progression:
     """The positions of both (Chinese remainder theorem)."""
+    if other.step == 1:
+        return between(one, other.start, other.stop)
     low, high = max(one.start, other.start), min(one.stop, other.stop)
     divisor = gcd(one.step, other.step)
     gap = other.start - one.start
@@ -41,13 +45,13 @@ def without(one: Progression, other: Progression) -> list[Progression]:
     step that stays.
     """
     common = meet(one, other)
-    if not len(common):
-        return [one] if len(one) else []
+    if common.start >= common.stop:
+        return [one] if one.start < one.stop else []
     last = common.positions()[-1]
     found = [between(one, one.start, common.start), between(one, last + one.step, one.stop)]
     stays = range(common.start + one.step, common.start + common.step, one.step)
     found += [Progression(start, last, common.step) for start in stays]
-    return [part for part in found if len(part)]
+    return [part for part in found if part.start < part.stop]
 
 
 def disjoint(parts: Iterable[Progression]) -> Parts:
@@ -56,8 +60,9 @@ def disjoint(parts: Iterable[Progression]) -> Parts:
     runs = [(step, _runs(held)) for step, classes in sorted(_by_step(parts).items()) for held in classes.values()]
     found: list[Progression] = []
     for number, (step, left) in enumerate(runs):
-        for finer, there in runs[:number]:
-            if finer < step:
+        # Of nested ones the coarsest first: what the others hold is gone with it.
+        for finer, there in reversed(runs[:number]):
+            if left and finer < step:
                 left = list(_cut(left, there))
         found += left
     return tuple(sorted(found, key=lambda part: (part.start, part.step)))

@@ -61,8 +61,8 @@ class RowKeys:
         missing = np.maximum(0, low - self.first)
         return RowKeys(self.first + -(-missing // self.step) * self.step, np.minimum(self.stop, high), self.step)
 
-    def rows(self, chosen: npt.NDArray[np.bool_]) -> RowKeys:
-        """The same keys for some of the rows; ``chosen`` is bool [R]."""
+    def rows(self, chosen: npt.NDArray[np.bool_] | Positions) -> RowKeys:
+        """The same keys for some of the rows; ``chosen`` is bool [R], or their numbers."""
         return RowKeys(self.first[chosen], self.stop[chosen], self.step)
 
     def meet(self, other: RowKeys) -> RowKeys:
@@ -81,19 +81,23 @@ class RowKeys:
 def union_count(parts: Sequence[RowKeys]) -> Positions:
     """How many keys the union of ``parts`` has in each row, int64 [R].
 
-    Inclusion and exclusion on the last part; rows in which it swallows all the others stop at once, so nested parts
-    (geometric branches) cost linear time instead of 2**n.
+    Inclusion and exclusion on the last part; rows in which it is empty have none of it, and rows in which it swallows all the
+    others stop at once, so nested parts (geometric branches) cost linear time instead of 2**n.
     """
     last, rest = parts[-1], parts[:-1]
     total: Positions = last.count.copy()
     if not rest:
         return total
-    overlaps = [part.meet(last) for part in rest]
-    swallowed = np.ones(len(total), dtype=np.bool_)
-    for part, overlap in zip(rest, overlaps, strict=True):
+    some = np.flatnonzero(total)
+    shared, own = [part.rows(some) for part in rest], last.rows(some)
+    overlaps = [part.meet(own) for part in shared]
+    swallowed = np.ones(len(some), dtype=np.bool_)
+    for part, overlap in zip(shared, overlaps, strict=True):
         swallowed &= part.count == overlap.count
-    open_rows = ~swallowed
+    open_rows = np.ones(len(total), dtype=np.bool_)
+    open_rows[some[swallowed]] = False
     if open_rows.any():
         total[open_rows] += union_count([part.rows(open_rows) for part in rest])
-        total[open_rows] -= union_count([overlap.rows(open_rows) for overlap in overlaps])
+    if not swallowed.all():
+        total[some[~swallowed]] -= union_count([overlap.rows(~swallowed) for overlap in overlaps])
     return total

@@ -124,10 +124,24 @@ class Relation:
     def pairs(self) -> int:
         """The exact sum of multiplicities over one batch row: all heads, queries and keys; a bound on it where blocks depend on
         the data."""
+        return sum(len(heads) * self._head_pairs(heads[0]) for heads in self._alike_heads())
+
+    def pairs_of_rows(self) -> Iterator[tuple[Positions, Positions]]:
+        """Query positions and what they add to ``pairs``, int64 both; a position may come many times, with less than nothing too.
+
+        In time of rows and of blocks times their queries. Not where blocks depend on the data.
+        """
+        for heads in self._alike_heads():
+            for index in range(len(self.terms)):
+                for t, counts in self._term_rows(index, heads[0]):
+                    yield t, len(heads) * counts
+
+    def _alike_heads(self) -> list[list[int]]:
+        """The query heads, those together that see the same keys."""
         kinds: dict[tuple[object, ...], list[int]] = {}
         for head in range(self.problem.heads):
             kinds.setdefault(tuple(_kind(term.generator, head) for term in self.terms), []).append(head)
-        return sum(len(heads) * self._head_pairs(heads[0]) for heads in kinds.values())
+        return list(kinds.values())
 
     def density(self) -> float:
         """``pairs`` over all pairs (above 1 is possible for a multiset)."""
@@ -182,22 +196,35 @@ class Relation:
         if isinstance(generator, Blocks) and generator.adaptive:
             assert len(self.terms) == 1, "blocks that the data chooses stand alone"
             return most_pairs(generator.pattern, grid_of(size, generator.grid.q_block, generator.grid.k_block), size.heads)
-        held = [each.generator for each in self._involved(index) if isinstance(each.generator, Blocks)]
-        if len(held) > 1:
-            return self._pairs_one_by_one(index, head)
-        if term.dedupe and index:
-            inside = self._pairs_in_blocks(index, head, held[0])
-            rows = (size.q_offset, size.q_offset + size.q_len)
-            return inside if term.generator is held[0] else self._rows_pairs(index, head, *rows) - inside
+        held = self._blocks_involved(index)
+        if len(held) > 1 or (term.dedupe and index):
+            return sum(int(counts.sum()) for _, counts in self._term_rows(index, head))
         grid = grid_of(size, held[0].grid.q_block, held[0].grid.k_block)
         lists = held[0].lists(head, grid)
         return int(grid.pairs(lists.owners(), lists.blocks).sum())
 
-    def _pairs_in_blocks(self, index: int, head: int, blocks: Blocks) -> int:
-        """The pairs of a term in these blocks that no earlier term by row holds."""
-        size, generator, total = self.problem, self.terms[index].generator, 0
+    def _term_rows(self, index: int, head: int) -> Iterator[tuple[Positions, Positions]]:
+        """Query positions and the pairs that a term adds to theirs."""
+        held, size = self._blocks_involved(index), self.problem
+        rows = (size.q_offset, size.q_offset + size.q_len)
+        if not held:
+            yield from self._counts_of_rows(index, head, *rows)
+        elif len(held) > 1:
+            yield from self._counts_one_by_one(index, head)
+        elif self.terms[index].generator is held[0]:
+            yield from self._counts_in_blocks(index, head, held[0])
+        else:
+            yield from self._counts_of_rows(index, head, *rows)
+            yield from ((t, -counts) for t, counts in self._counts_in_blocks(index, head, held[0]))
+
+    def _blocks_involved(self, index: int) -> list[Blocks]:
+        return [each.generator for each in self._involved(index) if isinstance(each.generator, Blocks)]
+
+    def _counts_in_blocks(self, index: int, head: int, blocks: Blocks) -> Iterator[tuple[Positions, Positions]]:
+        """The pairs of a term in these blocks; with ``dedupe``, those that no earlier term by row holds."""
+        size, generator = self.problem, self.terms[index].generator
         grid = grid_of(size, blocks.grid.q_block, blocks.grid.k_block)
-        lists, before = blocks.lists(head, grid), self._by_row_before(index)
+        lists, before = blocks.lists(head, grid), self._by_row_before(index) if self.terms[index].dedupe else []
         rows, columns = lists.owners(), lists.blocks
         step = max(1, _ROWS_AT_ONCE // grid.q_block)
         for start in range(0, len(rows), step):
@@ -209,23 +236,22 @@ class Relation:
             keys = self._masked(RowKeys(first, np.minimum(first + grid.k_block, size.k_len), 1), t)
             if not isinstance(generator, Blocks):
                 keys = generator.rows(head, t, size.k_len).meet(keys)
-            total += int(keys.count.sum())
+            counts = keys.count
             if before:
-                total -= int(union_count([each.rows(head, t, size.k_len).meet(keys) for each in before]).sum())
-        return total
+                counts = counts - union_count([_common(each, head, t, keys, size.k_len) for each in before])
+            yield t, counts
 
-    def _pairs_one_by_one(self, index: int, head: int) -> int:
+    def _counts_one_by_one(self, index: int, head: int) -> Iterator[tuple[Positions, Positions]]:
         """Where blocks of several sizes meet: which pairs an earlier term holds is asked pair by pair."""
         term, size = self.terms[index], self.problem
-        total, h, k = 0, torch.tensor(head), torch.arange(size.k_len)
+        h, k = torch.tensor(head), torch.arange(size.k_len)
         step = max(1, _ROWS_AT_ONCE // max(1, size.k_len))
         for start in range(size.q_offset, size.q_offset + size.q_len, step):
             t = torch.arange(start, min(start + step, size.q_offset + size.q_len))[:, None]
             found = term.generator.contains(h, t, k) & self.allowed(t, k)
             for earlier in self.terms[:index]:
                 found = found & ~earlier.generator.contains(h, t, k)
-            total += int(found.sum())
-        return total
+            yield t[:, 0].numpy(), found.sum(1).numpy()
 
     def _by_row_before(self, index: int) -> list[ByRow]:
         """The earlier terms whose rows hold one progression of keys each."""
@@ -256,15 +282,18 @@ class Relation:
         return min(never, lcm(*(g.length for g in involved if isinstance(g, Segment))))
 
     def _rows_pairs(self, index: int, head: int, start: int, stop: int) -> int:
-        term, total = self.terms[index], 0
+        return sum(int(counts.sum()) for _, counts in self._counts_of_rows(index, head, start, stop))
+
+    def _counts_of_rows(self, index: int, head: int, start: int, stop: int) -> Iterator[tuple[Positions, Positions]]:
+        """The pairs of a term in these rows; with ``dedupe``, those that no earlier term by row holds."""
+        term = self.terms[index]
         generator, before = _by_row(term.generator), self._by_row_before(index)
         for t in self._active(generator, head, start, stop):
             keys = self._masked(generator.rows(head, t, self.problem.k_len), t)
-            total += int(keys.count.sum())
+            counts = keys.count
             if term.dedupe and before:
-                earlier = [each.rows(head, t, self.problem.k_len).meet(keys) for each in before]
-                total -= int(union_count(earlier).sum())
-        return total
+                counts = counts - union_count([_common(each, head, t, keys, self.problem.k_len) for each in before])
+            yield t, counts
 
     def _active(self, generator: ByRow, head: int, start: int, stop: int) -> Iterator[Positions]:
         for low in range(start, stop, _ROWS_AT_ONCE):
@@ -289,6 +318,18 @@ class Relation:
 def _by_row(generator: Generator) -> ByRow:
     assert not isinstance(generator, Blocks), "the keys of a row of blocks are no progression"
     return generator
+
+
+def _common(generator: ByRow, head: int, t: Positions, keys: RowKeys, k_len: int) -> RowKeys:
+    """Those of ``keys`` that the generator holds too, row by row; computed only for rows that are active in it."""
+    if not isinstance(generator, Segment) or not len(t):
+        return generator.rows(head, t, k_len).meet(keys)
+    active = generator.has(head, t)
+    found = generator.rows(head, t[active], k_len).meet(keys.rows(active))
+    first = np.zeros_like(t)
+    stop = np.zeros_like(t)
+    first[active], stop[active] = found.first, found.stop
+    return RowKeys(first, stop, found.step)
 
 
 def _kind(generator: Generator, head: int) -> object:

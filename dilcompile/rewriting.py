@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from dilcompile.decision import Decision, Rejection
-from dilcompile.errors import DilcompileError, DilcompileWarning, RewriteError
+from dilcompile.errors import DilcompileError, DilcompileWarning, RewriteError, ShardingError
 from dilcompile.forms import KeepStructure
 from dilcompile.passes.dead_code import erase_dead, unused
 from dilcompile.passes.find_sites import Findings
@@ -23,6 +23,7 @@ from dilcompile.passes.rewrite import redirect, rewrite_site
 from dilcompile.passes.strict_views import relax_views
 from dilcompile.passes.trial import Probe, Trial, cut_out, probe, take_back
 from dilcompile.passes.validate import MOST_PAIRS, Finding, tried_at_random
+from dilcompile.passes.whole_sequence import Sharding
 from dilcompile.report import Verdict
 
 FUEL = "DILCOMPILE_FUEL"
@@ -42,6 +43,7 @@ class Rewritten:
         outputs: what each rewritten site computed, and what computes it now.
         probe: gives what these trials need; None without trials.
         check_seconds: what the comparisons took.
+        sharding: what sharded sites call; None where no site is sharded.
     """
 
     runs_later: bool
@@ -51,6 +53,7 @@ class Rewritten:
     outputs: dict[Node, Node] = field(default_factory=dict)
     probe: Probe | None = None
     check_seconds: float = 0.0
+    sharding: Sharding | None = None
 
 
 class Refused(Exception):
@@ -80,17 +83,20 @@ def rewrite_sites(
 
     Raises:
         RewriteError: where the policy says that a failure is an error.
+        ShardingError: if a site that is to be sharded can't be.
         DilcompileError: if ``DILCOMPILE_FUEL`` is no whole number.
     """
     fuel = _fuel()
-    done = Rewritten(runs_later)
+    sharded = any(isinstance(verdict, Decision) and verdict.placement is not None for verdict in verdicts)
+    done = Rewritten(runs_later, sharding=_sharding() if sharded else None)
     queue = iter(verdicts)
     idle = frozenset().union(*(unused(part.gm) for part in parts))
     for part, findings in zip(parts, found, strict=True):
         for match in findings.matches:
             verdict = next(queue)
             if isinstance(verdict, Decision) and fuel == 0:
-                verdict = Rejection(verdict.site, verdict.rule, f"{FUEL} ran out", "raise it or unset it")
+                verdict = Rejection(verdict.site, verdict.rule, f"{FUEL} ran out", "raise it or unset it", axis=_axis(verdict))
+                _require_sharded(verdict, enforce)
             if isinstance(verdict, Decision):
                 verdict = _rewrite_one(part, findings, match, verdict, known, enforce, done)
             if isinstance(verdict, Decision):
@@ -106,6 +112,24 @@ def rewrite_sites(
         part.gm.graph.lint()
         part.gm.recompile()
     return done
+
+
+def _sharding() -> Sharding:
+    from dilcompile.lowering.distributed.attention import sharded_attention
+    from dilcompile.lowering.distributed.whole import whole_sequence
+
+    return Sharding(sharded_attention, whole_sequence)
+
+
+def _axis(decision: Decision) -> str | None:
+    return None if decision.placement is None else decision.placement.axis
+
+
+def _require_sharded(rejection: Rejection, enforce: bool) -> None:
+    """A shard of a sequence is no whole one, so the model's own attention is no way out."""
+    if enforce and rejection.axis is not None:
+        where = f"{rejection.site.module or '<top>'} ({rejection.site.source})"
+        raise ShardingError(f"{where} is sharded over mesh axis {rejection.axis!r}: {rejection.reason}; {rejection.cure}")
 
 
 def _fuel() -> int:
@@ -126,17 +150,23 @@ def _rewrite_one(
             _rewrite(part, findings, match, decision, done)
             return decision
         return _tried(part, findings, match, decision, known, done)
+    except ShardingError as error:
+        if enforce:
+            raise
+        reason, cure, consequence = str(error), "", decision.fallback
     except Refused as refused:
         reason, cure, consequence = refused.reason, refused.cure, decision.check.on_difference
     except Exception as error:
         reason, cure = f"the rewrite failed: {type(error).__name__}: {error}", "please report it; the original attention is kept"
         consequence = decision.fallback
+    rejection = Rejection(decision.site, decision.rule, reason, cure, axis=_axis(decision))
+    _require_sharded(rejection, enforce)
     message = f"{match.site.module or '<top>'} ({match.site.source}): {reason}"
     if enforce and consequence == "error":
         raise RewriteError(message)
     if enforce and consequence == "warn":
         warnings.warn(f"{message}; the original attention is kept", DilcompileWarning, stacklevel=2)
-    return Rejection(decision.site, decision.rule, reason, cure)
+    return rejection
 
 
 def _rewrite(part: Graph, findings: Findings, match: Match, decision: Decision, done: Rewritten) -> None:
@@ -145,7 +175,7 @@ def _rewrite(part: Graph, findings: Findings, match: Match, decision: Decision, 
 
 def _inserted(part: Graph, findings: Findings, match: Match, decision: Decision, done: Rewritten) -> Node:
     """The site's new output. Sites before it were found, and are read, as they were before: what they are now is read instead."""
-    result = rewrite_site(part, match, decision, findings.axes)
+    result = rewrite_site(part, match, decision, findings.axes, done.sharding)
     for before, now in done.outputs.items():
         redirect(before, now)
     return result
@@ -165,7 +195,8 @@ def _tried(
         return replace(decision, notes=(*decision.notes, f"{NOTE} not compared: {problem}"))
     start = time.perf_counter()
     # An approximate form differs by intent: what is proven is the reading of the site, which its own structure shows.
-    stand_in = replace(decision, form=KeepStructure().settled(decision.site), fidelity="exact", kernel=None)
+    # Of a shard too, as if it were all there is.
+    stand_in = replace(decision, form=KeepStructure().settled(decision.site), fidelity="exact", kernel=None, placement=None)
     output = match.roles.output
     mark = output.prev
     result = _inserted(part, findings, match, stand_in, done)

@@ -115,9 +115,7 @@ def _held(held: Held, size: Problem) -> Held:
     """Parts of a small sequence: neither the first positions nor the last keys; what has a step has one of 2."""
     q_step, k_step = (min(part.step, 2) for part in (held.queries, held.keys))
     first = 5
-    return Held(
-        Progression(first, min(size.k_len, first + size.q_len * q_step), q_step), Progression(3, size.k_len - 20, k_step)
-    )
+    return Held(Progression(first, min(size.k_len, first + size.q_len * q_step), q_step), Progression(3, size.k_len - 20, k_step))
 
 
 def _selection(held: Selection, relation: Relation, generator: torch.Generator, device: torch.device) -> Selection:

@@ -45,6 +45,14 @@ class Emitter:
             node.meta["val"] = target(*values[0], **values[1])
         return node
 
+    def held(self, target: Callable[..., Any], value: Any, args: tuple[Any, ...]) -> Node:
+        """A call of which ``value``, without data, says what it gives; nothing is called."""
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args)
+        node.meta.update({key: held for key, held in self.before.meta.items() if key in _PROVENANCE})
+        node.meta["val"] = value
+        return node
+
     def size(self, length: Length) -> int | Node:
         """A length as a graph argument: the number, or a node that computes it from some tensor's shape."""
         return length if isinstance(length, int) else self._computed(length.node.expr)

@@ -21,14 +21,14 @@ _MOVES = frozenset("t transpose permute view reshape to expand unsqueeze mul sel
 
 def gather_facts(graph: Graph) -> Facts:
     nodes = list(graph.gm.graph.nodes)
-    axes = Axes(nodes, _weight_like(nodes, graph.weights), CALLS)
+    axes = Axes(nodes, weight_like(nodes, graph.weights), CALLS)
     learned = cache(lambda: _learned_everywhere(graph))
     reader = MaskReader(_known(graph), graph.stale, graph.outside, lambda node: node in learned(), graph.writers, graph.captured)
     scores, modes = reached_from(nodes, axes.products, carries_elements), GradModes(nodes, graph.training)
     return Facts(axes, scores, reader, graph.mutations, modes)
 
 
-def _weight_like(nodes: list[Node], parameters: frozenset[Node]) -> frozenset[Node]:
+def weight_like(nodes: list[Node], parameters: frozenset[Node]) -> frozenset[Node]:
     """Parameters, and whatever is made of parameters by views and elementwise operators only."""
     found = set(parameters)
     for node in nodes:

@@ -25,18 +25,24 @@ from dilcompile.passes.operators import shape_of
 from dilcompile.passes.regions import Graph
 from dilcompile.passes.roles import Roles
 from dilcompile.passes.score_order import in_score_order
+from dilcompile.passes.shard import attend_over_ranks
+from dilcompile.passes.whole_sequence import Sharding
 from dilcompile.site import Length
 
 
-def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> Node:
+def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes, sharding: Sharding | None = None) -> Node:
     """Insert the rewritten attention before the site's output and redirect the output's users to it.
 
     Args:
         graph: the normalised graph, changed in place; dead nodes stay until ``erase_dead``.
         axes: the layouts that the finder proved on this graph.
+        sharding: what a decision with a placement calls.
 
     Returns:
         The node that now holds the site's output.
+
+    Raises:
+        ShardingError: if the decision has a placement and the site's rows are no shard of one sequence.
     """
     roles, site = match.roles, match.site
     emit = Emitter(graph.gm, roles.output)
@@ -64,9 +70,14 @@ def rewrite_site(graph: Graph, match: Match, decision: Decision, axes: Axes) -> 
     inputs = Inputs(q, k, v, biases, seed, repeats_rounding(decision))
     # Rows without keys are told from the others by an LSE of any precision.
     exact_lse = graph.training or bool(match.sinks)
-    call = attend(emit, inputs, mask, spec, site, str(decision.form), decision.kernel, exact_lse=exact_lse)
+    reads_lse = decision.fidelity == "exact" and spec.empty_rows != "zero"
+    if decision.placement is None:
+        call = attend(emit, inputs, mask, spec, site, str(decision.form), decision.kernel, exact_lse=exact_lse)
+    else:
+        assert sharding is not None
+        call = attend_over_ranks(graph, emit, inputs, mask, roles, decision, sharding, reads_lse or bool(match.sinks))
     out = emit.item(call, 0)
-    if decision.fidelity == "exact" and spec.empty_rows != "zero":
+    if reads_lse:
         out = rows_without_keys(emit, out, emit.item(call, 1), inputs, match, others)
     if match.sinks:
         out = _past_sinks(emit, out, emit.item(call, 1), match.sinks, roles, axes)

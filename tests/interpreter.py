@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import triton.language as tl
@@ -27,7 +27,7 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     return self.rewrite()(*args, **kwargs)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _languages(fn: Any) -> tuple[Any, ...]:
     """Those that are patched for a function: Triton's own functions see another module than kernels do."""
     return tuple(language for language in (tl, tl.core) if any(seen is language for seen in fn.__globals__.values()))

@@ -65,9 +65,7 @@ def _held(blocks: Positions, size: int, length: int) -> Positions:
     return np.minimum((blocks + 1) * size, length) - blocks * size
 
 
-def _full(
-    curve: Curve, radius: tuple[int, ...], rows: Positions, columns: Positions, q_block: int, k_block: int
-) -> Flags:
+def _full(curve: Curve, radius: tuple[int, ...], rows: Positions, columns: Positions, q_block: int, k_block: int) -> Flags:
     """Whether each pair of tokens in the block is near. The farthest two along an axis are at the ends of the extents."""
     (low, high), (others_low, others_high) = _ends(curve, q_block), _ends(curve, k_block)
     farthest = np.maximum(high[rows] - others_low[columns], others_high[columns] - low[rows])

@@ -3,8 +3,27 @@
 from __future__ import annotations
 
 from dilcompile.distributed.attention import attention
+from dilcompile.distributed.compression import TopKCompression
+from dilcompile.distributed.gather import unshard
+from dilcompile.distributed.inputs import shard_inputs
+from dilcompile.distributed.loss import count_tokens, sharded_loss
+from dilcompile.distributed.positions import local_positions
 from dilcompile.distributed.simulation import Simulation, simulate
 from dilcompile.lowering.distributed.meshes import set_mesh
 from dilcompile.lowering.distributed.traffic import Moved, Traffic, traffic
 
-__all__ = ["Moved", "Simulation", "Traffic", "attention", "set_mesh", "simulate", "traffic"]
+__all__ = [
+    "Moved",
+    "Simulation",
+    "TopKCompression",
+    "Traffic",
+    "attention",
+    "count_tokens",
+    "local_positions",
+    "set_mesh",
+    "shard_inputs",
+    "sharded_loss",
+    "simulate",
+    "traffic",
+    "unshard",
+]

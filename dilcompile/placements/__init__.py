@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dilcompile.placements import all_gather, gather_needed, halo, ring
-from dilcompile.placements.schedule import Placement, RankSchedule, Rows, Step, Transfer
+from dilcompile.placements.rows import Rows
+from dilcompile.placements.schedule import Placement, RankSchedule, Step, Transfer
 from dilcompile.placements.shards import ORDERS, Order, Run, Shards
 
 # Those that move keys to queries, by schedules.

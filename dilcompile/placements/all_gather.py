@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dilcompile.placements.needs import local, own
+import numpy as np
+
+from dilcompile.placements.needs import local, shares
 from dilcompile.placements.schedule import RankSchedule, Step, Transfer
 from dilcompile.placements.shards import Shards
 from dilcompile.placements.unfit import anywhere, data_chosen
+from dilcompile.placements.volume import Volume, held
 from dilcompile.relation import Relation
 
 RESENDS = True
+ONLY_NEEDED = False
 
 
 def reject(relation: Relation, shards: Shards, documents: bool = False) -> str | None:
@@ -22,7 +26,14 @@ def schedule(relation: Relation, shards: Shards, rank: int, documents: bool = Fa
     first = Step(local=local(relation, shards, rank))
     if shards.ranks == 1:
         return RankSchedule(rank, (first,))
-    held = [own(relation, shards, peer) for peer in range(shards.ranks)]
-    receives = tuple(Transfer(peer, rows) for peer, rows in enumerate(held) if rows and peer != rank)
-    sends = tuple(Transfer(peer, held[rank]) for peer in range(shards.ranks) if held[rank] and peer != rank)
+    rows_of = shares(relation.problem.kv_heads, shards)
+    receives = tuple(Transfer(peer, rows) for peer, rows in enumerate(rows_of) if rows and peer != rank)
+    sends = tuple(Transfer(peer, rows_of[rank]) for peer in range(shards.ranks) if rows_of[rank] and peer != rank)
     return RankSchedule(rank, (first, Step(sends, receives)))
+
+
+def volume(relation: Relation, shards: Shards, documents: bool = False) -> Volume:
+    """See ``Placement``."""
+    sizes = held(relation.problem.kv_heads, shards)
+    steps = [np.zeros_like(sizes)] if shards.ranks == 1 else [np.zeros_like(sizes), sizes.sum() - sizes]
+    return Volume(np.stack(steps), np.stack([steps[0], *([sizes * (shards.ranks - 1)] if shards.ranks > 1 else [])]))

@@ -12,9 +12,11 @@ from dilcompile.placements.needs import Exchange, local_first, needed, split
 from dilcompile.placements.schedule import RankSchedule
 from dilcompile.placements.shards import Shards
 from dilcompile.placements.unfit import data_chosen, restarting
+from dilcompile.placements.volume import Volume, of_one_exchange
 from dilcompile.relation import Relation
 
 RESENDS = False
+ONLY_NEEDED = True
 
 
 def reject(relation: Relation, shards: Shards, documents: bool = False) -> str | None:
@@ -25,6 +27,11 @@ def reject(relation: Relation, shards: Shards, documents: bool = False) -> str |
 def schedule(relation: Relation, shards: Shards, rank: int, documents: bool = False) -> RankSchedule:
     """See ``Placement``: all own keys, then the others that are needed."""
     return local_first(relation, shards, rank, _exchange(relation, shards))
+
+
+def volume(relation: Relation, shards: Shards, documents: bool = False) -> Volume:
+    """See ``Placement``."""
+    return of_one_exchange(needed(relation, shards), shards)
 
 
 @lru_cache(maxsize=16)

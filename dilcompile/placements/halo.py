@@ -7,14 +7,17 @@ from functools import lru_cache
 
 from dilcompile.generators import Blocks, Segment, Sinks, Window, least
 from dilcompile.placements.needs import Exchange, local_first, needed, split
-from dilcompile.placements.schedule import RankSchedule, Rows
+from dilcompile.placements.rows import Rows
+from dilcompile.placements.schedule import RankSchedule
 from dilcompile.placements.shards import Shards
 from dilcompile.placements.unfit import data_chosen, restarting
-from dilcompile.position_sets import Parts, disjoint
+from dilcompile.placements.volume import Volume, of_one_exchange
+from dilcompile.position_sets import disjoint
 from dilcompile.progression import Progression
 from dilcompile.relation import Relation, Term
 
 RESENDS = False
+ONLY_NEEDED = False
 
 
 def reject(relation: Relation, shards: Shards, documents: bool = False) -> str | None:
@@ -51,17 +54,26 @@ def schedule(relation: Relation, shards: Shards, rank: int, documents: bool = Fa
     return local_first(relation, shards, rank, _exchange(relation, shards))
 
 
+def volume(relation: Relation, shards: Shards, documents: bool = False) -> Volume:
+    """See ``Placement``."""
+    return of_one_exchange(_halos(relation, shards), shards)
+
+
 @lru_cache(maxsize=16)
 def _exchange(relation: Relation, shards: Shards) -> Exchange:
+    return Exchange.of([split(rows, shards) for rows in _halos(relation, shards)])
+
+
+@lru_cache(maxsize=16)
+def _halos(relation: Relation, shards: Shards) -> list[tuple[Rows, ...]]:
+    """What each rank attends to, under all key heads: the run from the first to the last key near that is read, and the sinks."""
     sinks = [term for term in relation.terms if isinstance(term.generator, Sinks)]
     near = [term for term in relation.terms if term not in sinks]
     of_terms = [needed(replace(relation, terms=tuple(terms)), shards) for terms in (near, sinks)]
-    heads = (0, relation.problem.kv_heads)
-    return Exchange.of([split((Rows(heads, _halo(*rows)),), shards) for rows in zip(*of_terms, strict=True)])
-
-
-def _halo(near: tuple[Rows, ...], sinks: tuple[Rows, ...]) -> Parts:
-    """One run from the first to the last near key that is read, for all key heads alike, and the sinks."""
-    ends = [end for rows in near for part in rows.positions for end in (part.start, part.positions()[-1])]
-    runs = [Progression(min(ends), max(ends) + 1)] if ends else []
-    return disjoint([*runs, *(part for rows in sinks for part in rows.positions)])
+    halos: list[tuple[Rows, ...]] = []
+    for run_of, rest in zip(*of_terms, strict=True):
+        ends = [end for rows in run_of for part in rows.positions for end in (part.start, part.positions()[-1])]
+        runs = [Progression(min(ends), max(ends) + 1)] if ends else []
+        parts = disjoint([*runs, *(part for rows in rest for part in rows.positions)])
+        halos.append((Rows((0, relation.problem.kv_heads), parts),))
+    return halos

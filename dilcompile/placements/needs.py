@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from dilcompile.placements.schedule import RankSchedule, Rows, Step, Transfer
+from dilcompile.placements.rows import Rows
+from dilcompile.placements.schedule import RankSchedule, Step, Transfer
 from dilcompile.placements.shards import Shards
 from dilcompile.position_sets import Parts, disjoint, meet
 from dilcompile.progression import Progression
@@ -19,15 +21,16 @@ from dilcompile.relation import Relation
 ByPeer = dict[int, tuple[Rows, ...]]
 
 
-def own(relation: Relation, shards: Shards, rank: int) -> tuple[Rows, ...]:
-    """All that a rank holds, under all key heads; nothing if it holds none."""
-    parts = tuple(run.positions for run in shards.runs(rank))
-    return (Rows((0, relation.problem.kv_heads), parts),) if parts else ()
+@lru_cache(maxsize=32)
+def shares(kv_heads: int, shards: Shards) -> tuple[tuple[Rows, ...], ...]:
+    """All that each rank holds, under all key heads; no rows where it holds none."""
+    parts = [tuple(run.positions for run in shards.runs(rank)) for rank in range(shards.ranks)]
+    return tuple((Rows((0, kv_heads), held),) if held else () for held in parts)
 
 
 @lru_cache(maxsize=32)
 def needed(relation: Relation, shards: Shards) -> tuple[tuple[Rows, ...], ...]:
-    """For each rank the keys that its queries read, its own among them, each once; neighbouring key heads with the same keys stand
+    """For each rank the keys that its queries read, its own among them, each once. Neighbouring key heads with the same keys are
     together."""
     alike = relation.alike_kv_heads()
     return tuple(_needed(relation, shards, rank, alike) for rank in range(shards.ranks))
@@ -92,7 +95,7 @@ def _by_piece(rows: Sequence[Rows], shards: Shards) -> Iterator[tuple[int, tuple
         first, last = part.start // shards.piece, part.positions()[-1] // shards.piece
         edges.update((first, first + 1, last, last + 1))
     bounds = sorted(edges)
-    for first, stop in zip(bounds, bounds[1:], strict=False):
+    for first, stop in pairwise(bounds):
         inside = _common(rows, Progression(first * shards.piece, stop * shards.piece))
         if stop - first == 1:
             yield shards.holder(first), inside
@@ -120,7 +123,7 @@ def _common(rows: Sequence[Rows], held: Progression) -> tuple[Rows, ...]:
     """What of the rows is at the positions ``held``."""
     heads = []
     for each in rows:
-        parts = tuple(part for part in (meet(part, held) for part in each.positions) if len(part))
+        parts = tuple(part for part in (meet(part, held) for part in each.positions) if part.start < part.stop)
         heads += [(head, parts) for head in range(*each.kv_heads)]
     return by_heads(heads)
 
@@ -160,7 +163,7 @@ def local_first(relation: Relation, shards: Shards, rank: int, exchange: Exchang
 
 def local(relation: Relation, shards: Shards, rank: int) -> tuple[Rows, ...]:
     """What a rank attends to of its own: all that it holds, if its queries read any of it."""
-    held = own(relation, shards, rank)
+    held = shares(relation.problem.kv_heads, shards)[rank]
     return held if any(_common(needed(relation, shards)[rank], part) for each in held for part in each.positions) else ()
 
 

@@ -1,8 +1,8 @@
 """Ring: in each step a rank attends to the shard of another one, a place further on the ring each time (ring attention, arXiv
 2310.01889).
 
-A shard comes straight from its owner and not from the neighbour that had it last: the bytes are the same, and shards that a rank's
-queries don't see are left out.
+A shard comes straight from its owner and not from the neighbour that had it last: the bytes are the same, and shards that no
+query of a rank sees are left out.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from dilcompile.placements.needs import holders, local, needed, own
+from dilcompile.placements.needs import holders, local, needed, shares
 from dilcompile.placements.schedule import RankSchedule, Step, Transfer
 from dilcompile.placements.shards import Shards
 from dilcompile.placements.unfit import anywhere, data_chosen
+from dilcompile.placements.volume import Volume, held
 from dilcompile.relation import Relation
 
 RESENDS = True
+ONLY_NEEDED = False
 
 
 def reject(relation: Relation, shards: Shards, documents: bool = False) -> str | None:
@@ -32,14 +34,24 @@ def schedule(relation: Relation, shards: Shards, rank: int, documents: bool = Fa
     Distances at which no rank reads anything are no steps.
     """
     relation = anywhere(relation) if documents else relation
-    seen, held = _seen(relation, shards), [own(relation, shards, peer) for peer in range(shards.ranks)]
+    seen, shards_of = _seen(relation, shards), shares(relation.problem.kv_heads, shards)
     steps = [Step(local=local(relation, shards, rank))]
     for distance in _distances(relation, shards):
         source, target = (rank - distance) % shards.ranks, (rank + distance) % shards.ranks
-        receives = (Transfer(source, held[source]),) if seen[rank, source] else ()
-        sends = (Transfer(target, held[rank]),) if seen[target, rank] else ()
+        receives = (Transfer(source, shards_of[source]),) if seen[rank, source] else ()
+        sends = (Transfer(target, shards_of[rank]),) if seen[target, rank] else ()
         steps.append(Step(sends, receives))
     return RankSchedule(rank, tuple(steps))
+
+
+def volume(relation: Relation, shards: Shards, documents: bool = False) -> Volume:
+    """See ``Placement``."""
+    relation = anywhere(relation) if documents else relation
+    ranks, sizes, seen = np.arange(shards.ranks), held(relation.problem.kv_heads, shards), _seen(relation, shards)
+    apart = np.array((0, *_distances(relation, shards)), dtype=np.int64)[:, None]
+    source, target = (ranks - apart) % shards.ranks, (ranks + apart) % shards.ranks
+    moved = apart > 0
+    return Volume(moved * seen[ranks, source] * sizes[source], moved * seen[target, ranks] * sizes)
 
 
 @lru_cache(maxsize=16)

@@ -9,27 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from dilcompile.placements.rows import Rows
 from dilcompile.placements.shards import Shards
-from dilcompile.progression import Progression
+from dilcompile.placements.volume import Volume
 from dilcompile.relation import Relation
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Positions under some key heads.
-
-    Args:
-        kv_heads: half-open range of key heads.
-        positions: disjoint progressions, ascending by their first position.
-    """
-
-    kv_heads: tuple[int, int]
-    positions: tuple[Progression, ...]
-
-    @property
-    def count(self) -> int:
-        """Positions times key heads."""
-        return (self.kv_heads[1] - self.kv_heads[0]) * sum(len(part) for part in self.positions)
 
 
 @dataclass(frozen=True)
@@ -99,11 +82,12 @@ class Placement(Protocol):
     """A way to bring keys to queries. Modules of this folder satisfy it.
 
     ``RESENDS``: the backward receives the keys again, so that nothing but the rank's own shard is held between forward and
-    backward; otherwise received rows are held.
+    backward; otherwise received rows are held. ``ONLY_NEEDED``: no row comes that no query of the rank reads.
     """
 
     __name__: str
     RESENDS: bool
+    ONLY_NEEDED: bool
 
     def reject(self, relation: Relation, shards: Shards, documents: bool = False) -> str | None:
         """Why this placement can't be had, naming the limit and the cure, or None.
@@ -119,3 +103,6 @@ class Placement(Protocol):
             relation: over the whole sequence: ``q_len == k_len == shards.length``, ``q_offset`` 0.
             documents: as for ``reject``, which has given no reason.
         """
+
+    def volume(self, relation: Relation, shards: Shards, documents: bool = False) -> Volume:
+        """How many rows the schedules of all ranks move."""

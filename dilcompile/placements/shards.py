@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dilcompile.progression import Progression
+import numpy as np
+
+from dilcompile.progression import Positions, Progression
 
 Order = Literal["contiguous", "zigzag", "striped"]
 ORDERS: tuple[Order, ...] = get_args(Order)
@@ -60,6 +62,12 @@ class Shards:
         if self.order == "zigzag":
             return min(number, 2 * self.ranks - 1 - number)
         return number % self.ranks
+
+    def holders(self, positions: Positions) -> Positions:
+        """The ranks that hold these positions, int64 both."""
+        number = positions // max(1, self.piece)
+        found: Positions = np.minimum(number, 2 * self.ranks - 1 - number) if self.order == "zigzag" else number % self.ranks
+        return found
 
     def runs(self, rank: int) -> tuple[Run, ...]:
         """What the places of a rank hold, in the order of memory; only positions that exist."""

@@ -17,9 +17,11 @@ from dilcompile.policy.problems import Misfit, Path, raise_all
 from dilcompile.policy.section import Section
 from dilcompile.policy.values import conform, shown
 
-FORM_NAMES = ("keep", *FORMS)
+# What the model computes anyway, and the same with its keys sent around a ring of ranks.
+KEEPING = ("keep", "ring")
+FORM_NAMES = (*KEEPING, *FORMS)
 # Named in the policy language, built in a later version.
-RESERVED = ("per_head", "ring")
+RESERVED = ("per_head",)
 
 
 class Apply(Section):
@@ -35,7 +37,7 @@ class Apply(Section):
         return {name: value for name, value in self.given().items() if name not in ("form", "kernel")}
 
     def build(self, merge_grad: str | None = None) -> Form | None:
-        """The form, or None for ``keep``.
+        """The form, or None for ``keep`` and ``ring``.
 
         Args:
             merge_grad: the policy's ``numerics.merge_grad``, for a rule that doesn't give the option itself.
@@ -123,11 +125,15 @@ def _model(name: str, form: type[Form] | None) -> type[Apply]:
     title = "Apply" + "".join(part.title() for part in name.split("_"))
     model = create_model(title, __base__=Apply, **fields)
     model.form_class = form
-    model.__doc__ = form.__doc__ if form is not None else "The site stays exactly as the model computes it."
+    model.__doc__ = form.__doc__ if form is not None else _KEEPS[name]
     return model
 
 
-APPLY: dict[str, type[Apply]] = {"keep": _model("keep", None), **{n: _model(n, f) for n, f in FORMS.items()}}
+_KEEPS = {
+    "keep": "The site stays exactly as the model computes it. With `shard` it is computed over ranks, with the same numbers.",
+    "ring": "Short for `form: keep` with `shard: {method: ring}`; `shard` names the mesh axis.",
+}
+APPLY: dict[str, type[Apply]] = {**{n: _model(n, None) for n in KEEPING}, **{n: _model(n, f) for n, f in FORMS.items()}}
 
 
 def _known_form(value: Any) -> Any:

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import torch
 
-from dilcompile.decision import Decision
+from dilcompile.decision import Rejection
 from dilcompile.policy import patterns, ranges
+from dilcompile.policy.place import order_of
 from dilcompile.policy.predicates import PREDICATES
 from dilcompile.policy.resolve import resolve, unused_rules
 from dilcompile.policy.schema import Match, Policy, Rule
@@ -73,7 +74,7 @@ def _impossible(rule: Rule) -> Iterator[str]:
     match = rule.match.given()
     least = match.get("min_seq", 1)
     if least == "auto":
-        if rule.apply.build() is None:
+        if rule.apply.build() is None and rule.shard is None:
             yield "has min_seq auto but keeps its sites as they are: nothing could be faster than that"
     elif least > match.get("max_seq", math.inf):
         yield f"can match no site: min_seq {match['min_seq']} is above max_seq {match['max_seq']}"
@@ -147,10 +148,8 @@ def _misplaced(policy: Policy, rule: Rule) -> Iterator[str]:
     shard = rule.shard
     if shard is None:
         return
-    axis = policy.mesh.get(shard.mesh)
-    order = shard.order
-    if order == "auto" and axis is not None:
-        order = axis.layout
+    order = order_of(policy, shard)
+    yield from _in_another_order(policy, rule, order)
     if shard.method == "halo" and order in ("zigzag", "striped"):
         yield f"can't use method halo with order {order}: neighbours are on distant ranks; use contiguous"
     ranks = math.prod(axis.size for axis in policy.mesh.values())
@@ -160,17 +159,27 @@ def _misplaced(policy: Policy, rule: Rule) -> Iterator[str]:
         yield f"asks for world_size {asked!r} but the mesh has {ranks} ranks ({sizes})"
 
 
+def _in_another_order(policy: Policy, rule: Rule, order: str) -> Iterator[str]:
+    """The inputs are cut once, so all sites of an axis hold their tokens in one order."""
+    assert rule.shard is not None
+    for earlier in policy.rules:
+        if earlier is rule:
+            return
+        if earlier.shard is not None and earlier.shard.axes[0] == rule.shard.axes[0]:
+            other = order_of(policy, earlier.shard)
+            if other != order:
+                yield (
+                    f"holds the tokens of mesh axis {rule.shard.axes[0]!r} {order}, but rule {earlier.label} holds them {other}: "
+                    "one model's inputs are cut in one order; say it once, as `layout` of the mesh axis"
+                )
+                return
+
+
 def _on_model(policy: Policy, sites: Sequence[AttentionSite]) -> Iterator[Finding]:
-    """What this model adds: rules without a site, and dropout that would differ over ranks."""
+    """What this model adds: rules without a site, and sites that can't be sharded."""
     verdicts = resolve(policy, sites, enforce=False)
-    by_label = {rule.label: rule for rule in policy.rules}
     for verdict in verdicts:
-        if isinstance(verdict, Decision) and verdict.site.dropout_p and by_label[verdict.rule].shard is not None:
-            where = verdict.site.module or "<top>"
-            yield Finding(
-                "error",
-                f"rule {verdict.rule} shards {where}, which drops out attention with p={verdict.site.dropout_p}: "
-                "the ranks would drop different pairs than one rank does; set the dropout to 0",
-            )
+        if isinstance(verdict, Rejection) and verdict.axis is not None:
+            yield Finding("error", f"rule {verdict.rule} shards {verdict.site.module or '<top>'}: {verdict.reason}; {verdict.cure}")
     for line in unused_rules(policy, verdicts):
         yield Finding("warning", line)

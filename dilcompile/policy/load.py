@@ -250,9 +250,10 @@ def _mesh_lines(joined: _Joined) -> list[str]:
     """Rules that name a mesh axis which the policy doesn't have."""
     lines: list[str] = []
     for rule, document, index in joined.rules if joined.complete else ():
-        name = _mapping(rule.get("shard")).get("mesh")
-        if isinstance(name, str) and name and name not in joined.mesh:
-            axes = f"mesh has {', '.join(joined.mesh)}" if joined.mesh else "the policy has no mesh"
-            message = f"unknown mesh axis {name!r}: {axes}{hint(name, joined.mesh)}"
-            lines += document.lines([Problem(("rules", index, "shard", "mesh"), message)])
+        named = _mapping(rule.get("shard")).get("mesh")
+        for name in named if isinstance(named, (list, tuple)) else (named,):
+            if isinstance(name, str) and name and name not in joined.mesh:
+                axes = f"mesh has {', '.join(joined.mesh)}" if joined.mesh else "the policy has no mesh"
+                message = f"unknown mesh axis {name!r}: {axes}{hint(name, joined.mesh)}"
+                lines += document.lines([Problem(("rules", index, "shard", "mesh"), message)])
     return lines

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 from dilcompile.decision import KERNEL_NAMES
 from dilcompile.forms import FORMS, Form
-from dilcompile.policy.apply import RESERVED, policy_options
+from dilcompile.policy.apply import APPLY, KEEPING, RESERVED, policy_options
 from dilcompile.policy.load import PRESETS
 from dilcompile.policy.predicates import PREDICATES
 from dilcompile.policy.schema import Fallback, Memory, MeshAxis, Numerics, Policy, Shard, Tolerance
@@ -31,12 +31,12 @@ def match_keys() -> str:
 
 
 def forms() -> str:
-    """``keep``, then one section a form with a row an option."""
+    """``keep`` and ``ring``, then one section a form with a row an option."""
     parts = [
         f"Every form also takes `kernel`, the name of the kernel to use: {', '.join(f'`{name}`' for name in KERNEL_NAMES)}. "
         "Without it the fastest that can is used. A site that the named kernel can't compute is treated as "
         "`fallback: {unsupported: ...}` says; another kernel never takes its place.",
-        "### `form: keep`\n\nThe site stays exactly as the model computes it.",
+        *(f"### `form: {name}`\n\n{APPLY[name].__doc__}" for name in KEEPING),
     ]
     parts += [_form(name, form) for name, form in FORMS.items()]
     names = ", ".join(f"`{name}`" for name in RESERVED)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from dilcompile.decision import Check, Decision, MemoryUse, Rejection
-from dilcompile.errors import DilcompileWarning, RewriteError
+from dilcompile.errors import DilcompileWarning, RewriteError, ShardingError
 from dilcompile.policy.patterns import nearest
+from dilcompile.policy.place import Unplaced, kept_form, place, ranks_of, whole_site
 from dilcompile.policy.predicates import PREDICATES
 from dilcompile.policy.schema import Policy, Rule, num_bytes
 from dilcompile.policy.values import written
@@ -54,50 +55,75 @@ def resolve(
 
     Raises:
         RewriteError: where ``fallback`` says ``error``.
+        ShardingError: if a rule shards a site that can't be sharded, whatever ``fallback`` says.
 
     Warns:
         DilcompileWarning: where ``fallback`` says ``warn``.
     """
     policy = Policy.load(policy)
-    verdicts = revise([_decide(policy, site) for site in sites])
+    decided = [_decide(policy, site) for site in sites]
+    verdicts = [_still_sharded(*pair) for pair in zip(decided, revise(decided), strict=True)]
     if enforce:
         _enforce(policy, verdicts)
     return verdicts
 
 
+def _still_sharded(before: Verdict, after: Verdict) -> Verdict:
+    """A rejection of a site that was to be sharded says so."""
+    if isinstance(after, Rejection) and isinstance(before, Decision) and before.placement is not None:
+        return replace(after, axis=before.placement.axis)
+    return after
+
+
 def rule_of(policy: Policy, site: AttentionSite) -> Rule | None:
     """The rule that decides a site: the first that takes it."""
-    return next((rule for rule in policy.rules if rule.match.takes(site)), None)
+    return next((rule for rule in policy.rules if rule.match.takes(_as_whole(policy, rule, site))), None)
+
+
+def _as_whole(policy: Policy, rule: Rule, site: AttentionSite) -> AttentionSite:
+    """The site as it is on one rank, for a rule that shards it."""
+    return site if rule.shard is None else whole_site(site, ranks_of(policy, rule.shard), rule.shard.method)
 
 
 def _decide(policy: Policy, site: AttentionSite) -> Verdict:
     rule = rule_of(policy, site)
     if rule is None:
         return Rejection(site, None, "no rule of the policy takes it", asked=True)
+    sharded = rule.shard is not None and ranks_of(policy, rule.shard) > 1
+    axis = rule.shard.axes[0] if rule.shard is not None and sharded else None
     form = rule.apply.build(policy.numerics_of(rule).merge_grad)
-    if form is None:
+    if form is None and not sharded:
         return Rejection(site, rule.label, "the policy keeps it", asked=True)
+    form = kept_form(site) if form is None else form
+    local, site = site, _as_whole(policy, rule, site)
     reason = form.reject(site)
     if reason is not None:
         cure = "give it another form, or `form: keep`, by a rule before this one"
-        return Rejection(site, rule.label, f"{form.name} can't be given to it: {reason}", cure)
+        return Rejection(local, rule.label, f"{form.name} can't be given to it: {reason}", cure, axis=axis)
+    form = form.settled(site)
+    placement = place(policy, rule, site, form)
+    if isinstance(placement, Unplaced):
+        return Rejection(local, rule.label, f"it can't be sharded: {placement.reason}", placement.cure, axis=axis)
     return Decision(
-        site=site,
+        site=local,
         rule=rule.label,
-        form=form.settled(site),
+        form=form,
         fidelity=form.fidelity(site),
         kernel=rule.apply.kernel,
-        fallback=policy.fallback_of(rule).unsupported,
-        check=_check(policy, rule),
+        fallback="error" if placement is not None else policy.fallback_of(rule).unsupported,
+        check=_check(policy, rule, placement is not None),
         memory=_memory(rule),
-        if_faster=rule.match.given().get("min_seq") == "auto",
+        # A shard's length says nothing about what is faster.
+        if_faster=rule.match.given().get("min_seq") == "auto" and placement is None,
         notes=(*form.notes(site), *without_effect(policy, rule)),
+        placement=placement,
     )
 
 
-def _check(policy: Policy, rule: Rule) -> Check:
+def _check(policy: Policy, rule: Rule, sharded: bool) -> Check:
+    """A sharded site that differs is an error: the model's own graph knows one rank's rows alone."""
     numerics = policy.numerics_of(rule)
-    return Check(numerics.check, numerics.tolerance.rel_l2, policy.fallback_of(rule).quality)
+    return Check(numerics.check, numerics.tolerance.rel_l2, "error" if sharded else policy.fallback_of(rule).quality)
 
 
 def _memory(rule: Rule) -> MemoryUse | None:
@@ -110,11 +136,8 @@ def _memory(rule: Rule) -> MemoryUse | None:
 def without_effect(policy: Policy, rule: Rule) -> tuple[str, ...]:
     """One note for each thing that the rule asks for and this version only reads."""
     notes = []
-    if rule.shard is not None:
-        notes.append(
-            f"shard: {rule.shard.method} over mesh axis {rule.shard.mesh!r} has no effect in this version: "
-            "every rank computes what it is given"
-        )
+    if rule.shard is not None and ranks_of(policy, rule.shard) == 1:
+        notes.append(f"shard: mesh axis {' and '.join(map(repr, rule.shard.axes))} has one rank: nothing is moved")
     if rule.memory is not None and rule.memory.budget is not None:
         notes.append("memory.budget: has no effect in this version")
     numerics, fallback = policy.numerics_of(rule), policy.fallback_of(rule)
@@ -134,6 +157,7 @@ def _enforce(policy: Policy, verdicts: list[Verdict]) -> None:
         consequence = policy.defaults.fallback.unmatched
         if consequence != "warn" or _is_news(policy, sites):
             _act(consequence, _unmatched(policy, sites))
+    _require_sharded(verdicts)
     by_label = {rule.label: rule for rule in policy.rules}
     refused: dict[tuple[str, str], list[Rejection]] = {}
     for verdict in verdicts:
@@ -144,6 +168,17 @@ def _enforce(policy: Policy, verdicts: list[Verdict]) -> None:
         stays = f"and {len(found) - 1} more stay as they are" if len(found) > 1 else "stays as it is"
         message = f"rule {label}: {first.site.module or '<top>'} {stays}: {reason}; {first.cure}"
         _act(policy.fallback_of(by_label[label]).unsupported, message)
+
+
+def _require_sharded(verdicts: list[Verdict]) -> None:
+    lines = [
+        f"rule {verdict.rule} shards {verdict.site.module or '<top>'} ({verdict.site.source}) over mesh axis {verdict.axis!r}: "
+        f"{verdict.reason}; {verdict.cure}"
+        for verdict in verdicts
+        if isinstance(verdict, Rejection) and verdict.axis is not None
+    ]
+    if lines:
+        raise ShardingError("\n".join(lines))
 
 
 def _is_news(policy: Policy, sites: Sequence[AttentionSite]) -> bool:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from os import PathLike
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, PrivateAttr, create_model
+from pydantic import Field, PrivateAttr, create_model, model_validator
 
 from dilcompile.policy.apply import AnyApply, Apply
 from dilcompile.policy.document import write_yaml
 from dilcompile.policy.predicates import PREDICATES, satisfied
+from dilcompile.policy.problems import Misfit
 from dilcompile.policy.section import Section
 from dilcompile.policy.strict import strict
 from dilcompile.policy.values import Check, Count, Positive, written
@@ -65,10 +67,16 @@ class MeshAxis(Section):
 
 
 class Shard(Section):
-    """How the rule's sites are held over ranks. Read and checked; this version computes on one rank."""
+    """How the rule's sites are held over ranks. The numbers stay those of one rank."""
 
-    mesh: Annotated[str, Field(description="Name of the mesh axis.")]
-    dim: Annotated[Literal["seq", "heads"], Field(description="The tensor dimension that is cut.")] = "seq"
+    mesh: Annotated[
+        str | tuple[str, ...],
+        Field(description="Name of the mesh axis; for `usp` two: that over which keys move, then that over which heads are exchanged."),
+    ]
+    dim: Annotated[
+        Literal["seq", "heads"],
+        Field(description="What is cut while a site is computed: `heads` is method `ulysses`. The model itself holds the sequence in parts."),
+    ] = "seq"
     method: Annotated[
         Literal["auto", "gather_needed", "halo", "ring", "all_gather", "ulysses", "usp", "tree"],
         Field(description="How the keys travel."),
@@ -77,7 +85,22 @@ class Shard(Section):
         Literal["auto", "contiguous", "zigzag", "striped"],
         Field(description="Order of the tokens over the ranks; `auto`: the mesh axis's layout."),
     ] = "auto"
-    overlap: Annotated[Literal["off", "prefetch", "auto"], Field(description="Move keys while computing.")] = "auto"
+    overlap: Annotated[Literal["off", "prefetch", "auto"], Field(description="Move keys while computing; `auto`: `prefetch`.")] = "auto"
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names of the mesh axes."""
+        return (self.mesh,) if isinstance(self.mesh, str) else self.mesh
+
+    @model_validator(mode="after")
+    def _fits(self) -> Shard:
+        two = self.method == "usp"
+        if len(set(self.axes)) != (2 if two else 1):
+            takes = "two different mesh axes, as in [cp, heads]" if two else "one mesh axis"
+            raise Misfit(f"method {self.method!r} takes {takes}, got {written(self.mesh)}", ("mesh",))
+        if self.dim == "heads" and self.method not in ("auto", "ulysses"):
+            raise Misfit(f"dim 'heads' is method 'ulysses', got {self.method!r}; leave one of them out", ("method",))
+        return self
 
 
 class Memory(Section):
@@ -165,6 +188,17 @@ class Rule(Section):
     numerics: Annotated[Numerics, Field(description="Over `defaults.numerics`, key by key.")] = Numerics()
     fallback: Annotated[Fallback, Field(description="Over `defaults.fallback`, key by key.")] = Fallback()
 
+    @model_validator(mode="after")
+    def _ring_is_sharded(self) -> Rule:
+        if self.apply.form != "ring":
+            return self
+        if self.shard is None:
+            raise Misfit("form 'ring' needs the ranks that the keys go around: add shard: {mesh: AXIS}", ("apply", "form"))
+        if self.shard.method not in ("auto", "ring") or self.shard.dim == "heads":
+            asked = "heads" if self.shard.dim == "heads" else self.shard.method
+            raise Misfit(f"form 'ring' is method 'ring', but shard asks for {asked!r}; leave one of them out", ("apply", "form"))
+        return self
+
     _cited: str = PrivateAttr("")
     _extended: bool = PrivateAttr(False)
 
@@ -183,7 +217,8 @@ class Rule(Section):
         match = ", ".join(f"{key}: {written(value)}" for key, value in self.match.given().items()) or "every site"
         options = ", ".join(f"{key}: {written(value)}" for key, value in self.apply.options.items())
         kernel = f" on {self.apply.kernel}" if self.apply.kernel else ""
-        return f"{self.label}: {match} -> {self.apply.form}{f'({options})' if options else ''}{kernel}"
+        over = "" if self.shard is None else f" over {' x '.join(self.shard.axes)}"
+        return f"{self.label}: {match} -> {self.apply.form}{f'({options})' if options else ''}{kernel}{over}"
 
 
 class Policy(Section):
@@ -253,6 +288,11 @@ class Policy(Section):
         """Rules that no file cites are cited by their index, so that every label is unique."""
         for index, rule in enumerate(self.rules):
             rule._cited = rule._cited or f"rules[{index}]"
+
+    @property
+    def shards(self) -> bool:
+        """A rule holds its sites over several ranks."""
+        return any(math.prod(self.mesh[axis].size for axis in rule.shard.axes) > 1 for rule in self.rules if rule.shard is not None)
 
     def numerics_of(self, rule: Rule) -> Numerics:
         """The rule's numerics over the defaults."""

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from dilcompile.errors import PlacementError
-from dilcompile.lowering.distributed import ops
+from dilcompile.lowering.distributed import meshes, ops, plan
 from dilcompile.lowering.distributed.exchange import wait
+from dilcompile.lowering.distributed.spec import parse_spec
 from dilcompile.placements.shards import Shards
 
 
@@ -53,3 +54,19 @@ def of_first(x: Tensor, axis: str, spec: str, what: str) -> Tensor:
 
 def _gathered(x: Tensor, axis: str, spec: str, what: str) -> Tensor:
     return wait(ops.gather(x, axis, spec, what, False))
+
+
+def whole_sequence(x: Tensor, spec: str) -> Tensor:
+    """[..., length] by position, from each rank's [..., n] with one number a place; without gradients.
+
+    Raises:
+        PlacementError: if another rank is gone.
+    """
+    said = parse_spec(spec)
+    keys_axis, heads_axis = plan.keys_axis(said), plan.heads_axis(said)
+    ranks, parts = meshes.size_of(keys_axis), meshes.size_of(heads_axis)
+    places = int(x.shape[-1]) * parts
+    shards = Shards(places * ranks if said.length is None else said.length, ranks, said.order, parts)
+    found = by_position(x, shards, keys_axis, heads_axis, spec, "positions")
+    assert found is not None, "there was something to gather"
+    return found

@@ -48,6 +48,7 @@ class TileBackward {
         slope_pairs_.take(kBlock / 2 * kWideTile);
     key_sums_.take(kBlock * dim_), value_sums_.take(kBlock * v_dim_);
     std::fill_n(+scales_, kWideTile, float(call.scale));
+    clear_sums(kBlock);
     if (call.bias.data) numbers_.take(kPanelKeys * kWideTile);
   }
 
@@ -129,7 +130,6 @@ class TileBackward {
 
   void attend(const Span& span, const Keys& keys, const Keys* next, const Lane* lanes, const KeySums<float>& into,
               const BiasSums<float>& bias) {
-    std::fill_n(+key_sums_, kBlock * dim_, 0.0f), std::fill_n(+value_sums_, kBlock * v_dim_, 0.0f);
     auto use = [&](const Tile& tile, int64_t a, int64_t b, const KeyBlock& keys) {
       dropout_.read(span, keys, a, b);
       with_vectors(tile.vectors, std::integer_sequence<int, 2, 4, 6, 8>(),
@@ -141,9 +141,15 @@ class TileBackward {
         add_row(key_sums_ + i * 16, into.keys + row * into.key_row, call_.head_dim, float(call_.scale));
         add_row(value_sums_ + i * 16, into.values + row * into.value_row, call_.v_dim, 1.0f);
       }
-      std::fill_n(+key_sums_, kBlock * dim_, 0.0f), std::fill_n(+value_sums_, kBlock * v_dim_, 0.0f);
+      clear_sums((keys.count + TileBackwardRows::kStep - 1) / TileBackwardRows::kStep * TileBackwardRows::kStep);
     };
     each_block<BFloat16>(call_, span, keys, next, lanes, tiles_, +low_, +high_, rows_, use, after);
+  }
+
+  // As in backward.h; columns of [kBlock][16].
+  void clear_sums(int64_t keys) {
+    for (int64_t d = 0; d < dim_; d += 16) std::fill_n(key_sums_ + d * kBlock, keys * 16, 0.0f);
+    for (int64_t d = 0; d < v_dim_; d += 16) std::fill_n(value_sums_ + d * kBlock, keys * 16, 0.0f);
   }
 
   // A row of columns of [kBlock][16].

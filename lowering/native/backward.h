@@ -59,6 +59,8 @@ class Backward {
     key_sums_.take(Rows<X>::kBlock * dim_), value_sums_.take(Rows<X>::kBlock * v_dim_), one_.take(v_dim_);
     scales_.take(kTile<T>);
     std::fill_n(+scales_, kTile<T>, T(call.scale));
+    clear_sums(Rows<X>::kBlock);
+    std::fill_n(+one_, v_dim_, T(0));
     if (call.bias.data) numbers_.take(Rows<X>::kBlock * kTile<T>);
     if (call.grad_bias.data && call.softcap != 0) uncapped_.take(Rows<X>::kBlock * kTile<T>);
   }
@@ -90,6 +92,11 @@ class Backward {
     tiles_ = tiles_of<T>(groups);
     for (const Tile& tile : tiles_) {
       int64_t width = tile.vectors * kWidth<T>;
+      if (&tile + 1 < tiles_.data() + tiles_.size()) {
+        prefetch_queries<X>(call_, call_.q, span, *(&tile + 1), lanes, call_.head_dim);
+        prefetch_queries<X>(call_, call_.grad_out, span, *(&tile + 1), lanes, call_.v_dim);
+        prefetch_queries<X>(call_, call_.out, span, *(&tile + 1), lanes, call_.v_dim);
+      }
       dropout_.begin(span, tile, lanes);
       read_queries<X>(call_, call_.q, span, tile, lanes, call_.head_dim, T(query_factor(call_)),
                       queries_ + tile.first * call_.head_dim, query_rows_ + tile.first * dim_, dim_, true);
@@ -99,9 +106,7 @@ class Backward {
       for (int64_t i = 0; i < width; ++i) {
         const Lane& lane = lanes[tile.first + std::min(i, tile.lanes - 1)];
         load_row(row_of<X>(call_, call_.out, span, lane), +one_, int(call_.v_dim));
-        const T* grad = grad_rows_ + (tile.first + i) * v_dim_;
-        T delta = 0;
-        for (int64_t d = 0; d < call_.v_dim; ++d) delta += one_[d] * grad[d];
+        T delta = dot(+one_, grad_rows_ + (tile.first + i) * v_dim_, v_dim_);
         if (call_.grad_lse.data) delta -= *row_of<T>(call_, call_.grad_lse, span, lane);
         delta_[tile.first + i] = delta;
         // Lanes without a query, and queries without keys: infinity makes every weight 0.
@@ -114,7 +119,6 @@ class Backward {
 
   void attend(const Span& span, const Keys& keys, const Keys* next, const Lane* lanes, const KeySums<T>& into,
               const BiasSums<T>& bias) {
-    std::fill_n(+key_sums_, Rows<X>::kBlock * dim_, T(0)), std::fill_n(+value_sums_, Rows<X>::kBlock * v_dim_, T(0));
     auto use = [&](const Tile& tile, int64_t a, int64_t b, const KeyBlock& keys) {
       int64_t count = std::min(b, keys.count) - a, width = tile.vectors * kWidth<T>;
       if (call_.bias.data)
@@ -133,9 +137,25 @@ class Backward {
         add_row(+key_sums_ + i * dim_, into.keys + row * into.key_row, call_.head_dim, T(call_.scale));
         add_row(+value_sums_ + i * v_dim_, into.values + row * into.value_row, call_.v_dim, T(1));
       }
-      std::fill_n(+key_sums_, Rows<X>::kBlock * dim_, T(0)), std::fill_n(+value_sums_, Rows<X>::kBlock * v_dim_, T(0));
+      clear_sums(padded(keys.count));
     };
     each_block<X>(call_, span, keys, next, lanes, tiles_, +low_, +high_, rows_, use, after);
+  }
+
+  // Between blocks all sums are zero: a short block, as a row of blocks alone has, clears no more than it used.
+  void clear_sums(int64_t keys) {
+    std::fill_n(+key_sums_, keys * dim_, T(0)), std::fill_n(+value_sums_, keys * v_dim_, T(0));
+  }
+
+  // Of whole vectors.
+  static T dot(const T* a, const T* b, int64_t dim) {
+    Vec<T> sum{};
+    for (int64_t d = 0; d < dim; d += kWidth<T>) sum = fma(load(a + d), load(b + d), sum);
+    T parts[kWidth<T>];
+    store(parts, sum);
+    for (int left = kWidth<T> / 2; left > 0; left /= 2)
+      for (int i = 0; i < left; ++i) parts[i] += parts[i + left];
+    return parts[0];
   }
 
   static void add_row(const T* from, T* to, int64_t dim, T factor) {

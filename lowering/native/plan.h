@@ -446,7 +446,8 @@ class Plan {
     lists_.clear(), list_numbers_.clear(), entries_.clear();
     int64_t work = 0, apart = 0, block_keys = std::max<int64_t>(1, blocks_->k_block / call_.k_step);
     // Columns with keys inside the limits.
-    int64_t first = floor_to(low_, blocks_->k_block) / blocks_->k_block, last = floor_to(high_ - 1, blocks_->k_block) / blocks_->k_block;
+    int64_t first = floor_to(low_, blocks_->k_block) / blocks_->k_block;
+    int64_t last = floor_to(high_ - 1, blocks_->k_block) / blocks_->k_block;
     for (size_t g = 0; g < count; ++g) {
       auto [from, to] = line_of(*blocks_, first_of(begin + g));
       int64_t own = 0;
@@ -513,7 +514,8 @@ class Plan {
     if (term.left != kNoLimit) start = std::max(start, first_ - term.left);
     if (term.right != kNoLimit) stop = std::min(stop, last_ + term.right + 1);
     Steps there = held({align_up(start, lane.position, term.step), stop, term.step});
-    auto next = std::lower_bound(shared.position.begin(), shared.position.end(), int32_t(std::clamp<int64_t>(there.start, 0, INT32_MAX)));
+    if (there.start >= there.stop) return;
+    auto next = std::lower_bound(shared.position.begin(), shared.position.end(), int32_t(there.start));
     for (int64_t p = there.start; p < there.stop; p += there.step) {
       while (next != shared.position.end() && *next < p) ++next;
       if (next != shared.position.end() && *next == p) continue;

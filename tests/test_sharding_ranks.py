@@ -1,0 +1,156 @@
+"""Whole models over ranks: the numbers of one rank, the same graph on every rank, and an error where ranks differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import llama
+from ranks import over_ranks
+from torch import Tensor, nn
+
+from dilcompile import agreement
+from dilcompile.pipeline import rewrite_dynamo
+from dilcompile.placements import Shards
+from dilcompile.policy import Policy
+
+LENGTH = 12
+
+
+def policy(ranks: int, order: str = "contiguous", **shard: Any) -> dict[str, Any]:
+    return {
+        "mesh": {"cp": {"size": ranks, "layout": order}},
+        "rules": [{"apply": {"form": "keep"}, "shard": {"mesh": "cp", **shard}}],
+    }
+
+
+def own(x: Tensor, order: str, rank: int) -> Tensor:
+    """The columns of a rank."""
+    runs = Shards(x.shape[1], 2, order).runs(rank)  # type: ignore[arg-type]
+    return x[:, torch.cat([torch.tensor(run.positions.positions()) for run in runs])]
+
+
+def inputs(packed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, their positions, and weights of a sum over the output."""
+    random = torch.Generator().manual_seed(0)
+    positions = torch.cat([torch.arange(5), torch.arange(LENGTH - 5)]) if packed else torch.arange(LENGTH)
+    ids = torch.randint(0, 96, (2, LENGTH), generator=random)
+    return ids, positions.repeat(2, 1), torch.randn(2, LENGTH, 64, dtype=torch.float64, generator=random)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: weight.grad.clone() for name, weight in model.named_parameters()}  # type: ignore[union-attr]
+    model.zero_grad()
+    return found
+
+
+def parity(rank: int, cases: list[tuple[str, str, str, bool, bool]]) -> list[tuple[float, float]]:
+    """For each case the largest error of the output and of any gradient, relative to the largest number."""
+    found = []
+    for inner, order, method, packed, checkpointed in cases:
+        torch._dynamo.reset()
+        model = llama("sdpa", num_hidden_layers=1).double()
+        ids, positions, weights = inputs(packed)
+        alone = model(input_ids=ids, position_ids=positions).last_hidden_state
+        (alone * weights).sum().backward()
+        wanted = gradients(model)
+        if checkpointed:
+            model.train()
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        options = {"policy": policy(2, order, method=method), "inner": inner}
+        compiled = torch.compile(model, backend="dilated", options=options, fullgraph=True)
+        out = compiled(input_ids=own(ids, order, rank), position_ids=own(positions, order, rank)).last_hidden_state
+        (out * own(weights, order, rank)).sum().backward()
+        error = 0.0
+        for name, grad in gradients(model).items():
+            dist.all_reduce(grad)
+            error = max(error, ((grad - wanted[name]).abs().max() / wanted[name].abs().max()).item())
+        found.append((((out - own(alone, order, rank)).abs().max() / alone.abs().max()).item(), error))
+    return found
+
+
+def test_a_llama_over_two_ranks_computes_what_one_rank_does() -> None:
+    cases = [
+        ("aot_eager", "contiguous", "auto", False, False),
+        ("aot_eager", "zigzag", "ring", True, False),
+        ("aot_eager", "striped", "all_gather", True, True),
+        ("aot_eager", "contiguous", "ulysses", True, False),
+        ("inductor", "zigzag", "ring", True, False),
+    ]
+    for found in over_ranks({"cp": 2}, parity, cases):
+        for (inner, *_), errors in zip(cases, found, strict=True):
+            # The model itself takes means and angles in float32, which Inductor fuses in another order.
+            bound = 1e-12 if inner == "aot_eager" else 8 * torch.finfo(torch.float32).eps
+            assert max(errors) < bound, (inner, errors)
+
+
+def graphs(rank: int, changes: list[str]) -> list[str]:
+    """What each change does to the ranks that compile: the graph's hash, or the error."""
+    found = []
+    for change in changes:
+        torch._dynamo.reset()
+        shard = {"method": "all_gather"} if change == "policy" and rank else {"method": "ring"}
+        made = Policy.load(policy(2, **shard))
+        model = llama("sdpa", num_hidden_layers=1)
+        if change == "graph" and rank:
+            model.layers[0].mlp.act_fn = nn.GELU()  # type: ignore[union-attr, index]
+        ids, positions, _ = inputs(packed=False)
+        columns = 4 if change == "shapes" and rank else 6
+        kept: list[str] = []
+
+        def keep(gm: Any, example_inputs: Any, made: Policy = made, kept: list[str] = kept) -> Any:
+            outcome = rewrite_dynamo(gm, example_inputs, made, "0")
+            assert outcome.gm is not None
+            kept.append(agreement.graph_hash(outcome.gm))
+            agreement.agree_over_ranks(outcome.gm, example_inputs, outcome.report, made)
+            return gm.forward
+
+        try:
+            torch.compile(model, backend=keep)(input_ids=ids[:, :columns], position_ids=positions[:, :columns] + 6 * rank)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            kept = [str(error.inner_exception)]
+        found.append(kept[0])
+    return found
+
+
+def test_ranks_that_compile_different_things_are_refused_with_both_values() -> None:
+    changes = ["nothing", "policy", "shapes", "graph", "nothing"]
+    one, other = over_ranks({"cp": 2}, graphs, changes)
+    assert one[0] == one[4] == other[0] == other[4]
+    assert len(one[0]) == 64
+    for first, second, change in zip(one[1:4], other[1:4], changes[1:4], strict=True):
+        assert first == second
+        assert "the ranks of mesh axis 'cp' don't compile the same" in first, change
+    assert "their policy differ" in one[1]
+    assert "rank 0: policy" in one[1]
+    assert "rank 1: policy" in one[1]
+    assert "int64[2, 6]" in one[2]
+    assert "int64[2, 4]" in one[2]
+    assert "silu" in one[3]
+    assert "gelu" in one[3]
+
+
+def alone(rank: int) -> str:
+    """Rank 1 has a policy that shards nothing."""
+    made: Any = policy(2) if rank == 0 else "exact"
+    model = llama("sdpa", num_hidden_layers=1)
+    ids, positions, _ = inputs(packed=False)
+    compiled = torch.compile(model, backend="dilated", options={"policy": made, "inner": "eager"})
+    try:
+        compiled(input_ids=ids[:, :6], position_ids=positions[:, :6])
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        return str(error.inner_exception)
+    return "ran"
+
+
+def test_a_rank_that_compiles_alone_is_told_within_the_time_of_the_group() -> None:
+    one, other = over_ranks({"cp": 2}, alone, timeout=6.0)
+    assert other == "ran"
+    assert one.startswith("rank 0 compiles a graph whose sequence is sharded over mesh axis 'cp', but rank 1 did not within 0:00:06")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_columns_of_a_rank(rank: int) -> None:
+    assert own(torch.arange(8)[None], "zigzag", rank).tolist() == [[[0, 1, 6, 7], [2, 3, 4, 5]][rank]]
