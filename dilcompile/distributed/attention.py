@@ -93,11 +93,8 @@ def attention(
             raise DilcompileError("cu_seqlens and documents say the same; give one of them")
         documents = _documents(cu_seqlens, q, _length(length, k, axis, heads_axis))
     seed = torch.randint(0, 2**62, (1,), device=q.device) if dropout_p > 0 else None
-    out, lse = sharded_attention(q, k, v, key_padding, documents, row_limits, seed, text)
-    if not return_lse:
-        return out
-    assert lse is not None, "the LSE was asked for"
-    return out, lse
+    both: tuple[Tensor, Tensor] = sharded_attention(q, k, v, key_padding, documents, row_limits, seed, text)
+    return both if return_lse else both[0]
 
 
 # Under torch.compile a constant of the graph.
