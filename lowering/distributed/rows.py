@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dilcompile.placements.schedule import Rows, Transfer
+from dilcompile.placements.rows import Rows
+from dilcompile.placements.schedule import Transfer
 from dilcompile.placements.shards import Run
 from dilcompile.position_sets import meet
 from dilcompile.progression import Progression
