@@ -149,8 +149,6 @@ def refusal(kernel: Kernel, call: Call, backward: bool) -> str | None:
         return "blocks that the data chooses"
     if call.held is not None and kernel not in (native, reference):
         return "a part of a sequence"
-    if call.held is not None and call.held.first_head and call.dropout_p > 0 and kernel is not reference:
-        return "dropout where head 0 is another head of the whole attention"
     if call.narrow and kernel is not reference:
         return "a softmax in float32 over scores in float64"
     if call.pages is not None and kernel not in (triton, reference):

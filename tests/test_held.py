@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dilcompile.forms import Union, parse_form
-from dilcompile.lowering import native, reference, trust
+from dilcompile.lowering import native, reference, select, trust
 from dilcompile.lowering.call import Call, Held, relation_of
 from dilcompile.placements.shards import ORDERS, Shards
 from dilcompile.progression import Progression
@@ -59,14 +59,14 @@ def part_of(call: Call, keys: Progression) -> Call:
     assert call.held is not None
     assert call.held.keys == Progression(0, call.problem.k_len), "all keys are there to take from"
     k, v = (x[:, :, keys.start : keys.stop : keys.step] for x in (call.k, call.v))
-    return replace(call, k=k, v=v, held=Held(call.held.queries, keys))
+    return replace(call, k=k, v=v, held=replace(call.held, keys=keys))
 
 
 def close(found: Tensor, exact: Tensor) -> None:
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-11)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_parts_of_a_sequence_equal_the_reference_and_add_up_to_the_whole(data: st.DataObject) -> None:
     """One rank's queries over each part of the keys; with the LSE of all keys the gradients of the parts are those of the whole."""
@@ -74,8 +74,10 @@ def test_parts_of_a_sequence_equal_the_reference_and_add_up_to_the_whole(data: s
     length, ranks = draw(st.integers(1, 140)), draw(st.integers(1, 5))
     runs = Shards(length, ranks, draw(st.sampled_from(ORDERS))).runs(draw(st.integers(0, ranks - 1)))
     queries = runs[-1].positions if runs else Progression(draw(st.integers(0, length - 1)), length, draw(st.integers(1, 200)))
-    site = {"is_causal": draw(st.booleans()), "window_left": draw(st.sampled_from([None, None, 11]))}
-    call = drawn(length, Held(queries, Progression(0, length)), draw(st.sampled_from(FORMS)), **site)
+    site: dict[str, Any] = {"is_causal": draw(st.booleans()), "window_left": draw(st.sampled_from([None, None, 11]))}
+    call = drawn(
+        length, Held(queries, Progression(0, length), draw(st.sampled_from([0, 3]))), draw(st.sampled_from(FORMS)), **site
+    )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     if draw(st.booleans()):
         call = replace(call, key_padding=torch.rand(2, length, generator=generator) > 0.3)
@@ -96,6 +98,7 @@ def test_parts_of_a_sequence_equal_the_reference_and_add_up_to_the_whole(data: s
     sums = [torch.zeros(x.shape, dtype=torch.float64) for x in (call.q, call.k, call.v)]
     for keys in parts:
         part = part_of(call, keys)
+        assert select.refusal(native, part, backward=True) is None
         for found, wanted in zip(native.forward(part), reference.forward(part), strict=True):
             close(found, wanted)
         # The gradient of the LSE of all keys is passed on by each part for its own.
@@ -103,8 +106,8 @@ def test_parts_of_a_sequence_equal_the_reference_and_add_up_to_the_whole(data: s
         sums[0] += d_q
         sums[1][:, :, keys.start : keys.stop : keys.step] += d_k
         sums[2][:, :, keys.start : keys.stop : keys.step] += d_v
-    for total, wanted in zip(sums, exact, strict=False):
-        close(total, wanted)
+    for total, whole in zip(sums, exact[:3], strict=True):
+        close(total, whole)
 
 
 @settings(max_examples=40, deadline=None)

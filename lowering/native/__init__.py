@@ -18,6 +18,7 @@ from torch import Tensor
 from dilcompile.generators import Blocks, Everything, Segment, Sinks, Window
 from dilcompile.lowering import digest
 from dilcompile.lowering.call import Call, Gradients, empty_output
+from dilcompile.lowering.native import huge_pages
 from dilcompile.lowering.native.build import (
     BIAS_DTYPES,
     ELEMENTS,
@@ -81,7 +82,7 @@ def _unequal_counts(relation: Relation) -> str | None:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """See ``Kernel``."""
-    out = empty_output(call.q, call.problem.v_dim)
+    out = huge_pages.advise(empty_output(call.q, call.problem.v_dim))
     lse = call.q.new_empty((call.problem.batch, call.problem.heads, call.problem.q_len), dtype=call.score_dtype)
     bound = _bind(call, out, lse)
     _library(call).forward(bound.struct)
@@ -91,7 +92,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
     """See ``Kernel``."""
     bound = _bind(call, _dense_rows(out), lse.contiguous())
-    grads = [empty_output(x, x.shape[-1]) for x in (call.q, call.k, call.v)]
+    grads = [huge_pages.advise(empty_output(x, x.shape[-1])) for x in (call.q, call.k, call.v)]
     kept = _dense_rows(grad_out)
     bound.struct.grad_out = _operand(kept)
     if grad_lse is not None:
