@@ -88,3 +88,9 @@ def test_demo(tmp_path: Path) -> None:
     assert rewritten == pytest.approx(dense, rel=1e-3)
     assert "30 of 30 sites were rewritten by the policy, 0 of them approximately" in out
     assert json.loads((tmp_path / "report.json").read_text())
+
+
+def test_the_ring_that_is_drawn(tmp_path: Path) -> None:
+    out = run("ring.py", "--order", "zigzag", "--causal", "--ranks", "2", cwd=tmp_path)
+    assert float(out.rsplit(" ", 1)[1]) < 1e-12
+    assert out.split("\n\n")[0] in (ROOT / "docs/distributed.md").read_text()

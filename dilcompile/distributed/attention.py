@@ -84,27 +84,52 @@ def attention(
             f"q has {q.shape[2]} rows but k has {k.shape[2]}; a rank has the queries and keys of the same places, except with "
             f"method='tree'"
         )
-    spec = Spec(
-        axis, method, text_of(form), order, length, heads_axis, moving, is_causal,
-        scale=q.shape[3] ** -0.5 if scale is None else scale, softcap=softcap, dropout_p=dropout_p, kernel=kernel,
-        q_offset=q_offset, site="dilcompile.distributed.attention", lse=return_lse,
+    text = _spec_text(
+        axis, method, text_of(form), order, length, heads_axis, moving, is_causal, q.shape[3] ** -0.5 if scale is None else scale,
+        softcap, dropout_p, kernel, q_offset, return_lse,
     )  # fmt: skip
     if cu_seqlens is not None:
         if documents is not None:
             raise DilcompileError("cu_seqlens and documents say the same; give one of them")
-        documents = _documents(cu_seqlens, q, _length(spec, int(k.shape[2])))
+        documents = _documents(cu_seqlens, q, _length(length, k, axis, heads_axis))
     seed = torch.randint(0, 2**62, (1,), device=q.device) if dropout_p > 0 else None
-    out, lse = sharded_attention(q, k, v, key_padding, documents, row_limits, seed, str(spec))
-    if not return_lse:
-        return out
-    assert lse is not None, "the LSE was asked for"
-    return out, lse
+    both: tuple[Tensor, Tensor] = sharded_attention(q, k, v, key_padding, documents, row_limits, seed, text)
+    return both if return_lse else both[0]
 
 
-def _length(spec: Spec, places: int) -> int:
-    if spec.length is not None:
-        return spec.length
-    return places * meshes.size_of(spec.axis) * meshes.size_of(spec.heads_axis)
+# Under torch.compile a constant of the graph.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _spec_text(
+    axis: str,
+    method: str,
+    form: str,
+    order: Order,
+    length: int | None,
+    heads_axis: str | None,
+    moving: str | None,
+    is_causal: bool,
+    scale: float,
+    softcap: float | None,
+    dropout_p: float,
+    kernel: str | None,
+    q_offset: int | None,
+    lse: bool,
+) -> str:
+    return str(
+        Spec(
+            axis, method, form, order, length, heads_axis, moving, is_causal, scale=scale, softcap=softcap, dropout_p=dropout_p,
+            kernel=kernel, q_offset=q_offset, site="dilcompile.distributed.attention", lse=lse,
+        )
+    )  # fmt: skip
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _ranks(axis: str, heads_axis: str | None) -> int:
+    return meshes.size_of(axis) * meshes.size_of(heads_axis)
+
+
+def _length(length: int | None, k: Tensor, axis: str, heads_axis: str | None) -> int:
+    return int(k.shape[2]) * _ranks(axis, heads_axis) if length is None else length
 
 
 def _documents(cu_seqlens: Tensor, q: Tensor, length: int) -> Tensor:

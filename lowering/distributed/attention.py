@@ -21,6 +21,8 @@ from dilcompile.lowering.distributed.spec import Spec, parse_spec
 Rows = tuple[Tensor, Tensor]
 
 
+# Dynamo leaves it whole; AOTAutograd traces through it.
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def sharded_attention(
     q: Tensor,
     k: Tensor,
@@ -215,7 +217,8 @@ def _backward_steps(
         if ready.resends:
             received = None if started is None else wait(started)
             started = _start(ready, k, v, behind, spec, following)
-        part = ops.attend_step_backward(*upstream, q, k, v, *masks, received, started, spec, step)
+        returning = None if coming is None else coming[1]
+        part = ops.attend_step_backward(*upstream, returning, q, k, v, *masks, received, started, spec, step)
         grad_q = part[0] if grad_q is None else grad_q + part[0]
         if ready.attends_own(step):
             grad_k, grad_v = grad_k + part[1], grad_v + part[2]

@@ -140,7 +140,7 @@ def attend_step(
         out, lse: of the steps before, [B, H, n, Dv] and [B, H, n], float32 (float64 for float64); None in the first.
         q, k, v, key_padding, documents, row_limits, dropout_seed: see ``step.Operands``.
         received: what came for this step.
-        started: the exchange for the next step, not read: it must have been started before this computes.
+        started: the exchange for the next step, not read: it is started before this computes and waited for after that.
 
     Returns:
         out and lse up to this step.
@@ -172,13 +172,17 @@ def _(
 @torch.library.custom_op(
     "dilcompile::attend_step_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_OPERANDS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=(
+        f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor? returning, {_OPERANDS}) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
+    ),
 )
 def attend_step_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    returning: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -195,6 +199,7 @@ def attend_step_backward(
 
     Args:
         out, lse: of all steps.
+        returning: gradients that are on their way since the step before, not read: they are waited for after this.
 
     Returns:
         gradients of q [B, H, n, D]; of k and v, empty where no rank attends to own keys in this step; of ``received``, flat,
@@ -213,6 +218,7 @@ def _(
     grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    returning: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
