@@ -73,11 +73,10 @@ def parity(rank: int, cases: list[tuple[str, str, str, bool, bool]]) -> list[tup
 
 def test_a_llama_over_two_ranks_computes_what_one_rank_does() -> None:
     cases = [
-        ("aot_eager", "contiguous", "auto", False, False),
         ("aot_eager", "zigzag", "ring", True, False),
         ("aot_eager", "striped", "all_gather", True, True),
         ("aot_eager", "contiguous", "ulysses", True, False),
-        ("inductor", "zigzag", "ring", True, False),
+        ("inductor", "contiguous", "auto", False, False),
     ]
     for found in over_ranks({"cp": 2}, parity, cases):
         for (inner, *_), errors in zip(cases, found, strict=True):
@@ -148,7 +147,9 @@ def alone(rank: int) -> str:
 def test_a_rank_that_compiles_alone_is_told_within_the_time_of_the_group() -> None:
     one, other = over_ranks({"cp": 2}, alone, timeout=6.0)
     assert other == "ran"
-    assert one.startswith("rank 0 compiles a graph whose sequence is sharded over mesh axis 'cp', but rank 1 did not within 0:00:06")
+    assert one.startswith(
+        "rank 0 compiles a graph whose sequence is sharded over mesh axis 'cp', but rank 1 did not within 0:00:06"
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 1])
