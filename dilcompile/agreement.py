@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 from torch.distributed import distributed_c10d
 from torch.fx import GraphModule
 
@@ -26,7 +27,7 @@ from dilcompile.report import GraphReport
 from dilcompile.report.lengths import hint
 
 # Of the store and its keys, how many graphs the ranks of a group have compiled.
-_compiled: dict[tuple[int, ...], tuple[dist.Store, int]] = {}
+_compiled: dict[tuple[int, ...], tuple[Store, int]] = {}
 _CURES = {
     "policy": "give all ranks the same policy",
     "inputs": "give all ranks shards of one size, cut by dilcompile.distributed.shard_inputs",
@@ -111,7 +112,7 @@ def agree(said: Mapping[str, str], axis: str, group: dist.ProcessGroup) -> None:
     raise ShardingError(_difference(axis, ranks[0], first, *two))
 
 
-def _next(ranks: tuple[int, ...]) -> tuple[dist.Store, int]:
+def _next(ranks: tuple[int, ...]) -> tuple[Store, int]:
     """The store, and how many graphs these ranks have compared in it before."""
     store = distributed_c10d._get_default_store()
     held, number = _compiled.get(ranks, (store, 0))
@@ -120,16 +121,16 @@ def _next(ranks: tuple[int, ...]) -> tuple[dist.Store, int]:
     return store, number
 
 
-def _read(store: dist.Store, key: str, rank: int, axis: str, group: dist.ProcessGroup) -> str:
+def _read(store: Store, key: str, rank: int, axis: str, group: dist.ProcessGroup) -> str:
     limit = _timeout(group)
     try:
         store.wait([key], limit)
         found: bytes = store.get(key)
     except (RuntimeError, dist.DistError) as error:
         raise ShardingError(
-            f"rank {dist.get_rank()} compiles a graph whose sequence is sharded over mesh axis {axis!r}, but rank {rank} did not within "
-            f"{limit}: it stopped, computes something else, or its policy shards nothing; run the same model with the same policy on "
-            f"all ranks. {error}"
+            f"rank {dist.get_rank()} compiles a graph whose sequence is sharded over mesh axis {axis!r}, but rank {rank} did not "
+            f"within {limit}: it stopped, computes something else, or its policy shards nothing; run the same model with the "
+            f"same policy on all ranks. {error}"
         ) from error
     return found.decode()
 
@@ -153,9 +154,10 @@ def _difference(axis: str, one: int, other: int, first: Mapping[str, str], secon
 
 
 def _differing(a: list[str], b: list[str]) -> tuple[str, str]:
+    """The first lines that are not the same; empty where one has none."""
     for tag, i, _, j, _ in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         if tag != "equal":
-            return (a[i].strip() if i < len(a) and tag != "insert" else ""), (b[j].strip() if j < len(b) and tag != "delete" else "")
+            return "" if tag == "insert" else a[i].strip(), "" if tag == "delete" else b[j].strip()
     return "", ""
 
 

@@ -76,9 +76,9 @@ def _no_shard(axes: Mapping[str, int]) -> Callable[[], Compiled]:
 
     def refuse() -> Compiled:
         raise ShardingError(
-            f"what this graph was rewritten by no longer holds (see the warning or error before, or a buffer with a mask has changed), "
-            f"and its sequence is sharded over mesh axis {', '.join(map(repr, axes))}: the model's own graph would compute something "
-            "else; compile it again with torch._dynamo.reset()"
+            f"what this graph was rewritten by no longer holds (see the error before; or a buffer with a mask has changed), and "
+            f"its sequence is sharded over mesh axis {', '.join(map(repr, axes))}: the model's own graph would compute something "
+            f"else; compile it again after torch._dynamo.reset()"
         )
 
     return refuse

@@ -53,7 +53,8 @@ def rewrite_exported(
     loaded = Policy.load(policy)
     if loaded.shards:
         raise ShardingError(
-            "the policy shards attention over ranks, which an exported program can't hold; use torch.compile, or a policy without `shard`"
+            "the policy shards attention over ranks, which an exported program can't hold; use torch.compile, or a policy "
+            "without `shard`"
         )
     rewritten = _copied(ep)
     gm = rewritten.graph_module

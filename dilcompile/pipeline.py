@@ -167,12 +167,13 @@ def _sharded(parts: Sequence[Graph], done: Rewritten, policy: Policy, name: str,
         return (UNSHARDED,) if own and policy.shards else ()
     found = [str(hazard) for hazard in hazards(parts, done.sharding)]
     if found and enforce:
-        held = sorted({verdict.placement.axis for verdict in done.verdicts if isinstance(verdict, Decision) and verdict.placement})
+        placed = [verdict.placement for verdict in done.verdicts if isinstance(verdict, Decision)]
+        held = sorted({placement.axis for placement in placed if placement is not None})
         lines = "\n".join(f"  {line}" for line in found[:MOST_HAZARDS])
         more = f"\n  and {len(found) - MOST_HAZARDS} more" if len(found) > MOST_HAZARDS else ""
         raise ShardingError(
-            f"graph {name} holds a sequence that is sharded over mesh axis {', '.join(map(repr, held))}, and would compute something "
-            f"else than one rank does:\n{lines}{more}"
+            f"graph {name} holds a sequence that is sharded over mesh axis {', '.join(map(repr, held))}, and would compute "
+            f"something else than one rank does:\n{lines}{more}"
         )
     alone = () if torch.distributed.is_available() and torch.distributed.is_initialized() else (ALONE,)
     return (*alone, *(f"would be refused, as its sequence is sharded: {line}" for line in found))
@@ -193,7 +194,9 @@ def _left(gm: GraphModule, name: str, why: str, policy: Policy, clock: _Clock, e
     """A graph that nothing is done to, with the reason as a note."""
     note = f"left as it is: {why}"
     if enforce and policy.shards and like_attention(gm):
-        raise ShardingError(f"graph {name} holds something like attention, which the policy may shard, and can't be looked into: {why}")
+        raise ShardingError(
+            f"graph {name} holds something like attention, which the policy may shard, and can't be looked into: {why}"
+        )
     if enforce and policy.defaults.fallback.unsupported == "error" and like_attention(gm):
         raise RewriteError(f"graph {name}: {note}")
     return Outcome(None, GraphReport(name, notes=(note,), seconds=clock.seconds))

@@ -11,6 +11,7 @@ from torch._logging._internal import trace_structured
 from dilcompile.policy import Policy, unused_rules
 from dilcompile.report import GraphReport, Report
 from dilcompile.report.file import report_path
+from dilcompile.report.lengths import of_whole_sequences
 
 ARTIFACT = "dilcompile_report"
 
@@ -48,5 +49,6 @@ def forget() -> None:
 
 def gathered(graphs: tuple[GraphReport, ...], policy: Policy) -> Report:
     """The report on these graphs, with the rules that none of their sites took."""
+    graphs = tuple(map(of_whole_sequences, graphs))
     verdicts = [verdict for graph in graphs for verdict in graph.verdicts]
     return Report(str(policy), graphs, tuple(unused_rules(policy, verdicts)))

@@ -1,7 +1,7 @@
 """Which dims run along a sequence that several ranks hold, in a graph and the checkpoint bodies in it.
 
-It begins at the sharded sites: their rows, keys and values are the sequence. What is added to, multiplied with or joined beside it
-element by element runs along it too, forward and backward, so that the inputs that have to be sharded are found as well.
+It begins at the sharded sites: their rows, keys and values are the sequence. What is added to it, multiplied with it or joined
+beside it runs along it too, forward and backward, so that the inputs that have to be sharded are found as well.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.fx import GraphModule, Node
 
-from dilcompile.passes.atoms import Atom, Layout, Leaves, leaves, same_size
+from dilcompile.passes.atoms import Atom, Layout, Leaves, same_size
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.gather_facts import weight_like
 from dilcompile.passes.normalize import CHECKPOINT
@@ -185,7 +185,9 @@ class SequenceAxes:
         if len(shape) == len(whole):
             self._pair_alike(part, node)
         elif op_name(node) == "stack":
-            dim = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % len(whole)  # type: ignore[call-overload]
+            asked = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+            assert isinstance(asked, int)
+            dim = asked % len(whole)
             rest = [held for i, held in enumerate(self.layout(node)) if i != dim]
             for x, y in zip(self.layout(part), rest, strict=True):
                 self._pair(x, y)

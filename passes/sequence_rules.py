@@ -34,7 +34,10 @@ from dilcompile.passes.products import Product, parse_product
 from dilcompile.passes.sequence_axes import SequenceAxes, indexed_dims
 
 POSITIONS = "pass position_ids from dilcompile.distributed.shard_inputs, which are those of the whole sequence"
-LOSS = "compute the loss outside of the compiled model with dilcompile.distributed.sharded_loss, which shifts labels across shards"
+LOSS = (
+    "compute the loss outside of the compiled model with dilcompile.distributed.sharded_loss, from labels that shard_inputs "
+    "has shifted"
+)
 OUTSIDE = "do it outside of the compiled model: before dilcompile.distributed.shard_inputs, or after unshard"
 NO_SHARD = "give its rule no `shard`: layers over the sequence other than attention run on one rank"
 SHARD_IT = "let a rule with `shard` take it, or leave `shard` out of the policy"
@@ -63,7 +66,9 @@ _CONSTANT = frozenset(
     "full full_like zeros zeros_like ones ones_like empty empty_like new_zeros new_ones new_full new_empty scalar_tensor "
     "empty_strided new_empty_strided lift_fresh_copy".split()
 )
-_DRAWN = RANDOM | frozenset("rand randn randint randint_like randperm alpha_dropout feature_dropout normal uniform exponential".split())
+_DRAWN = RANDOM | frozenset(
+    "rand randn randint randint_like randperm alpha_dropout feature_dropout normal uniform exponential".split()
+)
 # Operators that act along the dims which an argument names; without it along all.
 _SUMS = dict.fromkeys(
     "sum mean amax amin max min any all logsumexp prod var std var_mean std_mean norm linalg_vector_norm nansum nanmean median "
@@ -73,9 +78,9 @@ _SUMS = dict.fromkeys(
 _ALONG = {
     **_SUMS,
     **dict.fromkeys(
-        "softmax _softmax _safe_softmax log_softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort topk kthvalue "
-        "mode diff glu unbind split split_with_sizes chunk tensor_split select narrow slice gather index_select scatter scatter_add "
-        "cat concat".split(),
+        "softmax _softmax _safe_softmax log_softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort topk "
+        "kthvalue mode diff glu unbind split split_with_sizes chunk tensor_split select narrow slice index_select scatter "
+        "scatter_add cat concat".split(),
         "dim",
     ),
     **dict.fromkeys(("flip", "roll"), "dims"),
@@ -83,7 +88,9 @@ _ALONG = {
 }
 _SHIFTS = frozenset("slice narrow pad constant_pad_nd roll cat concat diff".split())
 _NORMS = frozenset("layer_norm native_layer_norm rms_norm _fused_rms_norm".split())
-_HARMLESS = frozenset("_assert_async _assert_tensor_metadata _assert_scalar sym_size sym_numel sym_stride sym_storage_offset".split())
+_HARMLESS = frozenset(
+    "_assert_async _assert_tensor_metadata _assert_scalar sym_size sym_numel sym_stride sym_storage_offset".split()
+)
 _REORDERS = MOVES_ONLY - frozenset("slice narrow select".split())
 
 
@@ -177,9 +184,8 @@ def _reordered(node: Node, along: SequenceAxes) -> Wrong | None:
     source = tensor_args(node)[0]
     if not along.dims(source):
         return None
-    if op_name(node) in VIEWS:
-        if any(along.axis((atom,)) is not None for atom in along.cut_of(source)):
-            return Wrong("it cuts this rank's rows into parts, as windows or a grid", NO_SHARD)
+    if op_name(node) in VIEWS and any(along.axis((atom,)) is not None for atom in along.cut_of(source)):
+        return Wrong("it cuts this rank's rows into parts, as windows or a grid", NO_SHARD)
     before = {id(atom.root) for dim in along.layout(source) for atom in dim if along.axis((atom,)) is not None}
     after = {id(atom.root) for dim in along.layout(node) for atom in dim if along.axis((atom,)) is not None}
     if before != after:

@@ -23,8 +23,16 @@ from dilcompile.passes.roles import Roles
 from dilcompile.passes.whole_sequence import Sharding, WholeSequence
 from dilcompile.placements.choice import PlacementChoice
 
+
 def attend_over_ranks(
-    graph: Graph, emit: Emitter, inputs: Inputs, mask: MaskOperands, roles: Roles, decision: Decision, sharding: Sharding, lse: bool
+    graph: Graph,
+    emit: Emitter,
+    inputs: Inputs,
+    mask: MaskOperands,
+    roles: Roles,
+    decision: Decision,
+    sharding: Sharding,
+    lse: bool,
 ) -> Node:
     """One call of sharded attention: (out, lse).
 
@@ -87,6 +95,7 @@ def _one_sequence(roles: Roles, decision: Decision, placement: PlacementChoice) 
         if len(atoms) != 1:
             sizes = " x ".join(str(atom.size) for atom in atoms) or "1"
             raise ShardingError(
-                f"{decision.site.module or '<top>'} ({decision.site.source}) can't be sharded over mesh axis {placement.axis!r}: its "
-                f"{what} lie along {sizes} places, which are no shard of one sequence; give its rule no `shard`, or longer inputs"
+                f"{decision.site.module or '<top>'} ({decision.site.source}) can't be sharded over mesh axis {placement.axis!r}: "
+                f"its {what} lie along {sizes} places, which are no shard of one sequence; give its rule no `shard`, or longer "
+                "inputs"
             )

@@ -6,6 +6,7 @@ both would begin anew.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +65,7 @@ class WholeSequence:
             return found
         if node.op != "placeholder":
             inputs = {arg: self._made(graph, emit, arg) for arg in node.all_input_nodes}
-            args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), inputs.__getitem__)  # type: ignore[arg-type]
+            args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), inputs.__getitem__)
             made = emit(node.target, *args, **kwargs)  # type: ignore[arg-type]
         elif graph.parent is not None and graph.call is not None:
             outer = self._made(graph.parent, Emitter(graph.parent.gm, graph.call), _outer(graph, node))
@@ -101,9 +102,10 @@ def _outer(graph: Graph, node: Node) -> Node:
 def _is_lengthless(node: Node) -> bool:
     name = op_name(node)
     if name == "slice":
-        # The first token's number, from which differences begin.
-        return tuple(node.args[2:4]) == (0, 1)
+        # The first token's number, from which differences begin; or all of another dim, as graphs of dynamic shape cut it.
+        return tuple(node.args[2:4]) in ((0, 1), (0, sys.maxsize))
     if name == "select":
         rank = len(shape_of(node)) + 1
-        return int(node.args[1]) % rank != rank - 1  # type: ignore[call-overload]
+        dim = node.args[1]
+        return isinstance(dim, int) and dim % rank != rank - 1
     return name in _ALONG or name in _MOVES or is_pointwise(node)

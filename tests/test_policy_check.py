@@ -193,9 +193,19 @@ def test_more_branches_than_heads() -> None:
 def test_dropout_under_sharding() -> None:
     rule = {"apply": {"form": "dense"}, "shard": {"mesh": "cp"}}
     assert findings(rule, mesh={"cp": {"size": 2}}, sites=[site(), site(index=1, dropout_p=0.1)]) == [
-        "error: rule r0 shards model.layers.0.self_attn, which drops out attention with p=0.1: "
-        "the ranks would drop different pairs than one rank does; set the dropout to 0"
+        "error: rule r0 shards model.layers.0.self_attn: it can't be sharded: it drops out attention with p=0.1: "
+        "the ranks would drop other pairs than one rank does; set the dropout of attention to 0"
     ]
+
+
+def test_rules_of_one_axis_hold_the_tokens_in_one_order() -> None:
+    ring = {"form": "ring"}
+    first = {"match": {"layers": 0}, "apply": ring, "shard": {"mesh": "cp", "order": "zigzag"}}
+    assert findings(first, {"apply": ring, "shard": {"mesh": "cp"}}, mesh={"cp": {"size": 2}}) == [
+        "error: rule r1 holds the tokens of mesh axis 'cp' contiguous, but rule r0 holds them zigzag: one model's inputs are cut in "
+        "one order; say it once, as `layout` of the mesh axis"
+    ]
+    assert findings(first, {"apply": ring, "shard": {"mesh": "cp"}}, mesh={"cp": {"size": 2, "layout": "zigzag"}}) == []
 
 
 def test_rules_without_a_site_of_the_model() -> None:

@@ -15,7 +15,7 @@ from dilcompile.forms import Dilated
 from dilcompile.policy import Policy
 from dilcompile.policy.load import PRESETS
 
-HAS = "this version has keep, dense, sliding_window, dilated, block_sparse, keep_structure, union"
+HAS = "this version has keep, ring, dense, sliding_window, dilated, block_sparse, keep_structure, union"
 KERNELS = "'native', 'sdpa', 'flash_band', 'triton', 'flash_attn', 'cudnn', 'efficient', 'flex', 'flash', 'cpu' or 'reference'"
 TAIL = "apply: {form: keep}"
 
@@ -102,7 +102,7 @@ IN_RULE = {
     # shard, memory, numerics, fallback
     "shard: {mesh: cp}": "shard.mesh: unknown mesh axis 'cp': the policy has no mesh",
     "shard: {}": "shard: key 'mesh' is missing",
-    "shard: {mesh: 3, method: ring}": "shard.mesh: expected text, got 3",
+    "shard: {mesh: 3, method: ring}": "shard.mesh: expected text or a list of them, got 3",
     "memory: {budget: 6GB}": "memory.budget: '6GB' is not a size such as '6GiB' (units: B, KiB, MiB, GiB, TiB)",
     "memory: {budget: true}": "memory.budget: expected a number of bytes or a size such as '6GiB', got true",
     "numerics: {tolerance: {rel_l2: .inf}}": "numerics.tolerance.rel_l2: expected a finite number, got inf",
@@ -131,7 +131,7 @@ IN_APPLY = {
     "{form: block_sparse, block: 64, pattern: {locl: {}}}": "apply.pattern: pattern 'locl' is unknown (did you mean 'local'?); the"
     " patterns are any, all, local, global, strided, dilated_sliding, fixed, vertical_slash, hierarchical, random, document, near, explicit, topk, mass, given, bigbird, longformer, heads, groups",
     "{form: per_head}": f"apply.form: form 'per_head' is not built yet: {HAS}",
-    "{form: ring}": f"apply.form: form 'ring' is not built yet: {HAS}",
+    "{form: ring}": "apply.form: form 'ring' needs the ranks that the keys go around: add shard: {mesh: AXIS}",
     "{form: windowed}": f"apply.form: unknown form 'windowed': {HAS}",
     "{form: keep, kernel: 3}": f"apply.kernel: expected {KERNELS}, got 3",
     "{form: dense, kernel: flesh}": f"apply.kernel: expected {KERNELS}, got 'flesh' (did you mean 'flash'?)",

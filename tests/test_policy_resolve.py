@@ -256,7 +256,7 @@ def test_what_has_no_effect_is_said() -> None:
     made = policy(
         {
             "apply": {"form": "dense"},
-            "shard": {"mesh": "cp", "method": "halo"},
+            "shard": {"mesh": "cp", "overlap": "off"},
             "memory": {"budget": "6GiB"},
             "fallback": {"shape": "error"},
         },
@@ -264,7 +264,7 @@ def test_what_has_no_effect_is_said() -> None:
         defaults={"numerics": {"tolerance": {"rel_l2": 1e-3}}, "fallback": {"quality": "warn"}},
     )
     assert decide(made, site()).notes == (
-        "shard: halo over mesh axis 'cp' has no effect in this version: every rank computes what it is given",
+        "shard.overlap: off has no effect in this version: keys of the next step travel while this one computes",
         "memory.budget: has no effect in this version",
         "numerics.tolerance: has no effect while numerics.check is off",
         "fallback.quality: has no effect while numerics.check is off",

@@ -21,6 +21,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from dilcompile import DilcompileError
 from dilcompile.decision import Decision, Rejection
 from dilcompile.forms import BlockSparse, Dense, Dilated, SlidingWindow
+from dilcompile.placements.choice import PlacementChoice
+from dilcompile.policy import Policy
+from dilcompile.publish import gathered
 from dilcompile.report import GraphReport, Report, units
 from dilcompile.report.costs import costs_of
 from dilcompile.report.kernels import kernel_of, refusal_of
@@ -335,13 +338,17 @@ SITE_KEYS = {
     "costs": {"type": ["object", "null"]}, "blocks": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/blocks"}]},
 }  # fmt: skip
 COUNT = {"type": "integer", "minimum": 0}
+SITE_KEYS["placement"] = {"anyOf": [{"type": "null"}, closed({
+    **{key: {"type": "string"} for key in ("axis", "method", "order", "overlap", "why")},
+    "ranks": COUNT, "heads_axis": {"type": ["string", "null"]}, "heads_ranks": COUNT,
+})]}  # fmt: skip
 BLOCKS = closed(dict.fromkeys(("q_block", "k_block", "rows", "columns", "heads", "full", "partial", "empty"), COUNT))
 
 
 # Written out by hand: a change of the keys must change VERSION and this.
 REPORT_SCHEMA = closed({
     "schema": {"const": "dilcompile.report"},
-    "version": {"const": 5},
+    "version": {"const": 6},
     "policy": {"type": "string"},
     "graphs": {"type": "array", "items": closed({
         "graph": {"type": "string"},
@@ -365,12 +372,13 @@ REPORT_SCHEMA = closed({
 }) | {"$defs": {"blocks": BLOCKS}}  # fmt: skip
 
 
-def test_json_has_the_keys_of_version_5() -> None:
+def test_json_has_the_keys_of_version_6() -> None:
     blocks = BlockSparse(64, {"local": {}})
     along = BlockSparse(16, {"near": {"radius": 2}}, order="hilbert", grid=(16, 16))
     verdicts = (
         decided(), kept(index=1), refused(index=2), decided(q_len=symbolic(64)), decided(blocks),
         decided(along, q_len=256, k_len=256, mask=MaskSpec()),
+        replace(decided(), placement=PlacementChoice("cp", 4, "usp", "zigzag", heads_axis="heads", heads_ranks=2, why="named")),
     )  # fmt: skip
     described = report(*verdicts).to_dict()
     back = json.loads(json.dumps(described, allow_nan=False))
@@ -383,7 +391,7 @@ def test_json_has_the_keys_of_version_5() -> None:
     ))  # fmt: skip
     mask = back["graphs"][0]["sites"][0]["mask"]
     assert sorted(mask) == sorted(("words", "text", "formula", "left", "right", "q_offset", "unread", "empty_rows"))
-    assert [held["verdict"] for held in back["graphs"][0]["sites"]] == ["rewritten", "kept", "refused", *["rewritten"] * 3]
+    assert [held["verdict"] for held in back["graphs"][0]["sites"]] == ["rewritten", "kept", "refused", *["rewritten"] * 4]
 
 
 def test_json_says_of_each_verdict_what_a_program_asks() -> None:
@@ -396,6 +404,20 @@ def test_json_says_of_each_verdict_what_a_program_asks() -> None:
     )
     assert (stays["reason"], stays["cure"], stays["form"]) == ("its mask could not be read (x < 3)", "give it another form", None)
     assert described["totals"]["refused"] == 1
+
+
+def test_a_sharded_site_is_told_of_with_all_ranks() -> None:
+    ring = PlacementChoice("cp", 4, "ring", "zigzag", why="the policy names it")
+    sharded = replace(decided(q_len=64, k_len=64), placement=ring)
+    made = gathered((GraphReport("0/0", (sharded,)),), Policy.load("exact"))
+    assert (made.sites[0].q_len, made.sites[0].k_len) == (256, 256)
+    (row,) = rows_of(made.verdicts)
+    assert row.becomes[-1] == "ring over cp=4, zigzag, prefetch"
+    assert row.notes[0] == "placement ring: the policy names it; lengths and sums are of all ranks"
+    assert all("ring over cp=4, zigzag" in shown for shown in (str(made), made.to_html()))
+    described: Any = made.to_dict()
+    placement = described["graphs"][0]["sites"][0]["placement"]
+    assert (placement["method"], placement["order"], placement["axis"], placement["ranks"]) == ("ring", "zigzag", "cp", 4)
 
 
 # HTML and files

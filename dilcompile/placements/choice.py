@@ -9,7 +9,7 @@ from dilcompile.placements.shards import Order
 
 Method = Literal["gather_needed", "halo", "ring", "all_gather", "ulysses", "usp", "tree"]
 METHODS: tuple[Method, ...] = get_args(Method)
-Overlap = Literal["off", "prefetch"]
+Overlap = Literal["prefetch"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class PlacementChoice:
         ranks: of that axis.
         method: how keys come to queries.
         order: which positions each rank holds, see ``Shards``.
-        overlap: rows of the next step travel while this one computes (``prefetch``), or not.
+        overlap: rows of the next step travel while this one computes.
         heads_axis: for ``usp`` the mesh axis over which heads are exchanged.
         heads_ranks: of that axis; 1 without one.
         why: why this method, in words.
@@ -44,4 +44,4 @@ class PlacementChoice:
 
     def __str__(self) -> str:
         axes = " x ".join(f"{name}={ranks}" for name, ranks in self.axes.items())
-        return f"{self.method} over {axes}, {self.order}" + (", no overlap" if self.overlap == "off" else "")
+        return f"{self.method} over {axes}, {self.order}, {self.overlap}"

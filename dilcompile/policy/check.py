@@ -180,6 +180,7 @@ def _on_model(policy: Policy, sites: Sequence[AttentionSite]) -> Iterator[Findin
     verdicts = resolve(policy, sites, enforce=False)
     for verdict in verdicts:
         if isinstance(verdict, Rejection) and verdict.axis is not None:
-            yield Finding("error", f"rule {verdict.rule} shards {verdict.site.module or '<top>'}: {verdict.reason}; {verdict.cure}")
+            where = verdict.site.module or "<top>"
+            yield Finding("error", f"rule {verdict.rule} shards {where}: {verdict.reason}; {verdict.cure}")
     for line in unused_rules(policy, verdicts):
         yield Finding("warning", line)

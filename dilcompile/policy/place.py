@@ -59,7 +59,6 @@ def place(policy: Policy, rule: Rule, site: AttentionSite, form: Form) -> Placem
         ranks=shards.ranks,
         method=method,
         order=order,
-        overlap="off" if shard.overlap == "off" else "prefetch",
         heads_axis=heads[0] if heads else None,
         heads_ranks=shards.parts,
         why=why,
@@ -178,8 +177,8 @@ def _unfit_method(site: AttentionSite, method: Method, shards: Shards) -> Unplac
     by_row = [factor.formula for factor in mask.by_row if factor.word != "chunk" or mask.chunk is None]
     if by_row:
         return Unplaced(
-            f"its mask has a factor by row ({' and '.join(by_row)}) over the rows of one rank; no formula over the whole sequence "
-            "is known for it",
+            f"its mask has a factor by row ({' and '.join(by_row)}) over the rows of one rank; no formula over the whole "
+            "sequence is known for it",
             "say it by documents or key padding, or leave `shard` out for it",
         )
     if method == "tree":
@@ -199,14 +198,14 @@ def _unfit_method(site: AttentionSite, method: Method, shards: Shards) -> Unplac
         return Unplaced(
             f"{site.heads} query heads can't be dealt to {dealt} ranks", "take a number of ranks that divides them, or a ring"
         )
-    if site.q_len is not site.k_len and not same(site.q_len, site.k_len):
+    if not _same(site.q_len, site.k_len):
         return Unplaced(
             f"it has {site.q_len} queries but {site.k_len} keys: a rank holds both of the same tokens", "leave `shard` out for it"
         )
     return None
 
 
-def same(a: Length, b: Length) -> bool:
+def _same(a: Length, b: Length) -> bool:
     """Are two lengths surely the same? Adds no guard."""
     return statically_known_true(a == b)
 

@@ -138,6 +138,8 @@ def without_effect(policy: Policy, rule: Rule) -> tuple[str, ...]:
     notes = []
     if rule.shard is not None and ranks_of(policy, rule.shard) == 1:
         notes.append(f"shard: mesh axis {' and '.join(map(repr, rule.shard.axes))} has one rank: nothing is moved")
+    elif rule.shard is not None and rule.shard.overlap == "off":
+        notes.append("shard.overlap: off has no effect in this version: keys of the next step travel while this one computes")
     if rule.memory is not None and rule.memory.budget is not None:
         notes.append("memory.budget: has no effect in this version")
     numerics, fallback = policy.numerics_of(rule), policy.fallback_of(rule)

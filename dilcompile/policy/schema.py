@@ -71,11 +71,17 @@ class Shard(Section):
 
     mesh: Annotated[
         str | tuple[str, ...],
-        Field(description="Name of the mesh axis; for `usp` two: that over which keys move, then that over which heads are exchanged."),
+        Field(
+            description="Name of the mesh axis; for `usp` two: that over which keys move, then that over which heads are "
+            "exchanged."
+        ),
     ]
     dim: Annotated[
         Literal["seq", "heads"],
-        Field(description="What is cut while a site is computed: `heads` is method `ulysses`. The model itself holds the sequence in parts."),
+        Field(
+            description="What is cut while a site is computed: `heads` is method `ulysses`. The model itself holds the sequence "
+            "in parts."
+        ),
     ] = "seq"
     method: Annotated[
         Literal["auto", "gather_needed", "halo", "ring", "all_gather", "ulysses", "usp", "tree"],
@@ -85,7 +91,9 @@ class Shard(Section):
         Literal["auto", "contiguous", "zigzag", "striped"],
         Field(description="Order of the tokens over the ranks; `auto`: the mesh axis's layout."),
     ] = "auto"
-    overlap: Annotated[Literal["off", "prefetch", "auto"], Field(description="Move keys while computing; `auto`: `prefetch`.")] = "auto"
+    overlap: Annotated[
+        Literal["off", "prefetch", "auto"], Field(description="Move keys while computing; `auto`: `prefetch`.")
+    ] = "auto"
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -292,7 +300,8 @@ class Policy(Section):
     @property
     def shards(self) -> bool:
         """A rule holds its sites over several ranks."""
-        return any(math.prod(self.mesh[axis].size for axis in rule.shard.axes) > 1 for rule in self.rules if rule.shard is not None)
+        cut = [rule.shard for rule in self.rules if rule.shard is not None]
+        return any(math.prod(self.mesh[axis].size for axis in shard.axes) > 1 for shard in cut)
 
     def numerics_of(self, rule: Rule) -> Numerics:
         """The rule's numerics over the defaults."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from dilcompile.decision import Decision
+from dilcompile.policy.place import whole_site
 from dilcompile.relation import Problem
+from dilcompile.report.record import GraphReport, Verdict
 from dilcompile.site import AttentionSite, Length
 
 
@@ -45,3 +50,15 @@ def problem_of(site: AttentionSite) -> Problem | None:
         window_left=site.mask.left,
         window_right=site.mask.right,
     )
+
+
+def of_whole_sequences(graph: GraphReport) -> GraphReport:
+    """The report with the lengths of the whole sequence where a rank has a shard of it."""
+    return replace(graph, verdicts=tuple(map(_whole, graph.verdicts)))
+
+
+def _whole(verdict: Verdict) -> Verdict:
+    if not isinstance(verdict, Decision) or verdict.placement is None:
+        return verdict
+    placement = verdict.placement
+    return replace(verdict, site=whole_site(verdict.site, placement.ranks * placement.heads_ranks, placement.method))

@@ -7,6 +7,7 @@ from typing import Any
 
 from dilcompile.blocks.cells import BlockCount
 from dilcompile.decision import Decision, Rejection
+from dilcompile.placements.choice import PlacementChoice
 from dilcompile.report.block_counts import block_count
 from dilcompile.report.costs import Costs, costs_of, problem_with
 from dilcompile.report.kernels import Choice, kernel_of
@@ -17,7 +18,7 @@ from dilcompile.report.totals import totals_of
 from dilcompile.site import AttentionSite, MaskSpec, Miss
 
 SCHEMA = "dilcompile.report"
-VERSION = 5
+VERSION = 6
 
 
 def plain(report: Record) -> dict[str, Any]:
@@ -61,6 +62,7 @@ def _decision(decision: Decision) -> dict[str, Any]:
         "rule": decision.rule,
         "form": str(decision.form),
         "fidelity": decision.fidelity,
+        "placement": _placement(decision.placement),
         **_kernel(choice, decision.kernel),
         "reason": problem,
         "cure": None,
@@ -74,11 +76,17 @@ def _rejection(rejection: Rejection) -> dict[str, Any]:
         "rule": rejection.rule,
         "form": None,
         "fidelity": None,
+        "placement": None,
         **_kernel(Choice(None), None),
         "reason": rejection.reason,
         "cure": rejection.cure or None,
         "notes": [],
     }
+
+
+def _placement(placement: PlacementChoice | None) -> dict[str, Any] | None:
+    """How ranks hold the sequence: the site's lengths and costs are then those of all of them."""
+    return None if placement is None else {key: getattr(placement, key) for key in placement.__dataclass_fields__}
 
 
 def _kernel(choice: Choice, asked: str | None) -> dict[str, Any]:

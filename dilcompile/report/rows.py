@@ -111,14 +111,23 @@ def row_of(verdict: Decision | Rejection) -> Row:
     notes = (*notes, *choice.remarks)
     return Row(
         **common,  # type: ignore[arg-type]
-        becomes=(str(verdict.form), _rule(verdict.rule), "" if count is None else str(count), words(orders)),
+        becomes=(str(verdict.form), _rule(verdict.rule), "" if count is None else str(count), words(orders), _placed(verdict)),
         kernel=_by(choice),
         numbers=verdict.fidelity,
         pairs=_pairs(costs),
         flops=("", "") if costs is None else (units.count(costs.flops_before), f"-> {units.count(costs.flops_after)}"),
         memory=_memory(costs),
-        notes=(*notes, *verdict.notes),
+        notes=(*notes, *_why_placed(verdict), *verdict.notes),
     )
+
+
+def _placed(decision: Decision) -> str:
+    return "" if decision.placement is None else str(decision.placement)
+
+
+def _why_placed(decision: Decision) -> tuple[str, ...]:
+    placement = decision.placement
+    return () if placement is None else (f"placement {placement.method}: {placement.why}; lengths and sums are of all ranks",)
 
 
 def _by(choice: Choice) -> str:
