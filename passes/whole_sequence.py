@@ -6,6 +6,7 @@ both would begin anew.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -101,8 +102,8 @@ def _outer(graph: Graph, node: Node) -> Node:
 def _is_lengthless(node: Node) -> bool:
     name = op_name(node)
     if name == "slice":
-        # The first token's number, from which differences begin.
-        return tuple(node.args[2:4]) == (0, 1)
+        # The first token's number, from which differences begin; or all of another dim, as graphs of dynamic shape cut it.
+        return tuple(node.args[2:4]) in ((0, 1), (0, sys.maxsize))
     if name == "select":
         rank = len(shape_of(node)) + 1
         return int(node.args[1]) % rank != rank - 1  # type: ignore[call-overload]
