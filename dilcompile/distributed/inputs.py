@@ -48,28 +48,28 @@ def shard_inputs(
     behind all tokens.
 
     Args:
-        batch: tensors by the names that Transformers' models take: ``input_ids`` [B, S] or ``inputs_embeds`` [B, S, E],
-            ``attention_mask`` [B, S], ``labels`` [B, S], ``position_ids`` [B, S], ``token_type_ids`` [B, S], ``loss_mask`` [B, S]. What
-            is no tensor, or holds one number, stays as it is.
+        batch: tensors by the names that Transformers' models take: ``input_ids`` or in its place ``inputs_embeds`` [B, S, E],
+            ``attention_mask``, ``labels``, ``position_ids``, ``token_type_ids``, ``loss_mask``, all [B, S]. What is no tensor, or
+            holds one number, stays as it is.
         axis: the mesh axis over which the sequence is held, known by ``set_mesh``.
-        order: which positions a rank holds, that of the policy: ``contiguous``, ``zigzag`` or ``striped``; with method ``ulysses``
-            ``contiguous``.
+        order: which positions a rank holds, that of the policy: ``contiguous``, ``zigzag`` or ``striped``; with method
+            ``ulysses`` ``contiguous``.
         heads_axis: with method ``usp`` the other mesh axis.
         dims: for other names the dim that the sequence lies along, padded with zeros, or None for what has none.
-        shift_labels: the label of a token becomes the token that follows it, also where that is on another rank; the last one's is
-            ``ignore_index``. False for models whose labels are of the token itself (masked language models, token classes).
+        shift_labels: the label of a token becomes the token that follows it, also where that is on another rank; the last one's
+            is ``ignore_index``. False for models whose labels are of the token itself (masked language models, token classes).
         is_causal: no token of the model sees a later one, so that padding needs no mask.
         pad_token_id: the token at padded places.
         ignore_index: the label at padded places.
 
     Returns:
-        the same names, cut, and ``position_ids`` int64 [B, n] of the whole sequence, so that rotary and learned positions are those of
-        one rank. At padded places ``attention_mask`` is 0; where the batch has none it is made, if there are such places and the
-        model is not causal. Take ``labels`` out for ``sharded_loss``: a model that is given them would shift them again.
+        the same names, cut, and ``position_ids`` int64 [B, n] of the whole sequence, so that rotary and learned positions are
+        those of one rank. At padded places ``attention_mask`` is 0; where the batch has none it is made, if there are such places
+        and the model is not causal. Take ``labels`` out for ``sharded_loss``: a model that is given them would shift them again.
 
     Raises:
-        PlacementError: for an unknown axis, order or name, tensors of different lengths, a mask that is not [B, S], and, at the first
-            batch of an axis, ranks that were given different tokens.
+        PlacementError: for an unknown axis, order or name, tensors of different lengths, a mask that is not [B, S], and, at the
+            first batch of an axis, ranks that were given different tokens.
     """
     along = _along(batch, dims or {})
     length = _length(batch, along)
@@ -94,9 +94,9 @@ def shard_inputs(
     if missing and not is_causal and "attention_mask" not in along:
         if "position_ids" in along:
             raise PlacementError(
-                f"{length} tokens are padded to {length + missing}, which takes an attention_mask, but a model that is given one may no "
-                f"longer see from position_ids where packed documents begin; say is_causal=True if no token sees a later one, else "
-                f"give an attention_mask, or a length that is a multiple of {shards.ranks * shards.places // len(mine)}"
+                f"{length} tokens are padded to {length + missing}, which takes an attention_mask, but a model that is given one may "
+                f"no longer see from position_ids where packed documents begin; say is_causal=True if no token sees a later one, "
+                f"else give an attention_mask, or a length that is a multiple of {shards.ranks * shards.places // len(mine)}"
             )
         cut["attention_mask"] = (mine < length).long().repeat(len(lead), 1)
     return cut
@@ -107,15 +107,16 @@ def _along(batch: Mapping[str, Any], dims: Mapping[str, int | None]) -> dict[str
     known: dict[str, int | None] = {**_DIMS, **dims}
     for name in dims:
         if name not in batch:
-            raise PlacementError(f"dims names {name!r}{hint(name, batch)}, which the batch doesn't have; it has {', '.join(batch)}")
+            had = ", ".join(batch)
+            raise PlacementError(f"dims names {name!r}{hint(name, batch)}, which the batch doesn't have; it has {had}")
     found = {}
     for name, tensor in batch.items():
         if not isinstance(tensor, Tensor) or (tensor.dim() == 0 and name not in _DIMS):
             continue
         if name not in known:
             raise PlacementError(
-                f"batch[{name!r}] {list(tensor.shape)} is of no known name{hint(name, known)}; say where its sequence lies, as in "
-                f"dims={{{name!r}: 1}}, or {{{name!r}: None}} if every rank needs all of it"
+                f"batch[{name!r}] {list(tensor.shape)} is of no known name{hint(name, known)}; say where its sequence lies, as "
+                f"in dims={{{name!r}: 1}}, or {{{name!r}: None}} if every rank needs all of it"
             )
         dim = known[name]
         if dim is None:
@@ -124,7 +125,7 @@ def _along(batch: Mapping[str, Any], dims: Mapping[str, int | None]) -> dict[str
             raise PlacementError(f"batch[{name!r}] {list(tensor.shape)} has no dim {dim}; say where its sequence lies in dims")
         if name == "attention_mask" and tensor.dim() != 2:
             raise PlacementError(
-                f"batch['attention_mask'] is {list(tensor.shape)}; a mask of pairs can't be cut by rows. Give [B, S], 0 at padding"
+                f"batch['attention_mask'] is {list(tensor.shape)}; a mask of pairs can't be cut by rows, give [B, S], 0 at padding"
             )
         found[name] = dim
     return found
@@ -143,7 +144,7 @@ def _length(batch: Mapping[str, Any], along: Mapping[str, int]) -> int:
     lengths = {name: int(batch[name].shape[dim]) for name, dim in along.items()}
     if len(set(lengths.values())) > 1:
         said = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise PlacementError(f"the tensors of the batch are of different lengths: {said}; give all tokens of one sequence to every rank")
+        raise PlacementError(f"the tensors of the batch are of different lengths: {said}; give every rank the whole sequence")
     return next(iter(lengths.values()))
 
 
@@ -158,20 +159,21 @@ def _padding(name: str, tensor: Tensor, dim: int, count: int, value: int) -> Ten
 
 
 def _compare_ranks(batch: Mapping[str, Any], axis: str) -> None:
-    """At the first batch of an axis: every rank must cut the same one. A loader that deals out batches by rank is not seen otherwise."""
+    """At the first batch of an axis: all ranks must have the same one. A loader that deals them out is not seen otherwise."""
     at = meshes.axis_of(axis)
     if at.size == 1 or _compared.get(axis) is at.group:
         return
-    own = {name: _digest(tensor) for name, tensor in batch.items() if isinstance(tensor, Tensor) and not tensor.is_floating_point()}
+    exact = {name: x for name, x in batch.items() if isinstance(x, Tensor) and not x.is_floating_point()}
+    own = {name: _digest(tensor) for name, tensor in exact.items()}
     all_given: list[Any] = [None] * at.size
     dist.all_gather_object(all_given, own, group=at.group)
     for rank, given in enumerate(all_given):
         for name in sorted({*given, *all_given[0]}):
             if given.get(name) != all_given[0].get(name):
                 raise PlacementError(
-                    f"the ranks of mesh axis {axis!r} were given different batches: {name!r} is {all_given[0].get(name, 'missing')} on rank 0 "
-                    f"of the axis, and {given.get(name, 'missing')} on rank {rank}; give all ranks of the axis the same batch (deal out "
-                    f"batches over the data-parallel axis alone), which shard_inputs cuts"
+                    f"the ranks of mesh axis {axis!r} were given different batches: {name!r} is "
+                    f"{all_given[0].get(name, 'missing')} on rank 0 of the axis, and {given.get(name, 'missing')} on rank {rank}; "
+                    f"give all ranks of the axis the same batch (deal out batches over the data-parallel axis alone)"
                 )
     _compared[axis] = at.group
 

@@ -74,7 +74,7 @@ def _checked(length: int, ranks: int, order: Order, parts: int) -> Shards:
 
 
 def all_positions(shards: Shards, device: torch.device | str | None = None) -> Tensor:
-    """What every rank holds, padding included: int64 [ranks * parts, n]; read row by row a permutation of ``0 .. ranks * parts * n``."""
+    """What every rank holds, padding included: int64 [ranks * parts, n], all numbers below ``ranks * parts * n`` once."""
     ranks, places = shards.ranks, shards.places
     positions = torch.arange(ranks * places, device=device)
     if shards.order == "striped":
