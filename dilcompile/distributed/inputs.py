@@ -74,31 +74,28 @@ def shard_inputs(
     along = _along(batch, dims or {})
     length = _length(batch, along)
     shards = held(length, axis, order, heads_axis)
-    _compare_ranks(batch, axis)
-    if heads_axis is not None:
-        _compare_ranks(batch, heads_axis)
-    lead = batch[_tokens(batch)]
-    mine = all_positions(shards, lead.device)[ordinal(axis, heads_axis)]
+    for name in (axis, heads_axis):
+        _compare_ranks(batch, name)
+    tokens = batch[_tokens(batch)]
+    mine = all_positions(shards, tokens.device)[ordinal(axis, heads_axis)]
     missing = shards.ranks * shards.places - length
     cut: dict[str, Any] = dict(batch)
     for name, dim in along.items():
         tensor = batch[name]
         if name == "labels" and shift_labels:
             tensor = torch.cat([tensor[:, 1:], tensor.new_full((len(tensor), 1), ignore_index)], dim=1)
-        if missing:
-            pad = {"input_ids": pad_token_id, "labels": ignore_index}.get(name, 0)
-            tensor = torch.cat([tensor, _padding(name, tensor, dim, missing, pad)], dim)
-        cut[name] = tensor.index_select(dim, mine.to(tensor.device))
+        pad = {"input_ids": pad_token_id, "labels": ignore_index}.get(name, 0)
+        cut[name] = _padded(name, tensor, dim, missing, pad).index_select(dim, mine.to(tensor.device))
     if "position_ids" not in along:
-        cut["position_ids"] = mine.repeat(len(lead), 1)
+        cut["position_ids"] = mine.repeat(len(tokens), 1)
     if missing and not is_causal and "attention_mask" not in along:
         if "position_ids" in along:
             raise PlacementError(
-                f"{length} tokens are padded to {length + missing}, which takes an attention_mask, but a model that is given one may "
-                f"no longer see from position_ids where packed documents begin; say is_causal=True if no token sees a later one, "
-                f"else give an attention_mask, or a length that is a multiple of {shards.ranks * shards.places // len(mine)}"
+                f"{length} tokens are padded to {length + missing}, which takes an attention_mask, but a model that is given one "
+                f"may no longer see from position_ids where packed documents begin; say is_causal=True if no token sees a later "
+                f"one, else give an attention_mask, or a length that is a multiple of {(length + missing) // len(mine)}"
             )
-        cut["attention_mask"] = (mine < length).long().repeat(len(lead), 1)
+        cut["attention_mask"] = (mine < length).long().repeat(len(tokens), 1)
     return cut
 
 
@@ -125,7 +122,7 @@ def _along(batch: Mapping[str, Any], dims: Mapping[str, int | None]) -> dict[str
             raise PlacementError(f"batch[{name!r}] {list(tensor.shape)} has no dim {dim}; say where its sequence lies in dims")
         if name == "attention_mask" and tensor.dim() != 2:
             raise PlacementError(
-                f"batch['attention_mask'] is {list(tensor.shape)}; a mask of pairs can't be cut by rows, give [B, S], 0 at padding"
+                f"batch['attention_mask'] is {list(tensor.shape)}; a mask of pairs can't be cut by rows, give one [B, S]"
             )
         found[name] = dim
     return found
@@ -148,18 +145,24 @@ def _length(batch: Mapping[str, Any], along: Mapping[str, int]) -> int:
     return next(iter(lengths.values()))
 
 
-def _padding(name: str, tensor: Tensor, dim: int, count: int, value: int) -> Tensor:
-    """What stands behind the last token."""
-    shape = list(tensor.shape)
-    shape[dim] = count
+def _padded(name: str, tensor: Tensor, dim: int, count: int, value: int) -> Tensor:
+    """The tensor with ``count`` more places behind its last token."""
+    if not count:
+        return tensor
     if name == "position_ids":
         # Counted on, so that nobody takes it for another document.
-        return tensor.select(dim, -1).unsqueeze(dim) + torch.arange(1, count + 1, device=tensor.device)
-    return tensor.new_full(shape, value)
+        more = tensor.select(dim, -1).unsqueeze(dim) + torch.arange(1, count + 1, device=tensor.device)
+    else:
+        shape = list(tensor.shape)
+        shape[dim] = count
+        more = tensor.new_full(shape, value)
+    return torch.cat([tensor, more], dim)
 
 
-def _compare_ranks(batch: Mapping[str, Any], axis: str) -> None:
+def _compare_ranks(batch: Mapping[str, Any], axis: str | None) -> None:
     """At the first batch of an axis: all ranks must have the same one. A loader that deals them out is not seen otherwise."""
+    if axis is None:
+        return
     at = meshes.axis_of(axis)
     if at.size == 1 or _compared.get(axis) is at.group:
         return
@@ -167,13 +170,14 @@ def _compare_ranks(batch: Mapping[str, Any], axis: str) -> None:
     own = {name: _digest(tensor) for name, tensor in exact.items()}
     all_given: list[Any] = [None] * at.size
     dist.all_gather_object(all_given, own, group=at.group)
+    first = all_given[0]
     for rank, given in enumerate(all_given):
-        for name in sorted({*given, *all_given[0]}):
-            if given.get(name) != all_given[0].get(name):
+        for name in sorted({*given, *first}):
+            if given.get(name) != first.get(name):
                 raise PlacementError(
-                    f"the ranks of mesh axis {axis!r} were given different batches: {name!r} is "
-                    f"{all_given[0].get(name, 'missing')} on rank 0 of the axis, and {given.get(name, 'missing')} on rank {rank}; "
-                    f"give all ranks of the axis the same batch (deal out batches over the data-parallel axis alone)"
+                    f"the ranks of mesh axis {axis!r} were given different batches: {name!r} is {first.get(name, 'missing')} on "
+                    f"rank 0 of the axis, and {given.get(name, 'missing')} on rank {rank}; give all ranks of the axis the same "
+                    f"batch (deal out batches over the data-parallel axis alone)"
                 )
     _compared[axis] = at.group
 
