@@ -63,7 +63,7 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
 
 
 def test_context_parallel(tmp_path: Path) -> None:
-    out = run("context_parallel.py", "--steps", "3", "--seq", "51", "--inner", "eager", cwd=tmp_path, ranks=2)
+    out = run("context_parallel.py", "--steps", "3", "--seq", "51", "--inner", "eager", cwd=tmp_path, ranks=2, seconds=240)
     (gap,) = map(float, re.findall(r"losses differ by at most (\d\.\de[+-]\d+)", out))
     assert gap < 1e-5
 
