@@ -204,6 +204,33 @@ def test_ranks_with_different_batches_are_refused() -> None:
         assert "deal out batches over the data-parallel axis alone" in told
 
 
+def _mistaken_job(rank: int) -> list[str]:
+    """Attention of rows that were cut otherwise, or padded for a causal model."""
+    told = []
+    q = torch.randn(1, 2, 4, 4)
+    for cut, options in (
+        ({"order": "zigzag"}, {"order": "zigzag"}),
+        ({"order": "zigzag"}, {"order": "striped"}),
+        ({"is_causal": True}, {"is_causal": True}),
+        ({"is_causal": True}, {}),
+        ({}, {"key_padding": torch.ones(1, 4, dtype=torch.bool)}),
+    ):
+        distributed.shard_inputs({"input_ids": torch.arange(7).view(1, 7)}, **cut)
+        try:
+            distributed.attention(q, q, q, "dense", **options)
+            told.append("")
+        except PlacementError as error:
+            told.append(str(error))
+    return told
+
+
+def test_rows_that_a_site_takes_for_others_are_refused() -> None:
+    for told in over_ranks({"cp": 2}, _mistaken_job):
+        assert told[::2] == ["", "", ""]
+        assert "cut over mesh axis 'cp' with order 'zigzag', but this site takes its rows for order 'striped'" in told[1]
+        assert "padded with is_causal=True, so that no mask hides the padding, but this site sees later tokens" in told[3]
+
+
 @pytest.fixture
 def three(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process believes to be the second of three ranks, which nobody needs as long as nothing is exchanged."""

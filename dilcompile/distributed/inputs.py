@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dilcompile.distributed.positions import all_positions, held, ordinal
 from dilcompile.errors import PlacementError
-from dilcompile.lowering.distributed import meshes
+from dilcompile.lowering.distributed import cuts, meshes
 from dilcompile.near import hint
 from dilcompile.placements.shards import Order
 
@@ -45,7 +45,8 @@ def shard_inputs(
     """This rank's shard of a batch that all ranks of the axis have.
 
     A length that the ranks don't divide is padded at its end: every rank gets equally many rows n, and rows without a token stand
-    behind all tokens.
+    behind all tokens. What the last batch was cut like is remembered, and a compiled attention that takes its rows for others is
+    refused when it runs.
 
     Args:
         batch: tensors by the names that Transformers' models take: ``input_ids`` or in its place ``inputs_embeds`` [B, S, E],
@@ -58,7 +59,7 @@ def shard_inputs(
         dims: for other names the dim that the sequence lies along, padded with zeros, or None for what has none.
         shift_labels: the label of a token becomes the token that follows it, also where that is on another rank; the last one's
             is ``ignore_index``. False for models whose labels are of the token itself (masked language models, token classes).
-        is_causal: no token of the model sees a later one, so that padding needs no mask.
+        is_causal: no token of the model sees a later one, so that padding needs no mask. An attention that does is refused then.
         pad_token_id: the token at padded places.
         ignore_index: the label at padded places.
 
@@ -96,6 +97,7 @@ def shard_inputs(
                 f"one, else give an attention_mask, or a length that is a multiple of {(length + missing) // len(mine)}"
             )
         cut["attention_mask"] = (mine < length).long().repeat(len(tokens), 1)
+    cuts.note(axis, cuts.Cut(order, heads_axis, bool(missing) and "attention_mask" not in cut))
     return cut
 
 
