@@ -48,8 +48,8 @@ def check(spec: Spec, key_padding: Tensor | None) -> None:
     if (cut.order, cut.heads_axis) != (spec.order, spec.heads_axis):
         raise PlacementError(
             f"{spec.site}: the batch was cut over mesh axis {spec.axis!r} with {_said(cut.order, cut.heads_axis)}, but this site "
-            f"takes its rows for {_said(spec.order, spec.heads_axis)}; give shard_inputs and the policy (`layout` of the mesh axis) "
-            f"the same"
+            f"takes its rows for {_said(spec.order, spec.heads_axis)}; give shard_inputs and the policy (`layout` of the mesh "
+            f"axis) the same"
         )
     sees_later = not spec.is_causal and spec.window_right != 0
     if cut.unmasked and sees_later and key_padding is None:
