@@ -32,7 +32,7 @@ def test_positions_are_those_of_the_shards(length: int, ranks: int, order: Any, 
         own = found[rank * parts : (rank + 1) * parts].flatten().tolist()
         held = {run.place + i: p for run in shards.runs(rank) for i, p in enumerate(run.positions.positions())}
         assert {place: p for place, p in enumerate(own) if p < length} == held
-        if parts == 1:
+        if parts == 1 and ranks > 1:
             assert distributed.local_positions(length, order=order, rank=rank, ranks=ranks).tolist() == own
 
 
@@ -239,6 +239,18 @@ def three(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 IDS = torch.arange(14).view(2, 7)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_one_rank_keeps_all(monkeypatch: pytest.MonkeyPatch, order: Any) -> None:
+    monkeypatch.setitem(meshes._axes, "cp", meshes.Axis("cp", 1, 0, None))
+    shard = distributed.shard_inputs({"input_ids": IDS, "labels": IDS}, order=order)
+    assert shard.keys() == {"input_ids", "labels", "position_ids"}
+    assert torch.equal(shard["input_ids"], IDS)
+    assert torch.equal(distributed.unshard(shard["input_ids"], order=order), IDS)
+    logits = torch.randn(2, 7, 20, dtype=torch.float64)
+    right = F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    assert abs(distributed.sharded_loss(logits, shard["labels"]) - right) <= 1e-14
 
 
 @pytest.mark.usefixtures("three")
