@@ -32,7 +32,7 @@ def test_positions_are_those_of_the_shards(length: int, ranks: int, order: Any, 
         own = found[rank * parts : (rank + 1) * parts].flatten().tolist()
         held = {run.place + i: p for run in shards.runs(rank) for i, p in enumerate(run.positions.positions())}
         assert {place: p for place, p in enumerate(own) if p < length} == held
-        if parts == 1:
+        if parts == 1 and ranks > 1:
             assert distributed.local_positions(length, order=order, rank=rank, ranks=ranks).tolist() == own
 
 
@@ -204,6 +204,33 @@ def test_ranks_with_different_batches_are_refused() -> None:
         assert "deal out batches over the data-parallel axis alone" in told
 
 
+def _mistaken_job(rank: int) -> list[str]:
+    """Attention of rows that were cut otherwise, or padded for a causal model."""
+    told = []
+    q = torch.randn(1, 2, 4, 4)
+    for cut, options in (
+        ({"order": "zigzag"}, {"order": "zigzag"}),
+        ({"order": "zigzag"}, {"order": "striped"}),
+        ({"is_causal": True}, {"is_causal": True}),
+        ({"is_causal": True}, {}),
+        ({}, {"key_padding": torch.ones(1, 4, dtype=torch.bool)}),
+    ):
+        distributed.shard_inputs({"input_ids": torch.arange(7).view(1, 7)}, **cut)
+        try:
+            distributed.attention(q, q, q, "dense", **options)
+            told.append("")
+        except PlacementError as error:
+            told.append(str(error))
+    return told
+
+
+def test_rows_that_a_site_takes_for_others_are_refused() -> None:
+    for told in over_ranks({"cp": 2}, _mistaken_job):
+        assert told[::2] == ["", "", ""]
+        assert "cut over mesh axis 'cp' with order 'zigzag', but this site takes its rows for order 'striped'" in told[1]
+        assert "padded with is_causal=True, so that no mask hides the padding, but this site sees later tokens" in told[3]
+
+
 @pytest.fixture
 def three(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process believes to be the second of three ranks, which nobody needs as long as nothing is exchanged."""
@@ -212,6 +239,18 @@ def three(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 IDS = torch.arange(14).view(2, 7)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_one_rank_keeps_all(monkeypatch: pytest.MonkeyPatch, order: Any) -> None:
+    monkeypatch.setitem(meshes._axes, "cp", meshes.Axis("cp", 1, 0, None))
+    shard = distributed.shard_inputs({"input_ids": IDS, "labels": IDS}, order=order)
+    assert shard.keys() == {"input_ids", "labels", "position_ids"}
+    assert torch.equal(shard["input_ids"], IDS)
+    assert torch.equal(distributed.unshard(shard["input_ids"], order=order), IDS)
+    logits = torch.randn(2, 7, 20, dtype=torch.float64)
+    right = F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    assert abs(distributed.sharded_loss(logits, shard["labels"]) - right) <= 1e-14
 
 
 @pytest.mark.usefixtures("three")

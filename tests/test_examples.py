@@ -23,9 +23,10 @@ needs_weights = pytest.mark.skipif(
 )
 
 
-def run(script: str, *arguments: str, cwd: Path, seconds: int = 120) -> str:
-    """What the script printed. A script that fails, fails the test."""
-    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
+def run(script: str, *arguments: str, cwd: Path, seconds: int = 120, ranks: int = 0) -> str:
+    """What the script printed, under ``torchrun`` where it has ranks. A script that fails, fails the test."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    command = [sys.executable, *launcher, str(ROOT / "examples" / script), *arguments]
     env = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "2"}
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
@@ -59,6 +60,12 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
     out = run("training.py", "--steps", "25", "--seq", "300", "--inner", "aot_eager", cwd=tmp_path)
     first, last = map(float, re.findall(r"loss (\d+\.\d+) -> (\d+\.\d+)", out)[0])
     assert last < 0.9 * first
+
+
+def test_context_parallel(tmp_path: Path) -> None:
+    out = run("context_parallel.py", "--steps", "3", "--seq", "51", "--inner", "eager", cwd=tmp_path, ranks=2, seconds=240)
+    (gap,) = map(float, re.findall(r"losses differ by at most (\d\.\de[+-]\d+)", out))
+    assert gap < 1e-5
 
 
 def test_export(tmp_path: Path) -> None:

@@ -29,8 +29,9 @@ def unshard(
 ) -> Tensor:
     """The whole tensor from the shards of all ranks, in the order of positions; every rank gets all of it.
 
-    Its gradient is that of the sum of all ranks' losses: what a rank gets back for its shard is the sum of what all ranks have for
-    those rows. Where all ranks compute the same loss from the result, that is ranks times the gradient, which DDP and FSDP average out.
+    Its gradient is that of the sum of all ranks' losses: what a rank gets back for its shard is the sum of what all ranks have
+    for those rows. Where all ranks compute the same loss from the result, that is ranks times the gradient, which DDP and FSDP
+    average out.
 
     Args:
         tensor: [..., n, ...], any dtype; gradients for floating point.
@@ -53,8 +54,8 @@ def unshard(
     shards = held(length, axis, order, heads_axis)
     if shards.places != rows * parts:
         raise PlacementError(
-            f"{length} tokens over {ranks * parts} ranks ({order}) are {shards.places // parts} rows a rank, but the tensor has {rows} "
-            f"along dim {dim}; give the length and order that shard_inputs had"
+            f"{length} tokens over {ranks * parts} ranks ({order}) are {shards.places // parts} rows a rank, but the tensor has "
+            f"{rows} along dim {dim}; give the length and order that shard_inputs had"
         )
     if ranks * parts == 1:
         return tensor.narrow(dim, 0, length)

@@ -45,8 +45,9 @@ def sharded_loss(
     Args:
         logits: [B, n, V] (or [..., V]), this rank's rows; float16 and bfloat16 are computed in float32.
         labels: int64 [B, n], those of ``shard_inputs``: already shifted.
-        axis: the mesh axis over which the sequence is held; several, as ``("dp", "cp")``, for the mean over their tokens too. Name all
-            that DDP or FSDP averages over: with ``"cp"`` alone each group of ``dp`` has a mean of its own, and those are averaged.
+        axis: the mesh axis over which the sequence is held; several, as ``("dp", "cp")``, for the mean over their tokens too.
+            Name all that DDP or FSDP averages over: with ``"cp"`` alone each group of ``dp`` has a mean of its own, and those are
+            averaged.
         reduction: ``mean`` or ``sum`` over the tokens that have a label.
         num_items_in_batch: with gradient accumulation, how many tokens all ranks and micro-batches of the step have: ``mean`` is
             divided by it. See ``count_tokens``.
@@ -136,7 +137,7 @@ def _check(logits: Tensor, labels: Tensor, reduction: str, gradients: str, items
             raise PlacementError(f"{name} {given!r} is unknown{hint(given, known)}; it is {' or '.join(known)}")
     if logits.dim() < 2 or logits.shape[:-1] != labels.shape:
         raise PlacementError(
-            f"logits {list(logits.shape)} and labels {list(labels.shape)} don't fit; give [B, n, V] and [B, n], both of this rank's rows"
+            f"logits {list(logits.shape)} and labels {list(labels.shape)} don't fit; give [B, n, V] and [B, n], this rank's rows"
         )
     if items is not None and reduction == "sum":
         raise PlacementError("num_items_in_batch divides the mean; leave it out with reduction='sum'")

@@ -70,11 +70,12 @@ def _checked(length: int, ranks: int, order: Order, parts: int) -> Shards:
         raise PlacementError(f"order {order!r} is unknown{hint(order, ORDERS)}; the orders are {', '.join(ORDERS)}")
     if length < 1:
         raise PlacementError(f"a sequence has at least one token, got length {length}")
-    return Shards(length, ranks, order, parts)
+    # One rank holds all in any order, and needs no padding for it.
+    return Shards(length, ranks, order if ranks * parts > 1 else "contiguous", parts)
 
 
 def all_positions(shards: Shards, device: torch.device | str | None = None) -> Tensor:
-    """What every rank holds, padding included: int64 [ranks * parts, n]; read row by row a permutation of ``0 .. ranks * parts * n``."""
+    """What every rank holds, padding included: int64 [ranks * parts, n], all numbers below ``ranks * parts * n`` once."""
     ranks, places = shards.ranks, shards.places
     positions = torch.arange(ranks * places, device=device)
     if shards.order == "striped":

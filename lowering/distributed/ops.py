@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dilcompile.lowering.call import empty_output
+from dilcompile.lowering.distributed import cuts, keys_shard, meshes, rows
 from dilcompile.lowering.distributed import exchange as wire
-from dilcompile.lowering.distributed import keys_shard, meshes, rows
 from dilcompile.lowering.distributed import step as _step
 from dilcompile.lowering.distributed.exchange import Errand
 from dilcompile.lowering.distributed.plan import Plan, here, plan_of
@@ -146,6 +146,7 @@ def attend_step(
         out and lse up to this step.
     """
     plan = plan_of(spec, k, v)
+    cuts.check(plan.spec, key_padding)
     given = Operands(q, k, v, key_padding, documents, row_limits, dropout_seed)
     return _step.forward(plan, here(plan.spec), step, given, received, out, lse)
 
