@@ -175,7 +175,7 @@ def widths(rank: int) -> dict[str, object]:
         ddp(torch.linspace(-1, 1, 64, dtype=torch.float64) / (3 + rank)).backward()
     found["float64"] = (whole.weight.grad, plain.weight.grad)
     ddp = DistributedDataParallel(Branches(), bucket_cap_mb=50)
-    with pytest.raises(DilcompileError, match=r"1 was said, the model's buckets have 50 MiB.*bucket_cap_mb"):
+    with pytest.raises(DilcompileError, match=r"1 was said, but the model's have 50 MiB.*bucket_cap_mb"):
         TopKCompression(bucket_size_mb=1).register(ddp)
     TopKCompression(bucket_size_mb=50).register(ddp)
     return found

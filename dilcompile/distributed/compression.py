@@ -97,7 +97,7 @@ class TopKCompression:
             raise DilcompileError("this TopKCompression is another model's hook already; make one for each model")
         if self._size_is_said and model.bucket_bytes_cap != int(self.bucket_size_mb * _MIB):
             raise DilcompileError(
-                f"bucket_size_mb: {self.bucket_size_mb} was said, the model's buckets have {model.bucket_bytes_cap / _MIB:g} MiB; "
+                f"bucket_size_mb: {self.bucket_size_mb} was said, but the model's have {model.bucket_bytes_cap / _MIB:g} MiB; "
                 "DDP fixes it when it is made: use wrap(module), give DDP the same bucket_cap_mb, or leave bucket_size_mb out"
             )
         model.register_comm_hook(self, _hook)
