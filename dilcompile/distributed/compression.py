@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -20,21 +20,25 @@ from torch.nn.parallel import DistributedDataParallel
 from dilcompile.errors import DilcompileError
 
 _MIB = 1 << 20
+Warmup = Literal["average", "linear", "exponential"]
 
 
 class TopKCompression:
     """A communication hook of ``DistributedDataParallel``.
 
     Each bucket's gradients, with what earlier steps left out added, are cut to the ``ratio`` of them that are largest. These are
-    gathered from all ranks and averaged; what is not sent stays with the rank, in float32, until a later step. Gradients that are
-    no numbers are sent before all others and never kept, so that the optimizer, or a GradScaler, sees them.
+    gathered from all ranks and averaged; what is not sent stays with the rank until a later step, in float32 (float64 for
+    gradients in float64). Gradients that are no numbers are sent before all others and never kept, so that the optimizer, or a
+    GradScaler, sees them. A parameter that a step does not use keeps what it has left.
 
     Use a constant loss scale (or bfloat16, which needs none): what is kept is in units of the scale of its own step.
 
     Args:
         ratio: share of a bucket's numbers that is sent, above 0 up to 1; rounded up to whole numbers.
-        bucket_size_mb: MiB of gradients in a bucket; for ``wrap``.
-        warmup_steps: backward passes before which all gradients are averaged, as without the hook.
+        bucket_size_mb: MiB of gradients in a bucket: ``wrap`` gives it to DDP (25 if none is said), ``register`` compares it.
+        warmup_steps: backward passes until ``ratio`` holds.
+        warmup: what happens in them: ``average`` all gradients as without the hook, or lower the share from near 1 to ``ratio``,
+            ``linear`` or ``exponential`` (Deep Gradient Compression, section 3.3).
 
     Attributes:
         bytes_sent: what this rank gave to collectives so far.
@@ -44,19 +48,26 @@ class TopKCompression:
         DilcompileError: for a ratio, a size or a number of steps that can't be.
     """
 
-    def __init__(self, ratio: float = 0.1, *, bucket_size_mb: float = 25.0, warmup_steps: int = 0) -> None:
+    def __init__(
+        self, ratio: float = 0.1, *, bucket_size_mb: float | None = None, warmup_steps: int = 0, warmup: Warmup = "average"
+    ) -> None:
         if not (isinstance(ratio, (int, float)) and 0 < ratio <= 1):
             raise DilcompileError(f"ratio: {ratio!r} is no share above 0 and up to 1; 0.1 sends a tenth of the numbers")
-        if not bucket_size_mb > 0:
-            raise DilcompileError(f"bucket_size_mb: {bucket_size_mb!r} is no size above 0")
+        if bucket_size_mb is not None and not bucket_size_mb > 0:
+            raise DilcompileError(f"bucket_size_mb: {bucket_size_mb!r} is no size above 0; 25 is DDP's own")
         if warmup_steps < 0:
             raise DilcompileError(f"warmup_steps: {warmup_steps} is below 0; 0 compresses from the first step")
-        self.ratio, self.bucket_size_mb, self.warmup_steps = float(ratio), bucket_size_mb, warmup_steps
+        if warmup not in get_args(Warmup):
+            raise DilcompileError(f"warmup: {warmup!r} is none of {', '.join(get_args(Warmup))}")
+        self.ratio, self.warmup_steps, self.warmup = float(ratio), warmup_steps, warmup
+        self.bucket_size_mb = 25.0 if bucket_size_mb is None else bucket_size_mb
+        self._size_is_said = bucket_size_mb is not None
         self.steps = self.bytes_sent = self.bytes_plain = 0
         self._names: dict[Tensor, str] = {}
         self._residuals: dict[Tensor, Tensor] = {}
         self._buckets: dict[tuple[Tensor, ...], Tensor] = {}
         self._group: dist.ProcessGroup | None = None
+        self._some_unused = False
 
     def wrap(self, module: Module, **options: Any) -> DistributedDataParallel:
         """``module`` under DDP with this hook, in buckets of ``bucket_size_mb``; ``options`` are those of DDP.
@@ -75,7 +86,7 @@ class TopKCompression:
         """Make this the hook of a model that is under DDP already; its buckets stay as they are.
 
         Raises:
-            DilcompileError: if it is not under DDP, or this hook is another model's.
+            DilcompileError: if it is not under DDP, its buckets have another size than was said, or this hook is another model's.
         """
         if not isinstance(model, DistributedDataParallel):
             raise DilcompileError(
@@ -84,20 +95,33 @@ class TopKCompression:
             )
         if self._names:
             raise DilcompileError("this TopKCompression is another model's hook already; make one for each model")
-        self._names = {parameter: name for name, parameter in model.module.named_parameters() if parameter.requires_grad}
-        self._group = model.process_group
+        if self._size_is_said and model.bucket_bytes_cap != int(self.bucket_size_mb * _MIB):
+            raise DilcompileError(
+                f"bucket_size_mb: {self.bucket_size_mb} was said, but the model's have {model.bucket_bytes_cap / _MIB:g} MiB; "
+                "DDP fixes it when it is made: use wrap(module), give DDP the same bucket_cap_mb, or leave bucket_size_mb out"
+            )
         model.register_comm_hook(self, _hook)
+        self._names = {parameter: name for name, parameter in model.module.named_parameters() if parameter.requires_grad}
+        self._group, self._some_unused = model.process_group, model.find_unused_parameters
 
     def average(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Start to average a bucket over the ranks: what DDP asks for as soon as a bucket's gradients are there."""
         gradients, parameters = bucket.buffer(), tuple(bucket.parameters())
-        warming = self.steps < self.warmup_steps
+        averages, ratio = self.warmup == "average" and self.steps < self.warmup_steps, self.current_ratio()
         self.steps += bucket.is_last()
         self.bytes_plain += gradients.numel() * gradients.element_size()
-        if warming:
+        if averages:
             self.bytes_sent += gradients.numel() * gradients.element_size()
             return self._averaged(gradients)
-        return self._compressed(gradients, self._residual_of(parameters, gradients))
+        used = _used(bucket.gradients()) if self._some_unused else None
+        return self._compressed(gradients, self._residual_of(parameters, gradients), used, _count_of(gradients.numel(), ratio))
+
+    def current_ratio(self) -> float:
+        """The share of this step: ``ratio``, or above it in a warm-up that lowers it."""
+        done = min(1.0, (self.steps + 1) / (self.warmup_steps + 1))
+        if self.warmup == "linear":
+            return 1 + (self.ratio - 1) * done if done < 1 else self.ratio
+        return self.ratio**done if self.warmup == "exponential" else self.ratio
 
     def _averaged(self, gradients: Tensor) -> torch.futures.Future[Tensor]:
         gradients.div_(dist.get_world_size(self._group))
@@ -105,39 +129,38 @@ class TopKCompression:
         done: torch.futures.Future[Tensor] = future.then(lambda gathered: gathered.value()[0])
         return done
 
-    def _compressed(self, gradients: Tensor, residual: Tensor) -> torch.futures.Future[Tensor]:
+    def _compressed(
+        self, gradients: Tensor, residual: Tensor, used: Tensor | None, count: int
+    ) -> torch.futures.Future[Tensor]:
         corrected = residual.add_(gradients)
-        count = self.count_of(gradients.numel())
+        offered = corrected if used is None else corrected.where(used, 0)
         # What is no number counts as the largest.
-        chosen = corrected.abs().nan_to_num_(nan=torch.inf).topk(count, sorted=False).indices
-        values = corrected[chosen].to(gradients.dtype)
+        chosen = offered.abs().nan_to_num_(nan=torch.inf).topk(count, sorted=False).indices
+        values = _rounded(offered[chosen], gradients.dtype)
         # What rounding took from a value is kept too.
-        residual[chosen] -= values.float()
+        residual[chosen] -= values.to(residual.dtype)
         residual.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        message = torch.cat([chosen.to(torch.int32).view(torch.uint8), values.view(torch.uint8)])
+        indices = chosen.to(_index_dtype(gradients.numel()))
+        message = torch.cat([indices.view(torch.uint8), values.view(torch.uint8)])
         self.bytes_sent += message.numel()
         ranks = dist.get_world_size(self._group)
         gathered = message.new_empty(ranks * message.numel())
         future = _gather(gathered, message, group=self._group, async_op=True).get_future()
 
         def add_up(_: object) -> Tensor:
-            return _sum_of(gathered.view(ranks, -1), count, gradients).div_(ranks).to(gradients.dtype)
+            return _mean_of(gathered.view(ranks, -1), count, gradients)
 
         done: torch.futures.Future[Tensor] = future.then(add_up)
         return done
 
-    def count_of(self, numel: int) -> int:
-        """How many numbers of a bucket of ``numel`` are sent."""
-        return max(1, math.ceil(self.ratio * numel))
-
     def _residual_of(self, parameters: Sequence[Tensor], gradients: Tensor) -> Tensor:
-        """What was left out of these parameters' gradients so far, float32 [numel of the bucket].
+        """What was left out of these parameters' gradients so far, [numel of the bucket], float32 or wider.
 
         DDP makes its buckets anew after the first step: what belongs to a parameter goes where the parameter goes.
         """
         key = tuple(parameters)
         if key not in self._buckets:
-            flat = torch.zeros(gradients.numel(), dtype=torch.float32, device=gradients.device)
+            flat = torch.zeros(gradients.numel(), dtype=_wide(gradients.dtype), device=gradients.device)
             start = 0
             for parameter in parameters:
                 part = flat[start : start + parameter.numel()]
@@ -159,8 +182,10 @@ class TopKCompression:
         """Take up what ``state_dict`` of this rank gave, after ``register`` or ``wrap``.
 
         Raises:
-            DilcompileError: for a parameter that the model does not have, or of another size.
+            DilcompileError: before ``register`` or ``wrap``, for a parameter that the model does not have, or of another size.
         """
+        if not self._names:
+            raise DilcompileError("load_state_dict finds parameters by their names in the model; call wrap or register first")
         by_name = {name: parameter for parameter, name in self._names.items()}
         residuals: dict[Tensor, Tensor] = {}
         for name, part in state["residuals"].items():
@@ -171,7 +196,7 @@ class TopKCompression:
                 raise DilcompileError(
                     f"the state has {part.numel()} numbers for {name!r}, the parameter {parameter.numel()}: it is another model's"
                 )
-            residuals[parameter] = part.to(parameter.device, torch.float32).flatten().clone()
+            residuals[parameter] = part.to(parameter.device, _wide(parameter.dtype)).flatten().clone()
         self.steps, self._residuals, self._buckets = int(state["steps"]), residuals, {}
 
 
@@ -186,15 +211,47 @@ _hook.__annotations__ = {"bucket": GradBucket, "return": torch.futures.Future[Te
 _gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def _sum_of(messages: Tensor, count: int, like: Tensor) -> Tensor:
-    """The sum of what the ranks sent, float32. Rank after rank: no index comes twice in an addition, so order is fixed."""
-    total = torch.zeros(like.numel(), dtype=torch.float32, device=like.device)
+def _mean_of(messages: Tensor, count: int, like: Tensor) -> Tensor:
+    """The mean of what the ranks sent, shape and dtype of ``like``, added in float32 or wider.
+
+    Rank after rank: no index comes twice in an addition, so order is fixed. Divided first, as DDP does.
+    """
+    total = torch.zeros(like.numel(), dtype=_wide(like.dtype), device=like.device)
+    index = _index_dtype(like.numel())
     for message in messages:
         # Copies begin at whole elements.
-        indices = message[: 4 * count].clone().view(torch.int32)
-        values = message[4 * count :].clone().view(like.dtype)
-        total.index_add_(0, indices, values.float())
-    return total
+        indices = message[: index.itemsize * count].clone().view(index)
+        values = message[index.itemsize * count :].clone().view(like.dtype)
+        total.index_add_(0, indices, values.to(total.dtype).div_(len(messages)))
+    return total.to(like.dtype)
+
+
+def _count_of(numel: int, ratio: float) -> int:
+    """How many numbers of a bucket of ``numel`` are sent."""
+    return max(1, math.ceil(ratio * numel))
+
+
+def _used(gradients: Sequence[Tensor]) -> Tensor:
+    """Where a bucket's parameters have a gradient in this step, bool [numel of the bucket], without waiting for the device.
+
+    DDP throws away what the hook returns for a parameter that no rank used: what such a parameter has left must not be sent.
+    """
+    return torch.cat([gradient.ne(0).any().expand(gradient.numel()) for gradient in gradients])
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values`` in ``dtype``. What is finite stays finite: float16 ends at 65504, and what is left over waits."""
+    largest = torch.finfo(dtype).max
+    return values.clamp(-largest, largest).where(values.isfinite(), values).to(dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _index_dtype(numel: int) -> torch.dtype:
+    """What counts to ``numel``: a parameter larger than a bucket is a bucket of its own, of any size."""
+    return torch.int32 if numel <= torch.iinfo(torch.int32).max else torch.int64
 
 
 def _need_group() -> None:
