@@ -544,7 +544,7 @@ def test_one_rank_is_the_ordinary_operator_and_needs_no_process_group() -> None:
     meshes.forget()
     with pytest.raises(PlacementError, match="no mesh has been set, so axis 'cp' is unknown"):
         distributed.attention(*(torch.randn(1, 2, 4, 4) for _ in range(3)), "dense")
-    with pytest.raises(PlacementError, match="start it with: torchrun --nproc-per-node 4 script.py"):
+    with pytest.raises(PlacementError, match=r"start it with: torchrun --nproc-per-node 4 script\.py"):
         meshes.ensure({"cp": 4})
     meshes.ensure({"cp": 1})
     try:

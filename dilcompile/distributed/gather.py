@@ -83,7 +83,7 @@ class _Whole(torch.autograd.Function):
         return moved.narrow(dim, 0, length).to(x.dtype).contiguous()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """[..., n, ...]."""
         dim, axis, heads_axis, length, order = ctx.given
         shards = held(length, axis, order, heads_axis)
@@ -104,7 +104,8 @@ def _dealt(grad: Tensor, dim: int, shards: Shards) -> Tensor:
     if shards.order != "contiguous":
         padded = padded.index_select(dim, all_positions(shards, grad.device).flatten())
     rows = shards.places // shards.parts
-    return padded.unflatten(dim, (shards.ranks, shards.parts, rows)).movedim((dim, dim + 1), (0, 1))
+    cut = padded.reshape(*padded.shape[:dim], shards.ranks, shards.parts, rows, *padded.shape[dim + 1 :])
+    return cut.movedim((dim, dim + 1), (0, 1))
 
 
 def _gathered(x: Tensor, axis: str) -> Tensor:

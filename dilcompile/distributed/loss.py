@@ -110,7 +110,7 @@ class _Shared(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """``factor`` a unit of it."""
         (factor,) = ctx.saved_tensors
         return grad * factor, None, None
