@@ -123,8 +123,8 @@ def _broken(monkeypatch: pytest.MonkeyPatch, mutation: Callable[[Node], None]) -
     """Every rewrite from now on emits the mutated call."""
     right = rewriting.rewrite_site
 
-    def wrong(part: Any, match: Match, decision: Decision, axes: Any) -> Node:
-        result = right(part, match, decision, axes)
+    def wrong(part: Any, match: Match, decision: Decision, axes: Any, *rest: Any) -> Node:
+        result = right(part, match, decision, axes, *rest)
         for call in part.gm.graph.find_nodes(op="call_function", target=ATTENTION):
             if not call.meta.get("mutated"):
                 call.meta["mutated"] = True
@@ -159,9 +159,9 @@ def test_a_wrong_reading_is_refused(reads: str, monkeypatch: pytest.MonkeyPatch)
     """The finder itself errs: what it says of the mask is not what the model does."""
     right = rewriting.rewrite_site
 
-    def misread(part: Any, match: Match, decision: Decision, axes: Any) -> Node:
+    def misread(part: Any, match: Match, decision: Decision, axes: Any, *rest: Any) -> Node:
         said = {"causal": {"causal": False}, "fill": {"empty_rows": "zero"}}[reads]
-        return right(part, replace(match, site=replace(match.site, mask=replace(match.site.mask, **said))), decision, axes)
+        return right(part, replace(match, site=replace(match.site, mask=replace(match.site.mask, **said))), decision, axes, *rest)
 
     monkeypatch.setattr(rewriting, "rewrite_site", misread)
     (rejection,) = explained().rejections
@@ -216,8 +216,8 @@ def test_only_the_wrong_site_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     """At compile time sites are accepted one by one; what follows the wrong one is rewritten all the same."""
     right = rewriting.rewrite_site
 
-    def wrong(part: Any, match: Match, decision: Decision, axes: Any) -> Node:
-        result = right(part, match, decision, axes)
+    def wrong(part: Any, match: Match, decision: Decision, axes: Any, *rest: Any) -> Node:
+        result = right(part, match, decision, axes, *rest)
         if match.site.module == "layers.0":
             for call in part.gm.graph.find_nodes(op="call_function", target=ATTENTION):
                 MUTATIONS["no scale"](call)
