@@ -91,12 +91,11 @@ def both(rank: int, cases: list[tuple[str, str, str, bool, bool]]) -> tuple[list
 
 def test_a_llama_over_two_ranks_computes_what_one_rank_does() -> None:
     cases = [
-        ("aot_eager", "zigzag", "ring", True, False),
-        ("aot_eager", "striped", "all_gather", True, True),
+        ("aot_eager", "zigzag", "ring", True, True),
         ("aot_eager", "contiguous", "ulysses", True, False),
         ("inductor", "contiguous", "auto", False, False),
     ]
-    for found, (wanted, loss) in over_ranks({"cp": 2}, both, cases):
+    for found, (wanted, loss) in over_ranks({"cp": 2}, both, cases, patience=400.0):
         assert loss == pytest.approx(wanted, rel=8 * torch.finfo(torch.float32).eps)
         for (inner, *_), errors in zip(cases, found, strict=True):
             # The model itself takes means and angles in float32, which Inductor fuses in another order.
