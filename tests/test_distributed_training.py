@@ -242,7 +242,7 @@ def test_a_step_over_ranks_is_that_of_one(tmp_path: Path) -> None:
     model = _model()
     right = _alone(model)
     encoded = _encoded()
-    ranks = over_ranks(MESH, _job, folder)
+    ranks = over_ranks(MESH, _job, folder, timeout=200.0, patience=400.0)
     for found in ranks:
         assert found.keys() == {"ddp", "accumulated", "fsdp, checkpointed", "fsdp by layer", "tensor parallel", "bfloat16", "encoder"}
         for name in found.keys() - {"bfloat16", "encoder"}:
@@ -256,7 +256,7 @@ def test_a_step_over_ranks_is_that_of_one(tmp_path: Path) -> None:
     optimizer.zero_grad()
     loss, _ = _alone(model)
     optimizer.step()
-    resumed = over_ranks({"cp": 2}, _resume_job, folder)
+    resumed = over_ranks({"cp": 2}, _resume_job, folder, timeout=200.0, patience=400.0)
     for found in resumed:
         assert max(_gaps(found, (loss, dict(model.named_parameters())))) <= 1e-12
 
