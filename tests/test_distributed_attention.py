@@ -542,7 +542,7 @@ def test_the_function_that_users_call() -> None:
 def test_one_rank_is_the_ordinary_operator_and_needs_no_process_group() -> None:
     """And a mesh of more ranks says how to start them."""
     meshes.forget()
-    with pytest.raises(PlacementError, match="method 'ulysses' with order 'zigzag'.*take order='contiguous'"):
+    with pytest.raises(PlacementError, match=r"method 'ulysses' with order 'zigzag'.*take order='contiguous'"):
         distributed.attention(*(torch.randn(1, 2, 4, 4) for _ in range(3)), "dense", method="ulysses", order="zigzag")
     with pytest.raises(PlacementError, match="no mesh has been set, so axis 'cp' is unknown"):
         distributed.attention(*(torch.randn(1, 2, 4, 4) for _ in range(3)), "dense")
