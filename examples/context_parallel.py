@@ -1,7 +1,12 @@
-"""A tiny Llama trained with its sequence cut over ranks: the losses of one process that has all of it.
+"""A small model trained with its sequence cut over ranks: the losses of one process that has all of it.
 
-torchrun --nproc-per-node 2 examples/context_parallel.py [--steps 10] [--seq 501] [--order zigzag] [--method auto]
+torchrun --nproc-per-node 4 examples/context_parallel.py --model longnet
+torchrun --nproc-per-node 2 examples/context_parallel.py --model mistral --method halo --order contiguous
+torchrun --nproc-per-node 2 examples/context_parallel.py [--model llama] [--steps 10] [--seq 501] [--order zigzag] [--method auto]
                                                          [--inner inductor|aot_eager|eager]
+
+``llama`` is causal, ``mistral`` has a sliding window of 64 tokens, of which a rank needs its neighbour's last 63 keys alone, and
+``longnet`` is the Llama with dilated attention.
 """
 
 from __future__ import annotations
@@ -14,21 +19,30 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from dilcompile import distributed
 
 VOCABULARY = 16
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def small(name: str) -> PreTrainedModel:
     """The same weights on every rank."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, use_cache=False,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "use_cache": False,
+    }  # fmt: skip
+    if name == "mistral":
+        return MistralForCausalLM(MistralConfig(**sizes, sliding_window=64))
+    return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
+def form_of(name: str) -> dict[str, object]:
+    """What a policy says of the model's attentions."""
+    if name == "longnet":
+        return {"form": "dilated", "segments": [64, 256, "seq"], "rates": [1, 4, 8], "offset": "own"}
+    return {"form": "keep"}
 
 
 def batch_of(step: int, length: int) -> dict[str, Tensor]:
@@ -46,9 +60,9 @@ def over_ranks(options: argparse.Namespace) -> list[float]:
     policy = {
         "version": 1,
         "mesh": {"cp": {"size": ranks, "layout": options.order}},
-        "rules": [{"name": "sharded", "apply": {"form": "keep"}, "shard": {"mesh": "cp", "method": options.method}}],
+        "rules": [{"name": "sharded", "apply": form_of(options.model), "shard": {"mesh": "cp", "method": options.method}}],
     }
-    model = tiny_llama()
+    model = small(options.model)
     model.compile(backend="dilated", options={"policy": policy, "inner": options.inner})
     parallel = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -65,8 +79,11 @@ def over_ranks(options: argparse.Namespace) -> list[float]:
 
 
 def alone(options: argparse.Namespace) -> list[float]:
-    """The losses of one process that has the whole sequence, by PyTorch alone."""
-    model = tiny_llama()
+    """The losses of one process that has the whole sequence, by PyTorch alone but for a form that PyTorch doesn't have."""
+    model = small(options.model)
+    if options.model == "longnet":
+        policy = {"version": 1, "rules": [{"name": "whole", "apply": form_of(options.model)}]}
+        model.compile(backend="dilated", options={"policy": policy, "inner": options.inner})
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for step in range(options.steps):
@@ -82,6 +99,7 @@ def alone(options: argparse.Namespace) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="llama", choices=["llama", "longnet", "mistral"])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seq", type=int, default=501)
     parser.add_argument("--order", default="zigzag", choices=["contiguous", "zigzag", "striped"])

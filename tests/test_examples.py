@@ -62,8 +62,10 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
     assert last < 0.9 * first
 
 
-def test_context_parallel(tmp_path: Path) -> None:
-    out = run("context_parallel.py", "--steps", "3", "--seq", "51", "--inner", "eager", cwd=tmp_path, ranks=2, seconds=240)
+@pytest.mark.parametrize("given", [("--model", "longnet"), ("--model", "mistral", "--method", "halo", "--order", "contiguous")])
+def test_context_parallel(given: tuple[str, ...], tmp_path: Path) -> None:
+    sizes = ("--steps", "3", "--seq", "151", "--inner", "eager")
+    out = run("context_parallel.py", *given, *sizes, cwd=tmp_path, ranks=2, seconds=240)
     (gap,) = map(float, re.findall(r"losses differ by at most (\d\.\de[+-]\d+)", out))
     assert gap < 1e-5
 
