@@ -44,6 +44,11 @@ class Shards:
     order: Order = "contiguous"
     parts: int = 1
 
+    def __post_init__(self) -> None:
+        if self.ranks == 1:
+            # All positions in their order, without the places that the pieces of a zigzag would leave over.
+            object.__setattr__(self, "order", "contiguous")
+
     @property
     def places(self) -> int:
         """Places of one rank, n; a multiple of ``parts``."""

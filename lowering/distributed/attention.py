@@ -82,7 +82,7 @@ def _placed(
         return tree.attention(q, k, v, key_padding, documents, row_limits, dropout_seed, said)
     ready = plan.make_plan(str(said), plan.sizes_of(said, k, v, cut=True))
     size = ready.sizes
-    if size.ranks * size.parts == 1 and ready.shards.length == size.places and said.order == "contiguous":
+    if size.ranks * size.parts == 1 and ready.shards.length == size.places:
         return _alone(q, k, v, key_padding, documents, row_limits, dropout_seed, said)
     return _sharded(q, k, v, key_padding, documents, row_limits, dropout_seed, ready)
 
