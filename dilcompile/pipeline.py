@@ -35,6 +35,7 @@ _VARIABLE = re.compile(r"^G\['\w+'\]$|^G\['__import_\w+'\]\.\w+$|cell_contents$"
 
 MOST_HAZARDS = 8
 ALONE = "its sequence is sharded, but no process group is initialised: that all ranks compile the same is not checked"
+UNCHECKED = "it holds no attention, though the policy shards some: what it computes along a sharded sequence is not checked"
 UNSHARDED = "none of its attention is sharded, though the policy shards some: it computes with the tokens that it is given"
 
 
@@ -164,7 +165,7 @@ def _sharded(parts: Sequence[Graph], done: Rewritten, policy: Policy, name: str,
     """
     if done.sharding is None:
         own = [verdict for verdict in done.verdicts if isinstance(verdict, Decision) or verdict.asked]
-        return (UNSHARDED,) if own and policy.shards else ()
+        return ((UNSHARDED if own else UNCHECKED),) if policy.shards else ()
     found = [str(hazard) for hazard in hazards(parts, done.sharding)]
     if found and enforce:
         placed = [verdict.placement for verdict in done.verdicts if isinstance(verdict, Decision)]
