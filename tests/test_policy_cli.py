@@ -44,7 +44,7 @@ def test_check_prints_every_problem_to_stderr(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr == (
         f"{path}:2:11: rules[0].match.casual: unknown key (did you mean 'causal'?)\n"
-        f"{path}:3:17: rules[0].apply.form: unknown form 'kep': this version has keep, dense, sliding_window, dilated, block_sparse"
+        f"{path}:3:17: rules[0].apply.form: unknown form 'kep': this version has keep, ring, dense, sliding_window, dilated, block_sparse"
         ", keep_structure, union"
         " (did you mean 'keep'?)\n"
     )

@@ -291,7 +291,7 @@ def test_every_part_of_a_call_is_thought_of() -> None:
     by_shape = {"q", "k", "v", "relation"}
     in_the_class = {
         "key_padding", "documents", "bias", "dropout_seed", "softcap", "dropout_p", "merge_grad", "row_limits", "pairs", "flat",
-        "bias_grad", "pages", "exact_lse", "selection",
+        "bias_grad", "pages", "exact_lse", "selection", "held",
     }  # fmt: skip
     # Any scale is a factor; a narrow softmax is the reference's alone.
     of_no_matter = {"scale", "narrow"}
