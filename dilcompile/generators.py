@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dilcompile.blocks.adaptive import is_adaptive
 from dilcompile.blocks.grid import Grid
+from dilcompile.blocks.heads import from_head
 from dilcompile.blocks.lists import BlockLists, lists_of
-from dilcompile.blocks.patterns import Pattern, from_head
+from dilcompile.blocks.patterns import Pattern
 from dilcompile.position_sets import between, joined, meet, reached
 from dilcompile.progression import Positions, Progression, RowKeys, distinct
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dilcompile.blocks.adaptive import Given, capacity
-from dilcompile.blocks.patterns import in_turns
+from dilcompile.blocks.heads import in_turns
 from dilcompile.generators import Blocks, Generator, Segment, Sinks, Window
 from dilcompile.lowering.call import Call, Held
 from dilcompile.lowering.pairs import Pairs

@@ -7,8 +7,8 @@ from math import lcm
 
 from dilcompile.blocks.coverage import first_without_keys
 from dilcompile.blocks.grid import Grid
+from dilcompile.blocks.heads import most_parts
 from dilcompile.blocks.lists import BlockLists, lists_of
-from dilcompile.blocks.patterns import most_parts
 from dilcompile.blocks.spec import Spec, parts_of, pattern_of
 
 # The options after whose least common multiple the blocks of a pattern repeat themselves; other numbers are places.

@@ -18,6 +18,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
 from dilcompile.errors import DilcompileError
+from dilcompile.lowering.distributed.exchange import all_gather_single
 
 _MIB = 1 << 20
 Warmup = Literal["average", "linear", "exponential"]
@@ -145,7 +146,7 @@ class TopKCompression:
         self.bytes_sent += message.numel()
         ranks = dist.get_world_size(self._group)
         gathered = message.new_empty(ranks * message.numel())
-        future = _gather(gathered, message, group=self._group, async_op=True).get_future()
+        future = all_gather_single(gathered, message, group=self._group, async_op=True).get_future()
 
         def add_up(_: object) -> Tensor:
             return _mean_of(gathered.view(ranks, -1), count, gradients)
@@ -207,8 +208,6 @@ def _hook(state: TopKCompression, bucket: GradBucket) -> torch.futures.Future[Te
 # DDP compares types, not their names.
 _hook.__annotations__ = {"bucket": GradBucket, "return": torch.futures.Future[Tensor]}
 
-# Its name until torch 2.12.
-_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def _mean_of(messages: Tensor, count: int, like: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from dilcompile.blocks.adaptive import Scored, certain, is_adaptive, is_given, l
 from dilcompile.blocks.coverage import first_without_keys
 from dilcompile.blocks.curve import ORDER_NAMES, Curve, OrderName
 from dilcompile.blocks.grid import LEAST_BLOCK, MOST_BLOCK, Grid
+from dilcompile.blocks.heads import alike_in_heads, dealt, most_parts
 from dilcompile.blocks.impossible import first_unmet, holds_nothing, listed_beyond
-from dilcompile.blocks.patterns import Pattern, alike_in_heads, dealt, most_parts
+from dilcompile.blocks.patterns import Pattern
 from dilcompile.blocks.spec import Spec, frozen, has_lengths, pattern_of, plain, problems_of
 from dilcompile.errors import FormError, OptionProblem
 from dilcompile.forms.base import (

@@ -20,7 +20,7 @@ from dilcompile.lowering.distributed.meshes import Axis
 from dilcompile.lowering.distributed.traffic import Direction
 
 # Its name until torch 2.12.
-_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def all_gather(axis: str, out: Tensor, message: Tensor, errand: Errand) -> None:
     traffic.count(errand.site, errand.direction, moved, moved)
     watch = _Watch(at, errand, tuple(rank for rank in range(at.size) if rank != at.rank))
     with watch:
-        work = _gather(out, message, group=at.group, async_op=True)
+        work = all_gather_single(out, message, group=at.group, async_op=True)
     _register(out, _Watched(work, watch, (message,)))
 
 
