@@ -219,7 +219,8 @@ def test_what_is_sent_and_what_is_left_are_all_gradients(results):
         wanted = sum(part[0] for part in parts)
         # What came out is the mean, the same on both.
         kept = sum(part[1] for part in parts) + sum(part[2] for part in parts)
-        torch.testing.assert_close(kept.double(), wanted, rtol=0, atol=1e-6 * wanted.abs().max().item())
+        # Float64: some roundings of sums.
+        torch.testing.assert_close(kept.double(), wanted, rtol=0, atol=1e-14 * wanted.abs().max().item())
         assert torch.equal(parts[0][1], parts[1][1])
 
 
@@ -241,7 +242,7 @@ def test_ratio_one_and_warm_up_average_plainly(results):
         found = result["edges"]
         for name in ("whole", "warm"):
             for one, other in zip(found[name], found["plain"], strict=True):
-                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+                assert torch.equal(one, other)
         assert found["bytes"][0] == found["bytes"][1]
         assert found["bytes behind"][1] == 2 * found["bytes"][1]
         assert found["bytes behind"][0] < 1.03 * found["bytes"][0]
@@ -257,7 +258,9 @@ def test_a_parameter_that_steps_do_not_use_keeps_what_it_has_left(results):
     """DDP throws away what comes out for it: were it sent, it would be lost."""
     wanted = sum(result["unused"][0] for result in results)
     kept = sum(result["unused"][1] + result["unused"][2] for result in results)
-    torch.testing.assert_close(kept, wanted, rtol=0, atol=1e-6 * wanted.abs().max().item())
+    # Float32: a rounding in the sum over steps, one in that over ranks, one in what is kept.
+    atol = 3 * torch.finfo(torch.float32).eps * wanted.abs().max().item()
+    torch.testing.assert_close(kept, wanted, rtol=0, atol=atol)
 
 
 def test_sixteen_bit_gradients_stay_finite_and_whole(results):
