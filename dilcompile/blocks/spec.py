@@ -60,14 +60,6 @@ def _longformer(local: int = 1, columns: int = 1, rows: int = 1) -> Pattern:
     return AnyOf((Local(local, local), Global(columns, rows)))
 
 
-def _dilated_sliding(dilation: int, blocks: int) -> Pattern:
-    return Strided(dilation, blocks)
-
-
-def _hierarchical(spans: tuple[int, ...], heads: tuple[int, ...] = ()) -> Pattern:
-    return Hierarchical(spans, heads)
-
-
 def _random(blocks: int, seed: int = 0, by_head: bool = False) -> Pattern:
     return Random(blocks, seed, by_head)
 
