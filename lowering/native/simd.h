@@ -250,6 +250,31 @@ inline void put(float* to, float x) { *to = x; }
 inline void put(double* to, double x) { *to = x; }
 inline void put(BFloat16* to, float x) { *to = narrow_bfloat16(x); }
 inline void put(Half* to, float x) { *to = narrow_half(x); }
+template <class X, class T>
+inline void put_row(const T* from, X* to, int n) {
+  for (int i = 0; i < n; ++i) put(to + i, from[i]);
+}
+inline void put_row(const float* from, BFloat16* to, int n) {
+  typedef uint16_t Short __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint32_t Wide __attribute__((vector_size(kVectorBytes)));
+  int i = 0;
+  for (; i + kWidth<float> <= n; i += kWidth<float>) {
+    Vec<float> x = load(from + i);
+    Wide bits = (Wide)x, rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    Short narrow = __builtin_convertvector(x == x ? rounded : Wide{} + 0x7FC0, Short);
+    std::memcpy(to + i, &narrow, sizeof(narrow));
+  }
+  for (; i < n; ++i) put(to + i, from[i]);
+}
+inline void put_row(const float* from, Half* to, int n) {
+  int i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16) _mm256_storeu_si256((__m256i*)(to + i), _mm512_cvtps_ph(_mm512_loadu_ps(from + i), 0));
+#elif defined(__F16C__)
+  for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+#endif
+  for (; i < n; ++i) put(to + i, from[i]);
+}
 
 // The dtype of scores and sums for operands of dtype X.
 template <class X>
