@@ -80,7 +80,7 @@ class BlockSparse(Form):
         sizes = self.block if isinstance(self.block, tuple) else (self.block,)
         if isinstance(self.block, tuple) and len(sizes) != 2:
             return [*found, OptionProblem(("block",), f"must be one number or two (queries, keys), not {list(sizes)!r}")]
-        for size in sizes:
+        for size in dict.fromkeys(sizes):
             wrong = not_integer(("block",), size, LEAST_BLOCK)
             if not wrong and size > MOST_BLOCK:
                 wrong = [OptionProblem(("block",), f"must be at most {MOST_BLOCK}, not {size}")]
