@@ -77,6 +77,18 @@ def most_parts(pattern: Pattern) -> int | None:
     return max([*found, *([len(pattern.parts)] if isinstance(pattern, PerHead) else [])], default=None)
 
 
+def kind_of_head(pattern: Pattern, head: int) -> object:
+    """What distinguishes query heads: those of equal kinds have equal blocks."""
+    if not pattern.by_head:
+        return None
+    if isinstance(pattern, (AnyOf, AllOf)):
+        return tuple(kind_of_head(part, head) for part in pattern.parts)
+    if isinstance(pattern, PerHead):
+        part = pattern.parts[head // pattern.share]
+        return part, kind_of_head(part, head)
+    return kind_of_head(pattern.pattern, head + pattern.first) if isinstance(pattern, HeadsFrom) else head
+
+
 def alike_in_heads(pattern: Pattern) -> Pattern:
     """Blocks that every head has: the whole pattern where heads don't differ, or those parts of a union in which they don't."""
     if not pattern.by_head:
