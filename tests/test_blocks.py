@@ -10,12 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dilcompile.blocks.composed import AllOf, AnyOf, PerHead
 from dilcompile.blocks.grid import Grid
 from dilcompile.blocks.heads import from_head, kind_of_head
 from dilcompile.blocks.lists import lists_of
 from dilcompile.blocks.patterns import (
-    AllOf,
-    AnyOf,
     Document,
     Explicit,
     Fixed,
@@ -23,7 +22,6 @@ from dilcompile.blocks.patterns import (
     Hierarchical,
     Local,
     Pattern,
-    PerHead,
     Random,
     Strided,
     VerticalSlash,

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from dilcompile.blocks.composed import AllOf, AnyOf, PerHead
 from dilcompile.blocks.grid import Grid
-from dilcompile.blocks.patterns import AllOf, AnyOf, Pattern, PerHead
+from dilcompile.blocks.patterns import Pattern
 from dilcompile.errors import FormError
 from dilcompile.progression import Positions
 

@@ -8,10 +8,9 @@ from itertools import pairwise
 from typing import Any, cast
 
 from dilcompile.blocks.adaptive import ESTIMATORS, Given, Scored, is_adaptive
+from dilcompile.blocks.composed import AllOf, AnyOf, PerHead
 from dilcompile.blocks.curve import Curve
 from dilcompile.blocks.patterns import (
-    AllOf,
-    AnyOf,
     Document,
     Explicit,
     Fixed,
@@ -20,7 +19,6 @@ from dilcompile.blocks.patterns import (
     Local,
     Near,
     Pattern,
-    PerHead,
     Random,
     Strided,
     VerticalSlash,
