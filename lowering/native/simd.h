@@ -136,10 +136,11 @@ inline void turn_square(const T* from, int64_t from_row, T* to, int64_t to_row) 
     for (int j = 0; j < kWidth<T>; ++j) to[j * to_row + i] = from[i * from_row + j];
 }
 
-// 2^x for x <= 8 to 1e-7 of itself, 0 for x <= -127 (minus infinity among them).
+// 2^x for x <= 8 to 1e-7 of itself, 0 for x <= -127 (minus infinity among them); what is no number stays none.
 inline Vec<float> exp2_up_to_8(Vec<float> x) {
   const Vec<float> shifter = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
-  Vec<float> clipped = larger(x, fill(-127.0f)), shifted = clipped + shifter, rest = clipped - (shifted - shifter);
+  // Of two operands of which one is no number, `larger` gives the second.
+  Vec<float> clipped = larger(fill(-127.0f), x), shifted = clipped + shifter, rest = clipped - (shifted - shifter);
   Vec<float> p = fill(1.326472614891827e-3f);
   p = fma(p, rest, fill(9.671512991189957e-3f));
   p = fma(p, rest, fill(5.550733581185341e-2f));
@@ -259,9 +260,11 @@ inline void put_row(const float* from, BFloat16* to, int n) {
   typedef uint32_t Wide __attribute__((vector_size(kVectorBytes)));
   int i = 0;
   for (; i + kWidth<float> <= n; i += kWidth<float>) {
-    Vec<float> x = load(from + i);
-    Wide bits = (Wide)x, rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    Short narrow = __builtin_convertvector(x == x ? rounded : Wide{} + 0x7FC0, Short);
+    Wide bits, rounded;
+    std::memcpy(&bits, from + i, sizeof(bits));
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    // Asked of the bits: of numbers the compiler may think that each equals itself.
+    Short narrow = __builtin_convertvector((bits & 0x7FFFFFFF) > 0x7F800000 ? Wide{} + 0x7FC0 : rounded, Short);
     std::memcpy(to + i, &narrow, sizeof(narrow));
   }
   for (; i < n; ++i) put(to + i, from[i]);
