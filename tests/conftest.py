@@ -5,6 +5,7 @@ No width from the terminal. Where several workers run: one thread each, what tak
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -51,7 +52,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Workers compile the native kernel for a dtype each, else all wait for the one that needs it first."""
+    # Tests and modules stay: a tenth of the time would go into looking whether they are garbage, with each graph that is compiled.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+    _share_out_the_native_kernel(session)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
+def _share_out_the_native_kernel(session: pytest.Session) -> None:
+    """Workers compile it for a dtype each, else all wait for the one that needs it first."""
     worker = getattr(session.config, "workerinput", None)
     if worker is None or not any(item.path.name == "test_native.py" for item in session.items):
         return
