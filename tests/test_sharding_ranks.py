@@ -98,6 +98,7 @@ def both(rank: int, cases: list[tuple[str, str, bool, bool]]) -> tuple[list[tupl
     return parity(rank, cases), with_loss(rank)
 
 
+@pytest.mark.long
 def test_a_llama_over_two_ranks_computes_what_one_rank_does() -> None:
     cases = [
         ("zigzag", "ring", True, True),
