@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import scripts
 import torch
 from policy_sites import site
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -502,7 +501,7 @@ def test_rich_is_loaded_only_for_the_table() -> None:
         "str(Report('policy', ()))\n"
         "assert 'rich' in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    scripts.run(code).check_returncode()
 
 
 def test_densities_are_finite_for_every_form() -> None:
