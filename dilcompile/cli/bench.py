@@ -109,7 +109,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
 def _cells(row: dict[str, Any]) -> dict[str, Any]:
     return {
         **row,
-        "case": f"{row['length']} {row['dtype']}\n{'causal' if row['causal'] else 'full'}",
+        "case": f"{row['length']}\n{row['dtype']}\n{'causal' if row['causal'] else 'full'}",
         "forward_ms": row["forward_s"] * 1e3,
         "error_over_dense": row["error"] / max(row["dense_error"], 1e-300),
         "verdict": "correct" if row["correct"] else "WRONG",
