@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dilcompile.errors import FormError, KernelError
-from dilcompile.lowering import reference, token_order, transforms
+from dilcompile.lowering import operands, reference, token_order, transforms
 from dilcompile.lowering.call import (
     Call,
     empty_output,
@@ -91,6 +90,8 @@ def attention(
     """
     from dilcompile.lowering.select import select
 
+    operands.check_products(q, k, v, pages is not None)
+    operands.check_scores(scale, softcap, dropout_p)
     scale, factor = positive_scale(scale, q.dtype)
     scaled = q if factor == 1.0 else q * factor
     call = _call(
@@ -156,6 +157,8 @@ def attention_backward(
             "(k[block_table].transpose(1, 2).flatten(2, 3)) and leave block_table out"
         )
 
+    operands.check_products(q, k, v, False)
+    operands.check_scores(scale, softcap, dropout_p)
     scale, factor = positive_scale(scale, q.dtype)
     scaled = q if factor == 1.0 else q * factor
     call = _call(
@@ -184,7 +187,7 @@ def _swallows(call: Call, lse: Tensor) -> bool:
     if call.bias is None or call.q.device.type != "cpu":
         return False
     digit = torch.finfo(lse.dtype).eps
-    return bool(((lse < -_LOST / digit) & lse.isfinite()).any())
+    return bool(((lse.abs() > _LOST / digit) & lse.isfinite()).any())
 
 
 # Of a weight: what a digit of the LSE may be worth.
@@ -235,11 +238,7 @@ def _call(
     first = q_offset if q_start is None else q_offset + int(q_start)
     assert (pages is None) == (k_len is None), "pages and k_len, the length in positions, come together"
     assert pages is None or k_len is None or k_len <= pages.shape[1] * k.shape[2], "the pages hold fewer than k_len positions"
-    # Kernels would differ in what they make of other numbers.
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise KernelError(f"softcap is a positive number, or None for none, not {softcap}")
-    if not 0 <= dropout_p <= 1:
-        raise KernelError(f"dropout_p is a probability from 0 to 1, not {dropout_p}")
+    operands.check_masks(q, k.shape[2] if k_len is None else k_len, key_padding, documents, bias, row_limits)
     problem = problem_of(q, k, v, is_causal, window_left, window_right, first, k_len)
     formula = None
     if pairs is not None:
