@@ -153,8 +153,13 @@ void write_queries(const Call& call, const Operand& x, const Span& span, const T
     for (int64_t d = squares; d < dim; ++d)
       for (int64_t i = 0; i < W; ++i) rows[i * row + d] = columns[d * width + first + i];
     for (int64_t i = 0; i < std::min(W, tile.lanes - first); ++i) {
-      X* to = row_of<X>(call, x, span, lanes[tile.first + first + i]);
-      for (int64_t d = 0; d < dim; ++d) put(to + d, rows[i * row + d]);
+      const Lane& lane = lanes[tile.first + first + i];
+      if (call.wide) {
+        copy_row(rows + i * row, row_of<T>(call, x, span, lane), int(dim));
+      } else {
+        X* to = row_of<X>(call, x, span, lane);
+        for (int64_t d = 0; d < dim; ++d) put(to + d, rows[i * row + d]);
+      }
     }
   }
 }
