@@ -23,7 +23,7 @@ from dilcompile import distributed, functional
 from dilcompile.errors import PlacementError
 from dilcompile.forms import make_form
 from dilcompile.lowering import ops
-from dilcompile.lowering.distributed import meshes, plan
+from dilcompile.lowering.distributed import meshes, plan, step
 from dilcompile.lowering.distributed.attention import sharded_attention
 from dilcompile.lowering.distributed.spec import Spec
 from dilcompile.placements import PLACEMENTS
@@ -263,6 +263,25 @@ def test_usp_gives_the_numbers_of_one_rank() -> None:
     assert not [problem for each in found for problem in each]
 
 
+@pytest.mark.parametrize("ranks", [8, 64])
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+def test_a_step_calls_the_kernel_once_a_branch_however_many_ranks_sent_rows(order: Any, ranks: int) -> None:
+    """LongNet over a million tokens, by the schedules alone: a branch's keys go on from rank to rank as one stretch."""
+    length, branches, kv_heads = 1 << 20, 10, 4
+    form = make_form("dilated", {"segments": [2048 << n for n in range(branches)], "rates": [1 << n for n in range(branches)]})
+    spec = Spec("cp", "gather_needed", str(form), order, length, is_causal=True, heads=8, kv_heads=kv_heads)
+    made = plan.make_plan(str(spec), plan.Sizes(1, length // ranks, 64, 64, ranks))
+    message = torch.empty(made.receives(1), dtype=torch.bfloat16, device="meta")
+    most, most_received = 0, 0
+    for rank in range(ranks):
+        at = plan.Where(rank)
+        most = max(most, sum(1 for _ in step.meetings(made, at, 1, None, None, message)))
+        received = (len(rows.positions) for transfer in made.step(at, 1).receives for rows in transfer.rows)
+        most_received = max(most_received, sum(received))
+    assert most <= branches * kv_heads * (2 if order == "zigzag" else 1)
+    assert ranks < 64 or most_received > 4 * most
+
+
 def _tree_job(rank: int, cases: list[Case], q_rows: int, q_offset: int, expected: list[dict[str, Tensor]]) -> list[str]:
     """Queries that all ranks have."""
     problems = []
@@ -354,14 +373,14 @@ def test_every_rank_has_one_graph_and_computes_while_rows_travel() -> None:
         assert all(rank[placement][1] == 0 for rank in found), placement
     forward, backward = map(_called, found[0]["ring"][0])
     assert forward == ["exchange", "attend_step", "wait_tensor", "exchange", "attend_step", "wait_tensor", "attend_step"]
-    step = "attend_step_backward"
+    behind = "attend_step_backward"
     assert backward == [
-        *("exchange", "wait_tensor", "exchange", step, "return_gradients", "wait_tensor", step, "wait_tensor", "add_returned"),
-        *("return_gradients", step, "wait_tensor", "add_returned"),
+        *("exchange", "wait_tensor", "exchange", behind, "return_gradients", "wait_tensor", behind, "wait_tensor"),
+        *("add_returned", "return_gradients", behind, "wait_tensor", "add_returned"),
     ]
     forward, backward = map(_called, found[0]["gather_needed"][0])
     assert forward == ["exchange", "attend_step", "wait_tensor", "attend_step"]
-    assert backward == [step, "return_gradients", step, "wait_tensor", "add_returned"]
+    assert backward == [behind, "return_gradients", behind, "wait_tensor", "add_returned"]
     assert _called(found[0]["ulysses"][0][0]) == [
         *["exchange_equal", "wait_tensor"] * 0,
         *["exchange_equal"] * 3,
