@@ -355,6 +355,11 @@ def _graph_job(rank: int, placements: list[str]) -> dict[str, Any]:
             float((a - b).abs().max()) for a, b in ((out, right), *((x.grad, y.grad) for x, y in zip(eager, traced, strict=True)))
         ]
         found[placement] = (codes, max(gaps))
+    spec = Spec("cp", "ring", "dense", is_causal=True, scale=0.4)
+    q, k, v = (torch.randn(1, 6, 8, 4).bfloat16().requires_grad_() for _ in range(3))
+    with distributed.traffic() as moved:
+        sharded_attention(q, k, v, None, None, None, None, str(spec))[0].sum().backward()
+    found["bytes"] = [(moved.of(direction).sent, moved.of(direction).received) for direction in ("forward", "backward")]
     return found
 
 
@@ -367,6 +372,10 @@ def _called(code: str) -> list[str]:
 def test_every_rank_has_one_graph_and_computes_while_rows_travel() -> None:
     """Hashes of the graphs; an exchange is started before the step before computes, and waited for after that."""
     found = over_ranks({"cp": 3}, _graph_job, ["ring", "gather_needed", "ulysses"])
+    for (sent, received), behind in (each.pop("bytes") for each in found):
+        # Operands have 2 bytes a number, the gradients that go back 4.
+        assert behind == (sent + 2 * received, received + 2 * sent)
+    assert not re.search("isend|irecv", str(found))
     for placement in found[0]:
         hashes = {hashlib.sha256("".join(rank[placement][0]).encode()).hexdigest() for rank in found}
         assert len(hashes) == 1, placement
@@ -396,20 +405,28 @@ def _faulty_job(rank: int, fault: str) -> str | None:
     q, k, v = (torch.randn(1, 2, 4, 4) for _ in range(3))
     spec = str(Spec("cp", "ring", "dense", scale=0.5, site="model.layers.3.attention"))
     sharded_attention(q, k, v, None, None, None, None, spec)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = None
+    if fault == "dies behind the forward":
+        compiled = torch.compile(lambda *x: sharded_attention(*x, None, None, None, None, spec)[0], backend="aot_eager")
+        out = compiled(*leaves)
     if rank == 1:
-        if fault == "dies":
+        if fault != "hangs":
             os._exit(3)
         time.sleep(8)
         return None
     start = time.monotonic()
     try:
-        sharded_attention(q, k, v, None, None, None, None, spec)
+        if out is None:
+            sharded_attention(*leaves, None, None, None, None, spec)
+        else:
+            out.sum().backward()
     except PlacementError as error:
         return f"{time.monotonic() - start:.0f} s: {error}"
     return "no error"
 
 
-@pytest.mark.parametrize("fault", ["dies", "hangs"])
+@pytest.mark.parametrize("fault", ["dies", "hangs", "dies behind the forward"])
 def test_a_rank_that_is_gone_is_named_by_the_others(fault: str) -> None:
     """Within the timeout of the group, with the site, the step, the axis and who was waited for."""
     first, gone, last = over_ranks({"cp": 3}, _faulty_job, fault, timeout=5.0)
@@ -417,8 +434,9 @@ def test_a_rank_that_is_gone_is_named_by_the_others(fault: str) -> None:
     for rank, told in ((0, first), (2, last)):
         seconds, message = told.split(" s: ", 1)
         assert int(seconds) <= 6
+        direction = "backward" if "behind" in fault else "forward"
         assert message.startswith(
-            "model.layers.3.attention: step 1, keys and values (forward) over mesh axis 'cp' failed on rank"
+            f"model.layers.3.attention: step 1, keys and values ({direction}) over mesh axis 'cp' failed on rank"
         )
         assert f"rank {rank} while it waited for ranks {', '.join(str(r) for r in range(3) if r != rank)}" in message
         assert "timeout of the group: 5 s" in message

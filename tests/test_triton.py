@@ -39,6 +39,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
         "triton_interpreted.py",
         "triton_interpreted_bias.py",
         "triton_interpreted_blocks.py",
+        "triton_interpreted_parts.py",
         "triton_interpreted_tiles.py",
         "triton_decode_interpreted.py",
         "triton_tuning_interpreted.py",
@@ -273,7 +274,7 @@ def proven(case: Case) -> bool:
     return (
         case.step not in ("sums", "join", "kept")
         and case.head_dim in (64, 128)
-        and case.switches in ((), ("128-blocks",), ("described",))
+        and case.switches in ((), ("128-blocks",), ("described",), ("part",))
         and case.arch.startswith("sm")
         and case.dtype in (torch.bfloat16, torch.float16)
     )

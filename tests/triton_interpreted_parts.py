@@ -55,10 +55,11 @@ def assert_part(call: Call) -> None:
         close(gradient, true)
 
 
-@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: " x ".join(map(str, parts)))
-@pytest.mark.parametrize(("form", "causal"), [(WALKED[n], n != 1) for n in (0, 1, 3, 5, 6)])
-def test_two_progressions_equal_the_reference(form: str, causal: bool, parts: tuple[Progression, Progression]) -> None:
-    assert_part(drawn_part(form, *parts, is_causal=causal))
+@pytest.mark.parametrize(
+    ("form", "parts"), [(WALKED[n], PARTS[m]) for n in (0, 1, 3, 5, 6) for m in range(len(PARTS)) if (n + m) % 2], ids=str
+)
+def test_two_progressions_equal_the_reference(form: str, parts: tuple[Progression, Progression]) -> None:
+    assert_part(drawn_part(form, *parts, is_causal=form != WALKED[1]))
 
 
 @pytest.mark.parametrize("parts", [PARTS[2], PARTS[5]], ids=lambda parts: " x ".join(map(str, parts)))
@@ -103,8 +104,8 @@ def test_ranks_give_the_numbers_of_one(order: str) -> None:
 
 
 def test_results_are_wide_and_as_good_as_eager_attention() -> None:
-    held = Held(Progression(20, 60, 2), Progression(3, 51))
-    call = drawn(61, held, WALKED[3], torch.bfloat16, dim=16, is_causal=True)
+    held = Held(Progression(12, 44, 2), Progression(3, 27))
+    call = drawn(45, held, WALKED[0], torch.bfloat16, dim=16, is_causal=True)
     out, lse = triton.forward(call)
     grads = triton.backward(call, out.bfloat16(), lse, torch.ones_like(call.q), None)
     assert {x.dtype for x in (out, lse, *grads[:3])} == {torch.float32}
@@ -117,7 +118,7 @@ def test_a_part_that_is_not_walked_is_refused_with_the_reason() -> None:
     reason = select.refusal(triton, drawn_part(LISTS[0], *parts), False)
     assert reason == "the blocks of a pattern over a part of a sequence"
     far = Held(Progression(0, 3 * 65521, 65521), Progression(0, 4))
-    relation = drawn(3 * 65521, far, "sliding_window(window=4, step=3001)").relation
+    relation = drawn(3 * 65521, far, "sliding_window(window=9000, step=3001)").relation
     assert plan.unplannable(relation, far) == (
         "rows 65521 positions apart and a rate of 3001: what both hold is too far apart for 32 bits"
     )

@@ -107,13 +107,13 @@ class Bound:
         """What the tile of a pass depends on."""
         size, q = self.call.problem, self.call.q
         head = max(head_block(size.head_dim), head_block(size.v_dim))
-        return Kind(step, q.device, head, q.dtype, _masks(self.call, self.bias_by(self.pack)), self.blocks is not None)
+        return Kind(step, q.device, head, q.dtype, _masks(self.call, self.bias_by(self.pack)), self.blocks is not None, self.part is not None)
 
     def table(self, kind: Kind, rows: int = INTERPRETED.own) -> Tile:
         """The tile that was proven without a device."""
         if interpreting():
             return replace(INTERPRETED, own=rows)
-        return tile_of(kind.step, arch(kind.device), kind.head, kind.dtype, kind.masks, rows, kind.listed)
+        return tile_of(kind.step, arch(kind.device), kind.head, kind.dtype, kind.masks, rows, kind.listed, kind.part)
 
     def describable(self, plan: Plan, *operands: Tensor) -> bool:
         """Whether rows can be loaded by descriptors: the walk goes along terms one by one, and each row begins at 16 bytes."""
