@@ -107,7 +107,7 @@ class Call:
 
     @property
     def out_dtype(self) -> torch.dtype:
-        """The dtype of out and of the gradients of q, k and v: q's; ``score_dtype`` where they are added to those of other parts."""
+        """The dtype of out and of the gradients of q, k and v: q's; ``score_dtype`` where other parts are added."""
         return self.q.dtype if self.held is None else self.score_dtype
 
 
@@ -135,7 +135,7 @@ class Kernel(Protocol):
         """out [B, H, Sq, Dv] in ``out_dtype``, laid out [B, Sq, H, Dv]; lse [B, H, Sq] contiguous in ``score_dtype``."""
 
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
-        """Gradients of q, k and v in ``out_dtype`` and of the bias in its dtype (None without bias), in their operands' shapes."""
+        """Gradients of q, k and v in ``out_dtype``, of the bias in its dtype (None without bias), in their operands' shapes."""
 
 
 @lru_cache(maxsize=256)

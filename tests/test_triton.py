@@ -78,7 +78,7 @@ def test_no_kernel_is_imported_before_a_call() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(
-        [f"dilcompile.lowering.triton.{name}" for name in ("bound", "config", "lists", "plan", "split", "tiles")]
+        [f"dilcompile.lowering.triton.{name}" for name in ("bound", "config", "lists", "parts", "plan", "split", "tiles")]
     )
 
 

@@ -74,13 +74,17 @@ def test_masks_mean_positions_of_the_sequence(mask: str, parts: tuple[Progressio
     else:
         assert call.held is not None
         keep = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(2)) > 0.3
-        call = replace(call, key_padding=keep, dropout_p=0.3, dropout_seed=torch.tensor([5]), held=replace(call.held, first_head=3))
+        call = replace(
+            call, key_padding=keep, dropout_p=0.3, dropout_seed=torch.tensor([5]), held=replace(call.held, first_head=3)
+        )
     assert_part(call)
 
 
 def test_classes_that_are_too_fine_are_walked_row_by_row() -> None:
     """Tiles are runs of the part's rows then."""
-    call = drawn_part("dilated(segments=(42, 55), rates=(7, 11), coverage='zero')", Progression(1, LENGTH, 2), Progression(0, 50, 3))
+    call = drawn_part(
+        "dilated(segments=(42, 55), rates=(7, 11), coverage='zero')", Progression(1, LENGTH, 2), Progression(0, 50, 3)
+    )
     made = plan.plan_of(call.relation, 8, 16, False, torch.device("cpu"), call.held)
     assert made.counted
     assert_part(call)

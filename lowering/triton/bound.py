@@ -107,7 +107,8 @@ class Bound:
         """What the tile of a pass depends on."""
         size, q = self.call.problem, self.call.q
         head = max(head_block(size.head_dim), head_block(size.v_dim))
-        return Kind(step, q.device, head, q.dtype, _masks(self.call, self.bias_by(self.pack)), self.blocks is not None, self.part is not None)
+        masks = _masks(self.call, self.bias_by(self.pack))
+        return Kind(step, q.device, head, q.dtype, masks, self.blocks is not None, self.part is not None)
 
     def table(self, kind: Kind, rows: int = INTERPRETED.own) -> Tile:
         """The tile that was proven without a device."""

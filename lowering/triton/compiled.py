@@ -59,9 +59,9 @@ class Case:
     Args:
         switches: of ``padding``, ``documents``, ``limits`` (by row), ``softcap``, ``dropout``, ``dedupe`` (terms that count only
             what is new), ``heads`` (terms of some query heads), ``grouped`` (4 query heads a key head), ``one_key`` (all of 64
-            query heads have one), ``bias`` (one a pair), ``key_bias`` (one a key), ``paged`` (pages of 16 keys),
-            ``part`` (rows of a longer sequence, results in float32), ``128-blocks`` (lists of blocks of so many queries and keys), ``described`` (loads by descriptors); none:
-            causal or not.
+            query heads have one), ``bias`` (one a pair), ``key_bias`` (one a key), ``paged`` (pages of 16 keys), ``part``
+            (rows of a longer sequence, results in float32), ``128-blocks`` (lists of blocks of so many queries and keys),
+            ``described`` (loads by descriptors); none: causal or not.
     """
 
     step: Pass
@@ -216,9 +216,7 @@ def compile_case(case: Case, tile: Tile | None = None) -> Resources:
     }  # fmt: skip
     kernel, tile = kernels[case.step], tile or case.tile
     fixed = {name: value for name, value in _fixed(case, tile).items() if name in kernel.arg_names}
-    signature = {
-        x.name: "constexpr" if x.name in fixed else x.annotation_type or _type(x.name, case) for x in kernel.params
-    }
+    signature = {x.name: "constexpr" if x.name in fixed else x.annotation_type or _type(x.name, case) for x in kernel.params}
     # What a launch tells the compiler: where tensors begin, and their rows, whole vectors can be loaded.
     free = [x for x in kernel.params if x.name not in fixed and not x.do_not_specialize]
     aligned = [x for x in free if x.name.isupper() or x.name.endswith(("_batch", "_head", "_row"))]
@@ -272,7 +270,8 @@ def _type(name: str, case: Case) -> str:
         return "*fp32"
     if name in ("LSE", "DELTA", "GRAD_LSE", "SUMS", "TOPS", "TOTALS"):
         return "*fp32"
-    if name in ("TERMS", "RESIDUES", "LINES", "ENTRIES", "TILES", "PATTERNS", "STARTS", "ENDS", "LIMITS", "KEPT", "PAGES", "PART"):
+    plan = ("TERMS", "RESIDUES", "LINES", "ENTRIES", "TILES", "PATTERNS", "PART")
+    if name in (*plan, "STARTS", "ENDS", "LIMITS", "KEPT", "PAGES"):
         return "*i32"
     if name in ("PADDING", "MAP", "SEED"):
         return {"PADDING": "*u8", "MAP": "*u8", "SEED": "*i64"}[name]

@@ -233,6 +233,7 @@ _PART: dict[tuple[str, Pass, int], Tile] = {
     ("sm80", "forward", 128): Tile(128, 32, 8, 2),
     ("sm100", "queries", 64): Tile(64, 32, 8, 2),
     ("sm100", "keys", 128): Tile(64, 32, 8, 2),
+    ("gfx942", "keys", 128): Tile(64, 16, 4, 2),
 }
 
 # By architecture and head size; ``own`` is the largest that a tile is used for. Documents take the tiles of no mask.

@@ -26,8 +26,8 @@ from dilcompile.generators import Blocks, Everything, Segment, Sinks, Window
 from dilcompile.lowering.call import Held
 from dilcompile.lowering.triton.lists import Lists, blocks_of, lists_on, map_on
 from dilcompile.lowering.triton.parts import numbers_of, unwalkable
-from dilcompile.progression import Progression
 from dilcompile.position_sets import meet
+from dilcompile.progression import Progression
 from dilcompile.relation import Problem, Relation, Term
 
 # Stands for "no limit"; positions stay below it, and sums of two fit in 32 bits.
