@@ -442,3 +442,15 @@ def test_the_sources_are_one_text_that_knows_the_machine() -> None:
         assert '#include "' not in text
         assert torch.__version__ in text
         assert torch.backends.cpu.get_cpu_capability() in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_no_number_stays_none(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 100, 16).to(dtype) for _ in range(3))
+    q[0, 1, 77, 5] = torch.nan
+    k[0, 0, 90, 3] = torch.nan
+    found = run(q, k, v, Dense())[0]
+    lost = torch.zeros(2, 100, dtype=torch.bool)
+    lost[1, 77] = lost[0, 90:] = True
+    assert torch.equal(found.isnan(), lost[None, ..., None].expand(found.shape))

@@ -12,9 +12,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dilcompile.blocks.heads import kind_of_head
 from dilcompile.generators import Blocks, Everything, Segment, Sinks, Window
 from dilcompile.lowering import digest
 from dilcompile.lowering.call import Call, Gradients, empty_output
@@ -33,6 +35,7 @@ from dilcompile.lowering.native.build import (
 )
 from dilcompile.lowering.selection import Selection, adaptive_blocks
 from dilcompile.lowering.union import beyond_union
+from dilcompile.progression import Positions
 from dilcompile.relation import Problem, Relation, grid_of
 
 TAKES_ROW_MASKS = True
@@ -183,7 +186,7 @@ def _selected(call: Call, selection: Selection) -> _Terms:
     blocks, structs = adaptive_blocks(call.relation), (TermStruct * 1)()
     assert blocks is not None, "a selection is made for blocks"
     there = torch.arange(selection.capacity) < selection.counts[..., None]
-    columns = selection.columns[there].to(torch.int64)
+    columns = selection.columns[there]
     ends = selection.counts.flatten().cumsum(0, dtype=torch.int64).view(selection.counts.shape)
     starts = torch.cat([ends[..., :1] - selection.counts[..., :1], ends], -1).contiguous()
     batch, heads, lines = selection.counts.shape
@@ -206,14 +209,20 @@ def _list_blocks(struct: TermStruct, generator: Blocks, size: Problem, by_docume
         # Positions count from the start of each document, which may be as long as the keys.
         size = replace(size, q_offset=0, q_len=size.k_len)
     grid = grid_of(size, generator.grid.q_block, generator.grid.k_block)
-    lists = [generator.lists(head, grid) for head in range(size.heads if generator.pattern.by_head else 1)]
-    entries = np.cumsum([0, *(len(one) for one in lists)])
-    starts = np.concatenate([one.starts + first for one, first in zip(lists, entries, strict=False)])
-    columns, lines = np.concatenate([one.blocks for one in lists]), lists[0].lines
+    kinds = [kind_of_head(generator.pattern, head) for head in range(size.heads if generator.pattern.by_head else 1)]
+    starts, columns = list[Positions](), dict[object, npt.NDArray[np.int32]]()
+    ends, first = dict[object, Positions](), 0
+    for head, kind in enumerate(kinds):
+        if kind not in columns:
+            found = generator.lists(head, grid)
+            ends[kind], columns[kind] = found.starts + first, found.blocks.astype(np.int32)
+            first += len(found)
+        starts.append(ends[kind])
+    joined, listed, lines = np.concatenate(starts), np.concatenate([*columns.values()]), grid.rows
     struct.kind, struct.q_block, struct.k_block = 4, generator.grid.q_block, generator.grid.k_block
-    struct.first_line, struct.lines, struct.lists = int(lines[0]) if len(lines) else 0, len(lines), len(lists)
-    struct.starts, struct.columns = starts.ctypes.data, columns.ctypes.data
-    return [starts, columns]
+    struct.first_line, struct.lines, struct.lists = int(lines[0]) if len(lines) else 0, len(lines), len(kinds)
+    struct.starts, struct.columns = joined.ctypes.data, listed.ctypes.data
+    return [joined, listed]
 
 
 def _limit(value: int | None) -> int:

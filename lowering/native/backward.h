@@ -206,6 +206,7 @@ class Backward {
           store(weights + (j + r) * N * W + c * W, exp2_up_to_8(power > 0 ? Vec<T>{} : power) * often);
         }
       }
+      keys.ahead->step();
     });
     for (int64_t j = a; j < b; j += kPanel) {
       Vec<T> g[kPanel][N];

@@ -31,7 +31,7 @@ struct Term {
   // query head, or one for all; batch_lists: from one batch row's lists to the next one's, 0: all have the same.
   int64_t q_block, k_block, first_line, lines, lists, batch_lists;
   const int64_t* starts;
-  const int64_t* columns;
+  const int32_t* columns;
 };
 
 // Row i of q stands at position q_offset + i * q_step, row j of k and v at k_start + j * k_step, below k_stop; these are k_rows.
