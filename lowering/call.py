@@ -55,8 +55,9 @@ class Call:
         exact_lse: False where nobody reads the LSE for its digits: it may be as rough as q's dtype (-inf still says no keys).
         selection: which blocks there are of a relation that names all that there may be; the queries' block rows are the grid's.
         held: q, k and v are a part of the sequence; Sk, which ``key_padding``, ``documents``, ``pairs`` and the relation go by,
-            is the length of all of it, and Sq the number of rows of q. Neither bias nor pages nor selection. The backward is
-            given out and LSE over all keys of the sequence, and its gradients may be in ``score_dtype``.
+            is the length of all of it, and Sq the number of rows of q. Neither bias nor pages nor selection. What is made of
+            a part is added to that of others: out and gradients are in ``score_dtype``. The backward is given out, in q's dtype,
+            and LSE over all keys of the sequence.
         flat: the products count as 0, so that all weights of a row are alike; their gradient is that of ordinary scores.
     """
 
@@ -88,9 +89,26 @@ class Call:
         return self.relation.problem
 
     @property
+    def places(self) -> tuple[Progression, Progression]:
+        """The positions of the rows of q and of k; the step of a single one, which may be anything, is 1."""
+        size = self.problem
+        if self.held is None:
+            return Progression(size.q_offset, size.q_offset + size.q_len), Progression(0, size.k_len)
+        parts = ((self.held.queries, self.q), (self.held.keys, self.k))
+        for part, x in parts:
+            assert len(part) == x.shape[2], f"{x.shape[2]} rows do not stand at the {len(part)} positions {part}"
+        queries, keys = (part if len(part) > 1 else Progression(part.start, part.start + len(part)) for part, _ in parts)
+        return queries, keys
+
+    @property
     def score_dtype(self) -> torch.dtype:
         """The dtype of scores and LSE: float64 for float64 operands, else float32."""
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """The dtype of out and of the gradients of q, k and v: q's; ``score_dtype`` where other parts are added."""
+        return self.q.dtype if self.held is None else self.score_dtype
 
 
 class Kernel(Protocol):
@@ -114,10 +132,10 @@ class Kernel(Protocol):
         """Why this kernel can't compute the call (its forward, or its backward), or None."""
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
-        """out [B, H, Sq, Dv] in q's dtype, laid out [B, Sq, H, Dv]; lse [B, H, Sq] contiguous in ``score_dtype``."""
+        """out [B, H, Sq, Dv] in ``out_dtype``, laid out [B, Sq, H, Dv]; lse [B, H, Sq] contiguous in ``score_dtype``."""
 
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
-        """Gradients of q, k, v and bias (None without bias), each in its operand's dtype and shape."""
+        """Gradients of q, k and v in ``out_dtype``, of the bias in its dtype (None without bias), in their operands' shapes."""
 
 
 @lru_cache(maxsize=256)

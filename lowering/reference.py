@@ -48,7 +48,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """See ``Kernel``."""
     call = call if call.pages is None else _gathered(call, call.pages)
     problem = call.problem
-    out = empty_output(call.q, problem.v_dim)
+    out = empty_output(call.q, problem.v_dim, call.out_dtype)
     lse = call.q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=call.score_dtype)
     for chunk in _chunks(call):
         weights, chunk_lse = _softmax(chunk.scores, sum(chunk.counts[1:], chunk.counts[0]), call.narrow)
@@ -78,7 +78,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
         grads[1][chunk.b] += _per_key_head(d_scores.mT @ chunk.q, call.problem.kv_heads)
         grads[2][chunk.b] += _per_key_head(d_value, call.problem.kv_heads)
     # Parts are added up before they are rounded.
-    d_q, d_k, d_v = (grad if call.held is not None else grad.to(call.q.dtype) for grad in grads)
+    d_q, d_k, d_v = (grad.to(call.out_dtype) for grad in grads)
     return d_q, d_k, d_v, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
 
 

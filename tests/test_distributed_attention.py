@@ -23,7 +23,7 @@ from dilcompile import distributed, functional
 from dilcompile.errors import PlacementError
 from dilcompile.forms import make_form
 from dilcompile.lowering import ops
-from dilcompile.lowering.distributed import meshes, plan
+from dilcompile.lowering.distributed import meshes, plan, step
 from dilcompile.lowering.distributed.attention import sharded_attention
 from dilcompile.lowering.distributed.spec import Spec
 from dilcompile.placements import PLACEMENTS
@@ -263,6 +263,25 @@ def test_usp_gives_the_numbers_of_one_rank() -> None:
     assert not [problem for each in found for problem in each]
 
 
+@pytest.mark.parametrize("ranks", [8, 64])
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+def test_a_step_calls_the_kernel_once_a_branch_however_many_ranks_sent_rows(order: Any, ranks: int) -> None:
+    """LongNet over a million tokens, by the schedules alone: a branch's keys go on from rank to rank as one stretch."""
+    length, branches, kv_heads = 1 << 20, 10, 4
+    form = make_form("dilated", {"segments": [2048 << n for n in range(branches)], "rates": [1 << n for n in range(branches)]})
+    spec = Spec("cp", "gather_needed", str(form), order, length, is_causal=True, heads=8, kv_heads=kv_heads)
+    made = plan.make_plan(str(spec), plan.Sizes(1, length // ranks, 64, 64, ranks))
+    message = torch.empty(made.receives(1), dtype=torch.bfloat16, device="meta")
+    most, most_received = 0, 0
+    for rank in range(ranks):
+        at = plan.Where(rank)
+        most = max(most, sum(1 for _ in step.meetings(made, at, 1, None, None, message)))
+        received = (len(rows.positions) for transfer in made.step(at, 1).receives for rows in transfer.rows)
+        most_received = max(most_received, sum(received))
+    assert most <= branches * kv_heads * (2 if order == "zigzag" else 1)
+    assert ranks < 64 or most_received > 4 * most
+
+
 def _tree_job(rank: int, cases: list[Case], q_rows: int, q_offset: int, expected: list[dict[str, Tensor]]) -> list[str]:
     """Queries that all ranks have."""
     problems = []
@@ -336,6 +355,11 @@ def _graph_job(rank: int, placements: list[str]) -> dict[str, Any]:
             float((a - b).abs().max()) for a, b in ((out, right), *((x.grad, y.grad) for x, y in zip(eager, traced, strict=True)))
         ]
         found[placement] = (codes, max(gaps))
+    spec = Spec("cp", "ring", "dense", is_causal=True, scale=0.4)
+    q, k, v = (torch.randn(1, 6, 8, 4).bfloat16().requires_grad_() for _ in range(3))
+    with distributed.traffic() as moved:
+        sharded_attention(q, k, v, None, None, None, None, str(spec))[0].sum().backward()
+    found["bytes"] = [(moved.of(direction).sent, moved.of(direction).received) for direction in ("forward", "backward")]
     return found
 
 
@@ -348,20 +372,24 @@ def _called(code: str) -> list[str]:
 def test_every_rank_has_one_graph_and_computes_while_rows_travel() -> None:
     """Hashes of the graphs; an exchange is started before the step before computes, and waited for after that."""
     found = over_ranks({"cp": 3}, _graph_job, ["ring", "gather_needed", "ulysses"])
+    for (sent, received), behind in (each.pop("bytes") for each in found):
+        # Operands have 2 bytes a number, the gradients that go back 4.
+        assert behind == (sent + 2 * received, received + 2 * sent)
+    assert not re.search("isend|irecv", str(found))
     for placement in found[0]:
         hashes = {hashlib.sha256("".join(rank[placement][0]).encode()).hexdigest() for rank in found}
         assert len(hashes) == 1, placement
         assert all(rank[placement][1] == 0 for rank in found), placement
     forward, backward = map(_called, found[0]["ring"][0])
     assert forward == ["exchange", "attend_step", "wait_tensor", "exchange", "attend_step", "wait_tensor", "attend_step"]
-    step = "attend_step_backward"
+    behind = "attend_step_backward"
     assert backward == [
-        *("exchange", "wait_tensor", "exchange", step, "return_gradients", "wait_tensor", step, "wait_tensor", "add_returned"),
-        *("return_gradients", step, "wait_tensor", "add_returned"),
+        *("exchange", "wait_tensor", "exchange", behind, "return_gradients", "wait_tensor", behind, "wait_tensor"),
+        *("add_returned", "return_gradients", behind, "wait_tensor", "add_returned"),
     ]
     forward, backward = map(_called, found[0]["gather_needed"][0])
     assert forward == ["exchange", "attend_step", "wait_tensor", "attend_step"]
-    assert backward == [step, "return_gradients", step, "wait_tensor", "add_returned"]
+    assert backward == [behind, "return_gradients", behind, "wait_tensor", "add_returned"]
     assert _called(found[0]["ulysses"][0][0]) == [
         *["exchange_equal", "wait_tensor"] * 0,
         *["exchange_equal"] * 3,
@@ -377,20 +405,28 @@ def _faulty_job(rank: int, fault: str) -> str | None:
     q, k, v = (torch.randn(1, 2, 4, 4) for _ in range(3))
     spec = str(Spec("cp", "ring", "dense", scale=0.5, site="model.layers.3.attention"))
     sharded_attention(q, k, v, None, None, None, None, spec)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = None
+    if fault == "dies behind the forward":
+        compiled = torch.compile(lambda *x: sharded_attention(*x, None, None, None, None, spec)[0], backend="aot_eager")
+        out = compiled(*leaves)
     if rank == 1:
-        if fault == "dies":
+        if fault != "hangs":
             os._exit(3)
         time.sleep(8)
         return None
     start = time.monotonic()
     try:
-        sharded_attention(q, k, v, None, None, None, None, spec)
+        if out is None:
+            sharded_attention(*leaves, None, None, None, None, spec)
+        else:
+            out.sum().backward()
     except PlacementError as error:
         return f"{time.monotonic() - start:.0f} s: {error}"
     return "no error"
 
 
-@pytest.mark.parametrize("fault", ["dies", "hangs"])
+@pytest.mark.parametrize("fault", ["dies", "hangs", "dies behind the forward"])
 def test_a_rank_that_is_gone_is_named_by_the_others(fault: str) -> None:
     """Within the timeout of the group, with the site, the step, the axis and who was waited for."""
     first, gone, last = over_ranks({"cp": 3}, _faulty_job, fault, timeout=5.0)
@@ -398,8 +434,9 @@ def test_a_rank_that_is_gone_is_named_by_the_others(fault: str) -> None:
     for rank, told in ((0, first), (2, last)):
         seconds, message = told.split(" s: ", 1)
         assert int(seconds) <= 6
+        direction = "backward" if "behind" in fault else "forward"
         assert message.startswith(
-            "model.layers.3.attention: step 1, keys and values (forward) over mesh axis 'cp' failed on rank"
+            f"model.layers.3.attention: step 1, keys and values ({direction}) over mesh axis 'cp' failed on rank"
         )
         assert f"rank {rank} while it waited for ranks {', '.join(str(r) for r in range(3) if r != rank)}" in message
         assert "timeout of the group: 5 s" in message

@@ -88,7 +88,6 @@ def test_one_rank_changes_nothing() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "drops out attention with p=0.1": (policy(), {"dropout_p": 0.1}),
     "a bias over pairs (alibi)": (policy(), {"bias": (BiasSpec("alibi", "x"),)}),
     "a bias over pairs (relative table)": (policy(), {"bias": (BiasSpec("relative table", "x"),)}),
     "it is cross attention": (policy(), {"kind": "cross", "mask": MaskSpec()}),

@@ -94,8 +94,50 @@ def with_loss(rank: int) -> tuple[float, float, float]:
     return wanted.item(), loss.item(), error
 
 
-def both(rank: int, cases: list[tuple[str, str, bool, bool]]) -> tuple[list[tuple[float, float]], tuple[float, float, float]]:
-    return parity(rank, cases), with_loss(rank)
+class Dropping(nn.Module):
+    """Two attentions that drop out pairs, one behind the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Linear(16, 48) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for projection in self.qkv:
+            q, k, v = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in projection(x).chunk(3, -1))
+            x = x + F.scaled_dot_product_attention(q, k, v, dropout_p=0.25, is_causal=True).transpose(1, 2).flatten(2)
+        return x
+
+
+def with_dropout(rank: int) -> dict[str, float]:
+    """The largest errors where ranks have other seeds than one another: the first rank's is that of the process alone."""
+    found = {}
+    torch.manual_seed(0)
+    model, x, weights = Dropping().double(), *torch.randn(2, 2, LENGTH, 16, dtype=torch.float64)
+    form = {"form": "dilated", "segments": [4, 12], "rates": [1, 2]}
+    for order, method in (("zigzag", "ring"), ("contiguous", "ulysses")):
+        made = []
+        for ranks in (1, 2):
+            torch._dynamo.reset()
+            asked = policy(ranks, order, method=method)
+            asked["rules"][0]["apply"] = form
+            compiled = torch.compile(model, backend="dilated", options={"policy": asked, "inner": "aot_eager"}, fullgraph=True)
+            torch.manual_seed(7 + (rank if ranks > 1 else 0))
+            here, wanted = ((own(one, order, rank) if ranks > 1 else one) for one in (x, weights))
+            out = compiled(here)
+            (out * wanted).sum().backward()
+            made.append((out, gradients(model)))
+        (alone, wanted_grads), (out, grads) = made
+        for name, grad in grads.items():
+            dist.all_reduce(grad)
+            found[f"{order} {name}"] = (grad - wanted_grads[name]).abs().max().item()
+        found[order] = (out - own(alone, order, rank)).abs().max().item()
+    return found
+
+
+def both(
+    rank: int, cases: list[tuple[str, str, bool, bool]]
+) -> tuple[list[tuple[float, float]], tuple[float, float, float], dict[str, float]]:
+    return parity(rank, cases), with_loss(rank), with_dropout(rank)
 
 
 @pytest.mark.long
@@ -104,9 +146,10 @@ def test_a_llama_over_two_ranks_computes_what_one_rank_does() -> None:
         ("zigzag", "ring", True, True),
         ("contiguous", "ulysses", True, False),
     ]
-    for found, (wanted, loss, error) in over_ranks({"cp": 2}, both, cases, patience=400.0):
+    for found, (wanted, loss, error), dropped in over_ranks({"cp": 2}, both, cases, patience=400.0):
         assert loss == pytest.approx(wanted, rel=1e-12)
         assert error < 1e-12
+        assert max(dropped.values()) <= 1e-12, dropped
         for case, errors in zip(cases, found, strict=True):
             assert max(errors) < 1e-12, (case, errors)
 

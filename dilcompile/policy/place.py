@@ -130,11 +130,6 @@ def _relation(site: AttentionSite, form: Form) -> Relation | None:
 def _unfit_site(site: AttentionSite, exact: bool) -> Unplaced | None:
     """What of the site itself is not known from one rank's rows."""
     mask = site.mask
-    if site.dropout_p > 0:
-        return Unplaced(
-            f"it drops out attention with p={site.dropout_p}: the ranks would drop other pairs than one rank does",
-            "set the dropout of attention to 0",
-        )
     if site.bias:
         what = " + ".join(bias.word for bias in site.bias)
         return Unplaced(f"a bias over pairs ({what}) is added to its scores, computed for the rows of one rank alone", _TABLES)

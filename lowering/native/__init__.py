@@ -35,7 +35,7 @@ from dilcompile.lowering.native.build import (
 )
 from dilcompile.lowering.selection import Selection, adaptive_blocks
 from dilcompile.lowering.union import beyond_union
-from dilcompile.progression import Positions, Progression
+from dilcompile.progression import Positions
 from dilcompile.relation import Problem, Relation, grid_of
 
 TAKES_ROW_MASKS = True
@@ -63,7 +63,7 @@ def supports(call: Call, backward: bool) -> str | None:
     if call.bias is not None and call.bias.dtype not in BIAS_DTYPES:
         return f"a bias of dtype {call.bias.dtype}"
     size = call.problem
-    queries, keys = _places(call)
+    queries, keys = call.places
     if max(size.k_len, keys.stop, abs(queries.start) + queries.stop - queries.start) > _MOST_POSITIONS:
         return f"{size.k_len} keys and {size.q_len} queries from {size.q_offset}: positions are held in 32 bits"
     reason = beyond_union(call, backward) or _unequal_counts(call.relation)
@@ -84,7 +84,7 @@ def _unequal_counts(relation: Relation) -> str | None:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """See ``Kernel``."""
-    out = huge_pages.advise(empty_output(call.q, call.problem.v_dim))
+    out = huge_pages.advise(empty_output(call.q, call.problem.v_dim, call.out_dtype))
     lse = call.q.new_empty((call.problem.batch, call.problem.heads, call.problem.q_len), dtype=call.score_dtype)
     bound = _bind(call, out, lse)
     _library(call).forward(bound.struct)
@@ -94,7 +94,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
     """See ``Kernel``."""
     bound = _bind(call, _dense_rows(out), lse.contiguous())
-    grads = [huge_pages.advise(empty_output(x, x.shape[-1])) for x in (call.q, call.k, call.v)]
+    grads = [huge_pages.advise(empty_output(x, x.shape[-1], call.out_dtype)) for x in (call.q, call.k, call.v)]
     kept = _dense_rows(grad_out)
     bound.struct.grad_out = _operand(kept)
     if grad_lse is not None:
@@ -118,7 +118,7 @@ class _Bound(NamedTuple):
 
 def _bind(call: Call, out: Tensor, lse: Tensor) -> _Bound:
     size = call.problem
-    queries, keys = _places(call)
+    queries, keys = call.places
     # The lists of blocks are those of all positions between the first query and the last.
     relation = call.relation.at(queries.stop - queries.start, size.k_len, queries.start)
     terms = _terms(relation, call.documents is not None) if call.selection is None else _selected(call, call.selection)
@@ -146,20 +146,8 @@ def _bind(call: Call, out: Tensor, lse: Tensor) -> _Bound:
         struct.dropout_factor = 1 / (1 - call.dropout_p)
         struct.dropout_head = 0 if call.held is None else call.held.first_head
     struct.scale, struct.softcap = call.scale, call.softcap or 0.0
-    struct.threads, struct.exact_lse = torch.get_num_threads(), call.exact_lse
+    struct.threads, struct.exact_lse, struct.wide = torch.get_num_threads(), call.exact_lse, call.held is not None
     return _Bound(struct, (q, k, v, out, lse, padding, documents, limits, call.bias, terms))
-
-
-def _places(call: Call) -> tuple[Progression, Progression]:
-    """The positions of the rows of q and of k; the step of a single one, which may be anything, is 1."""
-    size = call.problem
-    if call.held is None:
-        return Progression(size.q_offset, size.q_offset + size.q_len), Progression(0, size.k_len)
-    parts = ((call.held.queries, call.q), (call.held.keys, call.k))
-    for part, x in parts:
-        assert len(part) == x.shape[2], f"{x.shape[2]} rows do not stand at the {len(part)} positions {part}"
-    queries, keys = (part if len(part) > 1 else Progression(part.start, part.start + len(part)) for part, _ in parts)
-    return queries, keys
 
 
 class _Terms(NamedTuple):

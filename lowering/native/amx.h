@@ -298,8 +298,13 @@ inline void write_rows(const Call& call, const Operand& x, const Span& span, con
       transpose(part);
       for (int64_t i = 0; i < std::min<int64_t>(16, tile.lanes - first); ++i) {
         __m512 values = _mm512_mul_ps(_mm512_castsi512_ps(part[i]), _mm512_set1_ps(factors[first + i]));
-        BFloat16* to = row_of<BFloat16>(call, x, span, lanes[tile.first + first + i]) + d;
-        _mm256_mask_storeu_epi16(to, first_of_16(dim - d), (__m256i)_mm512_cvtneps_pbh(values));
+        const Lane& lane = lanes[tile.first + first + i];
+        if (call.wide) {
+          _mm512_mask_storeu_ps(row_of<float>(call, x, span, lane) + d, first_of_16(dim - d), values);
+        } else {
+          BFloat16* to = row_of<BFloat16>(call, x, span, lane) + d;
+          _mm256_mask_storeu_epi16(to, first_of_16(dim - d), (__m256i)_mm512_cvtneps_pbh(values));
+        }
       }
     }
   }

@@ -270,9 +270,9 @@ KeySums<X> grads_of_head(const Call& call, int64_t head) {
 }
 
 // The parts' sums of one head, added up in their order.
-template <class X, class T>
+template <class Y, class T>
 void write_key_grads(const Call& call, int64_t head, const std::unique_ptr<HeadSums<T>>* parts, int64_t count) {
-  KeySums<X> to = grads_of_head<X>(call, head);
+  KeySums<Y> to = grads_of_head<Y>(call, head);
   int64_t row = call.head_dim + call.v_dim;
   for (int64_t k = 0; k < call.k_rows; ++k)
     for (int64_t d = 0; d < row; ++d) {
@@ -328,14 +328,21 @@ void backward_of_heads(const Call& call, const std::vector<std::vector<Span>>& o
     while (heads * parts % call.threads != 0) ++parts;
   std::vector<std::unique_ptr<HeadSums<T>>> sums(static_cast<size_t>(heads * parts));
   std::vector<std::unique_ptr<SharedBias>> shared(static_cast<size_t>(heads * parts));
+  const bool wide = call.wide || std::is_same_v<X, T>;
+  auto write = [&](int64_t head, const std::unique_ptr<HeadSums<T>>* from) {
+    if (wide) {
+      write_key_grads<T>(call, head, from, parts);
+    } else {
+      write_key_grads<X>(call, head, from, parts);
+    }
+  };
   deal_out<Worker>(call, heads * parts, [&](Worker& worker, int64_t i) {
     int64_t head = first + i / parts;
     std::unique_ptr<HeadSums<T>>& own = sums[size_t(i)];
     KeySums<T> into;
-    // Gradients in the operands' own dtype and one part a head: the sums are the gradients.
-    if (std::is_same_v<X, T> && parts == 1) {
-      KeySums<X> rows = grads_of_head<X>(call, head);
-      into = {reinterpret_cast<T*>(rows.keys), reinterpret_cast<T*>(rows.values), rows.key_row, rows.value_row};
+    // Gradients in the sums' dtype and one part a head: the sums are the gradients.
+    if (wide && parts == 1) {
+      into = grads_of_head<T>(call, head);
       for (int64_t k = 0; k < call.k_rows; ++k) {
         std::fill_n(into.keys + k * into.key_row, call.head_dim, T(0));
         std::fill_n(into.values + k * into.value_row, call.v_dim, T(0));
@@ -355,15 +362,14 @@ void backward_of_heads(const Call& call, const std::vector<std::vector<Span>>& o
     const std::vector<Span>& spans = of_head[size_t(head)];
     for (size_t n = size_t(i % parts); n < spans.size(); n += size_t(parts)) worker.run(spans[n], into, bias);
     if (own && parts == 1) {
-      write_key_grads<X, T>(call, head, &own, 1);
+      write(head, &own);
       own.reset();
     }
   });
   for (int64_t i = 0; i < heads * parts; ++i)
     if (shared[size_t(i)]) add_bias_grads<T>(call, first + i / parts, *shared[size_t(i)]);
   if (parts == 1) return;
-  for (int64_t head = 0; head < heads; ++head)
-    write_key_grads<X, T>(call, first + head, &sums[size_t(head * parts)], parts);
+  for (int64_t head = 0; head < heads; ++head) write(first + head, &sums[size_t(head * parts)]);
 }
 
 template <class X, class Worker>

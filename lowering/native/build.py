@@ -74,7 +74,7 @@ class CallStruct(Structure):
         ("bias", SquareStruct),
         *_fields(c_int64, "bias_dtype dropout_seed dropout_least"),
         ("dropout_factor", c_double),
-        *_fields(c_int64, "dropout_head threads exact_lse"),
+        *_fields(c_int64, "dropout_head threads exact_lse wide"),
         *_fields(OperandStruct, "grad_out grad_lse grad_q grad_k grad_v"),
         ("grad_bias", SquareStruct),
     ]

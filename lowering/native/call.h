@@ -56,6 +56,7 @@ struct Call {
   int64_t dropout_head;                 // query head 0 draws as this one
   int64_t threads;
   int64_t exact_lse;  // 0: nobody reads its digits
+  int64_t wide;       // out, grad_q, grad_k and grad_v that are written are of the scores' dtype; out that is read is of q's
   // Backward: gradients that come in, and those that go out.
   Operand grad_out, grad_lse, grad_q, grad_k, grad_v;
   Square grad_bias;  // zeros in the scores' dtype

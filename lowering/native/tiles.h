@@ -180,8 +180,12 @@ void write_queries(const Call& call, const Operand& x, const Span& span, const T
     for (int64_t d = squares; d < dim; ++d)
       for (int64_t i = 0; i < W; ++i) rows[i * row + d] = columns[d * width + first + i];
     for (int64_t i = 0; i < std::min(W, tile.lanes - first); ++i) {
-      X* to = row_of<X>(call, x, span, lanes[tile.first + first + i]);
-      put_row(rows + i * row, to, int(dim));
+      const Lane& lane = lanes[tile.first + first + i];
+      if (call.wide) {
+        copy_row(rows + i * row, row_of<T>(call, x, span, lane), int(dim));
+      } else {
+        put_row(rows + i * row, row_of<X>(call, x, span, lane), int(dim));
+      }
     }
   }
 }
