@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dilcompile.distributed.attention import attention
+from dilcompile.distributed.calibrate import calibrate, use_device
 from dilcompile.distributed.compression import TopKCompression
 from dilcompile.distributed.gather import unshard
 from dilcompile.distributed.inputs import shard_inputs
@@ -24,6 +25,7 @@ __all__ = [
     "Traffic",
     "attention",
     "best_order",
+    "calibrate",
     "count_tokens",
     "local_positions",
     "set_mesh",
@@ -32,4 +34,5 @@ __all__ = [
     "simulate",
     "traffic",
     "unshard",
+    "use_device",
 ]

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dilcompile.errors import PlacementError
 from dilcompile.near import hint
+from dilcompile.placements import device
 from dilcompile.placements.marks import MARKS
 
 # Typed by nobody the same in all versions.
@@ -132,6 +133,7 @@ def forget() -> None:
             _registry._unregister_process_group(group_name(name))
     _axes.clear()
     MARKS.forget()
+    device.forget()
 
 
 def axis_of(name: str) -> Axis:
