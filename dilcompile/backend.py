@@ -17,6 +17,7 @@ from dilcompile.errors import DilcompileError, ShardingError
 from dilcompile.first_call import compared
 from dilcompile.near import hint
 from dilcompile.pipeline import rewrite_dynamo
+from dilcompile.placements.marks import MARKS, Mark
 from dilcompile.planned import planned
 from dilcompile.policy import Policy, tell_again
 from dilcompile.publish import forget, publish
@@ -61,14 +62,14 @@ def dilated(
     publish(outcome.report, policy, asked.get("report"))
     compile_inner = _inner(asked.get("inner", "inductor"), asked.get("mode"), _memory(outcome.report))
     if outcome.gm is None:
-        return _counted(compile_inner(gm, example_inputs), outcome.report)
+        return _counted(_marked(compile_inner(gm, example_inputs), outcome.results), outcome.report)
     compiled = compile_inner(outcome.gm, example_inputs)
     original = _no_shard(axes) if axes else cache(lambda: compile_inner(gm, example_inputs))
     if outcome.trials:
         compiled = compared(compiled, outcome, original, lambda report: publish(report, policy, asked.get("report")))
     if outcome.tables:
         compiled = _watched(compiled, outcome.tables, original)
-    return _counted(compiled, outcome.report)
+    return _counted(_marked(compiled, outcome.results), outcome.report)
 
 
 def _no_shard(axes: Mapping[str, int]) -> Callable[[], Compiled]:
@@ -88,6 +89,7 @@ def _reset() -> None:
     """Report files and warnings begin anew."""
     forget()
     tell_again()
+    MARKS.forget_graphs()
 
 
 # torch._dynamo.reset() calls it.
@@ -161,6 +163,19 @@ def _watched(compiled: Compiled, tables: Mapping[int, torch.Tensor], original: C
             if held is not table or held._version != version:
                 return original()(*args)
         return compiled(*args)
+
+    return run
+
+
+def _marked(compiled: Compiled, marks: Sequence[Mark | None]) -> Compiled:
+    """Say of what the graph returns which dims run along the sequence: a graph behind it may read it."""
+    if not any(marks):
+        return compiled
+
+    def run(*args: Any) -> Any:
+        results = compiled(*args)
+        MARKS.note_results(results, marks)
+        return results
 
     return run
 

@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 from dilcompile.pipeline import rewrite_dynamo
+from dilcompile.placements.marks import MARKS, Mark, Marks
 from dilcompile.policy import Policy
 from dilcompile.publish import gathered
 from dilcompile.report import GraphReport, Report
@@ -61,9 +62,10 @@ def explain(
 
 def _only_graph(model: Callable[..., Any], args: Any, kwargs: Any, policy: Policy) -> list[GraphReport]:
     found: list[GraphReport] = []
+    marks = MARKS.apart()
 
     def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.append(_described(gm, example_inputs, policy, "0"))
+        found.append(_described(gm, example_inputs, policy, "0", marks)[0])
 
         def leave(*inputs: Any) -> Any:
             raise _Captured
@@ -77,10 +79,12 @@ def _only_graph(model: Callable[..., Any], args: Any, kwargs: Any, policy: Polic
 
 def _all_graphs(model: Callable[..., Any], args: Any, kwargs: Any, policy: Policy) -> list[GraphReport]:
     found: list[GraphReport] = []
+    marks = MARKS.apart()
 
     def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.append(_described(gm, example_inputs, policy, str(len(found))))
-        return gm.forward
+        report, results = _described(gm, example_inputs, policy, str(len(found)), marks)
+        found.append(report)
+        return lambda *args: _noted(gm.forward(*args), results, marks)
 
     before = Counter(counters["graph_break"])
     with _undisturbed(model):
@@ -102,14 +106,24 @@ def _break(reason: str) -> str:
     return f"torch.compile broke the graph; attention that ran in between is not seen. {told}"
 
 
-def _described(gm: GraphModule, example_inputs: Sequence[Any], policy: Policy, name: str) -> GraphReport:
-    report = rewrite_dynamo(gm, example_inputs, policy, name, enforce=False).report
+def _noted(results: Any, known: Sequence[Mark | None], marks: Marks) -> Any:
+    """What a graph returned, of which the graphs behind it may be told."""
+    if known:
+        marks.note_results(results, known)
+    return results
+
+
+def _described(
+    gm: GraphModule, example_inputs: Sequence[Any], policy: Policy, name: str, marks: Marks
+) -> tuple[GraphReport, tuple[Mark | None, ...]]:
+    outcome = rewrite_dynamo(gm, example_inputs, policy, name, enforce=False, marks=marks)
+    report = outcome.report
     # Where only torch's own code lies between, our call is the nearest line: that is no line of the user's.
     verdicts = [
         replace(v, site=replace(v.site, source="unknown")) if v.site.source.startswith(_FILE) else v for v in report.verdicts
     ]
     misses = [replace(miss, source="unknown") if miss.source.startswith(_FILE) else miss for miss in report.misses]
-    return replace(report, verdicts=tuple(verdicts), misses=tuple(misses))
+    return replace(report, verdicts=tuple(verdicts), misses=tuple(misses)), outcome.results
 
 
 def _compiled(model: Callable[..., Any], backend: Callable[..., Any], fullgraph: bool) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ import torch
 from dilcompile.decision import Check, Decision, MemoryUse, Rejection
 from dilcompile.errors import DilcompileWarning, RewriteError, ShardingError
 from dilcompile.policy.patterns import nearest
-from dilcompile.policy.place import Unplaced, kept_form, place, ranks_of, whole_site
+from dilcompile.policy.place import Unplaced, kept_form, method_asked, place, ranks_of, whole_site
 from dilcompile.policy.predicates import PREDICATES
 from dilcompile.policy.schema import Policy, Rule, num_bytes
 from dilcompile.policy.values import written
@@ -82,7 +82,10 @@ def rule_of(policy: Policy, site: AttentionSite) -> Rule | None:
 
 def _as_whole(policy: Policy, rule: Rule, site: AttentionSite) -> AttentionSite:
     """The site as it is on one rank, for a rule that shards it."""
-    return site if rule.shard is None else whole_site(site, ranks_of(policy, rule.shard), rule.shard.method)
+    if rule.shard is None:
+        return site
+    asked = method_asked(rule, rule.shard, site)
+    return whole_site(site, ranks_of(policy, rule.shard), "" if asked is None else asked[0])
 
 
 def _decide(policy: Policy, site: AttentionSite) -> Verdict:
@@ -138,8 +141,6 @@ def without_effect(policy: Policy, rule: Rule) -> tuple[str, ...]:
     notes = []
     if rule.shard is not None and ranks_of(policy, rule.shard) == 1:
         notes.append(f"shard: mesh axis {' and '.join(map(repr, rule.shard.axes))} has one rank: nothing is moved")
-    elif rule.shard is not None and rule.shard.overlap == "off":
-        notes.append("shard.overlap: off has no effect in this version: keys of the next step travel while this one computes")
     if rule.memory is not None and rule.memory.budget is not None:
         notes.append("memory.budget: has no effect in this version")
     numerics, fallback = policy.numerics_of(rule), policy.fallback_of(rule)

@@ -20,7 +20,6 @@ from dilcompile.policy.strict import strict
 from dilcompile.policy.values import Check, Count, Positive, written
 from dilcompile.site import AttentionSite
 
-Order: TypeAlias = Literal["contiguous", "zigzag", "striped"]
 Consequence: TypeAlias = Literal["warn", "keep", "error"]
 SIZE = r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)\s*$"
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -63,7 +62,13 @@ class MeshAxis(Section):
     """One axis of the device mesh."""
 
     size: Annotated[Count, Field(description="Ranks along the axis.")]
-    layout: Annotated[Order, Field(description="How the sequence is cut over the ranks.")] = "contiguous"
+    layout: Annotated[
+        Literal["contiguous", "zigzag", "striped", "auto"],
+        Field(
+            description="How the sequence is cut over the ranks; `auto`: as `shard_inputs` cut the last batch before a model is "
+            "compiled, in the order that `best_order` finds."
+        ),
+    ] = "contiguous"
 
 
 class Shard(Section):
@@ -72,8 +77,8 @@ class Shard(Section):
     mesh: Annotated[
         str | tuple[str, ...],
         Field(
-            description="Name of the mesh axis; for `usp` two: that over which keys move, then that over which heads are "
-            "exchanged."
+            description="Name of the mesh axis; for `usp` two, with `auto` as well: that over which keys move, then that over "
+            "which heads are exchanged."
         ),
     ]
     dim: Annotated[
@@ -85,14 +90,21 @@ class Shard(Section):
     ] = "seq"
     method: Annotated[
         Literal["auto", "gather_needed", "halo", "ring", "all_gather", "ulysses", "usp", "tree"],
-        Field(description="How the keys travel."),
+        Field(
+            description="How the keys travel; `auto`: as is predicted to be fastest, `usp` over two axes, `tree` where one query "
+            "is decoded. What moves keys in `usp` is predicted too."
+        ),
     ] = "auto"
     order: Annotated[
         Literal["auto", "contiguous", "zigzag", "striped"],
         Field(description="Order of the tokens over the ranks; `auto`: the mesh axis's layout."),
     ] = "auto"
     overlap: Annotated[
-        Literal["off", "prefetch", "auto"], Field(description="Move keys while computing; `auto`: `prefetch`.")
+        Literal["off", "prefetch", "auto"],
+        Field(
+            description="`prefetch`: keys of the next step travel while this one computes; `off`: after it, so that one message "
+            "less is held and links are free meanwhile; `auto`: `prefetch`."
+        ),
     ] = "auto"
 
     @property
@@ -103,8 +115,10 @@ class Shard(Section):
     @model_validator(mode="after")
     def _fits(self) -> Shard:
         two = self.method == "usp"
-        if len(set(self.axes)) != (2 if two else 1):
+        either = self.method == "auto" and self.dim == "seq"
+        if len(set(self.axes)) != len(self.axes) or len(self.axes) not in ((1, 2) if either else (2,) if two else (1,)):
             takes = "two different mesh axes, as in [cp, heads]" if two else "one mesh axis"
+            takes = "one mesh axis, or two different ones" if either else takes
             raise Misfit(f"method {self.method!r} takes {takes}, got {written(self.mesh)}", ("mesh",))
         if self.dim == "heads" and self.method not in ("auto", "ulysses"):
             raise Misfit(f"dim 'heads' is method 'ulysses', got {self.method!r}; leave one of them out", ("method",))
