@@ -1,0 +1,124 @@
+"""All buffers of one step, forward and backward on one line of time, and the bytes that they need at most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import sympy
+
+from dilcompile.memory.buffer import Buffer
+from dilcompile.memory.packing import most_live
+from dilcompile.memory.plan import BufferPlan, plan_buffers
+from dilcompile.memory.pool import size_class
+from dilcompile.memory.replay import reserved_by_caching
+
+Reuse = Literal["off", "within_layer", "across_layers"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The forward or the backward.
+
+    Args:
+        begin, end: its first and last step on the line of the whole step.
+        placeable: names of the buffers that an arena can hold.
+    """
+
+    begin: int
+    end: int
+    placeable: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a graph makes in one forward and backward. Parameters and other inputs are not in it.
+
+    Args:
+        buffers: begin and end count the forward's steps, then the backward's. Outputs live to the end, saved tensors to their last
+            reader.
+        phases: the forward, and the backward where there is one.
+    """
+
+    buffers: tuple[Buffer, ...]
+    phases: tuple[Phase, ...]
+
+    def at(self, lengths: Mapping[sympy.Symbol, int]) -> Step:
+        """The same step where the symbols of the sizes have these values."""
+        return replace(self, buffers=tuple(_at(buffer, lengths) for buffer in self.buffers))
+
+    def planned(self, reuse: Reuse) -> tuple[BufferPlan, ...]:
+        """The arenas of each phase; none where nothing is planned."""
+        if reuse == "off":
+            return ()
+        within = reuse == "within_layer"
+        return tuple(plan_buffers(self._placed(phase), within_module=within) for phase in self.phases)
+
+    def _placed(self, phase: Phase) -> list[Buffer]:
+        return [buffer for buffer in self.buffers if buffer.name in phase.placeable]
+
+    def with_arenas(self, plans: Sequence[BufferPlan], keeps: bool) -> tuple[Buffer, ...]:
+        """The buffers, with arenas in place of those that lie in one.
+
+        Args:
+            keeps: arenas are kept between calls, so that those of both phases are there all the time.
+        """
+        if not plans:
+            return self.buffers
+        placed = frozenset().union(*(phase.placeable for phase in self.phases))
+        found = [buffer for buffer in self.buffers if buffer.name not in placed]
+        last = max(phase.end for phase in self.phases)
+        for number, (phase, plan) in enumerate(zip(self.phases, plans, strict=True)):
+            begin, end = (0, last) if keeps else (phase.begin, phase.end)
+            found += [
+                Buffer(
+                    f"arena {number}.{i}", size_class(arena.peak), begin, end, size_class(arena.peak), arena.device, arena.lane,
+                    module=arena.module,
+                )
+                for i, arena in enumerate(plan.arenas)
+            ]  # fmt: skip
+        return tuple(found)
+
+
+def bytes_of(buffers: Sequence[Buffer]) -> int:
+    """The most bytes that these buffers need at once on the device that has most of them; the host's count where no other is.
+
+    On a CUDA device what torch's caching allocator would reserve for them, elsewhere what is live.
+    """
+    devices = {buffer.device for buffer in buffers}
+    counted = {device for device in devices if device != "cpu"} or devices
+    found = [_on_device(device, [buffer for buffer in buffers if buffer.device == device]) for device in counted]
+    return max(found, default=0)
+
+
+def _on_device(device: str, buffers: Sequence[Buffer]) -> int:
+    return reserved_by_caching(buffers) if device.startswith("cuda") else most_live(buffers)
+
+
+def within(buffers: Sequence[Buffer], phase: Phase) -> list[Buffer]:
+    """Those that are live in a phase, cut to it."""
+    return [
+        replace(buffer, begin=max(buffer.begin, phase.begin), end=min(buffer.end, phase.end))
+        for buffer in buffers
+        if buffer.begin <= phase.end and phase.begin <= buffer.end
+    ]
+
+
+def at_peak(buffers: Sequence[Buffer]) -> list[Buffer]:
+    """Those that are live in the step that has most bytes, largest first."""
+    changes: dict[int, int] = {}
+    for buffer in buffers:
+        changes[buffer.begin] = changes.get(buffer.begin, 0) + buffer.hint
+        changes[buffer.end + 1] = changes.get(buffer.end + 1, 0) - buffer.hint
+    live, most, peak = 0, -1, 0
+    for step in sorted(changes):
+        live += changes[step]
+        if live > most:
+            most, peak = live, step
+    found = [buffer for buffer in buffers if buffer.begin <= peak <= buffer.end]
+    return sorted(found, key=lambda buffer: (-buffer.hint, buffer.begin, buffer.name))
+
+
+def _at(buffer: Buffer, lengths: Mapping[sympy.Symbol, int]) -> Buffer:
+    return replace(buffer, hint=int(sympy.sympify(buffer.size).subs(lengths)))

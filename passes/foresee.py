@@ -1,0 +1,71 @@
+"""What a forward and its backward will need, read off both graphs before either runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch.fx import GraphModule, Node
+
+from dilcompile.memory.buffer import Buffer
+from dilcompile.memory.step import Phase, Step
+from dilcompile.passes.lifetimes import Lifetimes, lifetimes_of
+from dilcompile.passes.plan_buffers import placeable
+
+_BACKWARD = "backward:"
+
+
+def foresee(forward: GraphModule, backward: GraphModule | None = None, num_outputs: int | None = None) -> Step:
+    """The buffers of one step.
+
+    Args:
+        forward, backward: ATen graphs with fake values, as a partition of AOTAutograd's joint graph gives them: a saved tensor is an
+            output of the forward and, by the same name, an input of the backward.
+        num_outputs: how many of the forward's outputs are the model's own; the others are saved. None: all.
+    """
+    first = lifetimes_of(forward)
+    model_outputs = set(first.outputs[:num_outputs])
+    ahead = max(1, first.steps)
+    if backward is None:
+        kept = [replace(buffer, role="output") for buffer in first.kept]
+        return Step((*first.buffers, *kept), (Phase(0, ahead - 1, _names(forward, first)),))
+    second = lifetimes_of(backward)
+    last = ahead + max(1, second.steps) - 1
+    ends = _last_reads(forward, first, second)
+    found = list(first.buffers)
+    for buffer in first.kept:
+        if buffer.name in model_outputs:
+            found.append(replace(buffer, role="output", end=last))
+        else:
+            found.append(replace(buffer, role="saved", end=ahead + ends.get(buffer.name, last - ahead)))
+    for buffer in (*second.buffers, *second.kept):
+        found.append(_shifted(buffer, ahead))
+    phases = (
+        Phase(0, ahead - 1, _names(forward, first)),
+        Phase(ahead, last, frozenset(_BACKWARD + name for name in _names(backward, second))),
+    )
+    return Step(tuple(found), phases)
+
+
+def _names(gm: GraphModule, lifetimes: Lifetimes) -> frozenset[str]:
+    return frozenset(name for name, _ in placeable(gm, lifetimes))
+
+
+def _shifted(buffer: Buffer, steps: int) -> Buffer:
+    name, begin, end = _BACKWARD + buffer.name, buffer.begin + steps, buffer.end + steps
+    return replace(buffer, name=name, begin=begin, end=end, role="gradient")
+
+
+def _last_reads(forward: GraphModule, first: Lifetimes, second: Lifetimes) -> dict[str, int]:
+    """For each buffer that the forward hands over the step of the backward that reads it last, through any of its views."""
+    read = {buffer.name: buffer.end for buffer in second.given}
+    found: dict[str, int] = {}
+    for result, buffer in zip(_results(forward), first.outputs, strict=True):
+        if buffer is not None and result is not None and result.name in read:
+            found[buffer] = max(found.get(buffer, 0), read[result.name])
+    return found
+
+
+def _results(gm: GraphModule) -> Iterator[Node | None]:
+    for result in gm.graph.output_node().args[0]:  # type: ignore[union-attr]
+        yield result if isinstance(result, Node) else None
