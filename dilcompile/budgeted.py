@@ -69,8 +69,8 @@ class Budgeted:
         if self.name == "eager" and training(example_inputs):
             sources = ", ".join(bound.source for bound in self.bounds)
             raise BudgetError(
-                f"graph {self.graph}: memory.budget ({sources}) can't be kept with inner: eager, where autograd saves tensors as it "
-                "runs; take inner: aot_eager or inner: inductor"
+                f"graph {self.graph}: memory.budget ({sources}) can't be kept with inner: eager, where autograd saves tensors as "
+                "it runs; take inner: aot_eager or inner: inductor"
             )
         climb = self._climb()
         compile_inner = self._inductor(climb) if self.name == "inductor" else planned(self.memory, climb)
@@ -90,22 +90,14 @@ class Budgeted:
     def _inductor(self, climb: Climb) -> Callable[[GraphModule, Sequence[Any]], Compiled]:
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-        from torch._inductor.custom_graph_pass import CustomPartitionerFn
+
+        from dilcompile.inductor_partition import Partitioner
 
         if config.custom_partitioner_fn is not None:
             raise BudgetError(
-                f"graph {self.graph}: memory.budget partitions the graph itself, but torch._inductor.config.custom_partitioner_fn is set "
-                "too; leave one of them out"
+                f"graph {self.graph}: memory.budget partitions the graph itself, but "
+                "torch._inductor.config.custom_partitioner_fn is set too; leave one of them out"
             )
-
-        class Partitioner(CustomPartitionerFn):
-            """The climb, as Inductor asks for it."""
-
-            def __call__(self, gm: GraphModule, joint_inputs: Sequence[Any], **options: Any) -> tuple[GraphModule, GraphModule]:
-                return climb.split(gm, joint_inputs, **options)
-
-            def uuid(self) -> str:
-                return "dilcompile.budget"
 
         def foreseen(gm: GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
             if options.get("is_inference"):
@@ -113,7 +105,7 @@ class Budgeted:
             return compile_fx_inner(gm, example_inputs, **options)
 
         def compile_inner(gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-            patches = {**self.patches, "custom_partitioner_fn": Partitioner()}
+            patches = {**self.patches, "custom_partitioner_fn": Partitioner(climb)}
             # A graph that came from the cache would not be partitioned again, and nothing would be known of it.
             with torch._functorch.config.patch(enable_autograd_cache=False):
                 compiled = compile_fx(gm, list(example_inputs), inner_compile=foreseen, config_patches=patches)

@@ -37,7 +37,6 @@ def planned(memory: MemoryUse, climb: Climb | None = None) -> Callable[[GraphMod
     Args:
         climb: chooses, for the one graph that is compiled, how its budgets are kept.
     """
-    from functorch.compile import nop
     from torch._dynamo.backends.common import aot_autograd
 
     pool = _SHARED if memory.pool == "shared" else ArenaPool(keeps=memory.pool == "private")
@@ -45,8 +44,7 @@ def planned(memory: MemoryUse, climb: Climb | None = None) -> Callable[[GraphMod
     def place(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         reuse = memory.reuse if climb is None or climb.taken is None else climb.taken.reuse
         if reuse == "off":
-            unplanned: Callable[..., Any] = nop(gm, example_inputs)
-            return unplanned
+            return _boxed(gm)
         return PlannedCall(plan_graph(gm, within_module=reuse == "within_layer"), pool)
 
     def infer(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -59,6 +57,18 @@ def planned(memory: MemoryUse, climb: Climb | None = None) -> Callable[[GraphMod
         fw_compiler=place, bw_compiler=place, inference_compiler=infer, **split
     )
     return lambda gm, example_inputs: compiler(gm, list(example_inputs))
+
+
+def _boxed(gm: GraphModule) -> Callable[..., Any]:
+    """The graph, called with a list of its inputs, which it empties: a saved tensor is given up after its last reader."""
+    gm.graph.set_codegen(_BoxedCodeGen())
+    gm.recompile()
+
+    def run(args: list[Any]) -> Any:
+        return gm.forward(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
 
 
 class PlannedCall:

@@ -12,13 +12,12 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from dilcompile.errors import BudgetError
-from dilcompile.memory import BufferPlan
-from dilcompile.memory.budget import BudgetReport, Ladder, Rung, over
+from dilcompile.memory.budget import BudgetReport, Ladder, Rung
 from dilcompile.memory.step import Reuse, Step
+from dilcompile.passes.copies import copied
 from dilcompile.passes.foresee import foresee
 from dilcompile.passes.offload import offload, offloadable
 
@@ -60,7 +59,6 @@ class Climb:
     taken: Rung | None = None
     report: BudgetReport | None = None
     _step: Step | None = None
-    _plans: tuple[BufferPlan, ...] = ()
     _whys: list[str] = field(default_factory=list)
 
     def split(self, joint: GraphModule, inputs: Sequence[Any], *, num_fwd_outputs: int, **options: Any) -> Pair:
@@ -88,11 +86,11 @@ class Climb:
         Raises:
             BudgetError: if not.
         """
-        assert self._step is not None and self.taken is not None, "a graph is checked after it is compiled"
-        plans = [plan.at(lengths) for plan in self._plans]
+        assert self._step is not None, "a graph is checked after it is compiled"
+        assert self.taken is not None, "a graph is checked after it is compiled"
         where = f"graph {self.graph} at {', '.join(f'{symbol} = {length:,}' for symbol, length in lengths.items())}"
         after = f"run as was chosen for the lengths that it was compiled at ({self.taken.name})"
-        error = over(self.ladder.bounds, self._step.at(lengths), plans, self.ladder.keeps, where, after)
+        error = self.ladder.error(self._step.at(lengths), where, after)
         if error is not None:
             raise error
 
@@ -104,13 +102,11 @@ class Climb:
             if self.ladder.keeps_all(attempt.rung):
                 break
         assert best is not None, "a ladder has a first rung"
-        plans = best.step.planned(best.rung.reuse)
         tried = f"{len(self.ladder.tried)} ways to run it tried, of which {best.rung.name} needs least"
-        after = "; ".join([tried, *self._whys])
-        error = over(self.ladder.bounds, best.step, plans, self.ladder.keeps, f"graph {self.graph}", after)
+        error = self.ladder.error(best.step, f"graph {self.graph}", "; ".join([tried, *self._whys]))
         if error is not None:
-            raise BudgetError(str(error), self.ladder.tried)
-        self.taken, self._step, self._plans = best.rung, best.step, plans
+            raise error
+        self.taken, self._step = best.rung, best.step
         self.report = self.ladder.report(best.rung, not self.arenas)
         return best
 
@@ -144,7 +140,7 @@ class Climb:
         share: float | None = None,
         offloaded: int = 0,
     ) -> _Attempt:
-        step = foresee(forward, backward, outputs)
+        step = foresee(forward, backward, outputs, reuse)
         return _Attempt(self.ladder.predicted(step, reuse, share, offloaded), step, forward, backward)
 
     def _better(self, best: _Attempt | None, attempt: _Attempt) -> _Attempt:
@@ -169,15 +165,6 @@ class Climb:
             number *= 2
 
 
-def copied(gm: GraphModule) -> GraphModule:
-    """The same graph over the same fake values: partitions change what they are given."""
-    graph = Graph(tracer_cls=gm.graph._tracer_cls)
-    result, output = graph.graph_copy(gm.graph, {}, return_output_node=True)  # type: ignore[misc]
-    made = graph.output(result)
-    made.meta = dict(output.meta)  # type: ignore[union-attr]
-    return GraphModule(gm, graph)
-
-
 def _recomputing(joint: GraphModule, inputs: Sequence[Any], share: float, options: dict[str, Any]) -> Pair:
     """Parts that save about ``share`` of the bytes that the fastest ones do, and compute the rest again."""
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -200,4 +187,3 @@ def draws_again(forward: GraphModule, backward: GraphModule) -> bool:
 
 def _draws(node: Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-

@@ -8,27 +8,31 @@ from dataclasses import replace
 from torch.fx import GraphModule, Node
 
 from dilcompile.memory.buffer import Buffer
-from dilcompile.memory.step import Phase, Step
+from dilcompile.memory.step import Phase, Reuse, Step
+from dilcompile.passes.copies import copied
 from dilcompile.passes.lifetimes import Lifetimes, lifetimes_of
-from dilcompile.passes.plan_buffers import placeable
+from dilcompile.passes.plan_buffers import plan_graph
 
 _BACKWARD = "backward:"
 
 
-def foresee(forward: GraphModule, backward: GraphModule | None = None, num_outputs: int | None = None) -> Step:
-    """The buffers of one step.
+def foresee(
+    forward: GraphModule, backward: GraphModule | None = None, num_outputs: int | None = None, reuse: Reuse = "off"
+) -> Step:
+    """The buffers of one step. The graphs stay as they are.
 
     Args:
-        forward, backward: ATen graphs with fake values, as a partition of AOTAutograd's joint graph gives them: a saved tensor is an
-            output of the forward and, by the same name, an input of the backward.
+        forward, backward: ATen graphs with fake values, as a partition of AOTAutograd's joint graph gives them: a saved tensor is
+            an output of the forward and, by the same name, an input of the backward.
         num_outputs: how many of the forward's outputs are the model's own; the others are saved. None: all.
+        reuse: how its buffers will be planned.
     """
     first = lifetimes_of(forward)
     model_outputs = set(first.outputs[:num_outputs])
     ahead = max(1, first.steps)
     if backward is None:
         kept = [replace(buffer, role="output") for buffer in first.kept]
-        return Step((*first.buffers, *kept), (Phase(0, ahead - 1, _names(forward, first)),))
+        return Step((*first.buffers, *kept), (_phase(forward, first, reuse, 0, ahead - 1),))
     second = lifetimes_of(backward)
     last = ahead + max(1, second.steps) - 1
     ends = _last_reads(forward, first, second)
@@ -38,17 +42,20 @@ def foresee(forward: GraphModule, backward: GraphModule | None = None, num_outpu
             found.append(replace(buffer, role="output", end=last))
         else:
             found.append(replace(buffer, role="saved", end=ahead + ends.get(buffer.name, last - ahead)))
-    for buffer in (*second.buffers, *second.kept):
-        found.append(_shifted(buffer, ahead))
-    phases = (
-        Phase(0, ahead - 1, _names(forward, first)),
-        Phase(ahead, last, frozenset(_BACKWARD + name for name in _names(backward, second))),
-    )
-    return Step(tuple(found), phases)
+    found.extend(_shifted(buffer, ahead) for buffer in (*second.buffers, *second.kept))
+    backwards = _phase(backward, second, reuse, ahead, last)
+    placed = frozenset(_BACKWARD + name for name in backwards.placed)
+    return Step(tuple(found), (_phase(forward, first, reuse, 0, ahead - 1), replace(backwards, placed=placed)))
 
 
-def _names(gm: GraphModule, lifetimes: Lifetimes) -> frozenset[str]:
-    return frozenset(name for name, _ in placeable(gm, lifetimes))
+def _phase(gm: GraphModule, lifetimes: Lifetimes, reuse: Reuse, begin: int, end: int) -> Phase:
+    """With the arenas that the graph would get."""
+    if reuse == "off":
+        return Phase(begin, end)
+    planned = plan_graph(copied(gm), within_module=reuse == "within_layer")
+    elsewhere = {buffer.name for buffer in planned.elsewhere}
+    placed = frozenset(buffer.name for buffer in lifetimes.buffers if buffer.name not in elsewhere)
+    return Phase(begin, end, planned.plan, placed)
 
 
 def _shifted(buffer: Buffer, steps: int) -> Buffer:

@@ -7,6 +7,7 @@ writes the tensor, and the memory goes to nobody who could run before the copy. 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,71 +21,72 @@ from dilcompile.passes.lifetimes import lifetimes_of
 _HOST = "host_"
 
 
-def offloadable(forward: GraphModule, backward: GraphModule, num_outputs: int) -> list[str] | str:
-    """Names of the saved tensors that can wait in host memory, largest first; or the reason why none can."""
-    results = _outputs(forward)
-    own = {node for node in results[:num_outputs] if isinstance(node, Node)}
-    saved = [node for node in results[num_outputs:] if isinstance(node, Node) and node not in own]
-    made = [node for node in saved if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)]
-    if not made:
-        return "the graph saves no tensor that it makes"
-    if all(node.meta["val"].device.type == "cpu" for node in made):
+def offloadable(forward: GraphModule, backward: GraphModule, num_outputs: int) -> list[tuple[str, ...]] | str:
+    """The saved tensors that can wait in host memory, largest first; or the reason why none can.
+
+    Returns:
+        For each its name, or its names where it is saved several times.
+    """
+    results, memory = _outputs(forward), lifetimes_of(forward).outputs
+    own = {*memory[:num_outputs]}
+    read = {node.name for node in backward.graph.nodes if node.op == "placeholder" and node.users}
+    groups: dict[str, list[Node]] = {}
+    for node, name in zip(results[num_outputs:], memory[num_outputs:], strict=True):
+        if isinstance(node, Node) and node.op == "call_function" and name is not None and name not in own:
+            groups.setdefault(name, []).append(node)
+    if not groups:
+        return "the graph saves no tensor that it makes and keeps to itself"
+    if all(nodes[0].meta["val"].device.type == "cpu" for nodes in groups.values()):
         return "the graph is on a CPU, whose memory is the host's"
-    names = lifetimes_of(forward).outputs
-    read = {node.name for node in backward.graph.nodes if node.op == "placeholder"}
-    found = []
-    for node in made:
-        alone = names.count(names[results.index(node)]) == 1
-        if alone and node.name in read and _movable(node.meta["val"]):
-            found.append(node)
-    found.sort(key=lambda node: (-_size(node), node.name))
-    return [node.name for node in found] or "every saved tensor shares its memory with another, or is not dense"
+    found = [nodes for nodes in groups.values() if _movable(nodes) and all(node.name in read for node in nodes)]
+    found.sort(key=lambda nodes: (-_size(nodes[0]), nodes[0].name))
+    names = [tuple(dict.fromkeys(node.name for node in nodes)) for nodes in found]
+    return names or "every saved tensor is a part of its memory, or is not dense"
 
 
-def offload(forward: GraphModule, backward: GraphModule, names: Sequence[str]) -> None:
+def offload(forward: GraphModule, backward: GraphModule, groups: Sequence[Sequence[str]]) -> None:
     """Rewrite both graphs, in place, so that these saved tensors wait in host memory."""
-    for name in names:
-        node = next(node for node in forward.graph.nodes if node.name == name)
-        waiting = next(node for node in backward.graph.nodes if node.op == "placeholder" and node.name == name)
-        _send(forward, node)
-        _fetch(backward, waiting, node.meta["val"].device)
+    for names in groups:
+        nodes = [node for node in forward.graph.nodes if node.name in names]
+        waiting = [node for node in backward.graph.nodes if node.op == "placeholder" and node.name in names]
+        _send(forward, nodes)
+        _fetch(backward, waiting)
     for gm in (forward, backward):
         gm.graph.lint()
         gm.recompile()
 
 
-def _send(gm: GraphModule, node: Node) -> None:
-    readers = _readers(node)
+def _send(gm: GraphModule, nodes: Sequence[Node]) -> None:
+    """One copy, behind the last reader; all of the names give it."""
     order = {other: number for number, other in enumerate(gm.graph.nodes)}
-    last = max([node, *readers], key=order.__getitem__)
-    (results,) = gm.graph.output_node().args
+    last = max([*nodes, *(reader for node in nodes for reader in _readers(node))], key=order.__getitem__)
     with gm.graph.inserting_after(last):
-        sent = _moved(gm, node, torch.device("cpu"), f"{_HOST}{node.name}")
-    gm.graph.output_node().args = (type(results)(sent if result is node else result for result in results),)  # type: ignore
+        sent = _moved(gm, nodes[0], nodes[0].meta["val"].to(torch.device("cpu")), f"{_HOST}{nodes[0].name}")
+    output = gm.graph.output_node()
+    output.args = (type(output.args[0])(sent if result in nodes else result for result in _outputs(gm)),)  # type: ignore
 
 
-def _fetch(gm: GraphModule, waiting: Node, device: torch.device) -> None:
-    """The input is renamed as the forward's output is; what it was called is now the copy."""
-    name, readers = waiting.name, list(waiting.users)
-    waiting._rename(f"{_HOST}{name}")
-    waiting.target = waiting.name
-    first = next(node for node in gm.graph.nodes if node in waiting.users)
-    value = waiting.meta["val"]
+def _fetch(gm: GraphModule, waiting: Sequence[Node]) -> None:
+    """One copy back, before the first reader. Inputs are renamed as the forward's output is; the copy takes their first name."""
+    name, value = waiting[0].name, waiting[0].meta["val"]
+    readers = [(node, reader) for node in waiting for reader in node.users]
+    first = next(node for node in gm.graph.nodes if any(node is reader for _, reader in readers))
+    host = value.to(torch.device("cpu"))
+    for node in waiting:
+        node._rename(f"{_HOST}{node.name}")
+        node.target, node.meta["val"] = node.name, host
     with gm.graph.inserting_before(first):
-        fetched = _moved(gm, waiting, device, name)
-    fetched.meta["val"] = value
-    waiting.meta["val"] = value.to(torch.device("cpu"))
-    for reader in readers:
-        reader.replace_input_with(waiting, fetched)
+        fetched = _moved(gm, waiting[0], value, name)
+    for node, reader in readers:
+        reader.replace_input_with(node, fetched)
 
 
-def _moved(gm: GraphModule, node: Node, device: torch.device, name: str) -> Node:
+def _moved(gm: GraphModule, node: Node, value: Tensor, name: str) -> Node:
     # From a CUDA device and without blocking, the copy's memory is pinned.
-    options = {"device": device, "non_blocking": True}
+    options: dict[str, Any] = {"device": value.device, "non_blocking": True}
     moved = gm.graph.create_node("call_function", torch.ops.aten._to_copy.default, (node,), options, name)
     moved.meta = {key: node.meta[key] for key in ("nn_module_stack", "fwd_nn_module_stack", "stack_trace") if key in node.meta}
-    moved.meta["val"] = node.meta["val"].to(device)
-    moved.meta["tensor_meta"] = _extract_tensor_metadata(moved.meta["val"])
+    moved.meta["val"], moved.meta["tensor_meta"] = value, _extract_tensor_metadata(value)
     return moved
 
 
@@ -107,10 +109,20 @@ def _outputs(gm: GraphModule) -> list[object]:
     return list(results)  # type: ignore[arg-type]
 
 
-def _movable(value: Tensor) -> bool:
-    """Does a copy have the same strides, and is all of its memory the tensor's own?"""
+def _movable(nodes: Sequence[Node]) -> bool:
+    """Is all of the memory one tensor, whose copy has its strides?"""
+    value = nodes[0].meta["val"]
     whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
-    return value.device.type != "cpu" and statically_known_true(whole) and is_non_overlapping_and_dense_or_false(value)
+    alike = all(
+        statically_known_true(one == other)
+        for node in nodes[1:]
+        for one, other in zip(_layout(node.meta["val"]), _layout(value), strict=False)
+    )
+    return value.device.type != "cpu" and statically_known_true(whole) and is_non_overlapping_and_dense_or_false(value) and alike
+
+
+def _layout(value: Tensor) -> tuple[object, ...]:
+    return (value.dtype, value.dim(), *value.shape, *value.stride())
 
 
 def _size(node: Node) -> int:

@@ -6,7 +6,7 @@ outlives the graph (outputs, saved tensors) and what an operator without an ``ou
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
@@ -70,7 +70,10 @@ def plan_graph(gm: GraphModule, *, within_module: bool = False) -> PlannedGraph:
     planned: list[Buffer] = []
     symbols = _symbols(gm)
     after = _last_input(gm)
-    for node, form, made in list(_placeable(gm, live)):
+    for node, made in makers(gm):
+        form = _out_form(node)
+        if form is None or not all(name in live for name, _ in made):
+            continue
         places = []
         for name, value in made:
             with gm.graph.inserting_after(after):
@@ -84,19 +87,6 @@ def plan_graph(gm: GraphModule, *, within_module: bool = False) -> PlannedGraph:
     gm.recompile()
     plan = plan_buffers(planned, within_module=within_module)
     return PlannedGraph(gm, plan, tuple(layouts), symbols, lifetimes, tuple(live.values()))
-
-
-def placeable(gm: GraphModule, lifetimes: Lifetimes) -> Iterator[tuple[str, Tensor]]:
-    """The name and the value of each buffer that ``plan_graph`` would give a place."""
-    for _, _, made in _placeable(gm, {buffer.name for buffer in lifetimes.buffers}):
-        yield from made
-
-
-def _placeable(gm: GraphModule, live: Container[str]) -> Iterator[tuple[Node, torch._ops.OpOverload, list[tuple[str, Tensor]]]]:
-    for node, made in makers(gm):
-        form = _out_form(node)
-        if form is not None and all(name in live for name, _ in made):
-            yield node, form, made
 
 
 def _symbols(gm: GraphModule) -> tuple[tuple[int, sympy.Symbol], ...]:

@@ -5,13 +5,11 @@ Bounds are on what a graph makes: outputs, saved tensors, gradients and all betw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dilcompile.errors import BudgetError
 from dilcompile.memory.buffer import Buffer
-from dilcompile.memory.plan import BufferPlan
-from dilcompile.memory.step import Reuse, Step, at_peak, bytes_of, within
+from dilcompile.memory.step import Reuse, Step, at_peak, bytes_of, on_device, within
 from dilcompile.memory.timeline import size_text
 
 UNCOUNTED = "parameters and other inputs of the graph are not counted"
@@ -49,7 +47,7 @@ class Rung:
         offload: how many saved tensors wait in host memory.
         forward, backward: most bytes live in each; backward None: there is none.
         peak: most bytes of the whole step, arenas included.
-        saved: bytes held between forward and backward, outputs not counted.
+        saved: bytes that the device holds between forward and backward, outputs not counted.
         arenas: bytes of the arenas that are planned, of both.
         bounded: the bytes that each bound speaks of.
     """
@@ -97,8 +95,8 @@ class BudgetReport:
         """One line a bound."""
         most = "at most " if self.is_bound else ""
         return tuple(
-            f"{bound.source}: memory.budget of {size_text(bound.most)} is kept by {self.taken.name}, the last of {len(self.tried)} "
-            f"tried: {most}{size_text(found)} predicted ({UNCOUNTED})"
+            f"{bound.source}: memory.budget of {size_text(bound.most)} is kept by {self.taken.name}, the last of "
+            f"{len(self.tried)} tried: {most}{size_text(found)} predicted ({UNCOUNTED})"
             for bound, found in zip(self.bounds, self.taken.bounded, strict=True)
         )
 
@@ -118,14 +116,20 @@ class Ladder:
 
     def predicted(self, step: Step, reuse: Reuse, recompute: float | None = None, offload: int = 0) -> Rung:
         """A rung with what it needs; it counts as tried."""
-        plans = step.planned(reuse)
-        buffers = step.with_arenas(plans, self.keeps)
-        by_phase = [bytes_of(within(buffers, phase)) for phase in step.phases]
-        saved = [buffer for buffer in step.buffers if buffer.role == "saved"]
+        allocated = step.allocated(self.keeps)
+        by_phase = [bytes_of(within(allocated, phase)) for phase in step.phases]
+        saved = [buffer for buffer in on_device(step.buffers) if buffer.role == "saved"]
         rung = Rung(
-            reuse, recompute, offload, by_phase[0], by_phase[1] if len(by_phase) > 1 else None, bytes_of(buffers),
-            sum(buffer.hint for buffer in saved), sum(plan.peak for plan in plans), bounded(self.bounds, step, buffers),
-        )  # fmt: skip
+            reuse=reuse,
+            recompute=recompute,
+            offload=offload,
+            forward=by_phase[0],
+            backward=by_phase[1] if len(by_phase) > 1 else None,
+            peak=bytes_of(allocated),
+            saved=sum(buffer.hint for buffer in saved),
+            arenas=sum(arena.peak for _, arena in step.arenas),
+            bounded=self.bounded(step),
+        )
         self.tried.append(rung)
         return rung
 
@@ -137,44 +141,35 @@ class Ladder:
         """How far the bound that is furthest from being kept is exceeded; rungs are compared by it."""
         return max(found / bound.most for bound, found in zip(self.bounds, rung.bounded, strict=True))
 
+    def bounded(self, step: Step) -> tuple[int, ...]:
+        """The bytes that each bound speaks of: all, arenas included, or what is live of some modules, wherever it lies."""
+        return tuple(
+            bytes_of(step.allocated(self.keeps) if bound.modules is None else [b for b in step.buffers if bound.owns(b)])
+            for bound in self.bounds
+        )
+
+    def error(self, step: Step, where: str, after: str) -> BudgetError | None:
+        """That of the first bound that is not kept; None if all are.
+
+        Args:
+            where: the graph, and at which lengths; after: what was tried.
+        """
+        for bound, found in zip(self.bounds, self.bounded(step), strict=True):
+            if found <= bound.most:
+                continue
+            own = on_device([buffer for buffer in step.buffers if bound.owns(buffer)])
+            largest = "; ".join(map(_words, at_peak(own)[:_LARGEST]))
+            return BudgetError(
+                f"{bound.source}: memory.budget of {size_text(bound.most)} is {size_text(found - bound.most)} short "
+                f"({found:,} bytes are needed, {bound.most:,} given) for {where}, {after}; the largest buffers at the peak: "
+                f"{largest}; {UNCOUNTED}; {CURE}",
+                self.tried,
+            )
+        return None
+
     def report(self, taken: Rung, is_bound: bool) -> BudgetReport:
         """What is told of the graph."""
         return BudgetReport(self.bounds, tuple(self.tried), taken, is_bound)
-
-
-def bounded(bounds: Sequence[Bound], step: Step, with_arenas: Sequence[Buffer]) -> tuple[int, ...]:
-    """The bytes that each bound speaks of: all, arenas included, or what is live of some modules, wherever it lies."""
-    return tuple(
-        bytes_of(with_arenas if bound.modules is None else [buffer for buffer in step.buffers if bound.owns(buffer)])
-        for bound in bounds
-    )
-
-
-def over(
-    bounds: Sequence[Bound],
-    step: Step,
-    plans: Sequence[BufferPlan],
-    keeps: bool,
-    where: str,
-    after: str,
-) -> BudgetError | None:
-    """The error for the first bound that is not kept; None if all are.
-
-    Args:
-        where: the graph, and at which lengths.
-        after: what was tried.
-    """
-    buffers = step.with_arenas(plans, keeps)
-    for bound, found in zip(bounds, bounded(bounds, step, buffers), strict=True):
-        if found <= bound.most:
-            continue
-        own = [buffer for buffer in step.buffers if bound.owns(buffer)]
-        largest = "; ".join(map(_words, at_peak(own)[:_LARGEST]))
-        return BudgetError(
-            f"{bound.source}: memory.budget of {size_text(bound.most)} is {size_text(found - bound.most)} short ({found:,} bytes "
-            f"are needed, {bound.most:,} given) for {where}, {after}; the largest buffers at the peak: {largest}; {UNCOUNTED}; {CURE}"
-        )
-    return None
 
 
 def _words(buffer: Buffer) -> str:

@@ -10,7 +10,7 @@ import sympy
 
 from dilcompile.memory.buffer import Buffer
 from dilcompile.memory.packing import most_live
-from dilcompile.memory.plan import BufferPlan, plan_buffers
+from dilcompile.memory.plan import Arena, BufferPlan
 from dilcompile.memory.pool import size_class
 from dilcompile.memory.replay import reserved_by_caching
 
@@ -23,12 +23,14 @@ class Phase:
 
     Args:
         begin, end: its first and last step on the line of the whole step.
-        placeable: names of the buffers that an arena can hold.
+        plan: the arenas of its buffers; None: none is planned.
+        placed: names of the step's buffers that lie in these arenas.
     """
 
     begin: int
     end: int
-    placeable: frozenset[str] = frozenset()
+    plan: BufferPlan | None = None
+    placed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Step:
     """What a graph makes in one forward and backward. Parameters and other inputs are not in it.
 
     Args:
-        buffers: begin and end count the forward's steps, then the backward's. Outputs live to the end, saved tensors to their last
-            reader.
+        buffers: begin and end count the forward's steps, then the backward's. Outputs live to the end, saved tensors to their
+            last reader.
         phases: the forward, and the backward where there is one.
     """
 
@@ -46,38 +48,26 @@ class Step:
 
     def at(self, lengths: Mapping[sympy.Symbol, int]) -> Step:
         """The same step where the symbols of the sizes have these values."""
-        return replace(self, buffers=tuple(_at(buffer, lengths) for buffer in self.buffers))
+        phases = (phase if phase.plan is None else replace(phase, plan=phase.plan.at(lengths)) for phase in self.phases)
+        return Step(tuple(_at(buffer, lengths) for buffer in self.buffers), tuple(phases))
 
-    def planned(self, reuse: Reuse) -> tuple[BufferPlan, ...]:
-        """The arenas of each phase; none where nothing is planned."""
-        if reuse == "off":
-            return ()
-        within = reuse == "within_layer"
-        return tuple(plan_buffers(self._placed(phase), within_module=within) for phase in self.phases)
+    @property
+    def arenas(self) -> tuple[tuple[Phase, Arena], ...]:
+        """Each arena with its phase."""
+        return tuple((phase, arena) for phase in self.phases if phase.plan is not None for arena in phase.plan.arenas)
 
-    def _placed(self, phase: Phase) -> list[Buffer]:
-        return [buffer for buffer in self.buffers if buffer.name in phase.placeable]
-
-    def with_arenas(self, plans: Sequence[BufferPlan], keeps: bool) -> tuple[Buffer, ...]:
-        """The buffers, with arenas in place of those that lie in one.
+    def allocated(self, keeps: bool) -> tuple[Buffer, ...]:
+        """What an allocator is asked for: the buffers, with arenas in place of those that lie in one.
 
         Args:
             keeps: arenas are kept between calls, so that those of both phases are there all the time.
         """
-        if not plans:
-            return self.buffers
-        placed = frozenset().union(*(phase.placeable for phase in self.phases))
-        found = [buffer for buffer in self.buffers if buffer.name not in placed]
+        placed = frozenset().union(*(phase.placed for phase in self.phases))
         last = max(phase.end for phase in self.phases)
-        for number, (phase, plan) in enumerate(zip(self.phases, plans, strict=True)):
-            begin, end = (0, last) if keeps else (phase.begin, phase.end)
-            found += [
-                Buffer(
-                    f"arena {number}.{i}", size_class(arena.peak), begin, end, size_class(arena.peak), arena.device, arena.lane,
-                    module=arena.module,
-                )
-                for i, arena in enumerate(plan.arenas)
-            ]  # fmt: skip
+        found = [buffer for buffer in self.buffers if buffer.name not in placed]
+        for number, (phase, arena) in enumerate(self.arenas):
+            size, (begin, end) = size_class(arena.peak), (0, last) if keeps else (phase.begin, phase.end)
+            found.append(Buffer(f"arena {number}", size, begin, end, size, arena.device, arena.lane, module=arena.module))
         return tuple(found)
 
 
@@ -86,10 +76,18 @@ def bytes_of(buffers: Sequence[Buffer]) -> int:
 
     On a CUDA device what torch's caching allocator would reserve for them, elsewhere what is live.
     """
-    devices = {buffer.device for buffer in buffers}
-    counted = {device for device in devices if device != "cpu"} or devices
-    found = [_on_device(device, [buffer for buffer in buffers if buffer.device == device]) for device in counted]
+    found = [_on_device(device, [buffer for buffer in buffers if buffer.device == device]) for device in _counted(buffers)]
     return max(found, default=0)
+
+
+def on_device(buffers: Sequence[Buffer]) -> list[Buffer]:
+    """Those whose bytes are counted: not what waits in the host's memory for another device."""
+    return [buffer for buffer in buffers if buffer.device in _counted(buffers)]
+
+
+def _counted(buffers: Sequence[Buffer]) -> set[str]:
+    devices = {buffer.device for buffer in buffers}
+    return {device for device in devices if device != "cpu"} or devices
 
 
 def _on_device(device: str, buffers: Sequence[Buffer]) -> int:

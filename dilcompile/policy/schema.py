@@ -122,7 +122,7 @@ class Memory(Section):
         | Annotated[str, Check("a size such as '6GiB'", num_bytes), Field(pattern=SIZE)]
         | None,
         Field(
-            description="Most bytes of what the graph makes at once, forward and backward, parameters and inputs not counted; with "
+            description="Most bytes of what is made at once, forward and backward, parameters and inputs not counted; with "
             "`shard.method: auto` also of other ranks' rows. A number, or a size such as `6GiB`."
         ),
     ] = None

@@ -51,7 +51,9 @@ def _budget(budget: BudgetReport | None) -> dict[str, Any] | None:
     """How budgets are kept: ``tried`` are the rungs in order, ``taken`` the last of them or the best. Sizes in bytes."""
     if budget is None:
         return None
-    bounds = [{"source": b.source, "most": b.most, "modules": None if b.modules is None else sorted(b.modules)} for b in budget.bounds]
+    bounds = [
+        {"source": b.source, "most": b.most, "modules": None if b.modules is None else sorted(b.modules)} for b in budget.bounds
+    ]
     rungs = [{"name": rung.name, **asdict(rung)} for rung in budget.tried]
     return {"bounds": bounds, "tried": rungs, "taken": budget.taken.name, "is_upper_bound": budget.is_bound}
 
