@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch.fx import GraphModule
 
-from dilcompile.decision import Decision, MemoryUse
+from dilcompile.decision import MemoryUse
 from dilcompile.errors import BudgetError
 from dilcompile.memory.budget import Bound, BudgetReport, Ladder
 from dilcompile.passes.climb import Climb
@@ -35,12 +35,12 @@ def bounds_of(policy: Policy, report: GraphReport, prefix: str) -> tuple[Bound, 
     whole = policy.defaults.memory
     if whole is not None and whole.budget is not None:
         found.append(Bound("defaults", num_bytes(whole.budget)))
-    by_rule: dict[tuple[str, int], set[str]] = {}
-    for verdict in report.verdicts:
-        if isinstance(verdict, Decision) and verdict.memory is not None and verdict.memory.budget is not None:
-            module = verdict.site.module.removeprefix(prefix).strip(".")
-            by_rule.setdefault((verdict.rule, verdict.memory.budget), set()).add(module)
-    found += [Bound(f"rule {label}", most, frozenset(modules)) for (label, most), modules in by_rule.items()]
+    for rule in policy.rules:
+        # Of sites that it leaves as they are, too.
+        sites = [verdict.site for verdict in report.verdicts if verdict.rule == rule.label]
+        if sites and rule.memory is not None and rule.memory.budget is not None:
+            modules = frozenset(site.module.removeprefix(prefix).strip(".") for site in sites)
+            found.append(Bound(f"rule {rule.label}", num_bytes(rule.memory.budget), modules))
     return tuple(found)
 
 

@@ -34,6 +34,7 @@ from dilcompile.site import AttentionSite
 _VARIABLE = re.compile(r"^G\['\w+'\]$|^G\['__import_\w+'\]\.\w+$|cell_contents$")
 
 MOST_HAZARDS = 8
+UNBOUNDED = "memory.budget has no effect on an exported program: who compiles it plans its memory"
 ALONE = "its sequence is sharded, but no process group is initialised: that all ranks compile the same is not checked"
 UNCHECKED = "it holds no attention, though the policy shards some: what it computes along a sharded sequence is not checked"
 UNSHARDED = "none of its attention is sharded, though the policy shards some: it computes with the tokens that it is given"
@@ -115,7 +116,7 @@ def rewrite_exported_graph(graph: Graph, policy: Policy, name: str) -> Outcome:
     if strange:
         why = f"it computes with tensor subclasses ({strange})"
         return _left(graph.gm, name, why, policy, _Clock(), enforce=True)
-    notes = expand_fused_layers(graph.gm)
+    notes = (*expand_fused_layers(graph.gm), *([UNBOUNDED] if policy.has_budget else []))
     outcome = rewrite_normal(graph, policy, name)
     return replace(outcome, report=replace(outcome.report, notes=(*outcome.report.notes, *notes)))
 

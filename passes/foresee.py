@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from dilcompile.errors import BudgetError
 from dilcompile.memory.buffer import Buffer
 from dilcompile.memory.step import Phase, Reuse, Step
 from dilcompile.passes.copies import copied
 from dilcompile.passes.lifetimes import Lifetimes, lifetimes_of
 from dilcompile.passes.plan_buffers import plan_graph
+from dilcompile.passes.provenance import module_path, source_line
 
 _BACKWARD = "backward:"
 
@@ -26,7 +29,12 @@ def foresee(
             an output of the forward and, by the same name, an input of the backward.
         num_outputs: how many of the forward's outputs are the model's own; the others are saved. None: all.
         reuse: how its buffers will be planned.
+
+    Raises:
+        BudgetError: if the size of a tensor is known only when the graph runs.
     """
+    for gm in (forward, *([] if backward is None else [backward])):
+        _refuse_unknown_sizes(gm)
     first = lifetimes_of(forward)
     model_outputs = set(first.outputs[:num_outputs])
     ahead = max(1, first.steps)
@@ -46,6 +54,15 @@ def foresee(
     backwards = _phase(backward, second, reuse, ahead, last)
     placed = frozenset(_BACKWARD + name for name in backwards.placed)
     return Step(tuple(found), (_phase(forward, first, reuse, 0, ahead - 1), replace(backwards, placed=placed)))
+
+
+def _refuse_unknown_sizes(gm: GraphModule) -> None:
+    for node in gm.graph.nodes:
+        if free_unbacked_symbols(node.meta.get("val")):
+            raise BudgetError(
+                f"memory.budget: how large {node.name} of {module_path(node) or 'the graph'} ({source_line(node)}) is depends on "
+                "data, so that no need of memory can be foreseen; leave the budget out, or compute that outside of the compiled model"
+            )
 
 
 def _phase(gm: GraphModule, lifetimes: Lifetimes, reuse: Reuse, begin: int, end: int) -> Phase:

@@ -6,11 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policy_sites import site
 from test_planned_graphs import LENGTH, made, step
 from torch._functorch.partitioners import default_partition
 from torch.fx import GraphModule
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from dilcompile import rewrite_exported
+from dilcompile.budgeted import bounds_of
+from dilcompile.decision import Rejection
 from dilcompile.errors import BudgetError
 from dilcompile.memory import Buffer, plan_buffers
 from dilcompile.memory.budget import Bound, Ladder
@@ -21,10 +26,19 @@ from dilcompile.passes.climb import Climb
 from dilcompile.passes.copies import copied
 from dilcompile.passes.foresee import foresee
 from dilcompile.passes.offload import offload, offloadable
+from dilcompile.pipeline import UNBOUNDED
+from dilcompile.policy import Policy
+from dilcompile.report import GraphReport
 
 APPLY = {"form": "dilated", "segments": [32, 96], "rates": [1, 3], "offset": "own"}
 # Fewer than there are: each is a partition.
 SHARES = (1.0, 0.1, 0.0)
+
+
+def one_layer():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=50)).double().eval()
 
 
 def policy(whole=None, **rule):
@@ -123,7 +137,7 @@ def test_what_does_not_fit_is_said_with_what_is_missing_and_the_largest_buffers(
 
 
 def test_the_budget_of_a_rule_is_that_of_its_modules(tmp_path):
-    model, tokens = made("llama"), torch.randint(0, 50, (2, LENGTH))
+    model, tokens = one_layer(), torch.randint(0, 50, (2, LENGTH))
     error = refused(lambda: step(compiled_by(model, budget=10), model, tokens))
     assert str(error).startswith("rule all (<dict> rules[0]): memory.budget of 10 B")
     assert ".self_attn, " in str(error)
@@ -135,13 +149,21 @@ def test_the_budget_of_a_rule_is_that_of_its_modules(tmp_path):
     step(compiled_by(model, tmp_path / "report.json", **both), model, tokens)
     notes = graph_of(tmp_path / "report.json")["notes"]
     assert [note.partition(":")[0] for note in notes] == ["defaults", "rule all (<dict> rules[0])"]
-    error = refused(lambda: step(compiled_by(model, whole={"budget": 10}, budget=own), model, tokens))
-    assert str(error).startswith("defaults: memory.budget of 10 B")
+
+
+def test_a_rule_that_keeps_its_sites_bounds_them_too():
+    kept = Policy.load({"version": 1, "rules": [{"apply": {"form": "keep"}, "memory": {"budget": "1KiB"}}]})
+    module = site(module="model.layers.0.self_attn")
+    report = GraphReport("0", (Rejection(module, kept.rules[0].label, "the policy keeps it", asked=True),))
+    (bound,) = bounds_of(kept, report, "model")
+    assert (bound.most, bound.modules) == (1024, {"layers.0.self_attn"})
+    assert bound.owns(Buffer("x", 1, 0, 0, 1, module="layers.0.self_attn.q_proj"))
+    assert not bound.owns(Buffer("x", 1, 0, 0, 1, module="layers.0.self_attn_norm"))
 
 
 def test_a_length_that_would_not_fit_is_refused_before_it_runs(monkeypatch):
     monkeypatch.setattr(climb, "SHARES", ())
-    model = made("llama")
+    model = one_layer()
     short, long = (torch.randint(0, 50, (1, length)) for length in (64, 96))
     error = refused(lambda: step(compiled_by(model, dynamic=True, whole={"budget": 10}), model, short))
     budget = round(1.2 * error.tried[0].peak)
@@ -153,7 +175,7 @@ def test_a_length_that_would_not_fit_is_refused_before_it_runs(monkeypatch):
 
 
 def test_eager_keeps_no_budget_with_gradients_and_plans_without():
-    model, tokens = made("llama"), torch.randint(0, 50, (2, LENGTH))
+    model, tokens = one_layer(), torch.randint(0, 50, (2, LENGTH))
     error = refused(lambda: step(compiled_by(model, inner="eager", whole={"budget": "1GiB"}), model, tokens))
     assert "memory.budget (defaults) can't be kept with inner: eager" in str(error)
     assert "take inner: aot_eager or inner: inductor" in str(error)
@@ -181,6 +203,20 @@ def test_inductor_takes_the_partition_that_fits(tmp_path):
     assert "at most" in graph["notes"][-1]
     expected = step(compiled_by(model), model, tokens)
     torch.testing.assert_close(found, expected)
+
+
+def test_an_exported_program_says_that_nobody_keeps_its_budget(tmp_path):
+    attention = torch.nn.Module()
+    attention.forward = lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x)
+    program = torch.export.export(attention, (torch.randn(1, 2, 96, 8),))
+    rewrite_exported(program, policy({"budget": "1GiB"}), report=tmp_path / "report.json")
+    assert graph_of(tmp_path / "report.json")["notes"] == [UNBOUNDED]
+
+
+def test_a_size_that_depends_on_data_is_refused():
+    gm = make_fx(lambda x: x.nonzero().double() * 2, tracing_mode="symbolic")(torch.randn(4))
+    with pytest.raises(BudgetError, match=r"how large nonzero of the graph .* depends on data.*leave the budget out"):
+        foresee(gm)
 
 
 class Found(Exception):

@@ -49,7 +49,9 @@ class Step:
     def at(self, lengths: Mapping[sympy.Symbol, int]) -> Step:
         """The same step where the symbols of the sizes have these values."""
         phases = (phase if phase.plan is None else replace(phase, plan=phase.plan.at(lengths)) for phase in self.phases)
-        return Step(tuple(_at(buffer, lengths) for buffer in self.buffers), tuple(phases))
+        # Many buffers have one size.
+        sizes = {size: int(sympy.sympify(size).subs(lengths)) for size in {buffer.size for buffer in self.buffers}}
+        return Step(tuple(replace(buffer, hint=sizes[buffer.size]) for buffer in self.buffers), tuple(phases))
 
     @property
     def arenas(self) -> tuple[tuple[Phase, Arena], ...]:
@@ -116,7 +118,3 @@ def at_peak(buffers: Sequence[Buffer]) -> list[Buffer]:
             most, peak = live, step
     found = [buffer for buffer in buffers if buffer.begin <= peak <= buffer.end]
     return sorted(found, key=lambda buffer: (-buffer.hint, buffer.begin, buffer.name))
-
-
-def _at(buffer: Buffer, lengths: Mapping[sympy.Symbol, int]) -> Buffer:
-    return replace(buffer, hint=int(sympy.sympify(buffer.size).subs(lengths)))

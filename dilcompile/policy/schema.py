@@ -311,6 +311,12 @@ class Policy(Section):
         cut = [rule.shard for rule in self.rules if rule.shard is not None]
         return any(math.prod(self.mesh[axis].size for axis in shard.axes) > 1 for shard in cut)
 
+    @property
+    def has_budget(self) -> bool:
+        """A budget of memory is given somewhere."""
+        given = [self.defaults.memory, *(rule.memory for rule in self.rules)]
+        return any(memory is not None and memory.budget is not None for memory in given)
+
     def numerics_of(self, rule: Rule) -> Numerics:
         """The rule's numerics over the defaults."""
         return Numerics(**{**self.defaults.numerics.given(), **rule.numerics.given()})
