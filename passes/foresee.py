@@ -61,7 +61,7 @@ def _refuse_unknown_sizes(gm: GraphModule) -> None:
         if free_unbacked_symbols(node.meta.get("val")):
             raise BudgetError(
                 f"memory.budget: how large {node.name} of {module_path(node) or 'the graph'} ({source_line(node)}) is depends on "
-                "data, so that no need of memory can be foreseen; leave the budget out, or compute that outside of the compiled model"
+                "data, so that no need of memory can be foreseen; leave the budget out, or compute that outside of the model"
             )
 
 

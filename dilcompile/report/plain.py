@@ -19,7 +19,7 @@ from dilcompile.report.totals import totals_of
 from dilcompile.site import AttentionSite, MaskSpec, Miss
 
 SCHEMA = "dilcompile.report"
-VERSION = 6
+VERSION = 7
 
 
 def plain(report: Record) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def _budget(budget: BudgetReport | None) -> dict[str, Any] | None:
     bounds = [
         {"source": b.source, "most": b.most, "modules": None if b.modules is None else sorted(b.modules)} for b in budget.bounds
     ]
-    rungs = [{"name": rung.name, **asdict(rung)} for rung in budget.tried]
+    rungs = [{"name": rung.name, **asdict(rung), "bounded": list(rung.bounded)} for rung in budget.tried]
     return {"bounds": bounds, "tried": rungs, "taken": budget.taken.name, "is_upper_bound": budget.is_bound}
 
 
