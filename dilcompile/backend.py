@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,14 +13,16 @@ from torch.fx import GraphModule
 
 import dilcompile.lowering.ops as _registered  # noqa: F401
 from dilcompile.agreement import agree_over_ranks, axes_of
+from dilcompile.budgeted import Budgeted, bounds_of, with_budget
 from dilcompile.decision import Decision, MemoryUse
 from dilcompile.errors import DilcompileError, ShardingError
 from dilcompile.first_call import compared
 from dilcompile.near import hint
+from dilcompile.passes.frames import compiled_frame
 from dilcompile.pipeline import rewrite_dynamo
 from dilcompile.placements.marks import MARKS, Mark
 from dilcompile.planned import planned
-from dilcompile.policy import Policy, tell_again
+from dilcompile.policy import Policy, memory_use, tell_again
 from dilcompile.publish import forget, publish
 from dilcompile.report import GraphReport
 from dilcompile.report.file import report_path
@@ -60,10 +63,17 @@ def dilated(
     if axes and outcome.gm is not None:
         agree_over_ranks(outcome.gm, example_inputs, outcome.report, policy)
     publish(outcome.report, policy, asked.get("report"))
-    compile_inner = _inner(asked.get("inner", "inductor"), asked.get("mode"), _memory(outcome.report))
+    memory, bounds = _memory(outcome.report, policy), bounds_of(policy, outcome.report, compiled_frame().prefix)
+    compile_inner = _inner(asked.get("inner", "inductor"), asked.get("mode"), memory)
+    if bounds:
+        patches = _patches(asked.get("mode"))
+        compile_inner = Budgeted(asked.get("inner", "inductor"), outcome.report.graph, memory or MemoryUse(), bounds, patches)
+    compiled = compile_inner(gm if outcome.gm is None else outcome.gm, example_inputs)
+    if isinstance(compile_inner, Budgeted):
+        outcome = replace(outcome, report=with_budget(outcome.report, compile_inner.report))
+        publish(outcome.report, policy, asked.get("report"))
     if outcome.gm is None:
-        return _counted(_marked(compile_inner(gm, example_inputs), outcome.results), outcome.report)
-    compiled = compile_inner(outcome.gm, example_inputs)
+        return _counted(_marked(compiled, outcome.results), outcome.report)
     original = _no_shard(axes) if axes else cache(lambda: compile_inner(gm, example_inputs))
     if outcome.trials:
         compiled = compared(compiled, outcome, original, lambda report: publish(report, policy, asked.get("report")))
@@ -123,16 +133,21 @@ def _compile_id() -> str:
     return "?" if compile_id is None else str(compile_id)
 
 
-def _memory(report: GraphReport) -> MemoryUse | None:
-    """What the rules say of the graph's buffers: the first that says anything."""
+def _memory(report: GraphReport, policy: Policy) -> MemoryUse | None:
+    """What the rules say of the graph's buffers: the first that says anything, else the defaults."""
     found = [verdict.memory for verdict in report.verdicts if isinstance(verdict, Decision) and verdict.memory is not None]
-    return found[0] if found and found[0].reuse != "off" else None
+    return found[0] if found else memory_use(policy)
+
+
+def _patches(mode: str | None) -> dict[str, Any]:
+    """What a mode sets in Inductor's configuration."""
+    return torch._inductor.list_mode_options(mode) if mode is not None else {}
 
 
 def _inner(name: str, mode: str | None, memory: MemoryUse | None) -> Callable[[GraphModule, Sequence[Any]], Compiled]:
     if name == "eager":
         return lambda gm, example_inputs: gm.forward
-    if name == "aot_eager" and memory is not None:
+    if name == "aot_eager" and memory is not None and memory.reuse != "off":
         return planned(memory)
     if name == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
@@ -140,7 +155,7 @@ def _inner(name: str, mode: str | None, memory: MemoryUse | None) -> Callable[[G
         return lambda gm, example_inputs: aot_eager(gm, list(example_inputs))
     from torch._inductor.compile_fx import compile_fx
 
-    patches = torch._inductor.list_mode_options(mode) if mode is not None else {}
+    patches = _patches(mode)
 
     def inductor(gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         compiled = compile_fx(gm, list(example_inputs), config_patches=patches)

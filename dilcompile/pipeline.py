@@ -35,6 +35,8 @@ from dilcompile.site import AttentionSite
 # A global of the compiled code, one of another module, a cell of a closure.
 _VARIABLE = re.compile(r"^G\['\w+'\]$|^G\['__import_\w+'\]\.\w+$|cell_contents$")
 
+UNBOUNDED = "memory.budget has no effect on an exported program: who compiles it plans its memory"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -107,7 +109,7 @@ def rewrite_dynamo(
     clock.lap("normalize")
     inputs = list(normal.graph.find_nodes(op="placeholder"))
     values = dict(zip(inputs, example_inputs, strict=True))
-    graph = Graph(normal, _parameters(values), _buffers(values), _training(example_inputs), captured=_captured(values))
+    graph = Graph(normal, _parameters(values), _buffers(values), training(example_inputs), captured=_captured(values))
     outcome = rewrite_normal(graph, policy, name, clock, known=values, enforce=enforce, marks=marks)
     positions = {node: i for i, node in enumerate(inputs)}
     return replace(outcome, tables={positions[node]: graph.tables[node] for node in outcome.tables if node in positions})  # type: ignore[index]
@@ -123,7 +125,7 @@ def rewrite_exported_graph(graph: Graph, policy: Policy, name: str) -> Outcome:
     if strange:
         why = f"it computes with tensor subclasses ({strange})"
         return _left(graph.gm, name, why, policy, _Clock(), enforce=True)
-    notes = expand_fused_layers(graph.gm)
+    notes = (*expand_fused_layers(graph.gm), *([UNBOUNDED] if policy.has_budget else []))
     outcome = rewrite_normal(graph, policy, name)
     return replace(outcome, report=replace(outcome.report, notes=(*outcome.report.notes, *notes)))
 
@@ -221,5 +223,6 @@ def _is_plain(value: Any) -> bool:
     return type(value) is torch.Tensor and not value.requires_grad
 
 
-def _training(example_inputs: Sequence[Any]) -> bool:
+def training(example_inputs: Sequence[Any]) -> bool:
+    """Is a gradient asked for?"""
     return torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs)

@@ -16,6 +16,7 @@ from torch.fx.graph import _BoxedCodeGen
 from dilcompile.decision import MemoryUse
 from dilcompile.memory import BufferPlan
 from dilcompile.memory.pool import ArenaPool, Lease
+from dilcompile.passes.climb import Climb
 from dilcompile.passes.plan_buffers import Layout, PlannedGraph, plan_graph
 
 # Fill memory that no live buffer has with NaN before and while the graph runs: what reads it is found out.
@@ -30,17 +31,44 @@ _NUMBERS = count()
 _SHARED = ArenaPool()
 
 
-def planned(memory: MemoryUse) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
-    """The inner compiler ``aot_eager`` with the buffers of its graphs, forward and backward, in planned arenas."""
+def planned(memory: MemoryUse, climb: Climb | None = None) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
+    """The inner compiler ``aot_eager`` with the buffers of its graphs, forward and backward, in planned arenas.
+
+    Args:
+        climb: chooses, for the one graph that is compiled, how its budgets are kept.
+    """
     from torch._dynamo.backends.common import aot_autograd
 
     pool = _SHARED if memory.pool == "shared" else ArenaPool(keeps=memory.pool == "private")
 
-    def place(gm: GraphModule, example_inputs: Sequence[Any]) -> PlannedCall:
-        return PlannedCall(plan_graph(gm, within_module=memory.reuse == "within_layer"), pool)
+    def place(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        reuse = memory.reuse if climb is None or climb.taken is None else climb.taken.reuse
+        if reuse == "off":
+            return _boxed(gm)
+        return PlannedCall(plan_graph(gm, within_module=reuse == "within_layer"), pool)
 
-    compiler: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]] = aot_autograd(fw_compiler=place, bw_compiler=place)
+    def infer(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if climb is not None:
+            climb.infer(gm)
+        return place(gm, example_inputs)
+
+    split = {} if climb is None else {"partition_fn": climb.split}
+    compiler: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]] = aot_autograd(
+        fw_compiler=place, bw_compiler=place, inference_compiler=infer, **split
+    )
     return lambda gm, example_inputs: compiler(gm, list(example_inputs))
+
+
+def _boxed(gm: GraphModule) -> Callable[..., Any]:
+    """The graph, called with a list of its inputs, which it empties: a saved tensor is given up after its last reader."""
+    gm.graph.set_codegen(_BoxedCodeGen())
+    gm.recompile()
+
+    def run(args: list[Any]) -> Any:
+        return gm.forward(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
 
 
 class PlannedCall:

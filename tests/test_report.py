@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from dilcompile import DilcompileError
 from dilcompile.decision import Decision, Rejection
 from dilcompile.forms import BlockSparse, Dense, Dilated, SlidingWindow
+from dilcompile.memory.budget import Bound, BudgetReport, Rung
 from dilcompile.placements.choice import PlacementChoice
 from dilcompile.policy import Policy
 from dilcompile.publish import gathered
@@ -347,7 +348,7 @@ BLOCKS = closed(dict.fromkeys(("q_block", "k_block", "rows", "columns", "heads",
 # Written out by hand: a change of the keys must change VERSION and this.
 REPORT_SCHEMA = closed({
     "schema": {"const": "dilcompile.report"},
-    "version": {"const": 6},
+    "version": {"const": 7},
     "policy": {"type": "string"},
     "graphs": {"type": "array", "items": closed({
         "graph": {"type": "string"},
@@ -355,6 +356,18 @@ REPORT_SCHEMA = closed({
         "misses": {"type": "array", "items": closed({key: {"type": "string"} for key in ("module", "source", "node", "reason", "cure")})},
         "notes": {"type": "array", "items": {"type": "string"}},
         "seconds": {"type": "object", "additionalProperties": {"type": "number"}},
+        "budget": {"anyOf": [{"type": "null"}, closed({
+            "bounds": {"type": "array", "items": closed({
+                "source": {"type": "string"}, "most": COUNT,
+                "modules": {"anyOf": [{"type": "null"}, {"type": "array", "items": {"type": "string"}}]},
+            })},
+            "tried": {"type": "array", "items": closed({
+                "name": {"type": "string"}, "reuse": {"type": "string"}, "recompute": {"type": ["number", "null"]}, "offload": COUNT,
+                "forward": COUNT, "backward": {"type": ["integer", "null"]}, "peak": COUNT, "saved": COUNT, "arenas": COUNT,
+                "bounded": {"type": "array", "items": COUNT},
+            })},
+            "taken": {"type": "string"}, "is_upper_bound": {"type": "boolean"},
+        })]},
     })},
     "patterns": {"type": "array", "items": closed({
         "form": {"type": "string"}, "lengths": {"type": "string"},
@@ -371,7 +384,7 @@ REPORT_SCHEMA = closed({
 }) | {"$defs": {"blocks": BLOCKS}}  # fmt: skip
 
 
-def test_json_has_the_keys_of_version_6() -> None:
+def test_json_has_the_keys_of_version_7() -> None:
     blocks = BlockSparse(64, {"local": {}})
     along = BlockSparse(16, {"near": {"radius": 2}}, order="hilbert", grid=(16, 16))
     verdicts = (
@@ -379,7 +392,10 @@ def test_json_has_the_keys_of_version_6() -> None:
         decided(along, q_len=256, k_len=256, mask=MaskSpec()),
         replace(decided(), placement=PlacementChoice("cp", 4, "usp", "zigzag", heads_axis="heads", heads_ranks=2, why="named")),
     )  # fmt: skip
-    described = report(*verdicts).to_dict()
+    rung = Rung("across_layers", 0.5, 2, 70, 90, 100, 30, 40, (100, 20))
+    bounds = (Bound("defaults", 100), Bound("rule far (p.yaml:2)", 20, frozenset(["model"])))
+    described = report(*verdicts, budget=BudgetReport(bounds, (rung,), rung)).to_dict()
+    assert report().to_dict()["graphs"][0]["budget"] is None
     back = json.loads(json.dumps(described, allow_nan=False))
     assert back == described
     jsonschema.validate(back, REPORT_SCHEMA)

@@ -115,7 +115,7 @@ def _decide(policy: Policy, site: AttentionSite) -> Verdict:
         kernel=rule.apply.kernel,
         fallback="error" if placement is not None else policy.fallback_of(rule).unsupported,
         check=_check(policy, rule, placement is not None),
-        memory=_memory(rule),
+        memory=memory_use(policy, rule),
         # A shard's length says nothing about what is faster.
         if_faster=rule.match.given().get("min_seq") == "auto" and placement is None,
         notes=(*form.notes(site), *without_effect(policy, rule)),
@@ -129,8 +129,9 @@ def _check(policy: Policy, rule: Rule, sharded: bool) -> Check:
     return Check(numerics.check, numerics.tolerance.rel_l2, "error" if sharded else policy.fallback_of(rule).quality)
 
 
-def _memory(rule: Rule) -> MemoryUse | None:
-    memory = rule.memory
+def memory_use(policy: Policy, rule: Rule | None = None) -> MemoryUse | None:
+    """What the policy says of the buffers of a rule's sites; without a rule, of a graph that has none."""
+    memory = policy.memory_of(rule)
     if memory is None:
         return None
     return MemoryUse(memory.pool, memory.reuse, None if memory.budget is None else num_bytes(memory.budget))
@@ -141,8 +142,6 @@ def without_effect(policy: Policy, rule: Rule) -> tuple[str, ...]:
     notes = []
     if rule.shard is not None and ranks_of(policy, rule.shard) == 1:
         notes.append(f"shard: mesh axis {' and '.join(map(repr, rule.shard.axes))} has one rank: nothing is moved")
-    if rule.memory is not None and rule.memory.budget is not None:
-        notes.append("memory.budget: has no effect in this version")
     numerics, fallback = policy.numerics_of(rule), policy.fallback_of(rule)
     if numerics.check == "off" and "tolerance" in numerics.model_fields_set:
         notes.append("numerics.tolerance: has no effect while numerics.check is off")

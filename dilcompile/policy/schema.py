@@ -126,14 +126,19 @@ class Shard(Section):
 
 
 class Memory(Section):
-    """Where the buffers of the graph live: planned where its operators run one by one (`inner: aot_eager`)."""
+    """Where the buffers of the graph live, planned where its operators run one by one (`inner: aot_eager`), and how many bytes
+    they may take. In `defaults`, `budget` is that of a whole graph; in a rule, that of the modules whose attention it decides.
+    """
 
     pool: Annotated[Literal["default", "private", "shared"], Field(description="Which arena.")] = "default"
     budget: Annotated[
         Annotated[int, Check("a number of bytes", lambda value: value > 0), Field(gt=0)]
         | Annotated[str, Check("a size such as '6GiB'", num_bytes), Field(pattern=SIZE)]
         | None,
-        Field(description="Most bytes the pool may hold: a number, or a size such as `6GiB`."),
+        Field(
+            description="Most bytes of what is made at once, forward and backward, parameters and inputs not counted; with "
+            "`shard.method: auto` also of other ranks' rows. A number, or a size such as `6GiB`."
+        ),
     ] = None
     reuse: Annotated[Literal["off", "within_layer", "across_layers"], Field(description="Who may share a buffer.")] = "off"
 
@@ -197,6 +202,7 @@ class Defaults(Section):
 
     numerics: Numerics = Numerics()
     fallback: Fallback = Fallback()
+    memory: Annotated[Memory | None, Field(description="`budget`: of each whole graph.")] = None
 
 
 class Rule(Section):
@@ -206,7 +212,9 @@ class Rule(Section):
     match: Annotated[Match, Field(description="Which sites.")] = Match()
     apply: Annotated[AnyApply, Field(description="What they become.")]
     shard: Annotated[Shard | None, Field(description="How they are held over ranks.")] = None
-    memory: Annotated[Memory | None, Field(description="Where their buffers live.")] = None
+    memory: Annotated[
+        Memory | None, Field(description="Over `defaults.memory`, key by key, but for `budget`: both are kept.")
+    ] = None
     numerics: Annotated[Numerics, Field(description="Over `defaults.numerics`, key by key.")] = Numerics()
     fallback: Annotated[Fallback, Field(description="Over `defaults.fallback`, key by key.")] = Fallback()
 
@@ -317,6 +325,12 @@ class Policy(Section):
         cut = [rule.shard for rule in self.rules if rule.shard is not None]
         return any(math.prod(self.mesh[axis].size for axis in shard.axes) > 1 for shard in cut)
 
+    @property
+    def has_budget(self) -> bool:
+        """A budget of memory is given somewhere."""
+        given = [self.defaults.memory, *(rule.memory for rule in self.rules)]
+        return any(memory is not None and memory.budget is not None for memory in given)
+
     def numerics_of(self, rule: Rule) -> Numerics:
         """The rule's numerics over the defaults."""
         return Numerics(**{**self.defaults.numerics.given(), **rule.numerics.given()})
@@ -324,6 +338,15 @@ class Policy(Section):
     def fallback_of(self, rule: Rule) -> Fallback:
         """The rule's fallback over the defaults."""
         return Fallback(**{**self.defaults.fallback.given(), **rule.fallback.given()})
+
+    def memory_of(self, rule: Rule | None) -> Memory | None:
+        """The rule's memory over the defaults, with the rule's own budget; None where neither says anything."""
+        own = None if rule is None else rule.memory
+        if own is None and self.defaults.memory is None:
+            return None
+        given = {} if self.defaults.memory is None else self.defaults.memory.given()
+        given.pop("budget", None)
+        return Memory(**given | ({} if own is None else own.given()))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Policy) and self.fingerprint == other.fingerprint

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dilcompile.decision import Decision, Rejection
+from dilcompile.memory.budget import BudgetReport
 from dilcompile.site import AttentionSite, Miss
 
 Verdict = Decision | Rejection
@@ -21,6 +22,7 @@ class GraphReport:
         misses: what looks like attention and was left alone.
         notes: what holds for the whole graph (why it could not be normalised, fuel that ran out ...).
         seconds: time of each step of the pipeline.
+        budget: how it keeps the budgets of the policy; None: there are none.
     """
 
     graph: str
@@ -28,6 +30,7 @@ class GraphReport:
     misses: tuple[Miss, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    budget: BudgetReport | None = None
 
 
 @dataclass(frozen=True)
