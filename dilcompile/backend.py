@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,21 +13,21 @@ from torch.fx import GraphModule
 
 import dilcompile.lowering.ops as _registered  # noqa: F401
 from dilcompile.agreement import agree_over_ranks, axes_of
-from dilcompile.decision import Decision, MemoryUse
+from dilcompile.decision import Decision
 from dilcompile.errors import DilcompileError, ShardingError
 from dilcompile.first_call import compared
+from dilcompile.inner import INNERS, inner_compiler, notes_on_memory
 from dilcompile.near import hint
-from dilcompile.pipeline import rewrite_dynamo
-from dilcompile.planned import planned
+from dilcompile.pipeline import rewrite_dynamo, training
+from dilcompile.planned import memory_use
 from dilcompile.policy import Policy, tell_again
-from dilcompile.publish import forget, publish
+from dilcompile.publish import Telling, forget
 from dilcompile.report import GraphReport
 from dilcompile.report.file import report_path
 
 Compiled = Callable[..., Any]
 
 _OPTIONS = ("policy", "mode", "inner", "report")
-_INNERS = ("inductor", "aot_eager", "eager")
 
 
 def dilated(
@@ -58,14 +59,18 @@ def dilated(
     axes = axes_of(outcome.report)
     if axes and outcome.gm is not None:
         agree_over_ranks(outcome.gm, example_inputs, outcome.report, policy)
-    publish(outcome.report, policy, asked.get("report"))
-    compile_inner = _inner(asked.get("inner", "inductor"), asked.get("mode"), _memory(outcome.report))
+    inner, memory, trains = asked.get("inner", "inductor"), memory_use(outcome.report), training(example_inputs)
+    notes = (*outcome.report.notes, *notes_on_memory(inner, memory, trains=trains))
+    outcome = replace(outcome, report=replace(outcome.report, notes=notes))
+    telling = Telling(outcome.report, policy, asked.get("report"))
+    compile_inner = inner_compiler(inner, asked.get("mode"), memory, trains=trains, telling=telling)
     if outcome.gm is None:
         return _counted(compile_inner(gm, example_inputs), outcome.report)
     compiled = compile_inner(outcome.gm, example_inputs)
+    telling.again()
     original = _no_shard(axes) if axes else cache(lambda: compile_inner(gm, example_inputs))
     if outcome.trials:
-        compiled = compared(compiled, outcome, original, lambda report: publish(report, policy, asked.get("report")))
+        compiled = compared(compiled, outcome, original, telling.amend)
     if outcome.tables:
         compiled = _watched(compiled, outcome.tables, original)
     return _counted(compiled, outcome.report)
@@ -104,8 +109,8 @@ def _checked(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, A
     if mode is not None:
         asked.setdefault("mode", mode)
     inner = asked.get("inner", "inductor")
-    if inner not in _INNERS:
-        raise DilcompileError(f"options: inner must be one of {', '.join(_INNERS)}, not {inner!r}")
+    if inner not in INNERS:
+        raise DilcompileError(f"options: inner must be one of {', '.join(INNERS)}, not {inner!r}")
     modes = sorted(torch._inductor.list_mode_options())
     if asked.get("mode") not in (None, *modes):
         raise DilcompileError(f"options: mode must be one of {', '.join(modes)}, not {asked['mode']!r}")
@@ -119,33 +124,6 @@ def _checked(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, A
 def _compile_id() -> str:
     compile_id = torch._guards.CompileContext.current_compile_id()
     return "?" if compile_id is None else str(compile_id)
-
-
-def _memory(report: GraphReport) -> MemoryUse | None:
-    """What the rules say of the graph's buffers: the first that says anything."""
-    found = [verdict.memory for verdict in report.verdicts if isinstance(verdict, Decision) and verdict.memory is not None]
-    return found[0] if found and found[0].reuse != "off" else None
-
-
-def _inner(name: str, mode: str | None, memory: MemoryUse | None) -> Callable[[GraphModule, Sequence[Any]], Compiled]:
-    if name == "eager":
-        return lambda gm, example_inputs: gm.forward
-    if name == "aot_eager" and memory is not None:
-        return planned(memory)
-    if name == "aot_eager":
-        from torch._dynamo.backends.debugging import aot_eager
-
-        return lambda gm, example_inputs: aot_eager(gm, list(example_inputs))
-    from torch._inductor.compile_fx import compile_fx
-
-    patches = torch._inductor.list_mode_options(mode) if mode is not None else {}
-
-    def inductor(gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        compiled = compile_fx(gm, list(example_inputs), config_patches=patches)
-        assert callable(compiled)
-        return compiled
-
-    return inductor
 
 
 def _watched(compiled: Compiled, tables: Mapping[int, torch.Tensor], original: Callable[[], Compiled]) -> Compiled:

@@ -99,7 +99,7 @@ def rewrite_dynamo(gm: GraphModule, example_inputs: Sequence[Any], policy: Polic
     clock.lap("normalize")
     inputs = list(normal.graph.find_nodes(op="placeholder"))
     values = dict(zip(inputs, example_inputs, strict=True))
-    graph = Graph(normal, _parameters(values), _buffers(values), _training(example_inputs), captured=_captured(values))
+    graph = Graph(normal, _parameters(values), _buffers(values), training(example_inputs), captured=_captured(values))
     outcome = rewrite_normal(graph, policy, name, clock, known=values, enforce=enforce)
     positions = {node: i for i, node in enumerate(inputs)}
     return replace(outcome, tables={positions[node]: graph.tables[node] for node in outcome.tables if node in positions})  # type: ignore[index]
@@ -232,5 +232,6 @@ def _is_plain(value: Any) -> bool:
     return type(value) is torch.Tensor and not value.requires_grad
 
 
-def _training(example_inputs: Sequence[Any]) -> bool:
+def training(example_inputs: Sequence[Any]) -> bool:
+    """Is a gradient asked for?"""
     return torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs)

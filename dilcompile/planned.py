@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.graph import _BoxedCodeGen
 
-from dilcompile.decision import MemoryUse
+from dilcompile.decision import Decision, MemoryUse
 from dilcompile.memory import BufferPlan
+from dilcompile.memory.account import Direction, GraphMemory, Runs
 from dilcompile.memory.pool import ArenaPool, Lease
 from dilcompile.passes.plan_buffers import Layout, PlannedGraph, plan_graph
+from dilcompile.report import GraphReport
 
 # Fill memory that no live buffer has with NaN before and while the graph runs: what reads it is found out.
 POISON = "DILCOMPILE_POISON"
@@ -30,16 +33,37 @@ _NUMBERS = count()
 _SHARED = ArenaPool()
 
 
-def planned(memory: MemoryUse) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
-    """The inner compiler ``aot_eager`` with the buffers of its graphs, forward and backward, in planned arenas."""
+Tell = Callable[["PlannedCall", Direction], None]
+
+
+def memory_use(report: GraphReport) -> MemoryUse | None:
+    """What the rules say of the graph's buffers: the first that decided a site and says anything; None: they are not planned."""
+    found = [verdict.memory for verdict in report.verdicts if isinstance(verdict, Decision) and verdict.memory is not None]
+    return found[0] if found and found[0].reuse != "off" else None
+
+
+def planned(memory: MemoryUse, tell: Tell | None = None) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
+    """The inner compiler ``aot_eager`` with the buffers of its graphs, forward and backward, in planned arenas.
+
+    Args:
+        tell: is given each graph when it has been planned.
+    """
     from torch._dynamo.backends.common import aot_autograd
 
     pool = _SHARED if memory.pool == "shared" else ArenaPool(keeps=memory.pool == "private")
 
-    def place(gm: GraphModule, example_inputs: Sequence[Any]) -> PlannedCall:
-        return PlannedCall(plan_graph(gm, within_module=memory.reuse == "within_layer"), pool)
+    def placing(direction: Direction) -> Callable[[GraphModule, Sequence[Any]], PlannedCall]:
+        def place(gm: GraphModule, example_inputs: Sequence[Any]) -> PlannedCall:
+            call = PlannedCall(plan_graph(gm, within_module=memory.reuse == "within_layer"), pool)
+            if tell is not None:
+                tell(call, direction)
+            return call
 
-    compiler: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]] = aot_autograd(fw_compiler=place, bw_compiler=place)
+        return place
+
+    compiler: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]] = aot_autograd(
+        fw_compiler=placing("forward"), bw_compiler=placing("backward"), inference_compiler=placing("inference")
+    )
     return lambda gm, example_inputs: compiler(gm, list(example_inputs))
 
 
@@ -52,6 +76,9 @@ class PlannedCall:
         # Of the instance: whoever wraps it copies only what that has.
         self._boxed_call = True
         self._plans: dict[tuple[int, ...], BufferPlan] = {}
+        self.runs = Runs()
+        # Called after each call.
+        self.after: Callable[[], None] | None = None
         self._by_step = os.environ.get(POISON) == "1"
         if not self._by_step:
             planned.gm.graph.set_codegen(_BoxedCodeGen())
@@ -64,9 +91,24 @@ class PlannedCall:
         with self.pool.lease([(torch.device(arena.device), arena.peak) for arena in plan.arenas]) as lease:
             values = [*args, *self._buffers(plan, lease, lengths)]
             args.clear()
-            if self._by_step:
-                return _Poisoned(self.planned, plan, lease.arenas).boxed_run(values)
-            return self.planned.gm.forward(values)
+            result = self._run(plan, lease, values)
+            self.runs.calls += 1
+            self.runs.lease_hits += lease.kept
+        if self.after is not None:
+            self.after()
+        return result
+
+    def account(self, graph: str, direction: Direction) -> GraphMemory:
+        """What the plan comes to at the lengths of the example, and what calls came to so far."""
+        found, elsewhere = self.planned.lifetimes, self.planned.elsewhere
+        runs = replace(self.runs) if self.runs.calls else None
+        given, kept = found.given_and_kept(self.planned.gm)
+        return GraphMemory(graph, direction, self.planned.plan, elsewhere, given, kept, found.steps, runs=runs)
+
+    def _run(self, plan: BufferPlan, lease: Lease, values: list[Any]) -> Any:
+        if self._by_step:
+            return _Poisoned(self.planned, plan, lease.arenas).boxed_run(values)
+        return self.planned.gm.forward(values)
 
     def _plan_at(self, lengths: Mapping[sympy.Symbol, int]) -> BufferPlan:
         key = tuple(lengths.values())
@@ -74,6 +116,7 @@ class PlannedCall:
             while len(self._plans) >= _MOST_LENGTHS:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[key] = self.planned.plan.at(lengths) if lengths else self.planned.plan
+            self.runs.plans += 1
         return self._plans[key]
 
     def _buffers(self, plan: BufferPlan, lease: Lease, lengths: Mapping[sympy.Symbol, int]) -> list[Tensor]:

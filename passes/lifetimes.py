@@ -44,6 +44,12 @@ class Lifetimes:
         """How many nodes compute."""
         return len(self.nodes)
 
+    def given_and_kept(self, gm: GraphModule) -> tuple[int, int]:
+        """Bytes of what was there before ``gm`` ran (inputs, parameters), and of what it leaves behind (outputs, saved tensors)."""
+        before = {node.name for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")}
+        given = sum(size for name, size in self.held.items() if name in before)
+        return given, sum(self.held.values()) - given
+
 
 @dataclass
 class _Storage:

@@ -36,7 +36,12 @@ def gpt2():
 
 def bert():
     config = BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=50, max_position_embeddings=128
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=50,
+        max_position_embeddings=128,
     )
     return BertModel(config, add_pooling_layer=False)
 

@@ -41,10 +41,12 @@ class Lease:
     Args:
         arenas: uint8, one for each that was asked for.
         views: tensors over them that were made before, by whatever says what they are; they go where the arenas go.
+        kept: they are of an earlier call.
     """
 
     arenas: tuple[Tensor, ...]
     views: dict[object, list[Tensor]] = field(default_factory=dict)
+    kept: bool = False
 
 
 _Key = tuple[tuple[torch.device, int, int], ...]
@@ -83,7 +85,9 @@ class ArenaPool:
             self.counts.asked += 1
             if self._free[key]:
                 self.counts.hits += 1
-                return self._free[key].pop()
+                found = self._free[key].pop()
+                found.kept = True
+                return found
         return Lease(tuple(torch.empty(size, dtype=torch.uint8, device=device) for device, _, size in key))
 
     def held_bytes(self) -> int:

@@ -18,7 +18,7 @@ from dilcompile.report.totals import totals_of
 from dilcompile.site import AttentionSite, MaskSpec, Miss
 
 SCHEMA = "dilcompile.report"
-VERSION = 6
+VERSION = 7
 
 
 def plain(report: Record) -> dict[str, Any]:
@@ -42,6 +42,7 @@ def _graph(graph: GraphReport) -> dict[str, Any]:
         "misses": [_miss(miss) for miss in graph.misses],
         "notes": list(graph.notes),
         "seconds": dict(graph.seconds),
+        "memory": [memory.to_dict() for memory in graph.memory],
     }
 
 
