@@ -12,7 +12,7 @@ from dilcompile.decision import MemoryUse
 from dilcompile.memory import plan_buffers
 from dilcompile.memory.account import Direction, GraphMemory
 from dilcompile.passes.lifetimes import lifetimes_of
-from dilcompile.planned import PlannedCall, planned
+from dilcompile.planned import PlannedCall, account_of, planned
 from dilcompile.publish import Telling
 
 InnerName = Literal["inductor", "aot_eager", "eager"]
@@ -99,4 +99,4 @@ def _inductor(mode: str | None, telling: Telling) -> Inner:
 def _ours(gm: GraphModule, graph: str, direction: Direction) -> GraphMemory:
     """The buffers of our operators among those that Inductor places."""
     found = lifetimes_of(gm, ours_only=True)
-    return GraphMemory(graph, direction, plan_buffers(found.buffers), (), *found.given_and_kept(gm), found.steps, "inductor")
+    return account_of(graph, direction, plan_buffers(found.buffers), found, planner="inductor")

@@ -15,9 +15,11 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.graph import _BoxedCodeGen
 
 from dilcompile.decision import Decision, MemoryUse
-from dilcompile.memory import BufferPlan
-from dilcompile.memory.account import Direction, GraphMemory, Runs
+from dilcompile.memory import Buffer, BufferPlan
+from dilcompile.memory.account import Direction, GraphMemory, Planner, Runs
 from dilcompile.memory.pool import ArenaPool, Lease
+from dilcompile.memory.watch import Watch
+from dilcompile.passes.lifetimes import Lifetimes
 from dilcompile.passes.plan_buffers import Layout, PlannedGraph, plan_graph
 from dilcompile.report import GraphReport
 
@@ -50,7 +52,7 @@ def planned(memory: MemoryUse, tell: Tell | None = None) -> Callable[[GraphModul
     """
     from torch._dynamo.backends.common import aot_autograd
 
-    pool = _SHARED if memory.pool == "shared" else ArenaPool(keeps=memory.pool == "private")
+    pool = _SHARED if memory.pool == "shared" else ArenaPool(keeps=memory.pool == "private", apart=memory.pool == "private")
 
     def placing(direction: Direction) -> Callable[[GraphModule, Sequence[Any]], PlannedCall]:
         def place(gm: GraphModule, example_inputs: Sequence[Any]) -> PlannedCall:
@@ -65,6 +67,22 @@ def planned(memory: MemoryUse, tell: Tell | None = None) -> Callable[[GraphModul
         fw_compiler=placing("forward"), bw_compiler=placing("backward"), inference_compiler=placing("inference")
     )
     return lambda gm, example_inputs: compiler(gm, list(example_inputs))
+
+
+def account_of(
+    graph: str,
+    direction: Direction,
+    plan: BufferPlan,
+    lifetimes: Lifetimes,
+    elsewhere: Sequence[Buffer] = (),
+    *,
+    planner: Planner = "dilcompile",
+    runs: Runs | None = None,
+) -> GraphMemory:
+    """The account of a graph."""
+    given = sum(buffer.hint for buffer in lifetimes.given)
+    beside, kept = tuple(elsewhere), tuple(lifetimes.kept)
+    return GraphMemory(graph, direction, plan, beside, kept, given, lifetimes.steps, planner, runs)
 
 
 class PlannedCall:
@@ -100,14 +118,18 @@ class PlannedCall:
 
     def account(self, graph: str, direction: Direction) -> GraphMemory:
         """What the plan comes to at the lengths of the example, and what calls came to so far."""
-        found, elsewhere = self.planned.lifetimes, self.planned.elsewhere
-        runs = replace(self.runs) if self.runs.calls else None
-        given, kept = found.given_and_kept(self.planned.gm)
-        return GraphMemory(graph, direction, self.planned.plan, elsewhere, given, kept, found.steps, runs=runs)
+        found, runs = self.planned.lifetimes, replace(self.runs) if self.runs.calls else None
+        return account_of(graph, direction, self.planned.plan, found, self.planned.elsewhere, runs=runs)
 
     def _run(self, plan: BufferPlan, lease: Lease, values: list[Any]) -> Any:
         if self._by_step:
             return _Poisoned(self.planned, plan, lease.arenas).boxed_run(values)
+        if self.after is not None and not self.runs.calls:
+            # Someone listens: the first call is watched.
+            with Watch([*values, *lease.arenas]) as watch:
+                result = self.planned.gm.forward(values)
+            self.runs.measured = plan.peak + watch.most
+            return result
         return self.planned.gm.forward(values)
 
     def _plan_at(self, lengths: Mapping[sympy.Symbol, int]) -> BufferPlan:
@@ -115,7 +137,7 @@ class PlannedCall:
         if key not in self._plans:
             while len(self._plans) >= _MOST_LENGTHS:
                 self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = self.planned.plan.at(lengths) if lengths else self.planned.plan
+            self._plans[key] = self.planned.plan.fitted(lengths) if lengths else self.planned.plan
             self.runs.plans += 1
         return self._plans[key]
 
@@ -123,6 +145,8 @@ class PlannedCall:
         """The graph's further inputs; made once for an arena."""
         key = (self._number, *lengths.values())
         if key not in lease.views:
+            while len(lease.views) >= _MOST_LENGTHS:
+                lease.views.pop(next(iter(lease.views)))
             lease.views[key] = [self._buffer(layout, plan, lease, lengths) for layout in self.planned.layouts]
         return lease.views[key]
 

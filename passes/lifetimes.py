@@ -7,7 +7,7 @@ A step is a node that computes; views take none.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sympy
 import torch
@@ -33,22 +33,20 @@ class Lifetimes:
         buffers: made and given up inside the graph: these can be planned.
         held: bytes by name of what outlives the graph or was there before: inputs, outputs, saved tensors. Never planned.
         nodes: the name of the node of each step.
+        kept: of ``held`` what the graph makes: outputs and saved tensors, from the step that makes them to the last one.
+        given: of ``held`` what was there before, from step 0 to its last reader.
     """
 
     buffers: list[Buffer] = field(default_factory=list)
     held: dict[str, int] = field(default_factory=dict)
     nodes: tuple[str, ...] = ()
+    kept: list[Buffer] = field(default_factory=list)
+    given: list[Buffer] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
         """How many nodes compute."""
         return len(self.nodes)
-
-    def given_and_kept(self, gm: GraphModule) -> tuple[int, int]:
-        """Bytes of what was there before ``gm`` ran (inputs, parameters), and of what it leaves behind (outputs, saved tensors)."""
-        before = {node.name for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")}
-        given = sum(size for name, size in self.held.items() if name in before)
-        return given, sum(self.held.values()) - given
 
 
 @dataclass
@@ -76,10 +74,14 @@ def lifetimes_of(gm: GraphModule, *, ours_only: bool = False) -> Lifetimes:
     for storage in walk.storages.values():
         if ours_only and not _is_ours(storage.node):
             continue
-        if storage.held:
-            found.held[storage.name] = storage.hint
+        if not storage.held:
+            found.buffers.append(_buffer(storage))
             continue
-        found.buffers.append(_buffer(storage))
+        found.held[storage.name] = storage.hint
+        if storage.node.op == "call_function":
+            found.kept.append(replace(_buffer(storage), end=max(storage.begin, walk.step - 1)))
+        else:
+            found.given.append(_buffer(storage))
     return found
 
 

@@ -27,7 +27,7 @@ class Runs:
         calls: how many.
         plans: how often offsets were worked out; all other calls found those of an earlier one at the same lengths.
         lease_hits: how often arenas of the size classes were there already.
-        measured: bytes of the graph's buffers at their peak in its first call, or None if they were not measured.
+        measured: the peak of all that the graph made in its first call, in bytes, or None if it was not measured.
     """
 
     calls: int = 0
@@ -49,8 +49,8 @@ class GraphMemory:
         graph: Dynamo's name of the graph; with ``direction`` unique in a model.
         plan: of the buffers that lie in arenas.
         elsewhere: made and given up in the graph too, but by operators that take no place to write to.
+        kept: outputs and what is saved for the backward, which stay behind.
         given: bytes of inputs, parameters and what an earlier graph saved among them, which were there before.
-        kept: bytes of outputs and of what is saved for the backward, which stay behind.
         steps: how many nodes compute.
         runs: None: it has not run.
     """
@@ -59,8 +59,8 @@ class GraphMemory:
     direction: Direction
     plan: BufferPlan
     elsewhere: tuple[Buffer, ...] = ()
+    kept: tuple[Buffer, ...] = ()
     given: int = 0
-    kept: int = 0
     steps: int = 0
     planner: Planner = "dilcompile"
     runs: Runs | None = field(default=None, compare=False)
@@ -93,8 +93,13 @@ class GraphMemory:
 
     @property
     def predicted(self) -> int:
-        """The peak of all that the graph makes and gives up: arenas, and what lies elsewhere."""
-        return self.plan.peak + self.elsewhere_bytes
+        """The peak of all that the graph makes: arenas, what lies elsewhere, and what it keeps, as that comes to be."""
+        return self.plan.peak + most_live((*self.elsewhere, *self.kept))
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that stay behind."""
+        return sum(buffer.hint for buffer in self.kept)
 
     @property
     def elsewhere_bytes(self) -> int:
@@ -138,7 +143,8 @@ class GraphMemory:
             "caching_allocator": self.by_caching,
             "elsewhere": {"buffers": len(self.elsewhere), "live_at_once": self.elsewhere_bytes},
             "given": self.given,
-            "kept": self.kept,
+            "kept": self.kept_bytes,
+            "predicted": self.predicted,
             "arenas": [_arena(arena, size) for arena, size in zip(self.plan.arenas, self.classes, strict=True)],
             "largest": [_placed(arena, buffer, offset) for arena, buffer, offset in self.largest(number)],
             "runs": None if self.runs is None else {key: getattr(self.runs, key) for key in self.runs.__dataclass_fields__},

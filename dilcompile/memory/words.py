@@ -26,7 +26,7 @@ READING = (
     "planned: the peak of all arenas; live at once: the most bytes that a step needs, which no plan can beat; ratio: of the two",
     "without reuse: each buffer in a place of its own; caching allocator: what torch's would reserve, replayed",
     "size classes: what is asked for, an arena each; elsewhere: live at once of what operators without a place to write to make",
-    "given: inputs, with parameters and saved tensors; kept: outputs, with what is saved; both outlive the graph and are not planned",
+    "given: inputs, with parameters and saved tensors; kept: outputs, with what is saved; both outlive the graph: never planned",
 )
 _WIDE, _TALL = 64, 6
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
@@ -48,7 +48,7 @@ def cells(memory: GraphMemory) -> tuple[str, ...]:
         "" if counted else " + ".join(map(size_text, memory.classes)),
         f"{size_text(memory.elsewhere_bytes)} ({len(memory.elsewhere)})" if memory.elsewhere else "",
         size_text(memory.given),
-        size_text(memory.kept),
+        size_text(memory.kept_bytes),
     )
 
 
