@@ -16,6 +16,7 @@ from dilcompile import DilcompileError
 from dilcompile.cli import app
 from dilcompile.inner import BY_INDUCTOR, NOT_UNDER_GRAD
 from dilcompile.memory.watch import Watch
+from dilcompile.memory_plan import at_length
 
 MODELS = """
 import torch
@@ -251,7 +252,8 @@ def test_explain_plans_what_the_policy_would_plan(folder: Path) -> None:
     assert [held.direction for held in report.memory] == ["forward", "backward"]
     assert "<h2>Memory</h2>" in report.to_html()
     assert dilcompile.explain(net, x, policy=str(folder / "plain.yaml")).memory == ()
-    with pytest.raises(DilcompileError, match="no input of the example has a size of 7"):
-        from dilcompile.memory_plan import at_length
 
-        at_length((x,), {}, 7, 9)
+
+def test_an_input_without_the_length_is_refused() -> None:
+    with pytest.raises(DilcompileError, match="no input of the example has a size of 7"):
+        at_length((torch.zeros(2, 3),), {}, 7, 9)

@@ -357,7 +357,7 @@ MEMORY = closed({
         **_ARENA_KEYS, "module": {"type": "string"}, **dict.fromkeys(("buffers", "planned", "live_at_once", "size_class"), COUNT),
     })},
     "largest": {"type": "array", "items": closed({
-        **_ARENA_KEYS, **dict.fromkeys(("name", "module", "role"), {"type": "string"}),
+        **_ARENA_KEYS, **{key: {"type": "string"} for key in ("name", "module", "role")},
         **dict.fromkeys(("bytes", "offset", "begin", "end"), COUNT),
     })},
     "runs": {"anyOf": [{"type": "null"}, closed({
