@@ -1,8 +1,8 @@
 """Planned buffers of a GPT-2-like model: what the plan needs, what allocators and Inductor would, and what it costs in time.
 
-The plan for ``--length`` is made without computing anything. What is measured is measured at ``--run`` tokens: times, and the peak
-of what a step (forward and backward) takes from torch's allocator, as the profiler sees it, with each way to run the same rewritten
-graphs.
+The plan for ``--length`` is made without computing anything. What is measured is measured at ``--run`` tokens: times, and the
+peak of what a step (forward and backward) takes from torch's allocator, as the profiler sees it, with each way to run the same
+rewritten graphs.
 
 OMP_NUM_THREADS=2 python benchmarks/memory.py --length 32768 --run 1024 --pictures docs/memory
 OMP_NUM_THREADS=2 python benchmarks/memory.py --run 1024 --inductor

@@ -88,8 +88,8 @@ def _inductor(mode: str | None, telling: Telling) -> Inner:
 
     def inductor(gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         # Only where there is a report to list them in: a graph that comes from Inductor's cache is not shown to us.
-        own = {"inner_compile": listed} if telling.wanted else {}
-        compiled = compile_fx(gm, list(example_inputs), config_patches=patches, **own)
+        innermost = listed if telling.wanted else compile_fx_inner
+        compiled = compile_fx(gm, list(example_inputs), innermost, config_patches=patches)
         assert callable(compiled)
         return compiled
 

@@ -174,7 +174,7 @@ def test_the_words_say_what_the_plan_comes_to():
         "████████",
         "-------- 8 steps",
     ]
-    assert largest_lines(memory, 1) == ["b: 8 KiB at 4096, steps 2 to 5, workspace, and 1 more of this size"]
+    assert largest_lines(memory, 1) == ["b: 8 KiB at 0, steps 2 to 5, workspace, and 1 more of this size"]
 
 
 @settings(max_examples=25, deadline=None)
@@ -197,7 +197,7 @@ sys.stdout.buffer.write(pickle.dumps(plan_buffers(pickle.load(sys.stdin.buffer))
 """
 
 
-def test_every_process_plans_the_same():
+def test_another_process_plans_the_same():
     symbols = sympy.symbols("s0 s1", positive=True, integer=True)
     sizes = [(64 * symbols[n % 2] + 128 * n * symbols[1], n % 9, n % 9 + n % 5) for n in range(40)]
     hints = [int(size.subs(dict.fromkeys(symbols, 10))) for size, _, _ in sizes]
@@ -206,7 +206,7 @@ def test_every_process_plans_the_same():
         Buffer(f"b{n}", size, begin, end, hint, lane="communication" if n % 4 == 3 else "compute", role=roles[n % 3])
         for n, ((size, begin, end), hint) in enumerate(zip(sizes, hints, strict=True))
     ]
-    for seed in ("1", "2"):
-        env = {**os.environ, "PYTHONHASHSEED": seed}
-        done = subprocess.run([sys.executable, "-c", PLAN], input=pickle.dumps(buffers), capture_output=True, env=env, check=True)
-        assert pickle.loads(done.stdout) == plan_buffers(buffers)
+    # This process has another seed, or none.
+    env = {**os.environ, "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"}
+    done = subprocess.run([sys.executable, "-c", PLAN], input=pickle.dumps(buffers), capture_output=True, env=env, check=True)
+    assert pickle.loads(done.stdout) == plan_buffers(buffers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -18,12 +19,22 @@ from dilcompile.inner import BY_INDUCTOR, NOT_UNDER_GRAD
 from dilcompile.memory.watch import Watch
 from dilcompile.memory_plan import at_length
 
-MODELS = """
+MODELS = '''
 import torch
 from models import NoAttention, SdpaAttention, Stack
 
+class Scaled(torch.nn.Module):
+    """With buffers that nothing keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack = Stack(SdpaAttention)
+
+    def forward(self, x):
+        return (self.stack((x * 2 + 1) * 3) * 2 + 1) * 3
+
 def stack():
-    return Stack(SdpaAttention), torch.randn(2, 24, 32)
+    return Scaled(), torch.randn(2, 24, 32)
 
 class Breaking(torch.nn.Module):
     def __init__(self):
@@ -46,14 +57,14 @@ class Counting(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.inner = Stack(SdpaAttention)
+        self.inner = Scaled()
 
     def forward(self, x):
         return self.inner(torch.ops.dilcompile_tests.counted(x))
 
 def counting():
     return Counting(), torch.randn(1, 24, 32)
-"""
+'''
 POLICY = """
 version: 1
 rules:
@@ -108,9 +119,7 @@ def test_a_length_is_planned_without_computing_it(run: Any, folder: Path) -> Non
     assert RAN == []
     assert long.startswith("memory of 2 graphs at 1,048,576 tokens\n\n")
     assert re.search(r"^0 forward +\d+ +\d+ +[\d.]+ [MG]iB ", long, re.M)
-    assert re.search(
-        r"^0 backward: the largest buffers\n  \w+ of inner.layers.\d: \d+ MiB at \d+, steps \d+ to \d+, \w+", long, re.M
-    )
+    assert re.search(r"^0 backward: the largest buffers\n  \w+ of inner[\w.]*: \d+ MiB at \d+, steps \d+ to \d+, \w+", long, re.M)
     page = (folder / "plan.html").read_text()
     assert page.count('<svg class="arena"') == 2
     assert not re.search(r"https?:|<script|@import", page)
@@ -125,7 +134,7 @@ def test_sizes_grow_with_the_length_and_with_it_alone(run: Any) -> None:
     assert [graph["direction"] for graph in short] == ["forward", "backward"]
     for one, other in zip(short, long, strict=True):
         assert (one["steps"], one["buffers"]) == (other["steps"], other["buffers"])
-        assert 100 < other["planned"] / one["planned"] <= 1000
+        assert 100 < other["planned"] / one["planned"] <= 1000, "gradients of weights stay what they are"
         assert other["live_at_once"] <= other["planned"] <= 1.05 * other["live_at_once"]
         assert other["planned"] <= other["without_reuse"]
         assert [arena["planned"] for arena in other["arenas"]] == [other["planned"]]
@@ -180,12 +189,12 @@ def test_a_model_without_attention_has_no_length_to_change(run: Any) -> None:
 # The report of a compiled model.
 
 
-def model() -> Any:
-    from models import SdpaAttention, Stack
-
+@pytest.fixture
+def model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(folder))
     torch.manual_seed(0)
     torch._dynamo.reset()
-    return Stack(SdpaAttention), torch.randn(2, 24, 32)
+    return importlib.import_module("planned_models").stack()
 
 
 def compiled_with(net: Any, path: Path, folder: Path, inner: str) -> Any:
@@ -193,8 +202,8 @@ def compiled_with(net: Any, path: Path, folder: Path, inner: str) -> Any:
     return torch.compile(net, backend="dilated", options=options)
 
 
-def test_the_first_call_is_measured_and_it_is_what_was_predicted(folder: Path) -> None:
-    net, x = model()
+def test_the_first_call_is_measured_and_it_is_what_was_predicted(model: Any, folder: Path) -> None:
+    net, x = model
     compiled = compiled_with(net, folder / "run.json", folder, "aot_eager")
     compiled(x).sum().backward()
     (graph,) = json.loads((folder / "run.json").read_text())["graphs"]
@@ -220,8 +229,8 @@ def test_what_is_measured_is_what_operators_hold() -> None:
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_eager_is_planned_where_no_gradient_is_asked_for(folder: Path, grad: bool) -> None:
-    net, x = model()
+def test_eager_is_planned_where_no_gradient_is_asked_for(model: Any, folder: Path, grad: bool) -> None:
+    net, x = model
     with torch.set_grad_enabled(grad):
         expected = torch.compile(net, backend="dilated", options={"policy": str(folder / "plain.yaml"), "inner": "eager"})(x)
         found = compiled_with(net, folder / "eager.json", folder, "eager")(x)
@@ -231,23 +240,23 @@ def test_eager_is_planned_where_no_gradient_is_asked_for(folder: Path, grad: boo
     assert (NOT_UNDER_GRAD in graph["notes"]) == grad
 
 
-def test_inductors_buffers_that_are_ours_are_listed(folder: Path) -> None:
-    net, x = model()
-    with fresh_cache():
-        compiled_with(net, folder / "inductor.json", folder, "inductor")(x).sum().backward()
+def test_inductors_buffers_that_are_ours_are_listed(model: Any, folder: Path) -> None:
+    net, x = model
+    with fresh_cache(), torch.no_grad():
+        compiled_with(net, folder / "inductor.json", folder, "inductor")(x)
     (graph,) = json.loads((folder / "inductor.json").read_text())["graphs"]
     assert BY_INDUCTOR in graph["notes"]
-    (forward,) = [held for held in graph["memory"] if held["direction"] == "forward"]
-    # Output and LSE of each layer; what is saved for the backward is kept.
-    assert forward["planner"] == "inductor"
-    assert forward["kept"] + forward["without_reuse"] >= 2 * (2 * 24 * 32 * 4)
-    assert all(held["planner"] == "inductor" for held in graph["memory"])
+    (inference,) = graph["memory"]
+    assert (inference["planner"], inference["direction"], inference["runs"]) == ("inductor", "inference", None)
+    # The output and the LSE of each of two layers.
+    assert inference["buffers"] == 4
+    assert inference["without_reuse"] >= 2 * (2 * 24 * 32 * 4)
 
 
-def test_explain_plans_what_the_policy_would_plan(folder: Path) -> None:
+def test_explain_plans_what_the_policy_would_plan(model: Any, folder: Path) -> None:
     import dilcompile
 
-    net, x = model()
+    net, x = model
     report = dilcompile.explain(net, x, policy=str(folder / "policy.yaml"))
     assert [held.direction for held in report.memory] == ["forward", "backward"]
     assert "<h2>Memory</h2>" in report.to_html()

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the memory of every tensor that an operator returns, from then until its last user drops it.
 
     What an operator takes and gives back inside is not seen. Slow: for one call.
@@ -24,7 +24,7 @@ class Watch(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, known: Iterable[object]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
         self._seen: dict[int, int] = {}
         for value in known:

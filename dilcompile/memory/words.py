@@ -54,12 +54,18 @@ def cells(memory: GraphMemory) -> tuple[str, ...]:
 
 def text(graphs: Sequence[GraphMemory], largest: int = 5) -> str:
     """The table, the largest buffers of each graph, and what is live in each step."""
-    lines = [*columns([HEADINGS, *map(cells, graphs)]), "", *READING]
+    lines = [*table(graphs), "", *READING]
     for memory in graphs:
         if memory.buffers:
             lines += ["", f"{memory.name}: what is live in each step", *drawn(memory)]
             lines += [f"{memory.name}: the largest buffers", *(f"  {line}" for line in largest_lines(memory, largest))]
     return "\n".join(lines)
+
+
+def table(graphs: Sequence[GraphMemory]) -> list[str]:
+    """A row a graph, and below it what its calls came to."""
+    lines = _columns([HEADINGS, *map(cells, graphs)])
+    return [*lines, *(f"{graph.name}: {ran(graph)}" for graph in graphs if graph.runs is not None)]
 
 
 def ran(memory: GraphMemory) -> str:
@@ -95,7 +101,7 @@ def drawn(memory: GraphMemory) -> Iterator[str]:
     yield f"  {'':>9} +{'-' * len(live)} {memory.steps} steps"
 
 
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows with their columns one below another."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
