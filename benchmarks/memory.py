@@ -16,6 +16,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,10 @@ def _timed(model: torch.nn.Module, args: argparse.Namespace) -> None:
 
 
 def _beside_inductor(model: torch.nn.Module, length: int) -> None:
-    """Peaks of a step by the allocator's own account. Arenas are given back after each call here, so that they are counted."""
+    """Peaks by the allocator's own account, of a call under no_grad and of a step (Inductor plans pools in the first alone).
+
+    Arenas are given back after each call here, so that they are counted.
+    """
     planned = _policy(memory=True, pool="default")
     ways: dict[str, tuple[str, dict[str, Any], bool]] = {
         "aot_eager": ("aot_eager", _policy(memory=False), False),
@@ -121,15 +125,21 @@ def _beside_inductor(model: torch.nn.Module, length: int) -> None:
         "inductor": ("inductor", _policy(memory=False), False),
         "inductor, memory_planning": ("inductor", _policy(memory=False), True),
     }
-    for name, (inner, policy, pools) in ways.items():
-        torch._dynamo.reset()
-        with fresh_cache(), torch._inductor.config.patch(memory_planning=pools):
-            compiled = _compiled(model, inner, policy)
-            _, codes = run_and_get_code(lambda compiled=compiled: _step(compiled, model, length))
-            row = {"way": name, "length": length, "peak_bytes": _peak(lambda compiled=compiled: _step(compiled, model, length))}
-            if inner == "inductor":
-                row["graphs"] = [_counted(code) for code in codes]
-            print(json.dumps(row), flush=True)
+    for trains in (False, True):
+        for name, (inner, policy, pools) in ways.items():
+            torch._dynamo.reset()
+            with fresh_cache(), torch._inductor.config.patch(memory_planning=pools):
+                call = partial(_step if trains else _inference, _compiled(model, inner, policy), model, length)
+                _, codes = run_and_get_code(call)
+                row = {"way": name, "call": "step" if trains else "no_grad", "length": length, "peak_bytes": _peak(call)}
+                if inner == "inductor":
+                    row["graphs"] = [_counted(code) for code in codes]
+                print(json.dumps(row), flush=True)
+
+
+def _inference(compiled: Callable[..., Any], model: torch.nn.Module, length: int) -> None:
+    with torch.no_grad():
+        compiled(**_inputs(length))
 
 
 def _counted(code: str) -> dict[str, int]:

@@ -102,7 +102,7 @@ def test_the_numbers_are_those_of_the_unplanned_graph(name, poison, calls, monke
 def chain(x):
     first = x.sin()
     last = first.cos().exp().tanh().neg()
-    return (last @ first.mT) * 2
+    return (last + first) * 2
 
 
 def test_a_life_that_is_cut_short_is_found_out(monkeypatch):
