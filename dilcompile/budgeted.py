@@ -15,7 +15,7 @@ from dilcompile.errors import BudgetError
 from dilcompile.memory.budget import Bound, BudgetReport, Ladder
 from dilcompile.passes.climb import Climb
 from dilcompile.pipeline import training
-from dilcompile.planned import planned
+from dilcompile.planned import Tell, planned
 from dilcompile.policy import Policy
 from dilcompile.policy.schema import num_bytes
 from dilcompile.report import GraphReport
@@ -51,6 +51,8 @@ class Budgeted:
     Args:
         name: ``inductor``, ``aot_eager`` or ``eager``; graph: its name, for errors.
         patches: of Inductor's configuration.
+        tell: is given each graph that has been planned; see ``planned``.
+        innermost: Inductor's compiler of one graph.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Budgeted:
     memory: MemoryUse
     bounds: tuple[Bound, ...]
     patches: Mapping[str, Any]
+    tell: Tell
+    innermost: Compiled
     report: BudgetReport | None = None
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
@@ -73,7 +77,7 @@ class Budgeted:
                 "it runs; take inner: aot_eager or inner: inductor"
             )
         climb = self._climb()
-        compile_inner = self._inductor(climb) if self.name == "inductor" else planned(self.memory, climb)
+        compile_inner = self._inductor(climb) if self.name == "inductor" else planned(self.memory, self.tell, climb)
         compiled = compile_inner(gm, example_inputs)
         assert climb.report is not None, "the inner compiler partitions a graph, or compiles it for inference"
         self.report = climb.report
@@ -89,7 +93,7 @@ class Budgeted:
 
     def _inductor(self, climb: Climb) -> Callable[[GraphModule, Sequence[Any]], Compiled]:
         from torch._inductor import config
-        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+        from torch._inductor.compile_fx import compile_fx
 
         from dilcompile.inductor_partition import Partitioner
 
@@ -102,7 +106,7 @@ class Budgeted:
         def foreseen(gm: GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
             if options.get("is_inference"):
                 climb.infer(gm)
-            return compile_fx_inner(gm, example_inputs, **options)
+            return self.innermost(gm, example_inputs, **options)
 
         def compile_inner(gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
             patches = {**self.patches, "custom_partitioner_fn": Partitioner(climb)}

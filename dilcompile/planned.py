@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -13,11 +14,17 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.graph import _BoxedCodeGen
 
-from dilcompile.decision import MemoryUse
-from dilcompile.memory import BufferPlan
+from dilcompile.decision import Decision, MemoryUse
+from dilcompile.memory import Buffer, BufferPlan
+from dilcompile.memory.account import Direction, GraphMemory, Planner, Runs
 from dilcompile.memory.pool import ArenaPool, Lease
+from dilcompile.memory.watch import Watch
 from dilcompile.passes.climb import Climb
+from dilcompile.passes.lifetimes import Lifetimes
 from dilcompile.passes.plan_buffers import Layout, PlannedGraph, plan_graph
+from dilcompile.policy import Policy
+from dilcompile.policy import memory_use as asked_memory
+from dilcompile.report import GraphReport
 
 # Fill memory that no live buffer has with NaN before and while the graph runs: what reads it is found out.
 POISON = "DILCOMPILE_POISON"
@@ -31,30 +38,45 @@ _NUMBERS = count()
 _SHARED = ArenaPool()
 
 
-def planned(memory: MemoryUse, climb: Climb | None = None) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
+Tell = Callable[["PlannedCall", Direction], None]
+
+
+def memory_use(report: GraphReport, policy: Policy) -> MemoryUse | None:
+    """What the rules say of the graph's buffers: the first that decided a site and says anything, else the defaults."""
+    found = [verdict.memory for verdict in report.verdicts if isinstance(verdict, Decision) and verdict.memory is not None]
+    return found[0] if found else asked_memory(policy)
+
+
+def planned(
+    memory: MemoryUse, tell: Tell | None = None, climb: Climb | None = None
+) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
     """The inner compiler ``aot_eager`` with the buffers of its graphs, forward and backward, in planned arenas.
 
     Args:
+        tell: is given each graph when it has been planned.
         climb: chooses, for the one graph that is compiled, how its budgets are kept.
     """
     from torch._dynamo.backends.common import aot_autograd
 
-    pool = _SHARED if memory.pool == "shared" else ArenaPool(keeps=memory.pool == "private")
+    pool = _SHARED if memory.pool == "shared" else ArenaPool(keeps=memory.pool == "private", apart=memory.pool == "private")
 
-    def place(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        reuse = memory.reuse if climb is None or climb.taken is None else climb.taken.reuse
-        if reuse == "off":
-            return _boxed(gm)
-        return PlannedCall(plan_graph(gm, within_module=reuse == "within_layer"), pool)
+    def placing(direction: Direction) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
+        def place(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            if climb is not None and direction == "inference":
+                climb.infer(gm)
+            reuse = memory.reuse if climb is None or climb.taken is None else climb.taken.reuse
+            if reuse == "off":
+                return _boxed(gm)
+            call = PlannedCall(plan_graph(gm, within_module=reuse == "within_layer"), pool)
+            if tell is not None:
+                tell(call, direction)
+            return call
 
-    def infer(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        if climb is not None:
-            climb.infer(gm)
-        return place(gm, example_inputs)
+        return place
 
     split = {} if climb is None else {"partition_fn": climb.split}
     compiler: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]] = aot_autograd(
-        fw_compiler=place, bw_compiler=place, inference_compiler=infer, **split
+        fw_compiler=placing("forward"), bw_compiler=placing("backward"), inference_compiler=placing("inference"), **split
     )
     return lambda gm, example_inputs: compiler(gm, list(example_inputs))
 
@@ -71,6 +93,22 @@ def _boxed(gm: GraphModule) -> Callable[..., Any]:
     return run
 
 
+def account_of(
+    graph: str,
+    direction: Direction,
+    plan: BufferPlan,
+    lifetimes: Lifetimes,
+    elsewhere: Sequence[Buffer] = (),
+    *,
+    planner: Planner = "dilcompile",
+    runs: Runs | None = None,
+) -> GraphMemory:
+    """The account of a graph."""
+    given = sum(buffer.hint for buffer in lifetimes.given)
+    beside, kept = tuple(elsewhere), tuple(lifetimes.kept)
+    return GraphMemory(graph, direction, plan, beside, kept, given, lifetimes.steps, planner, runs)
+
+
 class PlannedCall:
     """A graph whose buffers lie in arenas; called with a list of its inputs, which it empties, as AOTAutograd's graphs are."""
 
@@ -80,6 +118,9 @@ class PlannedCall:
         # Of the instance: whoever wraps it copies only what that has.
         self._boxed_call = True
         self._plans: dict[tuple[int, ...], BufferPlan] = {}
+        self.runs = Runs()
+        # Called after each call.
+        self.after: Callable[[], None] | None = None
         self._by_step = os.environ.get(POISON) == "1"
         if not self._by_step:
             planned.gm.graph.set_codegen(_BoxedCodeGen())
@@ -92,22 +133,44 @@ class PlannedCall:
         with self.pool.lease([(torch.device(arena.device), arena.peak) for arena in plan.arenas]) as lease:
             values = [*args, *self._buffers(plan, lease, lengths)]
             args.clear()
-            if self._by_step:
-                return _Poisoned(self.planned, plan, lease.arenas).boxed_run(values)
-            return self.planned.gm.forward(values)
+            result = self._run(plan, lease, values)
+            self.runs.calls += 1
+            self.runs.lease_hits += lease.kept
+        if self.after is not None:
+            self.after()
+        return result
+
+    def account(self, graph: str, direction: Direction) -> GraphMemory:
+        """What the plan comes to at the lengths of the example, and what calls came to so far."""
+        found, runs = self.planned.lifetimes, replace(self.runs) if self.runs.calls else None
+        return account_of(graph, direction, self.planned.plan, found, self.planned.elsewhere, runs=runs)
+
+    def _run(self, plan: BufferPlan, lease: Lease, values: list[Any]) -> Any:
+        if self._by_step:
+            return _Poisoned(self.planned, plan, lease.arenas).boxed_run(values)
+        if self.after is not None and not self.runs.calls:
+            # Someone listens: the first call is watched.
+            with Watch([*values, *lease.arenas]) as watch:
+                result = self.planned.gm.forward(values)
+            self.runs.measured = plan.peak + watch.most
+            return result
+        return self.planned.gm.forward(values)
 
     def _plan_at(self, lengths: Mapping[sympy.Symbol, int]) -> BufferPlan:
         key = tuple(lengths.values())
         if key not in self._plans:
             while len(self._plans) >= _MOST_LENGTHS:
                 self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = self.planned.plan.at(lengths) if lengths else self.planned.plan
+            self._plans[key] = self.planned.plan.fitted(lengths) if lengths else self.planned.plan
+            self.runs.plans += 1
         return self._plans[key]
 
     def _buffers(self, plan: BufferPlan, lease: Lease, lengths: Mapping[sympy.Symbol, int]) -> list[Tensor]:
         """The graph's further inputs; made once for an arena."""
         key = (self._number, *lengths.values())
         if key not in lease.views:
+            while len(lease.views) >= _MOST_LENGTHS:
+                lease.views.pop(next(iter(lease.views)))
             lease.views[key] = [self._buffer(layout, plan, lease, lengths) for layout in self.planned.layouts]
         return lease.views[key]
 

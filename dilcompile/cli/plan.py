@@ -1,8 +1,9 @@
-"""`dilcompile plan`: what sharding a model's sequence moves and costs, predicted on one CPU."""
+"""`dilcompile plan`: what sharding a model's sequence moves and costs, and what its buffers take, predicted on one CPU."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,13 +20,14 @@ def plan(
         str, typer.Argument(metavar="MODULE:FUNCTION", help="A function that returns (model, inputs) or (model, args, kwargs).")
     ],
     mesh: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             metavar="AXIS=RANKS",
             help="The mesh axis that holds the sequence, such as cp=8; for usp a second one over which heads are exchanged, as "
             "cp=8,heads=4 or by another --mesh.",
         ),
-    ],
+    ] = None,
+    memory: Annotated[bool, typer.Option("--memory", help="Plan the buffers of its graphs; computes nothing.")] = False,
     policy: Annotated[
         str | None, typer.Option(metavar="FILE|PRESET", help="Default: what DILCOMPILE_POLICY names, else longnet.")
     ] = None,
@@ -45,24 +47,37 @@ def plan(
     ] = None,
     train: Annotated[bool, typer.Option(help="Count the backward, too.")] = True,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, with every method that could be had.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="With --memory: write it as a page with pictures.")] = None,
     traceback: Traceback = False,
 ) -> None:
-    """Show for each attention how its keys would travel over the ranks of a sequence, how many bytes, how long, and why so.
+    """Predict on one CPU what a model's call would take: over the ranks of a mesh axis (--mesh), in memory (--memory), or both.
+
+    --mesh shows for each attention how its keys would travel, how many bytes, how long, and why so; --memory which buffers each
+    graph has, how they are packed, and the peak.
 
     Exit code 1 if the policy or an option is wrong or the model can't be made.
     """
+    from dilcompile.cli.memory import planned_memory
     from dilcompile.errors import DilcompileError
 
     try:
-        found = _plan(model, mesh, policy, length, _device(device, flops, bandwidth, latency), budget, train)
+        if mesh is None and not memory:
+            raise DilcompileError("nothing to plan: give --mesh AXIS=RANKS, --memory, or both")
+        if html is not None and not memory:
+            raise DilcompileError("--html shows what --memory plans: give --memory, too")
+        over = None
+        if mesh is not None:
+            over = _plan(model, mesh, policy, length, _device(device, flops, bandwidth, latency), budget, train)
+        held = planned_memory(model, policy, length, train, html) if memory else None
     except DilcompileError as error:
         raise failed(error, traceback) from None
     if json:
         import json as text
 
-        typer.echo(text.dumps(found.to_dict(), indent=2))
+        told = {**({} if over is None else over.to_dict()), **({} if held is None else {"memory": held.to_dict()})}
+        typer.echo(text.dumps(told, indent=2))
     else:
-        typer.echo(str(found))
+        typer.echo("\n\n".join(str(one) for one in (over, held) if one is not None))
 
 
 def _plan(

@@ -44,6 +44,7 @@ def _graph(graph: GraphReport) -> dict[str, Any]:
         "notes": list(graph.notes),
         "seconds": dict(graph.seconds),
         "budget": _budget(graph.budget),
+        "memory": [memory.to_dict() for memory in graph.memory],
     }
 
 
