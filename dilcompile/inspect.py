@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from dilcompile.decision import MemoryUse
 from dilcompile.memory.account import GraphMemory
 from dilcompile.pipeline import rewrite_dynamo
-from dilcompile.placements.marks import MARKS, Marks
+from dilcompile.placements.marks import MARKS, Mark, Marks
 from dilcompile.planned import memory_use, planned
 from dilcompile.policy import Policy
 from dilcompile.publish import gathered
