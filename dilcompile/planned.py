@@ -14,9 +14,11 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.graph import _BoxedCodeGen
 
 from dilcompile.decision import MemoryUse
+from dilcompile.lowering import out_forms, workspaces
 from dilcompile.memory import BufferPlan
 from dilcompile.memory.pool import ArenaPool, Lease
-from dilcompile.passes.plan_buffers import Layout, PlannedGraph, plan_graph
+from dilcompile.passes.plan_buffers import PlannedGraph, plan_graph
+from dilcompile.passes.shared_buffers import Layout
 
 # Fill memory that no live buffer has with NaN before and while the graph runs: what reads it is found out.
 POISON = "DILCOMPILE_POISON"
@@ -34,10 +36,11 @@ def planned(memory: MemoryUse) -> Callable[[GraphModule, Sequence[Any]], Callabl
     """The inner compiler ``aot_eager`` with the buffers of its graphs, forward and backward, in planned arenas."""
     from torch._dynamo.backends.common import aot_autograd
 
+    out_forms.register()
     pool = _SHARED if memory.pool == "shared" else ArenaPool(keeps=memory.pool == "private")
 
     def place(gm: GraphModule, example_inputs: Sequence[Any]) -> PlannedCall:
-        return PlannedCall(plan_graph(gm, within_module=memory.reuse == "within_layer"), pool)
+        return PlannedCall(plan_graph(gm, within_module=memory.reuse == "within_layer", workspace=workspaces.bytes_of), pool)
 
     compiler: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]] = aot_autograd(fw_compiler=place, bw_compiler=place)
     return lambda gm, example_inputs: compiler(gm, list(example_inputs))

@@ -33,11 +33,13 @@ class Lifetimes:
         buffers: made and given up inside the graph: these can be planned.
         held: bytes by name of what outlives the graph or was there before: inputs, outputs, saved tensors. Never planned.
         nodes: the name of the node of each step.
+        memory: the names of the buffers in which the value of a node lies, by the node's name; views have those of their source.
     """
 
     buffers: list[Buffer] = field(default_factory=list)
     held: dict[str, int] = field(default_factory=dict)
     nodes: tuple[str, ...] = ()
+    memory: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -66,7 +68,7 @@ def lifetimes_of(gm: GraphModule, *, ours_only: bool = False) -> Lifetimes:
     walk = _Walk()
     for node in gm.graph.nodes:
         walk.visit(node)
-    found = Lifetimes(nodes=tuple(walk.nodes))
+    found = Lifetimes(nodes=tuple(walk.nodes), memory=walk.memory())
     for storage in walk.storages.values():
         if ours_only and not _is_ours(storage.node):
             continue
@@ -99,6 +101,10 @@ class _Walk:
     def step(self) -> int:
         """The number of the next node that computes."""
         return len(self.nodes)
+
+    def memory(self) -> dict[str, tuple[str, ...]]:
+        """See ``Lifetimes``."""
+        return {node.name: tuple(self.storages[key].name for key in keys) for node, keys in self._of_node.items()}
 
     def visit(self, node: Node) -> None:
         """One node more."""

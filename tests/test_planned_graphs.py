@@ -36,7 +36,12 @@ def gpt2():
 
 def bert():
     config = BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=50, max_position_embeddings=128
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=50,
+        max_position_embeddings=128,
     )
     return BertModel(config, add_pooling_layer=False)
 
@@ -97,7 +102,7 @@ def test_the_numbers_are_those_of_the_unplanned_graph(name, poison, calls, monke
 def chain(x):
     first = x.sin()
     last = first.cos().exp().tanh().neg()
-    return (last @ first.mT) * 2
+    return last @ first.mT
 
 
 def test_a_life_that_is_cut_short_is_found_out(monkeypatch):
