@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch.fx.graph import _BoxedCodeGen
 from dilcompile.decision import MemoryUse
 from dilcompile.lowering import out_forms, workspaces
 from dilcompile.memory import BufferPlan
-from dilcompile.memory.pool import ArenaPool, Lease
+from dilcompile.memory.packing import most_live
+from dilcompile.memory.pool import ArenaPool, Lease, size_class
 from dilcompile.passes.plan_buffers import PlannedGraph, plan_graph
-from dilcompile.passes.shared_buffers import Layout
+from dilcompile.passes.shared_buffers import Layout, at
 
 # Fill memory that no live buffer has with NaN before and while the graph runs: what reads it is found out.
 POISON = "DILCOMPILE_POISON"
@@ -70,6 +72,16 @@ class PlannedCall:
             if self._by_step:
                 return _Poisoned(self.planned, plan, lease.arenas).boxed_run(values)
             return self.planned.gm.forward(values)
+
+    def predicted_peak(self, lengths: Mapping[sympy.Symbol, int] | None = None) -> int:
+        """Bytes that a call needs at most above what there was before: its arenas, what lies elsewhere, and what it gives back.
+
+        Operators' own temporary memory is not in it.
+        """
+        lengths = lengths or {}
+        arenas = sum(size_class(arena.peak) for arena in self._plan_at(lengths).arenas)
+        others = [*self.planned.elsewhere, *self.planned.lifetimes.kept]
+        return arenas + most_live([replace(other, hint=at(other.size, lengths)) for other in others])
 
     def _plan_at(self, lengths: Mapping[sympy.Symbol, int]) -> BufferPlan:
         key = tuple(lengths.values())

@@ -7,7 +7,7 @@ A step is a node that computes; views take none.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sympy
 import torch
@@ -33,12 +33,14 @@ class Lifetimes:
         buffers: made and given up inside the graph: these can be planned.
         held: bytes by name of what outlives the graph or was there before: inputs, outputs, saved tensors. Never planned.
         nodes: the name of the node of each step.
+        kept: of ``held`` what the graph makes: outputs and saved tensors, from the step that makes them to the last one.
         memory: the names of the buffers in which the value of a node lies, by the node's name; views have those of their source.
     """
 
     buffers: list[Buffer] = field(default_factory=list)
     held: dict[str, int] = field(default_factory=dict)
     nodes: tuple[str, ...] = ()
+    kept: list[Buffer] = field(default_factory=list)
     memory: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
@@ -72,10 +74,12 @@ def lifetimes_of(gm: GraphModule, *, ours_only: bool = False) -> Lifetimes:
     for storage in walk.storages.values():
         if ours_only and not _is_ours(storage.node):
             continue
-        if storage.held:
-            found.held[storage.name] = storage.hint
+        if not storage.held:
+            found.buffers.append(_buffer(storage))
             continue
-        found.buffers.append(_buffer(storage))
+        found.held[storage.name] = storage.hint
+        if storage.node.op == "call_function":
+            found.kept.append(replace(_buffer(storage), end=max(storage.begin, walk.step - 1)))
     return found
 
 
