@@ -18,6 +18,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dilcompile.memory import BufferPlan, plan_buffers
+from dilcompile.memory.measure import measured
 from dilcompile.memory.replay import reserved_by_caching
 from dilcompile.memory.timeline import svg, table
 from dilcompile.planned import PlannedCall
@@ -27,7 +28,6 @@ POLICY = {
     "rules": [
         {
             "apply": {"form": "dilated", "segments": [256, 1024, 4096], "rates": [1, 4, 16], "offset": "own"},
-            "memory": {"pool": "private", "reuse": "across_layers"},
         }
     ],
 }
@@ -48,6 +48,7 @@ def main() -> None:
     calls = _traced(model, args.run)
     for name, call in zip(("forward", "backward"), calls, strict=True):
         _report(name, call, args)
+    _measured(model, args)
     _timed(model, args)
 
 
@@ -68,14 +69,19 @@ def _traced(model: torch.nn.Module, length: int) -> list[PlannedCall]:
     return found
 
 
-def _compiled(model: torch.nn.Module, dynamic: bool = False, plan: bool = True):
-    policy = POLICY if plan else {**POLICY, "rules": [{"apply": POLICY["rules"][0]["apply"]}]}
+def _compiled(model: torch.nn.Module, dynamic: bool = False, plan: bool = True, pool: str = "private"):
+    memory = {"memory": {"pool": pool, "reuse": "across_layers"}} if plan else {}
+    policy = {**POLICY, "rules": [{"apply": POLICY["rules"][0]["apply"], **memory}]}
     return torch.compile(model, backend="dilated", options={"policy": policy, "inner": "aot_eager"}, dynamic=dynamic)
 
 
 def _step(compiled, model: torch.nn.Module, length: int) -> None:
     model.zero_grad()
-    compiled(input_ids=torch.arange(length)[None] % 512, use_cache=False)[0].square().mean().backward()
+    _forward(compiled, length).backward()
+
+
+def _forward(compiled, length: int) -> torch.Tensor:
+    return compiled(input_ids=torch.arange(length)[None] % 512, use_cache=False)[0].square().mean()
 
 
 def _report(name: str, call: PlannedCall, args: argparse.Namespace) -> None:
@@ -107,6 +113,25 @@ def _draw(plan: BufferPlan, name: str, args: argparse.Namespace) -> None:
     args.pictures.mkdir(parents=True, exist_ok=True)
     title = f"GPT-2-like, {args.layers} layers of width {args.width}, {args.length:,} tokens: {name}"
     (args.pictures / f"{name}.svg").write_text(svg(plan.arenas[0], title, name, alone=True) + "\n")
+
+
+def _measured(model: torch.nn.Module, args: argparse.Namespace) -> None:
+    """The most bytes that torch's allocator has given out in a training step, and what is held between its passes.
+
+    The native kernel's own scratch memory is in the planned figure, where it is part of the arenas, and not in the other one.
+    """
+    row: dict[str, float] = {"length": args.run}
+    for name, plan in (("unplanned", False), ("planned", True)):
+        compiled = _compiled(model, plan=plan, pool="default")
+        _step(compiled, model, args.run)
+        model.zero_grad()
+        found = measured(lambda compiled=compiled: _forward(compiled, args.run))
+        row[f"{name}_held_bytes"] = found[1].left
+        del found
+        _, whole = measured(lambda compiled=compiled: _step(compiled, model, args.run))
+        row[f"{name}_peak_bytes"] = whole.peak
+    row["peak_planned_over_unplanned"] = row["planned_peak_bytes"] / row["unplanned_peak_bytes"]
+    print(json.dumps(row), flush=True)
 
 
 def _timed(model: torch.nn.Module, args: argparse.Namespace) -> None:
