@@ -15,13 +15,16 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.graph import _BoxedCodeGen
 
 from dilcompile.decision import Decision, MemoryUse
+from dilcompile.lowering import out_forms, workspaces
 from dilcompile.memory import Buffer, BufferPlan
 from dilcompile.memory.account import Direction, GraphMemory, Planner, Runs
-from dilcompile.memory.pool import ArenaPool, Lease
+from dilcompile.memory.packing import most_live
+from dilcompile.memory.pool import ArenaPool, Lease, size_class
 from dilcompile.memory.watch import Watch
 from dilcompile.passes.climb import Climb
 from dilcompile.passes.lifetimes import Lifetimes
-from dilcompile.passes.plan_buffers import Layout, PlannedGraph, plan_graph
+from dilcompile.passes.plan_buffers import PlannedGraph, plan_graph
+from dilcompile.passes.shared_buffers import Layout, at
 from dilcompile.policy import Policy
 from dilcompile.policy import memory_use as asked_memory
 from dilcompile.report import GraphReport
@@ -58,6 +61,7 @@ def planned(
     """
     from torch._dynamo.backends.common import aot_autograd
 
+    out_forms.register()
     pool = _SHARED if memory.pool == "shared" else ArenaPool(keeps=memory.pool == "private", apart=memory.pool == "private")
 
     def placing(direction: Direction) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
@@ -67,7 +71,7 @@ def planned(
             reuse = memory.reuse if climb is None or climb.taken is None else climb.taken.reuse
             if reuse == "off":
                 return _boxed(gm)
-            call = PlannedCall(plan_graph(gm, within_module=reuse == "within_layer"), pool)
+            call = PlannedCall(plan_graph(gm, within_module=reuse == "within_layer", workspace=workspaces.bytes_of), pool)
             if tell is not None:
                 tell(call, direction)
             return call
@@ -155,6 +159,16 @@ class PlannedCall:
             self.runs.measured = plan.peak + watch.most
             return result
         return self.planned.gm.forward(values)
+
+    def predicted_peak(self, lengths: Mapping[sympy.Symbol, int] | None = None) -> int:
+        """Bytes that a call needs at most above what there was before: its arenas, what lies elsewhere, and what it gives back.
+
+        Operators' own temporary memory is not in it.
+        """
+        lengths = lengths or {}
+        arenas = sum(size_class(arena.peak) for arena in self._plan_at(lengths).arenas)
+        others = [*self.planned.elsewhere, *self.planned.lifetimes.kept]
+        return arenas + most_live([replace(other, hint=at(other.size, lengths)) for other in others])
 
     def _plan_at(self, lengths: Mapping[sympy.Symbol, int]) -> BufferPlan:
         key = tuple(lengths.values())

@@ -34,6 +34,19 @@ class Held:
 
 
 @dataclass(frozen=True)
+class Room:
+    """Memory that was there before a call.
+
+    Args:
+        results: where a kernel writes what it returns, in the order in which it returns it; what it makes elsewhere is copied.
+        workspace: uint8, for what it needs besides; what that doesn't hold the kernel allocates.
+    """
+
+    results: tuple[Tensor | None, ...] = ()
+    workspace: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Call:
     """Operands of one attention.
 
@@ -59,6 +72,7 @@ class Call:
             a part is added to that of others: out and gradients are in ``score_dtype``. The backward is given out, in q's dtype,
             and LSE over all keys of the sequence.
         flat: the products count as 0, so that all weights of a row are alike; their gradient is that of ordinary scores.
+        room: see ``Room``; ``output_of`` and ``lse_of`` look there first.
     """
 
     q: Tensor
@@ -82,6 +96,7 @@ class Call:
     exact_lse: bool = True
     selection: Selection | None = None
     held: Held | None = None
+    room: Room | None = None
 
     @property
     def problem(self) -> Problem:
@@ -190,6 +205,31 @@ def empty_output(q: Tensor, v_dim: int, dtype: torch.dtype | None = None) -> Ten
     """An uninitialised [B, H, Sq, Dv] that lies in memory as [B, Sq, H, Dv], what the models' next view wants."""
     batch, heads, rows, _ = q.shape
     return q.new_empty((batch, rows, heads, v_dim), dtype=dtype).transpose(1, 2)
+
+
+def output_of(call: Call, number: int, like: Tensor, dim: int) -> Tensor:
+    """Uninitialised memory for result ``number`` of a call, [B, H, S, dim] of ``like``: of its room, or as ``empty_output``."""
+    found = _room_for(call, number, torch.Size((*like.shape[:3], dim)), call.out_dtype)
+    return empty_output(like, dim, call.out_dtype) if found is None or (dim > 1 and found.stride(3) != 1) else found
+
+
+def lse_of(call: Call) -> Tensor:
+    """Uninitialised memory for the LSE of a call, [B, H, Sq] contiguous in ``score_dtype``."""
+    shape = torch.Size((call.problem.batch, call.problem.heads, call.problem.q_len))
+    found = _room_for(call, 1, shape, call.score_dtype)
+    return call.q.new_empty(shape, dtype=call.score_dtype) if found is None or not found.is_contiguous() else found
+
+
+def bias_gradient_of(call: Call, bias: Tensor) -> Tensor:
+    """Zeros for the gradient of the bias, contiguous in ``score_dtype``."""
+    found = _room_for(call, 3, bias.shape, call.score_dtype)
+    made = found is None or not found.is_contiguous()
+    return bias.new_zeros(bias.shape, dtype=call.score_dtype) if made or found is None else found.zero_()
+
+
+def _room_for(call: Call, number: int, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    given = None if call.room is None or number >= len(call.room.results) else call.room.results[number]
+    return given if given is not None and given.shape == shape and given.dtype == dtype else None
 
 
 def dense_rows(x: Tensor) -> Tensor:

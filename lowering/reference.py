@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dilcompile.lowering.call import Call, Gradients, empty_output
+from dilcompile.lowering.call import Call, Gradients, lse_of, output_of
 from dilcompile.lowering.dropout import keep_factor
 from dilcompile.lowering.selection import Selection, adaptive_blocks
 from dilcompile.progression import Progression
@@ -48,8 +48,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """See ``Kernel``."""
     call = call if call.pages is None else _gathered(call, call.pages)
     problem = call.problem
-    out = empty_output(call.q, problem.v_dim, call.out_dtype)
-    lse = call.q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=call.score_dtype)
+    out, lse = output_of(call, 0, call.q, problem.v_dim), lse_of(call)
     for chunk in _chunks(call):
         weights, chunk_lse = _softmax(chunk.scores, sum(chunk.counts[1:], chunk.counts[0]), call.narrow)
         weights = weights if chunk.keep is None else weights * chunk.keep

@@ -36,6 +36,7 @@ class Lifetimes:
         kept: of ``held`` what the graph makes: outputs and saved tensors, from the step that makes them to the last one.
         given: of ``held`` what was there before, from step 0 to its last reader.
         outputs: for each output of the graph the name of what holds its memory; None for what is no tensor.
+        memory: the names of the buffers in which the value of a node lies, by the node's name; views have those of their source.
     """
 
     buffers: list[Buffer] = field(default_factory=list)
@@ -44,6 +45,7 @@ class Lifetimes:
     kept: list[Buffer] = field(default_factory=list)
     given: list[Buffer] = field(default_factory=list)
     outputs: tuple[str | None, ...] = ()
+    memory: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -72,7 +74,7 @@ def lifetimes_of(gm: GraphModule, *, ours_only: bool = False) -> Lifetimes:
     walk = _Walk()
     for node in gm.graph.nodes:
         walk.visit(node)
-    found = Lifetimes(nodes=tuple(walk.nodes), outputs=tuple(walk.outputs))
+    found = Lifetimes(nodes=tuple(walk.nodes), outputs=tuple(walk.outputs), memory=walk.memory())
     for storage in walk.storages.values():
         if ours_only and not _is_ours(storage.node):
             continue
@@ -110,6 +112,10 @@ class _Walk:
     def step(self) -> int:
         """The number of the next node that computes."""
         return len(self.nodes)
+
+    def memory(self) -> dict[str, tuple[str, ...]]:
+        """See ``Lifetimes``."""
+        return {node.name: tuple(self.storages[key].name for key in keys) for node, keys in self._of_node.items()}
 
     def visit(self, node: Node) -> None:
         """One node more."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from dilcompile.blocks.heads import kind_of_head
 from dilcompile.generators import Blocks, Everything, Segment, Sinks, Window
 from dilcompile.lowering import digest
-from dilcompile.lowering.call import Call, Gradients, empty_output
+from dilcompile.lowering.call import Call, Gradients, bias_gradient_of, lse_of, output_of
 from dilcompile.lowering.native import huge_pages
 from dilcompile.lowering.native.build import (
     BIAS_DTYPES,
@@ -84,8 +84,7 @@ def _unequal_counts(relation: Relation) -> str | None:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """See ``Kernel``."""
-    out = huge_pages.advise(empty_output(call.q, call.problem.v_dim, call.out_dtype))
-    lse = call.q.new_empty((call.problem.batch, call.problem.heads, call.problem.q_len), dtype=call.score_dtype)
+    out, lse = _result(call, 0, call.q, call.problem.v_dim), lse_of(call)
     bound = _bind(call, out, lse)
     _library(call).forward(bound.struct)
     return out, lse
@@ -94,7 +93,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
     """See ``Kernel``."""
     bound = _bind(call, _dense_rows(out), lse.contiguous())
-    grads = [huge_pages.advise(empty_output(x, x.shape[-1], call.out_dtype)) for x in (call.q, call.k, call.v)]
+    grads = [_result(call, number, x, x.shape[-1]) for number, x in enumerate((call.q, call.k, call.v))]
     kept = _dense_rows(grad_out)
     bound.struct.grad_out = _operand(kept)
     if grad_lse is not None:
@@ -103,10 +102,16 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
     bound.struct.grad_q, bound.struct.grad_k, bound.struct.grad_v = (_operand(grad) for grad in grads)
     grad_bias = None
     if call.bias is not None and call.bias_grad:
-        grad_bias = call.bias.new_zeros(call.bias.shape, dtype=call.score_dtype)
+        grad_bias = bias_gradient_of(call, call.bias)
         bound.struct.grad_bias = _square(grad_bias)
     _library(call).backward(bound.struct)
     return grads[0], grads[1], grads[2], None if grad_bias is None or call.bias is None else grad_bias.to(call.bias.dtype)
+
+
+def _result(call: Call, number: int, like: Tensor, dim: int) -> Tensor:
+    found = output_of(call, number, like, dim)
+    # Memory that was there before has been touched.
+    return huge_pages.advise(found) if call.room is None else found
 
 
 class _Bound(NamedTuple):
@@ -147,6 +152,9 @@ def _bind(call: Call, out: Tensor, lse: Tensor) -> _Bound:
         struct.dropout_head = 0 if call.held is None else call.held.first_head
     struct.scale, struct.softcap = call.scale, call.softcap or 0.0
     struct.threads, struct.exact_lse, struct.wide = torch.get_num_threads(), call.exact_lse, call.held is not None
+    workspace = None if call.room is None else call.room.workspace
+    if workspace is not None:
+        struct.workspace, struct.workspace_size = workspace.data_ptr(), workspace.numel()
     return _Bound(struct, (q, k, v, out, lse, padding, documents, limits, call.bias, terms))
 
 

@@ -60,6 +60,8 @@ struct Call {
   // Backward: gradients that come in, and those that go out.
   Operand grad_out, grad_lse, grad_q, grad_k, grad_v;
   Square grad_bias;  // zeros in the scores' dtype
+  void* workspace;   // or null
+  int64_t workspace_size;
 };
 
 }  // namespace dil

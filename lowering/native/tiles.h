@@ -6,16 +6,24 @@
 
 #include "plan.h"
 #include "products.h"
+#include "workspace.h"
 
 namespace dil {
 
-// Uninitialised memory, aligned to a cache line.
+// Uninitialised memory, aligned to a cache line: of the thread's `workspace` as far as that goes.
 template <class T>
 class Buffer {
  public:
-  ~Buffer() { std::free(data_); }
+  ~Buffer() {
+    if (own_) std::free(data_);
+  }
   T* take(int64_t count) {
-    if (data_ == nullptr) data_ = static_cast<T*>(std::aligned_alloc(64, size_t(count * int64_t(sizeof(T)) + 63) / 64 * 64));
+    if (data_ == nullptr) {
+      int64_t size = whole_lines(count * int64_t(sizeof(T)));
+      data_ = static_cast<T*>(workspace ? workspace->take(size) : nullptr);
+      own_ = data_ == nullptr;
+      if (own_) data_ = static_cast<T*>(std::aligned_alloc(kLine, size_t(size)));
+    }
     if (data_ == nullptr) throw std::bad_alloc();
     return data_;
   }
@@ -25,6 +33,7 @@ class Buffer {
 
  private:
   T* data_ = nullptr;
+  bool own_ = false;
 };
 
 // Up to kTile queries, one in each lane.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dilcompile.lowering import digest
-from dilcompile.lowering.call import Call, Gradients, dense_rows, empty_output
+from dilcompile.lowering.call import Call, Gradients, dense_rows, lse_of, output_of
 from dilcompile.lowering.triton import split, tiles
 from dilcompile.lowering.triton.bound import Bound, arch, bind, folded, head_block, interpreting
 from dilcompile.lowering.triton.config import Pass
@@ -75,8 +75,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     from dilcompile.lowering.triton.attend import attention as kernel
 
     size = call.problem
-    out = empty_output(call.q, size.v_dim, call.out_dtype)
-    lse = call.q.new_empty((size.batch, size.heads, size.q_len), dtype=call.score_dtype)
+    out, lse = output_of(call, 0, call.q, size.v_dim), lse_of(call)
     if lse.numel() == 0:
         return out, lse
     # Only the decode kernel reads pages, whatever the number of queries.
@@ -152,7 +151,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
     """See ``Kernel``."""
     from dilcompile.lowering.triton.gradients import gradient_of_keys, gradient_of_queries, row_sums
 
-    grad_q, grad_k, grad_v = (empty_output(x, x.shape[-1], call.out_dtype) for x in (call.q, call.k, call.v))
+    grad_q, grad_k, grad_v = (output_of(call, number, x, x.shape[-1]) for number, x in enumerate((call.q, call.k, call.v)))
     if lse.numel() == 0 or call.k.numel() == 0:
         return grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), None if call.bias is None else torch.zeros_like(call.bias)
     bound, size = bind(call), call.problem
