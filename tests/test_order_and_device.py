@@ -37,17 +37,12 @@ def both(rank: int, folder: str) -> dict[str, Any]:
     """One model: not yet cut, cut by the order that was found, cut otherwise; then a measured device."""
     torch.manual_seed(0)
     model, x, found = SdpaAttention().double(), torch.randn(2, LENGTH, 32, dtype=torch.float64), {}
-    for name, job in (
-        ("not found", lambda: distributed.shard_inputs({"inputs_embeds": x}, order="auto")),
-        ("not cut", lambda: compiled(x[:, :12])),
-    ):
-        compiled = torch.compile(model, backend="dilated", options={"policy": policy(method="ring"), "inner": "eager"})
-        try:
-            job()
-        except PlacementError as error:
-            found[name] = str(error)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            found[name] = str(error.inner_exception)
+    compiled = torch.compile(model, backend="dilated", options={"policy": policy(method="ring"), "inner": "eager"})
+    with pytest.raises(PlacementError) as not_found:
+        distributed.shard_inputs({"inputs_embeds": x}, order="auto")
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as not_cut:
+        compiled(x[:, :12])
+    found["not found"], found["not cut"] = str(not_found.value), str(not_cut.value.inner_exception)
     # Long enough for computing to count.
     choice = distributed.best_order(model, x, policy=policy(method="ring"), length=1 << 16)
     found["choice"] = str(choice)

@@ -387,3 +387,48 @@ def test_the_command_plans_1024_ranks(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "gather_needed over" in text
     assert "all sites, of the rank that has most: receives" in text
     assert "AXIS=RANKS" in CliRunner().invoke(app, [*common, "--mesh", "cp"]).output
+
+
+class _Decoded(torch.nn.Module):
+    """One query over all keys."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, k)
+
+
+def one_query() -> tuple[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    """What the command line is given."""
+    return _Decoded(), (torch.zeros(1, 4, 1, 8), torch.zeros(1, 4, 64, 8))
+
+
+def test_the_command_plans_two_axes_decoding_and_measured_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    policy, device = tmp_path / "p.yaml", tmp_path / "device.json"
+    policy.write_text("version: 1\nrules:\n  - {apply: {form: sliding_window, window: 512}}\n")
+    replace(H100, source="measured yesterday").save(device)
+    common = ["plan", "test_placements:two_layers", "--policy", str(policy), "--length", "65536", "--json"]
+    for mesh in (["--mesh", "cp=8,heads=4"], ["--mesh", "cp=8", "--mesh", "heads=4"]):
+        found = CliRunner().invoke(app, [*common, *mesh, "--device", str(device)])
+        assert found.exit_code == 0, found.output
+        told = json.loads(found.output)
+        (site,) = told["sites"]
+        assert told["device"]["source"] == "measured yesterday"
+        assert (told["mesh"], site["method"], site["moving"]) == ({"cp": 8, "heads": 4}, "usp", "gather_needed")
+        # Of the other three ranks q, k, v and the output of one head; then 511 rows of that head from the left.
+        assert site["received"] == 3 * 65536 // 32 * 4 * 8 * 4 + 511 * 2 * 8 * 4
+        assert site["packing"] > 0
+    for mesh in (["--mesh", "cp=8,cp=4"], ["--mesh", "cp=8,heads"]):
+        assert "or two as in cp=8,heads=4" in CliRunner().invoke(app, [*common, *mesh]).output.replace("\n", " ")
+    decoded = ["plan", "test_placements:one_query", "--policy", "exact", "--length", "65536", "--json", "--no-train"]
+    told = json.loads(CliRunner().invoke(app, [*decoded, "--mesh", "cp=8"]).output)
+    (site,) = told["sites"]
+    # The other seven ranks' output and LSE of four heads, in float32.
+    assert (site["method"], site["received"], site["imbalance"]) == ("tree", 7 * 4 * (8 + 1) * 4, 1.0)
+
+
+def test_waiting_for_every_exchange_takes_longer() -> None:
+    relation, shards = of_a_million(Dense(), True), Shards(MILLION, 8, "zigzag")
+    hidden, waiting = (estimate("ring", relation, shards, H100, 2, prefetch=prefetch) for prefetch in (True, False))
+    assert waiting.seconds == pytest.approx(waiting.compute + waiting.wire + waiting.packing)
+    assert waiting.seconds > hidden.seconds
+    assert waiting.received == hidden.received

@@ -43,9 +43,9 @@ def calibrate(
 ) -> Device:
     """Measure the ranks of a mesh axis, and predict with that from then on (``use_device``).
 
-    All ranks call it, while nothing else runs. Exchanges are all-to-alls as those of placements: small ones give the latency, large
-    ones the bandwidth. The rate of computing is that of causal attention by the kernel that one device would use. The slowest rank
-    counts, so that all ranks get the same numbers.
+    All ranks call it, while nothing else runs. Exchanges are all-to-alls as those of placements: small ones give the latency,
+    large ones the bandwidth. The rate of computing is that of causal attention by the kernel that one device would use. The
+    slowest rank counts, so that all ranks get the same numbers.
 
     Args:
         axis: over which keys move. heads_axis: with ``usp`` the other one, which is measured by itself: ``bandwidth`` is its,
@@ -82,9 +82,8 @@ def calibrate(
             dist.all_reduce(given, op=dist.ReduceOp.MIN, group=group)
     latency, bandwidth, network, flops, memory = given.tolist()
     axes = axis if heads_axis is None else f"{axis} and {heads_axis}"
-    source = (
-        f"measured over mesh axis {axes} ({dist.get_backend(at.group)}, {at.size} ranks), attention in {str(dtype)[6:]} on {where.type}"
-    )
+    told = f"{dist.get_backend(at.group)}, {at.size} ranks"
+    source = f"measured over mesh axis {axes} ({told}), attention in {str(dtype)[6:]} on {where.type}"
     found = Device(flops, bandwidth, network, -latency, memory, node, source)
     use_device(found, axis)
     return found

@@ -55,7 +55,8 @@ def _faster(axis: str, decisions: list[Decision]) -> str | None:
     better = found.faster_than(order)
     if better is None:
         return None
+    now, then = time_text(found.seconds[order]), time_text(found.seconds[better])
     return (
-        f"mesh axis {axis!r}: the tokens of the batch are held {order}, for which {time_text(found.seconds[order])} are "
-        f"predicted for these sites; {better} would take {time_text(found.seconds[better])}: cut it with shard_inputs(order={better!r})"
+        f"mesh axis {axis!r}: the tokens of the batch are held {order}, for which {now} are predicted for these sites; {better} "
+        f"would take {then}: cut it with shard_inputs(order={better!r})"
     )

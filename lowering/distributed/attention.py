@@ -185,7 +185,8 @@ def _forward_steps(
         out, lse = ops.attend_step(out, lse, q, k, v, *masks, received, started, spec, step)
         kept.append(None if ready.resends else received)
         if not prefetch:
-            started = _start(ready, k, v, out, spec, step + 1, False)
+            # By its place in the graph: if it read the step's result, the partitioner would leave the step in the backward.
+            started = _start(ready, k, v, None, spec, step + 1, False)
     assert out is not None, "a schedule has a step"
     assert lse is not None, "a schedule has a step"
     return out, lse, kept

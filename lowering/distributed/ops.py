@@ -45,7 +45,7 @@ def exchange(k: Tensor, v: Tensor, after: Tensor | None, spec: str, step: int, b
     Args:
         k: [B, Hkv, n, D]; v: [B, Hkv, n, Dv]; the rank's places.
         after: what must be there before it starts, not read: in the backward what comes from behind, so that the forward has no
-            part in it; without prefetch the result of the step before.
+            part in it; without prefetch what the step before adds to.
         backward: the backward receives them again.
 
     Returns:
