@@ -95,6 +95,22 @@ def test_a_budget_between_two_peaks_takes_the_lower_one_and_keeps_every_bit(name
         assert any(f"kept by {lower.name}" in note for note in graph["notes"])
 
 
+def test_what_was_dropped_out_is_not_drawn_again():
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 50, "n_positions": 128}
+    model, tokens = GPT2LMHeadModel(GPT2Config(**sizes)).double().train(), torch.randint(0, 50, (2, LENGTH))
+    error = refused(lambda: step(compiled_by(model, whole={"budget": 10}), model, tokens))
+    # With nothing saved all would be drawn again: that rung is left out.
+    assert [rung.recompute for rung in error.tried] == [None, None, None, *SHARES[:-1]]
+    least = min(error.tried, key=lambda rung: rung.peak)
+    assert least.recompute is not None
+    results = []
+    for compiled in (compiled_by(model), compiled_by(model, whole={"budget": least.peak})):
+        torch.manual_seed(1)
+        results.append(step(compiled, model, tokens))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def live_bytes(run) -> int:
     """The most bytes that torch's CPU allocator has given out while ``run`` ran, beyond those of before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
