@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from dilcompile.decision import MemoryUse
 from dilcompile.errors import BudgetError
+from dilcompile.lowering import workspaces
 from dilcompile.memory.budget import Bound, BudgetReport, Ladder
 from dilcompile.passes.climb import Climb
 from dilcompile.pipeline import training
@@ -89,7 +90,7 @@ class Budgeted:
         ladder = Ladder(self.bounds, self.memory.pool != "default")
         by_inductor = self.name == "inductor"
         partition = min_cut_rematerialization_partition if by_inductor else default_partition
-        return Climb(ladder, self.graph, self.memory.reuse, partition, not by_inductor)
+        return Climb(ladder, self.graph, self.memory.reuse, partition, not by_inductor, workspaces.bytes_of)
 
     def _inductor(self, climb: Climb) -> Callable[[GraphModule, Sequence[Any]], Compiled]:
         from torch._inductor import config

@@ -20,6 +20,7 @@ from dilcompile.memory.step import Reuse, Step
 from dilcompile.passes.copies import copied
 from dilcompile.passes.foresee import foresee
 from dilcompile.passes.offload import offload, offloadable
+from dilcompile.passes.plan_buffers import Workspaces, without
 
 Pair = tuple[GraphModule, GraphModule]
 Partition = Callable[..., Pair]
@@ -49,6 +50,7 @@ class Climb:
         reuse: as the policy says; the first rung.
         partition: what the inner compiler takes without a budget.
         arenas: buffers can be planned: the graph runs operator by operator.
+        workspace: see ``plan_graph``.
     """
 
     ladder: Ladder
@@ -56,6 +58,7 @@ class Climb:
     reuse: Reuse
     partition: Partition
     arenas: bool = True
+    workspace: Workspaces = without
     taken: Rung | None = None
     report: BudgetReport | None = None
     _step: Step | None = None
@@ -140,7 +143,7 @@ class Climb:
         share: float | None = None,
         offloaded: int = 0,
     ) -> _Attempt:
-        step = foresee(forward, backward, outputs, reuse)
+        step = foresee(forward, backward, outputs, reuse, self.workspace)
         return _Attempt(self.ladder.predicted(step, reuse, share, offloaded), step, forward, backward)
 
     def _better(self, best: _Attempt | None, attempt: _Attempt) -> _Attempt:

@@ -13,14 +13,18 @@ from dilcompile.memory.buffer import Buffer
 from dilcompile.memory.step import Phase, Reuse, Step
 from dilcompile.passes.copies import copied
 from dilcompile.passes.lifetimes import Lifetimes, lifetimes_of
-from dilcompile.passes.plan_buffers import plan_graph
+from dilcompile.passes.plan_buffers import Workspaces, plan_graph, without
 from dilcompile.passes.provenance import module_path, source_line
 
 _BACKWARD = "backward:"
 
 
 def foresee(
-    forward: GraphModule, backward: GraphModule | None = None, num_outputs: int | None = None, reuse: Reuse = "off"
+    forward: GraphModule,
+    backward: GraphModule | None = None,
+    num_outputs: int | None = None,
+    reuse: Reuse = "off",
+    workspace: Workspaces = without,
 ) -> Step:
     """The buffers of one step. The graphs stay as they are.
 
@@ -29,6 +33,7 @@ def foresee(
             an output of the forward and, by the same name, an input of the backward.
         num_outputs: how many of the forward's outputs are the model's own; the others are saved. None: all.
         reuse: how its buffers will be planned.
+        workspace: see ``plan_graph``.
 
     Raises:
         BudgetError: if the size of a tensor is known only when the graph runs.
@@ -40,7 +45,7 @@ def foresee(
     ahead = max(1, first.steps)
     if backward is None:
         kept = [replace(buffer, role="output") for buffer in first.kept]
-        return Step((*first.buffers, *kept), (_phase(forward, first, reuse, 0, ahead - 1),))
+        return Step((*first.buffers, *kept), (_phase(forward, first, reuse, workspace, 0, ahead - 1),))
     second = lifetimes_of(backward)
     last = ahead + max(1, second.steps) - 1
     ends = _last_reads(forward, first, second)
@@ -51,9 +56,9 @@ def foresee(
         else:
             found.append(replace(buffer, role="saved", end=ahead + ends.get(buffer.name, last - ahead)))
     found.extend(_shifted(buffer, ahead) for buffer in (*second.buffers, *second.kept))
-    backwards = _phase(backward, second, reuse, ahead, last)
+    backwards = _phase(backward, second, reuse, workspace, ahead, last)
     placed = frozenset(_BACKWARD + name for name in backwards.placed)
-    return Step(tuple(found), (_phase(forward, first, reuse, 0, ahead - 1), replace(backwards, placed=placed)))
+    return Step(tuple(found), (_phase(forward, first, reuse, workspace, 0, ahead - 1), replace(backwards, placed=placed)))
 
 
 def _refuse_unknown_sizes(gm: GraphModule) -> None:
@@ -65,11 +70,11 @@ def _refuse_unknown_sizes(gm: GraphModule) -> None:
             )
 
 
-def _phase(gm: GraphModule, lifetimes: Lifetimes, reuse: Reuse, begin: int, end: int) -> Phase:
+def _phase(gm: GraphModule, lifetimes: Lifetimes, reuse: Reuse, workspace: Workspaces, begin: int, end: int) -> Phase:
     """With the arenas that the graph would get."""
     if reuse == "off":
         return Phase(begin, end)
-    planned = plan_graph(copied(gm), within_module=reuse == "within_layer")
+    planned = plan_graph(copied(gm), within_module=reuse == "within_layer", workspace=workspace)
     elsewhere = {buffer.name for buffer in planned.elsewhere}
     placed = frozenset(buffer.name for buffer in lifetimes.buffers if buffer.name not in elsewhere)
     return Phase(begin, end, planned.plan, placed)
