@@ -50,6 +50,7 @@ def planned(memory: MemoryUse, tell: Tell | None = None) -> Callable[[GraphModul
     Args:
         tell: is given each graph when it has been planned.
     """
+    from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
 
     pool = _SHARED if memory.pool == "shared" else ArenaPool(keeps=memory.pool == "private", apart=memory.pool == "private")
@@ -64,7 +65,11 @@ def planned(memory: MemoryUse, tell: Tell | None = None) -> Callable[[GraphModul
         return place
 
     compiler: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]] = aot_autograd(
-        fw_compiler=placing("forward"), bw_compiler=placing("backward"), inference_compiler=placing("inference")
+        fw_compiler=placing("forward"),
+        bw_compiler=placing("backward"),
+        inference_compiler=placing("inference"),
+        # As aot_eager has it: what is cheap to compute again is not saved.
+        partition_fn=min_cut_rematerialization_partition,
     )
     return lambda gm, example_inputs: compiler(gm, list(example_inputs))
 
