@@ -26,6 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dilcompile.memory import plan_buffers
 from dilcompile.memory.account import GraphMemory
+from dilcompile.memory.measure import measured
 from dilcompile.memory.timeline import svg
 from dilcompile.memory.words import text
 from dilcompile.memory_plan import memory_plan
@@ -58,6 +59,7 @@ def main() -> None:
         _beside_inductor(model, args.run)
         return
     _planned(model, args)
+    _measured(model, args)
     _timed(model, args)
 
 
@@ -96,7 +98,31 @@ def _compiled(model: torch.nn.Module, inner: str, policy: dict[str, Any]) -> Cal
 
 def _step(compiled: Callable[..., Any], model: torch.nn.Module, length: int) -> None:
     model.zero_grad()
-    compiled(**_inputs(length))[0].square().mean().backward()
+    _forward(compiled, length).backward()
+
+
+def _forward(compiled: Callable[..., Any], length: int) -> torch.Tensor:
+    loss: torch.Tensor = compiled(**_inputs(length))[0].square().mean()
+    return loss
+
+
+def _measured(model: torch.nn.Module, args: argparse.Namespace) -> None:
+    """The most bytes that torch's allocator has given out in a training step, and what is held between its passes.
+
+    The native kernel's own scratch memory is in the planned figure, where it is part of the arenas, and not in the other one.
+    """
+    row: dict[str, float] = {"length": args.run}
+    for name, plan in (("unplanned", False), ("planned", True)):
+        compiled = _compiled(model, "aot_eager", _policy(plan, pool="default"))
+        _step(compiled, model, args.run)
+        model.zero_grad()
+        found = measured(partial(_forward, compiled, args.run))
+        row[f"{name}_held_bytes"] = found[1].left
+        del found
+        _, whole = measured(partial(_step, compiled, model, args.run))
+        row[f"{name}_peak_bytes"] = whole.peak
+    row["peak_planned_over_unplanned"] = row["planned_peak_bytes"] / row["unplanned_peak_bytes"]
+    print(json.dumps(row), flush=True)
 
 
 def _timed(model: torch.nn.Module, args: argparse.Namespace) -> None:

@@ -13,12 +13,15 @@ from torch.fx import GraphModule
 
 import dilcompile.lowering.ops as _registered  # noqa: F401
 from dilcompile.agreement import agree_over_ranks, axes_of
+from dilcompile.budgeted import Budgeted, bounds_of, with_budget
 from dilcompile.decision import Decision
 from dilcompile.errors import DilcompileError, ShardingError
 from dilcompile.first_call import compared
 from dilcompile.inner import INNERS, inner_compiler, notes_on_memory
 from dilcompile.near import hint
+from dilcompile.passes.frames import compiled_frame
 from dilcompile.pipeline import rewrite_dynamo, training
+from dilcompile.placements.marks import MARKS, Mark
 from dilcompile.planned import memory_use
 from dilcompile.policy import Policy, tell_again
 from dilcompile.publish import Telling, forget
@@ -59,21 +62,26 @@ def dilated(
     axes = axes_of(outcome.report)
     if axes and outcome.gm is not None:
         agree_over_ranks(outcome.gm, example_inputs, outcome.report, policy)
-    inner, memory, trains = asked.get("inner", "inductor"), memory_use(outcome.report), training(example_inputs)
+    inner, memory, trains = asked.get("inner", "inductor"), memory_use(outcome.report, policy), training(example_inputs)
+    bounds = bounds_of(policy, outcome.report, compiled_frame().prefix)
     notes = (*outcome.report.notes, *notes_on_memory(inner, memory, trains=trains))
     outcome = replace(outcome, report=replace(outcome.report, notes=notes))
     telling = Telling(outcome.report, policy, asked.get("report"))
-    compile_inner = inner_compiler(inner, asked.get("mode"), memory, trains=trains, telling=telling)
+    compile_inner = inner_compiler(inner, asked.get("mode"), memory, bounds, trains=trains, telling=telling)
+    compiled = compile_inner(gm if outcome.gm is None else outcome.gm, example_inputs)
+    if isinstance(compile_inner, Budgeted):
+        outcome = replace(outcome, report=with_budget(outcome.report, compile_inner.report))
+        telling.amend(outcome.report)
+    else:
+        telling.again()
     if outcome.gm is None:
-        return _counted(compile_inner(gm, example_inputs), outcome.report)
-    compiled = compile_inner(outcome.gm, example_inputs)
-    telling.again()
+        return _counted(_marked(compiled, outcome.results), outcome.report)
     original = _no_shard(axes) if axes else cache(lambda: compile_inner(gm, example_inputs))
     if outcome.trials:
         compiled = compared(compiled, outcome, original, telling.amend)
     if outcome.tables:
         compiled = _watched(compiled, outcome.tables, original)
-    return _counted(compiled, outcome.report)
+    return _counted(_marked(compiled, outcome.results), outcome.report)
 
 
 def _no_shard(axes: Mapping[str, int]) -> Callable[[], Compiled]:
@@ -93,6 +101,7 @@ def _reset() -> None:
     """Report files and warnings begin anew."""
     forget()
     tell_again()
+    MARKS.forget_graphs()
 
 
 # torch._dynamo.reset() calls it.
@@ -139,6 +148,19 @@ def _watched(compiled: Compiled, tables: Mapping[int, torch.Tensor], original: C
             if held is not table or held._version != version:
                 return original()(*args)
         return compiled(*args)
+
+    return run
+
+
+def _marked(compiled: Compiled, marks: Sequence[Mark | None]) -> Compiled:
+    """Say of what the graph returns which dims run along the sequence: a graph behind it may read it."""
+    if not any(marks):
+        return compiled
+
+    def run(*args: Any) -> Any:
+        results = compiled(*args)
+        MARKS.note_results(results, marks)
+        return results
 
     return run
 

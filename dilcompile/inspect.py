@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import FunctionType, MethodType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch._dynamo.utils import counters
@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from dilcompile.decision import MemoryUse
 from dilcompile.memory.account import GraphMemory
 from dilcompile.pipeline import rewrite_dynamo
+from dilcompile.placements.marks import MARKS, Mark, Marks
 from dilcompile.planned import memory_use, planned
 from dilcompile.policy import Policy
 from dilcompile.publish import gathered
@@ -27,6 +28,8 @@ _CALL = "def call(*args, **kwargs):\n    return model(*args, **kwargs)\n"
 _FILE = "<dilcompile.explain>"
 
 Found = TypeVar("Found")
+Results: TypeAlias = "tuple[Mark | None, ...]"
+Look: TypeAlias = "Callable[[GraphModule, Sequence[Any], str, Marks], tuple[Found, Results]]"
 
 
 class _Captured(Exception):
@@ -59,8 +62,8 @@ def explain(
     """
     loaded = Policy.load(policy)
 
-    def described(gm: GraphModule, example_inputs: Sequence[Any], name: str) -> GraphReport:
-        return _described(gm, example_inputs, loaded, name)
+    def described(gm: GraphModule, example_inputs: Sequence[Any], name: str, marks: Marks) -> tuple[GraphReport, Results]:
+        return _described(gm, example_inputs, loaded, name, marks)
 
     found, breaks = each_graph(model, args, kwargs, described)
     return gathered(tuple(_with_breaks(found, breaks)), loaded)
@@ -70,14 +73,15 @@ def each_graph(
     model: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    look: Callable[[GraphModule, Sequence[Any], str], Found],
+    look: Look[Found],
     *,
     may_run: bool = True,
 ) -> tuple[list[Found], Iterable[str]]:
     """What ``look`` says of each graph of ``model(*args, **kwargs)``, and the reasons of graph breaks.
 
     Args:
-        look: is given a graph, its inputs and a name for it.
+        look: is given a graph, its inputs, a name for it, and what is known of tensors along a sharded sequence; gives back what
+            it says, and what is known so of the graph's results.
         may_run: a model with graph breaks is run once as it is; otherwise it is refused.
 
     Raises:
@@ -95,13 +99,12 @@ def each_graph(
         return _all_graphs(plain, args, kwargs, look)
 
 
-def _only_graph(
-    model: Callable[..., Any], args: Any, kwargs: Any, look: Callable[[GraphModule, Sequence[Any], str], Found]
-) -> list[Found]:
+def _only_graph(model: Callable[..., Any], args: Any, kwargs: Any, look: Look[Found]) -> list[Found]:
     found: list[Found] = []
+    marks = MARKS.apart()
 
     def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.append(look(gm, example_inputs, "0"))
+        found.append(look(gm, example_inputs, "0", marks)[0])
 
         def leave(*inputs: Any) -> Any:
             raise _Captured
@@ -113,14 +116,14 @@ def _only_graph(
     return found
 
 
-def _all_graphs(
-    model: Callable[..., Any], args: Any, kwargs: Any, look: Callable[[GraphModule, Sequence[Any], str], Found]
-) -> tuple[list[Found], Iterable[str]]:
+def _all_graphs(model: Callable[..., Any], args: Any, kwargs: Any, look: Look[Found]) -> tuple[list[Found], Iterable[str]]:
     found: list[Found] = []
+    marks = MARKS.apart()
 
     def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.append(look(gm, example_inputs, str(len(found))))
-        return gm.forward
+        seen, results = look(gm, example_inputs, str(len(found)), marks)
+        found.append(seen)
+        return lambda *args: _noted(gm.forward(*args), results, marks)
 
     before = Counter(counters["graph_break"])
     with _undisturbed(model):
@@ -142,16 +145,25 @@ def _break(reason: str) -> str:
     return f"torch.compile broke the graph; attention that ran in between is not seen. {told}"
 
 
-def _described(gm: GraphModule, example_inputs: Sequence[Any], policy: Policy, name: str) -> GraphReport:
-    outcome = rewrite_dynamo(gm, example_inputs, policy, name, enforce=False)
+def _noted(results: Any, known: Results, marks: Marks) -> Any:
+    """What a graph returned, of which the graphs behind it may be told."""
+    if known:
+        marks.note_results(results, known)
+    return results
+
+
+def _described(
+    gm: GraphModule, example_inputs: Sequence[Any], policy: Policy, name: str, marks: Marks
+) -> tuple[GraphReport, Results]:
+    outcome = rewrite_dynamo(gm, example_inputs, policy, name, enforce=False, marks=marks)
     report = outcome.report
     # Where only torch's own code lies between, our call is the nearest line: that is no line of the user's.
     verdicts = [
         replace(v, site=replace(v.site, source="unknown")) if v.site.source.startswith(_FILE) else v for v in report.verdicts
     ]
     misses = [replace(miss, source="unknown") if miss.source.startswith(_FILE) else miss for miss in report.misses]
-    memory = memory_of(gm if outcome.gm is None else outcome.gm, example_inputs, memory_use(report), name)
-    return replace(report, verdicts=tuple(verdicts), misses=tuple(misses), memory=memory)
+    memory = memory_of(gm if outcome.gm is None else outcome.gm, example_inputs, memory_use(report, policy), name)
+    return replace(report, verdicts=tuple(verdicts), misses=tuple(misses), memory=memory), outcome.results
 
 
 def memory_of(gm: GraphModule, example_inputs: Sequence[Any], use: MemoryUse | None, name: str) -> tuple[GraphMemory, ...]:

@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_map_only
 
 from dilcompile.decision import MemoryUse
 from dilcompile.errors import DilcompileError
-from dilcompile.inspect import GraphBreak, each_graph, explain, memory_of
+from dilcompile.inspect import GraphBreak, Results, each_graph, explain, memory_of
 from dilcompile.memory.account import GraphMemory
 from dilcompile.memory.words import text
 from dilcompile.pipeline import rewrite_dynamo
+from dilcompile.placements.marks import Marks
 from dilcompile.planned import memory_use
 from dilcompile.policy import Policy
 from dilcompile.report.lengths import hint
@@ -78,12 +79,14 @@ def memory_plan(
     found: list[GraphMemory] = []
     assumed = False
 
-    def look(gm: GraphModule, example_inputs: Sequence[Any], name: str) -> None:
+    def look(gm: GraphModule, example_inputs: Sequence[Any], name: str, marks: Marks) -> tuple[None, Results]:
         nonlocal assumed
-        outcome = rewrite_dynamo(gm, example_inputs, loaded, name, enforce=False)
-        use = memory_use(outcome.report)
-        assumed |= use is None
-        found.extend(memory_of(gm if outcome.gm is None else outcome.gm, example_inputs, use or ASSUMED, name))
+        outcome = rewrite_dynamo(gm, example_inputs, loaded, name, enforce=False, marks=marks)
+        use = memory_use(outcome.report, loaded)
+        plans = use is not None and use.reuse != "off"
+        assumed |= not plans
+        found.extend(memory_of(gm if outcome.gm is None else outcome.gm, example_inputs, use if plans else ASSUMED, name))
+        return None, outcome.results
 
     with contextlib.nullcontext() if train else torch.no_grad():
         try:

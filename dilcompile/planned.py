@@ -15,12 +15,18 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.graph import _BoxedCodeGen
 
 from dilcompile.decision import Decision, MemoryUse
+from dilcompile.lowering import out_forms, workspaces
 from dilcompile.memory import Buffer, BufferPlan
 from dilcompile.memory.account import Direction, GraphMemory, Planner, Runs
-from dilcompile.memory.pool import ArenaPool, Lease
+from dilcompile.memory.packing import most_live
+from dilcompile.memory.pool import ArenaPool, Lease, size_class
 from dilcompile.memory.watch import Watch
+from dilcompile.passes.climb import Climb
 from dilcompile.passes.lifetimes import Lifetimes
-from dilcompile.passes.plan_buffers import Layout, PlannedGraph, plan_graph
+from dilcompile.passes.plan_buffers import PlannedGraph, plan_graph
+from dilcompile.passes.shared_buffers import Layout, at
+from dilcompile.policy import Policy
+from dilcompile.policy import memory_use as asked_memory
 from dilcompile.report import GraphReport
 
 # Fill memory that no live buffer has with NaN before and while the graph runs: what reads it is found out.
@@ -38,26 +44,35 @@ _SHARED = ArenaPool()
 Tell = Callable[["PlannedCall", Direction], None]
 
 
-def memory_use(report: GraphReport) -> MemoryUse | None:
-    """What the rules say of the graph's buffers: the first that decided a site and says anything; None: they are not planned."""
+def memory_use(report: GraphReport, policy: Policy) -> MemoryUse | None:
+    """What the rules say of the graph's buffers: the first that decided a site and says anything, else the defaults."""
     found = [verdict.memory for verdict in report.verdicts if isinstance(verdict, Decision) and verdict.memory is not None]
-    return found[0] if found and found[0].reuse != "off" else None
+    return found[0] if found else asked_memory(policy)
 
 
-def planned(memory: MemoryUse, tell: Tell | None = None) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
+def planned(
+    memory: MemoryUse, tell: Tell | None = None, climb: Climb | None = None
+) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
     """The inner compiler ``aot_eager`` with the buffers of its graphs, forward and backward, in planned arenas.
 
     Args:
         tell: is given each graph when it has been planned.
+        climb: chooses, for the one graph that is compiled, how its budgets are kept.
     """
-    from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
 
+    out_forms.register()
     pool = _SHARED if memory.pool == "shared" else ArenaPool(keeps=memory.pool == "private", apart=memory.pool == "private")
 
-    def placing(direction: Direction) -> Callable[[GraphModule, Sequence[Any]], PlannedCall]:
-        def place(gm: GraphModule, example_inputs: Sequence[Any]) -> PlannedCall:
-            call = PlannedCall(plan_graph(gm, within_module=memory.reuse == "within_layer"), pool)
+    def placing(direction: Direction) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
+        def place(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            if climb is not None and direction == "inference":
+                climb.infer(gm)
+            reuse = memory.reuse if climb is None or climb.taken is None else climb.taken.reuse
+            if reuse == "off":
+                return _boxed(gm)
+            call = PlannedCall(plan_graph(gm, within_module=reuse == "within_layer", workspace=workspaces.bytes_of), pool)
             if tell is not None:
                 tell(call, direction)
             return call
@@ -68,10 +83,22 @@ def planned(memory: MemoryUse, tell: Tell | None = None) -> Callable[[GraphModul
         fw_compiler=placing("forward"),
         bw_compiler=placing("backward"),
         inference_compiler=placing("inference"),
-        # As aot_eager has it: what is cheap to compute again is not saved.
-        partition_fn=min_cut_rematerialization_partition,
+        # Without a budget as aot_eager has it: what is cheap to compute again is not saved.
+        partition_fn=min_cut_rematerialization_partition if climb is None else climb.split,
     )
     return lambda gm, example_inputs: compiler(gm, list(example_inputs))
+
+
+def _boxed(gm: GraphModule) -> Callable[..., Any]:
+    """The graph, called with a list of its inputs, which it empties: a saved tensor is given up after its last reader."""
+    gm.graph.set_codegen(_BoxedCodeGen())
+    gm.recompile()
+
+    def run(args: list[Any]) -> Any:
+        return gm.forward(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
 
 
 def account_of(
@@ -136,6 +163,16 @@ class PlannedCall:
             self.runs.measured = plan.peak + watch.most
             return result
         return self.planned.gm.forward(values)
+
+    def predicted_peak(self, lengths: Mapping[sympy.Symbol, int] | None = None) -> int:
+        """Bytes that a call needs at most above what there was before: its arenas, what lies elsewhere, and what it gives back.
+
+        Operators' own temporary memory is not in it.
+        """
+        lengths = lengths or {}
+        arenas = sum(size_class(arena.peak) for arena in self._plan_at(lengths).arenas)
+        others = [*self.planned.elsewhere, *self.planned.lifetimes.kept]
+        return arenas + most_live([replace(other, hint=at(other.size, lengths)) for other in others])
 
     def _plan_at(self, lengths: Mapping[sympy.Symbol, int]) -> BufferPlan:
         key = tuple(lengths.values())

@@ -151,8 +151,8 @@ def _visible_cuts(part: Part, block: Block, shared: bool = False) -> Iterator[tu
         first, last = keys_seen(piece, row, stop)
         return (first, last) if masks is None else masks.narrowed(block, row, stop, first, last)
 
-    still = part.bias is None or all(part.bias.stride(axis) == 0 for axis in block.second)
-    free = shared and masks is not None and still and not any(axis.batch for axis in block.second) and where is None
+    moves = any(axis.batch or axis.position or (part.bias is not None and part.bias.stride(axis)) for axis in block.second)
+    free = shared and masks is not None and not moves and where is None
     for cut in cuts(block, _PAIRS_AT_ONCE, keys_of, whole_second=free):
         first, second, _, keys = cut
         if keys.stop == keys.start:

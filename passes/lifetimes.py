@@ -35,6 +35,8 @@ class Lifetimes:
         nodes: the name of the node of each step.
         kept: of ``held`` what the graph makes: outputs and saved tensors, from the step that makes them to the last one.
         given: of ``held`` what was there before, from step 0 to its last reader.
+        outputs: for each output of the graph the name of what holds its memory; None for what is no tensor.
+        memory: the names of the buffers in which the value of a node lies, by the node's name; views have those of their source.
     """
 
     buffers: list[Buffer] = field(default_factory=list)
@@ -42,6 +44,8 @@ class Lifetimes:
     nodes: tuple[str, ...] = ()
     kept: list[Buffer] = field(default_factory=list)
     given: list[Buffer] = field(default_factory=list)
+    outputs: tuple[str | None, ...] = ()
+    memory: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -70,7 +74,7 @@ def lifetimes_of(gm: GraphModule, *, ours_only: bool = False) -> Lifetimes:
     walk = _Walk()
     for node in gm.graph.nodes:
         walk.visit(node)
-    found = Lifetimes(nodes=tuple(walk.nodes))
+    found = Lifetimes(nodes=tuple(walk.nodes), outputs=tuple(walk.outputs), memory=walk.memory())
     for storage in walk.storages.values():
         if ours_only and not _is_ours(storage.node):
             continue
@@ -100,6 +104,7 @@ class _Walk:
     def __init__(self) -> None:
         self.nodes: list[str] = []
         self.storages: dict[int, _Storage] = {}
+        self.outputs: list[str | None] = []
         self._of_node: dict[Node, tuple[int, ...]] = {}
         self._numbers = 0
 
@@ -107,6 +112,10 @@ class _Walk:
     def step(self) -> int:
         """The number of the next node that computes."""
         return len(self.nodes)
+
+    def memory(self) -> dict[str, tuple[str, ...]]:
+        """See ``Lifetimes``."""
+        return {node.name: tuple(self.storages[key].name for key in keys) for node, keys in self._of_node.items()}
 
     def visit(self, node: Node) -> None:
         """One node more."""
@@ -117,6 +126,9 @@ class _Walk:
         if node.op == "output":
             for key in read:
                 self.storages[key].held = True
+            for result in _results(node):
+                keys = self._of_node.get(result, ()) if isinstance(result, Node) else ()
+                self.outputs.append(self.storages[keys[0]].name if keys else None)
             return
         if _is_view(node):
             self._of_node[node] = self._viewed(node)
@@ -143,6 +155,12 @@ class _Walk:
             keys.append(self._numbers)
             self._numbers += 1
         return tuple(keys)
+
+
+def _results(node: Node) -> Sequence[object]:
+    """What an output node gives, in order."""
+    (given,) = node.args
+    return given if isinstance(given, (tuple, list)) else (given,)
 
 
 def _named(node: Node) -> Iterator[tuple[str, Tensor]]:

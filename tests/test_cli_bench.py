@@ -23,10 +23,30 @@ def test_the_table_has_a_verdict_beside_each_number() -> None:
     result = run(*SMALL)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("correct") == 4
-    assert "96 float32" in result.stdout
+    assert [line.split()[0] for line in result.stdout.splitlines()[5:9]] == ["96", "float32", "full", "96"]
     assert max(map(len, result.stdout.splitlines())) <= 80
-    assert "backward" not in result.stdout
+    assert "both" not in result.stdout
     assert result.stderr == "measuring length 96, float32\nmeasuring length 128, float32\n"
+
+
+def test_the_table_says_what_is_asked_of_the_kernels() -> None:
+    """Both passes beside the ideal, gathering and merging (where segments divide the length), extra memory, in 80 columns."""
+    held = {
+        "length": 65536, "dtype": "bfloat16", "causal": False, "density": 0.0151, "forward_s": 12.3456, "forward_over_ideal": 0.75,
+        "dense_over_forward": 37.8, "both_over_ideal": 0.85, "gather_over_forward": 13.2, "extra_over_one_tensor": 0.04,
+        "error": 1.3e-3, "dense_error": 1e-3, "correct": True,
+    }  # fmt: skip
+    apart = {name: value for name, value in held.items() if name != "gather_over_forward"} | {"length": 96}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "run", lambda lengths, *rest: [held if lengths == [65536] else apart])
+        result = run("--lengths", "65536,96", "--dtypes", "bfloat16", "--backward")
+    rows = result.stdout.splitlines()
+    assert max(map(len, rows)) <= 80
+    assert [name for name in ("gather", "both", "memory") if name in result.stdout] == ["gather", "both", "memory"]
+    assert [row.split()[1:] for row in rows if row.rstrip().endswith("correct")] == [
+        ["2%", "12345.6", "0.75", "37.8", "13.2", "0.85", "0.04", "1.30", "correct"],
+        ["2%", "12345.6", "0.75", "37.8", "-", "0.85", "0.04", "1.30", "correct"],
+    ]
 
 
 def test_json_and_save(tmp_path: Path) -> None:

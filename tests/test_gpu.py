@@ -17,6 +17,7 @@ from test_kernels import FORMS, SCALE, assert_as_good_as_eager, drawn, expected,
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from dilcompile.distributed import simulate
 from dilcompile.forms import BlockSparse, Dense, Dilated, Form, SlidingWindow
 from dilcompile.functional import attention
 from dilcompile.lowering import contest, ops
@@ -535,6 +536,27 @@ def test_the_ops_pass_their_checks() -> None:
     arguments = (q, k, v, None, None, None, None, str(WIDE), True, None, None, 0, SCALE, None, 0.0, "triton")
     torch.library.opcheck(torch.ops.dilcompile.attention.default, arguments)
     assert ops.attention(*arguments)[0].is_cuda
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("form", [Dense(), WIDE], ids=str)
+@pytest.mark.parametrize(("kernel", "bound"), [("triton", 1.1), (None, 2.0)])
+def test_the_steps_of_four_ranks_are_as_exact_as_one_rank(kernel: str | None, bound: float, form: Form, order: Any) -> None:
+    """A ring, executed on one device; a flash op that takes the steps rounds each part."""
+    q, k, v = inputs_of(32, batch=1, heads=2, kv_heads=1, q_len=LENGTH, k_len=LENGTH, dtype=torch.bfloat16)
+
+    def made(exact: bool, ranks: int | None) -> list[Tensor]:
+        leaves = [(x.double() if exact else x.to(DEVICE)).detach().requires_grad_() for x in (q, k, v)]
+        if ranks is None:
+            out = attention(*leaves, form, is_causal=True, kernel="reference" if exact else "triton")
+        else:
+            options = {"ranks": ranks, "method": "ring", "order": order, "is_causal": True, "kernel": kernel}
+            out = simulate(*leaves, form, **options).out
+        assert isinstance(out, Tensor)
+        return [x.cpu().double() for x in (out.detach(), *torch.autograd.grad(out.square().sum(), leaves))]
+
+    for true, alone, found in zip(made(True, None), made(False, None), made(False, 4), strict=True):
+        assert (found - true).norm() <= bound * (alone - true).norm()
 
 
 # Arenas of planned graphs.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import scripts
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dilcompile.errors import KernelError
 from dilcompile.forms import Dense, Dilated, SlidingWindow
 from dilcompile.functional import attention, dilated_attention
-from dilcompile.lowering import ops
+from dilcompile.lowering import operands, ops
 
 DILATED = Dilated([8, 16], [1, 2], sinks=1)
 
@@ -58,6 +57,37 @@ def test_opcheck(changes: dict[str, Any], contiguous: bool) -> None:
 def test_numbers_that_kernels_would_read_differently_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(KernelError, match=f"{next(iter(changes))} is a .*, not {next(iter(changes.values()))}"):
         torch.ops.dilcompile.attention(*arguments(**changes))
+
+
+@pytest.mark.parametrize(
+    ("at", "wrong", "said"),
+    [
+        (1, torch.zeros(2, 2, 20, 8, dtype=torch.float16), r"k \[2, 2, 20, 8\] float16 .* must have one dtype"),
+        (1, torch.zeros(2, 2, 20, 4), r"k \[2, 2, 20, 4\] float32 .* must be \[B, H, Sq, D\], \[B, Hkv, Sk, D\]"),
+        (2, torch.zeros(2, 2, 19, 8), r"v \[2, 2, 19, 8\] float32 must be"),
+        (0, torch.zeros(2, 3, 20, 8), "H a multiple of Hkv; reshape them"),
+        (0, torch.zeros(4, 20, 8), "add the missing dims"),
+        (3, torch.zeros(2, 19, dtype=torch.bool), r"key_padding \[2, 19\] bool must be \[2, 20\] of bool"),
+        (4, torch.zeros(3, 20, dtype=torch.int64), r"documents \[3, 20\] int64 must be \[1 or 2, 20\] of int32 or int64"),
+        (5, torch.zeros(3, 1, 20), r"bias \[3, 1, 20\] float32 must be \[1 or 2, 1 or 4, 1 or 20, 1 or 20\] of float16"),
+        (12, math.nan, "scale is a finite number, not nan"),
+        (12, -math.inf, "scale is a finite number, not -inf"),
+    ],
+)
+def test_operands_that_do_not_belong_together(at: int, wrong: object, said: str) -> None:
+    """Kernels read by address: a dtype or shape that is another one would be read outside of its memory."""
+    given = [x.detach() if isinstance(x, Tensor) else x for x in arguments()]
+    given[at] = wrong
+    with pytest.raises(KernelError, match=said):
+        ops.attention(*given)
+
+
+def test_operands_on_several_devices() -> None:
+    q, k, v, *_ = arguments()
+    with pytest.raises(KernelError, match="are on meta, cpu and cpu; move them to one device"):
+        operands.check_products(q.to("meta"), k, v, False)
+    with pytest.raises(KernelError, match="key_padding is on meta but q is on cpu; move it there"):
+        operands.check_masks(q, 20, torch.ones(2, 20, dtype=torch.bool, device="meta"), None, None, None)
 
 
 @pytest.mark.parametrize("kernel", [None, "native", "cpu", "reference", "sdpa"])
@@ -193,8 +223,8 @@ def test_a_fresh_process_imports_no_optional_package() -> None:
         "late = {name.split('.')[0] for name in set(sys.modules) - before}; "
         "print(sorted(late & {'triton', 'transformers', 'pydantic', 'yaml', 'typer', 'rich', 'plotly'}))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    found = scripts.run(code)
+    assert found.stdout.strip() == "[]", found.stderr
 
 
 def test_the_oracle_imports_nothing_optimised() -> None:
@@ -203,8 +233,8 @@ def test_the_oracle_imports_nothing_optimised() -> None:
         "names = {n.rpartition('.')[2] for n in sys.modules if n.startswith('dilcompile.lowering.')}; "
         "print(sorted(names & {'cpu', 'flash', 'sdpa', 'views', 'engines', 'merge', 'pieces', 'strided'}))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    found = scripts.run(code)
+    assert found.stdout.strip() == "[]", found.stderr
 
 
 def test_window_arguments_and_dense_agree() -> None:

@@ -99,10 +99,28 @@ def test_the_numbers_are_those_of_the_unplanned_graph(name, poison, calls, monke
         assert plan.peak <= plan.without_reuse / 3
 
 
+def test_gradients_are_written_where_the_fused_projection_has_them(calls):
+    """GPT-2 joins the gradients of q, k and v: they are made in the joined tensor, and nothing is joined any more."""
+    model, tokens = made("gpt2"), torch.randint(0, 50, (1, LENGTH))
+    step(compiled_by(model, reuse="across_layers"), model, tokens)
+    backward = calls[1].planned
+    named = [str(node.target) for node in backward.gm.graph.nodes]
+    assert named.count("dilcompile.attention_backward.out") == 2
+    assert not [name for name in named if name.startswith(("aten.cat", "aten.copy_"))]
+    places = {layout.buffer: [] for layout in backward.layouts}
+    for layout in backward.layouts:
+        places[layout.buffer].append((layout.offset, layout.stride))
+    # q, k and v beside one another: 32 columns each of rows of 96.
+    for name in ("cat", "cat_1"):
+        assert {(offset, stride[-3:]) for offset, stride in places[name] if len(stride) == 4} == {
+            (offset, (8, 96, 1)) for offset in (0, 32, 64)
+        }
+
+
 def chain(x):
     first = x.sin()
     last = first.cos().exp().tanh().neg()
-    return (last + first) * 2
+    return last @ first.mT
 
 
 def test_a_life_that_is_cut_short_is_found_out(monkeypatch):

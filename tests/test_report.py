@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import scripts
 import torch
 from policy_sites import site
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -23,6 +22,7 @@ from dilcompile.decision import Decision, Rejection
 from dilcompile.forms import BlockSparse, Dense, Dilated, SlidingWindow
 from dilcompile.memory import Buffer, plan_buffers
 from dilcompile.memory.account import GraphMemory, Runs
+from dilcompile.memory.budget import Bound, BudgetReport, Rung
 from dilcompile.placements.choice import PlacementChoice
 from dilcompile.policy import Policy
 from dilcompile.publish import gathered
@@ -375,6 +375,18 @@ REPORT_SCHEMA = closed({
         "misses": {"type": "array", "items": closed({key: {"type": "string"} for key in ("module", "source", "node", "reason", "cure")})},
         "notes": {"type": "array", "items": {"type": "string"}},
         "seconds": {"type": "object", "additionalProperties": {"type": "number"}},
+        "budget": {"anyOf": [{"type": "null"}, closed({
+            "bounds": {"type": "array", "items": closed({
+                "source": {"type": "string"}, "most": COUNT,
+                "modules": {"anyOf": [{"type": "null"}, {"type": "array", "items": {"type": "string"}}]},
+            })},
+            "tried": {"type": "array", "items": closed({
+                "name": {"type": "string"}, "reuse": {"type": "string"}, "recompute": {"type": ["number", "null"]}, "offload": COUNT,
+                "forward": COUNT, "backward": {"type": ["integer", "null"]}, "peak": COUNT, "saved": COUNT, "arenas": COUNT,
+                "bounded": {"type": "array", "items": COUNT},
+            })},
+            "taken": {"type": "string"}, "is_upper_bound": {"type": "boolean"},
+        })]},
         "memory": {"type": "array", "items": MEMORY},
     })},
     "patterns": {"type": "array", "items": closed({
@@ -400,7 +412,10 @@ def test_json_has_the_keys_of_version_7() -> None:
         decided(along, q_len=256, k_len=256, mask=MaskSpec()),
         replace(decided(), placement=PlacementChoice("cp", 4, "usp", "zigzag", heads_axis="heads", heads_ranks=2, why="named")),
     )  # fmt: skip
-    described = report(*verdicts, memory=memory()).to_dict()
+    rung = Rung("across_layers", 0.5, 2, 70, 90, 100, 30, 40, (100, 20))
+    bounds = (Bound("defaults", 100), Bound("rule far (p.yaml:2)", 20, frozenset(["model"])))
+    described = report(*verdicts, budget=BudgetReport(bounds, (rung,), rung), memory=memory()).to_dict()
+    assert report().to_dict()["graphs"][0]["budget"] is None
     back = json.loads(json.dumps(described, allow_nan=False))
     assert back == described
     jsonschema.validate(back, REPORT_SCHEMA)
@@ -544,7 +559,7 @@ def test_rich_is_loaded_only_for_the_table() -> None:
         "str(Report('policy', ()))\n"
         "assert 'rich' in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    scripts.run(code).check_returncode()
 
 
 def test_densities_are_finite_for_every_form() -> None:

@@ -172,6 +172,17 @@ def test_what_is_no_formula(text: str) -> None:
         parse(text)
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_limits_of_segments_beside_more_heads(heads: int) -> None:
+    """Segments are the smaller of the two dims that an op has: each has limits of its own."""
+    q, k, v = drawn(1, heads, heads, 16, 16, dtype=torch.float64)
+    low = torch.arange(16)[None] % 5
+    more = {"row_limits": torch.stack((low, low + 9))}
+    form = Dilated([8, 16], [1, 2])
+    for got, wanted in zip(_run(q, k, v, form, "cpu", more), _run(q, k, v, form, "reference", more), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
 def test_keys_outside_all_limits_are_not_read() -> None:
     """Rows in order, each near its own keys: the scores that are computed are those of the cuts' own reach."""
     q, k, v = drawn(1, 1, 1, 512, 512, dtype=torch.float32)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from dilcompile.decision import Decision, Rejection
 from dilcompile.memory.account import GraphMemory
+from dilcompile.memory.budget import BudgetReport
 from dilcompile.site import AttentionSite, Miss
 
 Verdict = Decision | Rejection
@@ -22,6 +23,7 @@ class GraphReport:
         misses: what looks like attention and was left alone.
         notes: what holds for the whole graph (why it could not be normalised, fuel that ran out ...).
         seconds: time of each step of the pipeline.
+        budget: how it keeps the budgets of the policy; None: there are none.
         memory: the plans of its forward and its backward, where there are any.
     """
 
@@ -30,6 +32,7 @@ class GraphReport:
     misses: tuple[Miss, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    budget: BudgetReport | None = None
     memory: tuple[GraphMemory, ...] = ()
 
 
