@@ -60,6 +60,7 @@ def planned(
         climb: chooses, for the one graph that is compiled, how its budgets are kept.
     """
     from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     out_forms.register()
     pool = _SHARED if memory.pool == "shared" else ArenaPool(keeps=memory.pool == "private", apart=memory.pool == "private")
@@ -78,9 +79,12 @@ def planned(
 
         return place
 
-    split = {} if climb is None else {"partition_fn": climb.split}
     compiler: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]] = aot_autograd(
-        fw_compiler=placing("forward"), bw_compiler=placing("backward"), inference_compiler=placing("inference"), **split
+        fw_compiler=placing("forward"),
+        bw_compiler=placing("backward"),
+        inference_compiler=placing("inference"),
+        # Without a budget as aot_eager has it: what is cheap to compute again is not saved.
+        partition_fn=min_cut_rematerialization_partition if climb is None else climb.split,
     )
     return lambda gm, example_inputs: compiler(gm, list(example_inputs))
 

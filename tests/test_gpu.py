@@ -557,6 +557,8 @@ def test_the_steps_of_four_ranks_are_as_exact_as_one_rank(kernel: str | None, bo
 
     for true, alone, found in zip(made(True, None), made(False, None), made(False, 4), strict=True):
         assert (found - true).norm() <= bound * (alone - true).norm()
+
+
 # Arenas of planned graphs.
 
 

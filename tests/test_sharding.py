@@ -44,7 +44,10 @@ def verdict(made: dict[str, Any], **changes: Any) -> Decision | Rejection:
         (policy(dim="heads"), "ulysses over cp=2, contiguous, prefetch"),
         (policy(dim="heads", layout="striped", overlap="off"), "ulysses over cp=2, striped, off"),
         (policy(mesh=["cp", "heads"]), "usp with gather_needed over cp=2 x heads=2, contiguous, prefetch"),
-        (policy(mesh=["cp", "heads"], method="usp", order="striped"), "usp with gather_needed over cp=2 x heads=2, striped, prefetch"),
+        (
+            policy(mesh=["cp", "heads"], method="usp", order="striped"),
+            "usp with gather_needed over cp=2 x heads=2, striped, prefetch",
+        ),
     ],
 )
 def test_a_rule_gives_its_sites_a_placement(made: dict[str, Any], text: str) -> None:

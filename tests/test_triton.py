@@ -322,7 +322,10 @@ QUICK = [
     if proven(case)
     and (case.arch != "sm100" or (case.step == "forward" and case.head_dim == 64))
     # Of what one architecture shares with another, each kernel at one head size.
-    and (case.arch not in ("sm80", "sm120") or (case.head_dim == 64) == ((case.arch == "sm80") == (case.step in ("forward", "keys"))))
+    and (
+        case.arch not in ("sm80", "sm120")
+        or (case.head_dim == 64) == ((case.arch == "sm80") == (case.step in ("forward", "keys")))
+    )
     and (case.dtype == torch.bfloat16 and (case.block == 0 or case.arch == "sm90"))
 ]
 

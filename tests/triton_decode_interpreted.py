@@ -107,7 +107,9 @@ def test_groups_that_fill_a_tile_or_several(heads: int, kv_heads: int, q_len: in
     assert_exact(q, k, v, Dense(), step_of(q, k))
 
 
-@pytest.mark.parametrize(("form", "length"), [*((LONG, length) for length in (1, 15, 16, 17, 33)), (Dense(), 1), (Dense(), 17)], ids=str)
+@pytest.mark.parametrize(
+    ("form", "length"), [*((LONG, length) for length in (1, 15, 16, 17, 33)), (Dense(), 1), (Dense(), 17)], ids=str
+)
 def test_ragged_lengths(form: Form, length: int) -> None:
     q, k, v = drawn(batch=1, heads=2, kv_heads=1, q_len=1, k_len=length)
     assert_exact(q, k, v, form, step_of(q, k))

@@ -87,7 +87,13 @@ PLACES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(
     ("form", "mask"),
-    [*((FORMS[3], mask) for mask in PLACES), (Dense(), PLACES[1]), (Dense(), PLACES[5]), (FORMS[4], PLACES[0]), (FORMS[4], PLACES[5])],
+    [
+        *((FORMS[3], mask) for mask in PLACES),
+        (Dense(), PLACES[1]),
+        (Dense(), PLACES[5]),
+        (FORMS[4], PLACES[0]),
+        (FORMS[4], PLACES[5]),
+    ],
     ids=str,
 )
 def test_the_sites_own_window_and_offsets(form: Form, mask: dict[str, Any]) -> None:

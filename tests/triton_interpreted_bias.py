@@ -93,9 +93,7 @@ def test_any_strides(layout: str) -> None:
     assert_grads("triton", FORMS[3], at, *inputs, bias=LAYOUTS[layout]())
 
 
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "by"), [(2, 2, "keys"), (6, 2, "keys"), (6, 2, "pairs"), (17, 1, "pairs")]
-)
+@pytest.mark.parametrize(("heads", "kv_heads", "by"), [(2, 2, "keys"), (6, 2, "keys"), (6, 2, "pairs"), (17, 1, "pairs")])
 def test_grouped_query_heads(heads: int, kv_heads: int, by: str) -> None:
     """Heads side by side in a tile (3), and more than stand there (17), each with numbers of its own."""
     at, inputs = inputs_of(heads, kv_heads, batch=1, q_len=5, k_len=6, causal=True)
