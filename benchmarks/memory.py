@@ -157,7 +157,12 @@ def _beside_inductor(model: torch.nn.Module, length: int) -> None:
             with fresh_cache(), torch._inductor.config.patch(memory_planning=pools):
                 call = partial(_step if trains else _inference, _compiled(model, inner, policy), model, length)
                 _, codes = run_and_get_code(call)
-                row = {"way": name, "call": "step" if trains else "no_grad", "length": length, "peak_bytes": _peak(call)}
+                row = {
+                    "way": name,
+                    "call": "step" if trains else "no_grad",
+                    "length": length,
+                    "peak_bytes": measured(call)[1].peak,
+                }
                 if inner == "inductor":
                     row["graphs"] = [_counted(code) for code in codes]
                 print(json.dumps(row), flush=True)
@@ -177,18 +182,6 @@ def _counted(code: str) -> dict[str, int]:
         "by_themselves": len(_EMPTY.findall(code)) - len(pools),
         "made_by_our_operators": len(re.findall(r"= torch\.ops\.dilcompile\.", code)),
     }
-
-
-def _peak(call: Callable[[], None]) -> int:
-    """The most bytes that are allocated at once during a call, beside those that were before."""
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        call()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 if __name__ == "__main__":

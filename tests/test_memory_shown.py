@@ -134,7 +134,7 @@ def test_sizes_grow_with_the_length_and_with_it_alone(run: Any) -> None:
     assert [graph["direction"] for graph in short] == ["forward", "backward"]
     for one, other in zip(short, long, strict=True):
         assert (one["steps"], one["buffers"]) == (other["steps"], other["buffers"])
-        assert 100 < other["planned"] / one["planned"] <= 1000, "gradients of weights stay what they are"
+        assert 20 < other["planned"] / one["planned"] <= 1000, "workspaces and gradients of weights grow less"
         assert other["live_at_once"] <= other["planned"] <= 1.05 * other["live_at_once"]
         assert other["planned"] <= other["without_reuse"]
         assert [arena["planned"] for arena in other["arenas"]] == [other["planned"]]
