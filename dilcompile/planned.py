@@ -36,7 +36,9 @@ _SHARED = ArenaPool()
 
 def planned(memory: MemoryUse) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
     """The inner compiler ``aot_eager`` with the buffers of its graphs, forward and backward, in planned arenas."""
+
     from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     out_forms.register()
     pool = _SHARED if memory.pool == "shared" else ArenaPool(keeps=memory.pool == "private")
@@ -44,7 +46,10 @@ def planned(memory: MemoryUse) -> Callable[[GraphModule, Sequence[Any]], Callabl
     def place(gm: GraphModule, example_inputs: Sequence[Any]) -> PlannedCall:
         return PlannedCall(plan_graph(gm, within_module=memory.reuse == "within_layer", workspace=workspaces.bytes_of), pool)
 
-    compiler: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]] = aot_autograd(fw_compiler=place, bw_compiler=place)
+    # What is saved for the backward is what torch's ``aot_eager`` saves.
+    compiler: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]] = aot_autograd(
+        fw_compiler=place, bw_compiler=place, partition_fn=min_cut_rematerialization_partition
+    )
     return lambda gm, example_inputs: compiler(gm, list(example_inputs))
 
 
