@@ -85,12 +85,11 @@ class Budgeted:
         return _checked(compiled, climb, example_inputs)
 
     def _climb(self) -> Climb:
-        from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
+        from torch._functorch.partitioners import min_cut_rematerialization_partition
 
         ladder = Ladder(self.bounds, self.memory.pool != "default")
-        by_inductor = self.name == "inductor"
-        partition = min_cut_rematerialization_partition if by_inductor else default_partition
-        return Climb(ladder, self.graph, self.memory.reuse, partition, not by_inductor, workspaces.bytes_of)
+        partition, plans = min_cut_rematerialization_partition, self.name != "inductor"
+        return Climb(ladder, self.graph, self.memory.reuse, partition, plans, workspaces.bytes_of)
 
     def _inductor(self, climb: Climb) -> Callable[[GraphModule, Sequence[Any]], Compiled]:
         from torch._inductor import config

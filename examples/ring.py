@@ -1,8 +1,8 @@
 """A ring of ranks in one process: which rank attends to whose keys in which step, drawn, and the same numbers as on one rank.
 
-python examples/ring.py
-python examples/ring.py --order zigzag --causal
-python examples/ring.py --window 12 --method gather_needed --causal
+    python examples/ring.py
+    python examples/ring.py --order zigzag --causal
+    python examples/ring.py --window 12 --method gather_needed --causal
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def main() -> None:
 
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, HEADS, LENGTH, HEAD_DIM, dtype=torch.float64) for _ in range(3))
-    made = distributed.simulate(q, k, v, form, ranks=said.ranks, method=said.method, order=said.order, is_causal=said.causal)
+    made = distributed.simulate(
+        q, k, v, form, ranks=said.ranks, method=said.method, order=said.order, is_causal=said.causal
+    )
     shards = Shards(LENGTH, said.ranks, said.order)
     print(drawing(made.schedules, shards, said.causal))
     print()

@@ -185,14 +185,7 @@ def all_of_it(rank: int) -> dict[str, object]:
     hooks = TopKCompression(RATIO), TopKCompression(RATIO)
     losses = {"plain": trained(rank, None), "top-k": trained(rank, hooks[0]), "forgets": trained(rank, hooks[1], forgets=True)}
     moved = (hooks[0].bytes_sent, hooks[0].bytes_plain)
-    return {
-        "losses": losses,
-        "moved": moved,
-        "identity": identity(rank),
-        "edges": edges(rank),
-        "unused": unused(rank),
-        "widths": widths(rank),
-    }
+    return {"losses": losses, "moved": moved, "identity": identity(rank), "edges": edges(rank), "unused": unused(rank), "widths": widths(rank)}
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +215,7 @@ def test_the_bytes_fall_by_the_ratio(results):
 
 def test_what_is_sent_and_what_is_left_are_all_gradients(results):
     """Over the ranks: the sum of plain gradients is the sum of what came out and what each rank kept, in float64 operands."""
-    for parts in zip(
-        *(zip(*(r["identity"][key] for key in ("wanted", "found", "left")), strict=True) for r in results), strict=True
-    ):
+    for parts in zip(*(zip(*(r["identity"][key] for key in ("wanted", "found", "left")), strict=True) for r in results), strict=True):
         wanted = sum(part[0] for part in parts)
         # What came out is the mean, the same on both.
         kept = sum(part[1] for part in parts) + sum(part[2] for part in parts)
@@ -293,9 +284,7 @@ def test_the_ratio_falls_in_a_warm_up(warmup):
     for hook.steps in range(5):
         ratios.append(hook.current_ratio())
     assert ratios[3] == ratios[4] == 0.01
-    steps = [
-        (one - other) if warmup == "linear" else math.log(one / other) for one, other in itertools.pairwise([1.0, *ratios[:4]])
-    ]
+    steps = [(one - other) if warmup == "linear" else math.log(one / other) for one, other in itertools.pairwise([1.0, *ratios[:4]])]
     assert steps == pytest.approx([steps[0]] * 4)
 
 

@@ -41,13 +41,7 @@ def _batch(length: int) -> dict[str, Any]:
     ids = torch.randint(5, 100, (2, length))
     mask = torch.ones_like(ids)
     mask[0, length - 2 :] = 0
-    return {
-        "input_ids": ids,
-        "labels": torch.where(mask == 1, ids, -100),
-        "attention_mask": mask,
-        "weights": torch.arange(3),
-        "use_cache": False,
-    }
+    return {"input_ids": ids, "labels": torch.where(mask == 1, ids, -100), "attention_mask": mask, "weights": torch.arange(3), "use_cache": False}
 
 
 def _inputs_job(rank: int) -> list[str]:
@@ -60,9 +54,7 @@ def _inputs_job(rank: int) -> list[str]:
                 batch = _batch(length)
                 shard = distributed.shard_inputs(batch, **over, dims={"weights": None}, pad_token_id=1)
                 positions = distributed.local_positions(length, **over)
-                expected = {
-                    name: F.pad(batch[name], (0, 16), value=pad) for name, pad in (("input_ids", 1), ("attention_mask", 0))
-                }
+                expected = {name: F.pad(batch[name], (0, 16), value=pad) for name, pad in (("input_ids", 1), ("attention_mask", 0))}
                 expected["labels"] = F.pad(batch["labels"][:, 1:], (0, 17), value=-100)
                 expected["position_ids"] = torch.arange(length + 16).expand(2, -1)
                 wrong = [name for name, whole in expected.items() if not torch.equal(shard[name], whole[:, positions])]
@@ -121,10 +113,7 @@ def _loss_job(rank: int) -> dict[str, Any]:
             loss, own = _loss_of(logits[:, mine], shard["labels"], options)
             found[f"{order} {name}"] = (mine, loss, own)
     parts = []
-    micro = [
-        distributed.shard_inputs({"input_ids": labels, "labels": labels}, heads_axis="heads")
-        for _, labels in (_logits(16), _logits(8, 1))
-    ]
+    micro = [distributed.shard_inputs({"input_ids": labels, "labels": labels}, heads_axis="heads") for _, labels in (_logits(16), _logits(8, 1))]
     items = distributed.count_tokens([each["labels"] for each in micro], axis=AXES)
     for (logits, _), each in zip((_logits(16), _logits(8, 1)), micro, strict=True):
         mine = each["position_ids"][0]
@@ -276,12 +265,7 @@ def test_padding_stands_behind_all_tokens() -> None:
     shard = distributed.shard_inputs({"input_ids": IDS, "position_ids": packed}, is_causal=True, order="striped")
     assert shard["position_ids"].tolist() == [[1, 0, 3]]
     wide = packed.expand(3, 1, 7)
-    assert (
-        distributed.shard_inputs({"input_ids": IDS, "position_ids": wide}, is_causal=True, order="striped")[
-            "position_ids"
-        ].tolist()
-        == [[[1, 0, 3]]] * 3
-    )
+    assert distributed.shard_inputs({"input_ids": IDS, "position_ids": wide}, is_causal=True, order="striped")["position_ids"].tolist() == [[[1, 0, 3]]] * 3
     tokens = distributed.shard_inputs({"input_ids": IDS, "labels": IDS}, shift_labels=False)
     assert torch.equal(tokens["labels"], IDS[:, 3:6])
 
@@ -291,45 +275,24 @@ def test_padding_stands_behind_all_tokens() -> None:
     ("call", "message"),
     [
         (lambda: distributed.shard_inputs({"input_ids": IDS}, axis="pc"), "mesh axis 'pc' is unknown"),
-        (
-            lambda: distributed.shard_inputs({"input_ids": IDS}, order="zig"),
-            r"order 'zig' is unknown \(did you mean 'zigzag'\?\)",
-        ),
+        (lambda: distributed.shard_inputs({"input_ids": IDS}, order="zig"), r"order 'zig' is unknown \(did you mean 'zigzag'\?\)"),
         (lambda: distributed.shard_inputs({"labels": IDS}), "the batch has no input_ids .* it has labels"),
-        (
-            lambda: distributed.shard_inputs({"input_ids": IDS, "label": IDS}),
-            r"batch\['label'\] \[2, 7\] is of no known name \(did you mean 'labels'\?\)",
-        ),
+        (lambda: distributed.shard_inputs({"input_ids": IDS, "label": IDS}), r"batch\['label'\] \[2, 7\] is of no known name \(did you mean 'labels'\?\)"),
         (lambda: distributed.shard_inputs({"input_ids": IDS}, dims={"x": 1}), "dims names 'x', which the batch doesn't have"),
         (lambda: distributed.shard_inputs({"input_ids": IDS, "x": IDS}, dims={"x": 2}), r"batch\['x'\] \[2, 7\] has no dim 2"),
         (lambda: distributed.shard_inputs({"input_ids": IDS, "labels": IDS[:, 1:]}), "different lengths: input_ids 7, labels 6"),
-        (
-            lambda: distributed.shard_inputs({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 7, 7)}),
-            "a mask of pairs can't be cut by rows",
-        ),
+        (lambda: distributed.shard_inputs({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 7, 7)}), "a mask of pairs can't be cut by rows"),
         (lambda: distributed.shard_inputs({"input_ids": IDS, "position_ids": IDS}), "say is_causal=True .* a multiple of 3"),
         (lambda: distributed.shard_inputs({"input_ids": IDS[:, :0]}), "at least one token, got length 0"),
         (lambda: distributed.local_positions(7, rank=1), "give rank and ranks together"),
         (lambda: distributed.local_positions(7, rank=3, ranks=3), "rank 3 is not among 3 ranks"),
-        (
-            lambda: distributed.unshard(IDS, length=30),
-            r"30 tokens over 3 ranks \(contiguous\) are 10 rows a rank, but the tensor has 7 along dim 1",
-        ),
+        (lambda: distributed.unshard(IDS, length=30), r"30 tokens over 3 ranks \(contiguous\) are 10 rows a rank, but the tensor has 7 along dim 1"),
         (lambda: distributed.unshard(IDS, dim=2), r"tensor \[2, 7\] has no dim 2"),
         (lambda: distributed.sharded_loss(torch.zeros(2, 7, 5), IDS[:, 1:]), r"logits \[2, 7, 5\] and labels \[2, 6\] don't fit"),
-        (
-            lambda: distributed.sharded_loss(torch.zeros(2, 7, 5), IDS, reduction="men"),
-            r"reduction 'men' is unknown \(did you mean 'mean'\?\)",
-        ),
-        (
-            lambda: distributed.sharded_loss(torch.zeros(2, 7, 5), IDS, gradients="avg"),
-            "gradients 'avg' is unknown; it is mean or sum",
-        ),
+        (lambda: distributed.sharded_loss(torch.zeros(2, 7, 5), IDS, reduction="men"), r"reduction 'men' is unknown \(did you mean 'mean'\?\)"),
+        (lambda: distributed.sharded_loss(torch.zeros(2, 7, 5), IDS, gradients="avg"), "gradients 'avg' is unknown; it is mean or sum"),
         (lambda: distributed.sharded_loss(torch.zeros(2, 7, 5), IDS, axis=("cp", "cp")), "axis names each mesh axis once"),
-        (
-            lambda: distributed.sharded_loss(torch.zeros(2, 7, 5), IDS, reduction="sum", num_items_in_batch=3),
-            "num_items_in_batch divides the mean",
-        ),
+        (lambda: distributed.sharded_loss(torch.zeros(2, 7, 5), IDS, reduction="sum", num_items_in_batch=3), "num_items_in_batch divides the mean"),
         (lambda: distributed.count_tokens([]), "there are no labels to count"),
     ],
 )

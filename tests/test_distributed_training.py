@@ -246,15 +246,7 @@ def test_a_step_over_ranks_is_that_of_one(tmp_path: Path) -> None:
     encoded = _encoded()
     ranks = over_ranks(MESH, _job, folder, timeout=200.0, patience=400.0)
     for found in ranks:
-        assert found.keys() == {
-            "ddp",
-            "accumulated",
-            "fsdp, checkpointed",
-            "fsdp by layer",
-            "tensor parallel",
-            "bfloat16",
-            "encoder",
-        }
+        assert found.keys() == {"ddp", "accumulated", "fsdp, checkpointed", "fsdp by layer", "tensor parallel", "bfloat16", "encoder"}
         for name in found.keys() - {"bfloat16", "encoder"}:
             assert max(_gaps(found[name], right)) <= 1e-12, name
         assert max(_gaps(found["encoder"], encoded)) <= 1e-12

@@ -130,7 +130,9 @@ class TopKCompression:
         done: torch.futures.Future[Tensor] = future.then(lambda gathered: gathered.value()[0])
         return done
 
-    def _compressed(self, gradients: Tensor, residual: Tensor, used: Tensor | None, count: int) -> torch.futures.Future[Tensor]:
+    def _compressed(
+        self, gradients: Tensor, residual: Tensor, used: Tensor | None, count: int
+    ) -> torch.futures.Future[Tensor]:
         corrected = residual.add_(gradients)
         offered = corrected if used is None else corrected.where(used, 0)
         # What is no number counts as the largest.
@@ -205,6 +207,7 @@ def _hook(state: TopKCompression, bucket: GradBucket) -> torch.futures.Future[Te
 
 # DDP compares types, not their names.
 _hook.__annotations__ = {"bucket": GradBucket, "return": torch.futures.Future[Tensor]}
+
 
 
 def _mean_of(messages: Tensor, count: int, like: Tensor) -> Tensor:

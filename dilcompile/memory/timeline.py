@@ -9,8 +9,7 @@ from dilcompile.memory.buffer import ROLES, Buffer
 from dilcompile.memory.plan import Arena
 
 # For a page that holds pictures; a picture that stands alone carries it in itself.
-STYLE = (
-    """
+STYLE = """
 .arena { --workspace: #2a56c6; --output: #2f8f5b; --saved: #8a5cc2; --gradient: #d1495b; --send: #c98a1b; --receive: #ee9d3d;
   --edge: #9aa3ad; --ink: #1b1f24; --soft: #5c6670; --back: #fff; }
 @media (prefers-color-scheme: dark) { .arena { --workspace: #86abff; --output: #6fcf97; --saved: #bb9af0; --gradient: #ff8a98;
@@ -19,9 +18,7 @@ STYLE = (
 .arena .head { font-size: 12.5px; font-weight: 600; fill: var(--ink); }
 .arena .back { fill: var(--back); } .arena .edge { fill: none; stroke: var(--edge); }
 .arena .buffer { stroke: var(--back); stroke-width: 0.6; }
-""".strip()
-    + "".join(f"\n.arena .{role} {{ fill: var(--{role}); }}" for role in ROLES)
-)
+""".strip() + "".join(f"\n.arena .{role} {{ fill: var(--{role}); }}" for role in ROLES)
 
 _WIDE, _TALL = 640, 240
 _LEFT, _LINE = 74, 16

@@ -26,11 +26,11 @@ Triple = tuple[int, int, int]
 def tokens(grid: tuple[int, ...]) -> Positions:
     """The token at each place of the curve, int64 [product of the grid].
 
-    grid [4, 4]         along the curve                         the curve
-    0  1  2  3          0 4 5 1  2 3 7 6                        0  3  4  5
-    4  5  6  7          10 11 15 14  13 9 8 12                  1  2  7  6
-    8  9  10 11                                                 14 13 8  9
-    12 13 14 15         inverse: the picture on the right       15 12 11 10
+        grid [4, 4]         along the curve                         the curve
+        0  1  2  3          0 4 5 1  2 3 7 6                        0  3  4  5
+        4  5  6  7          10 11 15 14  13 9 8 12                  1  2  7  6
+        8  9  10 11                                                 14 13 8  9
+        12 13 14 15         inverse: the picture on the right       15 12 11 10
     """
     sizes = (*grid, 1)[:3]
     # The first axis of the walk: see Note [parity].
