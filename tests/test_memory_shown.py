@@ -163,7 +163,7 @@ def test_mesh_and_memory_are_told_together(run: Any) -> None:
     assert both.startswith("cp=2, ")
     assert "\n\nmemory of 2 graphs\n" in both
     told = json.loads(run(*arguments, "--json").stdout)
-    assert (told["ranks"], len(told["memory"]["graphs"])) == (2, 2)
+    assert (told["mesh"], len(told["memory"]["graphs"])) == ({"cp": 2}, 2)
 
 
 @pytest.mark.parametrize(

@@ -342,7 +342,7 @@ SITE_KEYS = {
 COUNT = {"type": "integer", "minimum": 0}
 SITE_KEYS["placement"] = {"anyOf": [{"type": "null"}, closed({
     **{key: {"type": "string"} for key in ("axis", "method", "order", "overlap", "why")},
-    "ranks": COUNT, "heads_axis": {"type": ["string", "null"]}, "heads_ranks": COUNT,
+    "ranks": COUNT, "heads_axis": {"type": ["string", "null"]}, "heads_ranks": COUNT, "moving": {"type": ["string", "null"]},
 })]}  # fmt: skip
 BLOCKS = closed(dict.fromkeys(("q_block", "k_block", "rows", "columns", "heads", "full", "partial", "empty"), COUNT))
 
