@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dilcompile.errors import FormError, KernelError
-from dilcompile.lowering import operands, reference, token_order, transforms
+from dilcompile.lowering import operands, reference, token_order, transforms, triton
 from dilcompile.lowering.call import (
     Call,
     empty_output,
@@ -169,7 +169,9 @@ def attention_backward(
     of_output = output_scale(form_of(form), k.shape[2])
     if of_output != 1.0:
         grad_out, out = grad_out * of_output, out / of_output
-    chosen = reference if _swallows(call, lse) else select(call, kernel, backward=True)
+    chosen = select(call, kernel, backward=True)
+    if chosen is not triton and _swallows(call, lse):
+        chosen = reference
     grads = token_order.backward(chosen, call, out, lse, grad_out, grad_lse, form_of(form))
     shaped = [_laid_out(grad, like) for grad, like in zip(grads[:3], (q, k, v), strict=True)]
     if factor != 1.0:
@@ -181,8 +183,8 @@ def attention_backward(
 def _swallows(call: Call, lse: Tensor) -> bool:
     """Does a row see nothing but a fill so large that its LSE can't hold the logarithm of the number of keys?
 
-    Weights made from such an LSE are 1 where they are 1 / n. The reference computes them anew. On a CUDA device nobody looks,
-    because the answer would have to be waited for (docs/limits.md).
+    Weights made from such an LSE are 1 where they are 1 / n. The reference computes them anew, the Triton kernel what the LSE
+    lacks. On a CUDA device nobody looks, because the answer would have to be waited for (docs/limits.md).
     """
     if call.bias is None or call.q.device.type != "cpu":
         return False

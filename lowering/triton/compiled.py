@@ -60,8 +60,8 @@ class Case:
         switches: of ``padding``, ``documents``, ``limits`` (by row), ``softcap``, ``dropout``, ``dedupe`` (terms that count only
             what is new), ``heads`` (terms of some query heads), ``grouped`` (4 query heads a key head), ``one_key`` (all of 64
             query heads have one), ``bias`` (one a pair), ``key_bias`` (one a key), ``paged`` (pages of 16 keys),
-            ``128-blocks`` (lists of blocks of so many queries and keys), ``described`` (loads by descriptors); none:
-            causal or not.
+            ``128-blocks`` (lists of blocks of so many queries and keys), ``described`` (loads by descriptors), ``rest`` (the
+            forward walks only to find what an LSE lacks); none: causal or not.
     """
 
     step: Pass
@@ -78,7 +78,7 @@ class Case:
             return "counted pairs" if "bias" in self.switches else "counted"
         if "bias" in self.switches:
             return "pairs"
-        plain = {"grouped", "one_key", "paged", "heads", "described", f"{self.block}-blocks"}
+        plain = {"grouped", "one_key", "paged", "heads", "described", "rest", f"{self.block}-blocks"}
         return "some" if set(self.switches) - plain else "none"
 
     @property
@@ -140,6 +140,7 @@ def cases() -> Iterator[Case]:
             for arch in ("sm80", "sm100", "sm120", "gfx942"):
                 yield Case(step, arch, torch.bfloat16, dim, dim, ("bias",))
     for dim in (64, 128):
+        yield Case("forward", "sm90", torch.bfloat16, dim, dim, ("bias", "rest"))
         for arch in ("sm80", "sm90", "sm100", "sm120", "gfx942"):
             for switch in ("bias", "key_bias"):
                 yield Case("bias", arch, torch.bfloat16, dim, dim, (switch,))
@@ -243,6 +244,7 @@ def _fixed(case: Case, tile: Tile) -> dict[str, object]:
     by = next((word for switch, word in (("bias", "pairs"), ("key_bias", "keys")) if switch in case.switches), "none")
     fixed |= {"BIAS_BY": by, "ALL_QUERIES": by == "keys", "NATURAL": by != "none"}
     fixed |= {"BIAS": None} if by == "none" else {}
+    fixed |= {"REST": None} if by == "none" or (case.step == "forward" and "rest" not in case.switches) else {}
     fixed |= {"Q_BLOCK": case.block, "K_BLOCK": case.block, **({} if case.block else {"LINES": None, "ENTRIES": None})}
     if case.step == "bias":
         # Of blocks, a bias by key walks their lists, one by pair asks their map.
@@ -262,7 +264,7 @@ def _fixed(case: Case, tile: Tile) -> dict[str, object]:
 
 
 def _type(name: str, dtype: torch.dtype) -> str:
-    if name in ("LSE", "DELTA", "GRAD_LSE", "SUMS", "TOPS", "TOTALS"):
+    if name in ("LSE", "REST", "DELTA", "GRAD_LSE", "SUMS", "TOPS", "TOTALS"):
         return "*fp32"
     if name in ("TERMS", "RESIDUES", "LINES", "ENTRIES", "TILES", "PATTERNS", "STARTS", "ENDS", "LIMITS", "KEPT", "PAGES"):
         return "*i32"
