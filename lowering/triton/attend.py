@@ -108,10 +108,9 @@ def attention(
     if BIAS is not None:
         BIAS += batch * bias_batch + first_head.to(tl.int64) * bias_head
     row, head = (position - q_offset).to(tl.int64), h.to(tl.int64)
-    place = (batch * kv_heads * GROUP + head) * q_len + row
     known, lost = there, there
     if REST is not None:
-        known = tl.load(LSE + place, mask=there, other=0.0)
+        known = tl.load(LSE + (batch * kv_heads * GROUP + head) * q_len + row, mask=there, other=0.0)
         lost = is_rough(known)
         if tl.max(lost.to(tl.int32), 0) == 0:
             return
@@ -161,16 +160,16 @@ def attention(
                     PRECISION, KEYS=KEYS, VALUES=VALUES,
                 )  # fmt: skip
     seen = total > 0
-    of_sum = logarithm(tl.where(seen, total, 1.0), BIAS is not None)
+    place = (batch * kv_heads * GROUP + head) * q_len + row
     if REST is not None:
-        tl.store(REST + place, top - known + of_sum, mask=there & lost & seen)
+        tl.store(REST + place, top - known + logarithm(tl.where(seen, total, 1.0), BIAS is not None), mask=there & lost & seen)
     else:
         out = sums / tl.where(seen, total, 1.0)[:, None]
         if SEED is not None:
             out *= kept_factor
         pointers = OUT + batch * out_batch + (row * out_row + head * out_head)[:, None] + v_dims[None, :]
         tl.store(pointers, out.to(OUT.dtype.element_ty), mask=there[:, None] & (v_dims < V_DIM)[None, :])
-        lse = top + of_sum
+        lse = top + logarithm(tl.where(seen, total, 1.0), BIAS is not None)
         if BIAS is None:
             lse *= LN_2
         tl.store(LSE + place, lse, mask=there)
