@@ -166,7 +166,7 @@ def test_rows_that_a_finite_fill_covers_are_no_empty_rows(fill: float) -> None:
 
 def covered(fill: float, shape: tuple[int, ...]) -> Tensor:
     bias = torch.zeros(shape)
-    bias[0, ..., 5:, :1 if shape[3] == 1 else KEYS] = fill
+    bias[0, ..., 5:, : 1 if shape[3] == 1 else KEYS] = fill
     bias[-1] = fill
     return bias
 
