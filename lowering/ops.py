@@ -91,7 +91,7 @@ def attention(
     from dilcompile.lowering.select import select
 
     operands.check_products(q, k, v, pages is not None)
-    operands.check_scores(scale, softcap, dropout_p)
+    operands.check_scores(softcap, dropout_p)
     scale, factor = positive_scale(scale, q.dtype)
     scaled = q if factor == 1.0 else q * factor
     call = _call(
@@ -158,7 +158,7 @@ def attention_backward(
         )
 
     operands.check_products(q, k, v, False)
-    operands.check_scores(scale, softcap, dropout_p)
+    operands.check_scores(softcap, dropout_p)
     scale, factor = positive_scale(scale, q.dtype)
     scaled = q if factor == 1.0 else q * factor
     call = _call(
