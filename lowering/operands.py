@@ -9,15 +9,14 @@ from torch import Tensor
 
 from dilcompile.errors import KernelError
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
 
 
 def check_products(q: Tensor, k: Tensor, v: Tensor, in_pages: bool) -> None:
     """Raise KernelError unless q [B, H, Sq, D], k [B, Hkv, Sk, D] and v [B, Hkv, Sk, Dv] are of one dtype and device; k and v in
     pages have as many pages each, whatever B is."""
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
-        raise KernelError(f"{_named(q, k, v)} must have one dtype, float16, bfloat16, float32 or float64; cast them")
+    if not q.dtype == k.dtype == v.dtype:
+        raise KernelError(f"{_named(q, k, v)} must have one dtype; cast them")
     if not q.device == k.device == v.device:
         raise KernelError(f"{_named(q, k, v)} are on {q.device}, {k.device} and {v.device}; move them to one device")
     if not q.dim() == k.dim() == v.dim() == 4:
@@ -30,10 +29,8 @@ def check_products(q: Tensor, k: Tensor, v: Tensor, in_pages: bool) -> None:
         )
 
 
-def check_scores(scale: float, softcap: float | None, dropout_p: float) -> None:
+def check_scores(softcap: float | None, dropout_p: float) -> None:
     """Raise KernelError for numbers that kernels would read differently."""
-    if not math.isfinite(scale):
-        raise KernelError(f"scale is a finite number, not {scale}; no kernel takes another one")
     if softcap is not None and not 0 < softcap < math.inf:
         raise KernelError(f"softcap is a positive number, or None for none, not {softcap}")
     if not 0 <= dropout_p <= 1:
@@ -48,16 +45,19 @@ def check_masks(
     for name, x, dtypes, wanted in (
         ("key_padding", key_padding, (torch.bool,), ((batch,), (keys,))),
         ("documents", documents, _INTEGERS, ((1, batch), (keys,))),
-        ("bias", bias, _DTYPES, ((1, batch), (1, heads), (1, rows), (1, keys))),
+        ("bias", bias, (), ((1, batch), (1, heads), (1, rows), (1, keys))),
         ("row_limits", row_limits, _INTEGERS, ((2,), (1, batch), (rows,))),
     ):
         if x is None:
             continue
         # A bias may lack leading dims.
         sizes = wanted[len(wanted) - x.dim() :] if name == "bias" and x.dim() <= len(wanted) else wanted
-        if x.dtype not in dtypes or len(sizes) != x.dim() or any(n not in of for n, of in zip(x.shape, sizes, strict=True)):
+        # Of a bias, each kernel says itself which dtypes it takes.
+        typed = not dtypes or x.dtype in dtypes
+        if not typed or len(sizes) != x.dim() or any(n not in of for n, of in zip(x.shape, sizes, strict=True)):
             dims = ", ".join(" or ".join(map(str, dict.fromkeys(of))) for of in wanted)
-            raise KernelError(f"{name} {_shown(x)} must be [{dims}] of {' or '.join(str(one)[6:] for one in dtypes)}")
+            of_dtype = f" of {' or '.join(str(one).removeprefix('torch.') for one in dtypes)}" if dtypes else ""
+            raise KernelError(f"{name} {_shown(x)} must be [{dims}]{of_dtype}")
         if x.device != q.device:
             raise KernelError(f"{name} is on {x.device} but q is on {q.device}; move it there")
 

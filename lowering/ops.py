@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dilcompile.errors import FormError, KernelError
-from dilcompile.lowering import operands, reference, token_order, transforms
+from dilcompile.lowering import operands, reference, token_order, transforms, triton
 from dilcompile.lowering.call import (
     Call,
     Room,
@@ -103,7 +103,7 @@ def forward(given: Operands, room: Room | None = None) -> tuple[Tensor, Tensor]:
     from dilcompile.lowering.select import select
 
     operands.check_products(given.q, given.k, given.v, given.pages is not None)
-    operands.check_scores(given.scale, given.softcap, given.dropout_p)
+    operands.check_scores(given.softcap, given.dropout_p)
     scale, factor = positive_scale(given.scale, given.q.dtype)
     call = _call(given._replace(scale=scale, q=given.q if factor == 1.0 else given.q * factor))
     form = form_of(given.form)
@@ -151,14 +151,16 @@ def backward(
 
     grad_out, grad_lse, out, lse = upstream
     operands.check_products(given.q, given.k, given.v, False)
-    operands.check_scores(given.scale, given.softcap, given.dropout_p)
+    operands.check_scores(given.softcap, given.dropout_p)
     scale, factor = positive_scale(given.scale, given.q.dtype)
     scaled = given._replace(scale=scale, q=given.q if factor == 1.0 else given.q * factor, exact_lse=True)
     call, form = _call(scaled, bias_grad), form_of(given.form)
     of_output = output_scale(form, given.k.shape[2])
     if of_output != 1.0:
         grad_out, out = grad_out * of_output, out / of_output
-    chosen = reference if _swallows(call, lse) else select(call, given.kernel, backward=True)
+    chosen = select(call, given.kernel, backward=True)
+    if chosen is not triton and _swallows(call, lse):
+        chosen = reference
     grads = token_order.backward(chosen, replace(call, room=room), out, lse, grad_out, grad_lse, form)
     results = (None,) * 4 if room is None else room.results
     likes = (given.q, given.k, given.v)
@@ -175,8 +177,8 @@ def backward(
 def _swallows(call: Call, lse: Tensor) -> bool:
     """Does a row see nothing but a fill so large that its LSE can't hold the logarithm of the number of keys?
 
-    Weights made from such an LSE are 1 where they are 1 / n. The reference computes them anew. On a CUDA device nobody looks,
-    because the answer would have to be waited for (docs/limits.md).
+    Weights made from such an LSE are 1 where they are 1 / n. The reference computes them anew, the Triton kernel what the LSE
+    lacks. On a CUDA device nobody looks, because the answer would have to be waited for (docs/limits.md).
     """
     if call.bias is None or call.q.device.type != "cpu":
         return False

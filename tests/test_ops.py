@@ -69,9 +69,7 @@ def test_numbers_that_kernels_would_read_differently_are_refused(changes: dict[s
         (0, torch.zeros(4, 20, 8), "add the missing dims"),
         (3, torch.zeros(2, 19, dtype=torch.bool), r"key_padding \[2, 19\] bool must be \[2, 20\] of bool"),
         (4, torch.zeros(3, 20, dtype=torch.int64), r"documents \[3, 20\] int64 must be \[1 or 2, 20\] of int32 or int64"),
-        (5, torch.zeros(3, 1, 20), r"bias \[3, 1, 20\] float32 must be \[1 or 2, 1 or 4, 1 or 20, 1 or 20\] of float16"),
-        (12, math.nan, "scale is a finite number, not nan"),
-        (12, -math.inf, "scale is a finite number, not -inf"),
+        (5, torch.zeros(3, 1, 20), r"bias \[3, 1, 20\] float32 must be \[1 or 2, 1 or 4, 1 or 20, 1 or 20\]"),
     ],
 )
 def test_operands_that_do_not_belong_together(at: int, wrong: object, said: str) -> None:

@@ -24,8 +24,10 @@ from test_kernels import (
 from torch import Tensor
 
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
-from dilcompile.lowering import triton
+from dilcompile.lowering import reference, triton
+from dilcompile.lowering.call import Call
 from dilcompile.lowering.triton import bound
+from dilcompile.relation import Problem
 
 BATCH, HEADS, ROWS, KEYS = 2, 2, 11, 18
 # One number a key, a key of each head, a pair, a pair of each batch row, a row, all pairs; and shapes of fewer dims.
@@ -164,6 +166,34 @@ def test_rows_that_a_finite_fill_covers_are_no_empty_rows(fill: float) -> None:
     exact = expected(*(x.double() for x in inputs), FORMS[3], at, bias=bias)
     for mine, theirs, true in zip(found, eager, exact, strict=True):
         assert_as_good_as_eager(mine, theirs, true, torch.float32)
+
+
+def covered(fill: float, shape: tuple[int, ...]) -> Tensor:
+    bias = torch.zeros(shape)
+    bias[0, ..., 5:, : 1 if shape[3] == 1 else KEYS] = fill
+    bias[-1] = fill
+    return bias
+
+
+def gradients_of(kernel: Any, given: tuple[Tensor, Tensor, Tensor], bias: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v = given
+    size = Problem(BATCH, HEADS, HEADS, ROWS, KEYS, q.shape[3], v.shape[3], 0, True)
+    call = Call(q, k, v, None, None, bias, None, FORMS[5].relation(size), SCALE)
+    out, lse = kernel.forward(call)
+    ramp = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    found: tuple[Tensor | None, ...] = kernel.backward(call, out, lse, ramp, torch.where(lse.isfinite(), ramp[..., 0], 0))
+    return found
+
+
+@pytest.mark.parametrize("fill", [-1e9, 1e9, float(torch.finfo(torch.float32).min)])
+@pytest.mark.parametrize("shape", [(BATCH, 1, 1, KEYS), WHOLE, (BATCH, HEADS, ROWS, 1)], ids=str)
+def test_gradients_of_rows_whose_lse_keeps_the_fill_alone(shape: tuple[int, ...], fill: float) -> None:
+    """float32 has no digits for the logarithm of the number of keys beside such a fill."""
+    _, inputs = inputs_of(kv_heads=HEADS, dtype=torch.float32)
+    bias = covered(fill, shape)
+    for mine, theirs in zip(gradients_of(triton, inputs, bias), gradients_of(reference, inputs, bias), strict=True):
+        assert mine is not None
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
 DTYPES = [

@@ -89,7 +89,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     described = tile.described and bound.describable(plan, k, v)
     with _current(q.device), _scratch(described, q.device):
         kernel[bound.grid(plan.queries)](
-            q, k, v, out, lse, *plan.tables, plan.queries.tiles, plan.patterns,
+            q, k, v, out, lse, None, *plan.tables, plan.queries.tiles, plan.patterns,
             *bound.masks, bound.bias, bound.seed, plan.part,
             *strides, *bound.mask_strides, *bound.bias_strides,
             *bound.sizes(plan, plan.queries), **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other, FOLD=fold,
@@ -164,13 +164,14 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
             out, grad_out, None if grad_lse is None else grad_lse.contiguous(), delta, *strides,
             size.q_len, size.heads, V_DIM=size.v_dim, BLOCK_DV=block, BLOCK_M=tile.own, FOLD=fold, **tile.options,
         )  # fmt: skip
+        rest = _rest_of_lse(bound, q, k, v, out, lse)
         tile = bound.tile("queries")
         strides, fold = folded(q, k, v, grad_out, grad_q)
         plan = bound.plan(tile.own // bound.pack, tile.other)
         described = tile.described and bound.describable(plan, k, v)
         with _scratch(described, q.device):
             gradient_of_queries[bound.grid(plan.queries)](
-                q, k, v, grad_out, lse, delta, grad_q, *plan.tables, plan.queries.tiles, plan.patterns,
+                q, k, v, grad_out, lse, rest, delta, grad_q, *plan.tables, plan.queries.tiles, plan.patterns,
                 *bound.masks, bound.bias, bound.seed, plan.part,
                 *strides, *bound.mask_strides, *bound.bias_strides, *bound.sizes(plan, plan.queries),
                 call.scale, **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other, FOLD=fold, DESCRIBED=described,
@@ -180,21 +181,39 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
         strides, fold = folded(q, k, v, grad_out, grad_k, grad_v)
         plan = bound.plan(tile.other // bound.pack, tile.own, transposed=True)
         gradient_of_keys[(plan.keys.tiles.shape[1], size.kv_heads, size.batch)](
-            q, k, v, grad_out, lse, delta, grad_k, grad_v, *plan.tables, plan.keys.tiles,
+            q, k, v, grad_out, lse, rest, delta, grad_k, grad_v, *plan.tables, plan.keys.tiles,
             plan.patterns, *bound.masks, bound.bias, bound.seed, plan.part,
             *strides, *bound.mask_strides, *bound.bias_strides,
             *bound.sizes(plan, plan.keys), call.scale, **bound.switches(plan), BLOCK_M=tile.other, BLOCK_N=tile.own, FOLD=fold,
             **tile.options,
         )  # fmt: skip
-        grad_bias = _gradient_of_bias(bound, (q, k, v, grad_out, lse, delta), grad_lse)
+        grad_bias = None if rest is None else _gradient_of_bias(bound, (q, k, v, grad_out, lse, rest, delta), grad_lse)
     return grad_q, grad_k, grad_v, grad_bias
 
 
+def _rest_of_lse(bound: Bound, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Tensor | None:
+    """[B, H, Sq] to be added to the LSE of rows that a bias hides whole with a large finite number; None without a bias."""
+    from dilcompile.lowering.triton.attend import attention as kernel
+
+    if bound.bias is None:
+        return None
+    rest, tile = torch.zeros_like(lse), bound.tile("forward")
+    plan = bound.plan(tile.own // bound.pack, tile.other)
+    strides, fold = folded(q, k, v, out)
+    kernel[bound.grid(plan.queries)](
+        q, k, v, out, lse, rest, *plan.tables, plan.queries.tiles, plan.patterns, *bound.masks, bound.bias, bound.seed,
+        *strides, *bound.mask_strides, *bound.bias_strides,
+        *bound.sizes(plan, plan.queries), **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other, FOLD=fold,
+        DESCRIBED=False, **tile.options,
+    )  # fmt: skip
+    return rest
+
+
 def _gradient_of_bias(bound: Bound, operands: tuple[Tensor, ...], grad_lse: Tensor | None) -> Tensor | None:
-    """The gradient of the bias, None where it is not asked for; operands: q, k, v, grad_out, lse, delta."""
+    """The gradient of the bias, None where it is not asked for; operands: q, k, v, grad_out, lse, rest, delta."""
     from dilcompile.lowering.triton.bias_gradient import gradient_of_bias
 
-    call, size, (q, k, v, grad_out, lse, delta) = bound.call, bound.call.problem, operands
+    call, size, (q, k, v, grad_out, lse, rest, delta) = bound.call, bound.call.problem, operands
     if call.bias is None or not call.bias_grad:
         return None
     shape = (1,) * (4 - call.bias.dim()) + tuple(call.bias.shape)
@@ -223,7 +242,7 @@ def _gradient_of_bias(bound: Bound, operands: tuple[Tensor, ...], grad_lse: Tens
     strides, fold = folded(q, k, v, grad_out)
     map_strides = (0, 0) if there is None else (there.stride(0) if there.shape[0] > 1 else 0, there.stride(1))
     gradient_of_bias[(blocks, heads, batch)](
-        q, k, v, grad_out, lse, delta, grad, *plan.tables, tiles, there, *bound.masks, bound.bias, bound.seed,
+        q, k, v, grad_out, lse, rest, delta, grad, *plan.tables, tiles, there, *bound.masks, bound.bias, bound.seed,
         *strides, *bound.mask_strides, *bound.bias_strides,
         *counts, size.heads // heads, size.batch // batch, *bound.factors(), *plan.places, *map_strides, first_row, **switches,
         BLOCK_M=tile.other, BLOCK_N=tile.own, FOLD=fold, **tile.options,

@@ -10,6 +10,7 @@ from dilcompile.lowering.triton.scores import (
     described,
     dropped,
     facts_of_queries,
+    is_rough,
     load_rows,
     logarithm,
     power,
@@ -64,7 +65,8 @@ def attend(
 
 @triton.jit(do_not_specialize=VARYING)
 def attention(
-    Q, K, V, OUT, LSE, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, BIAS, SEED, PART,
+    Q, K, V, OUT, LSE, REST, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
+    PART,
     q_batch: tl.int64, q_head, q_row, k_batch: tl.int64, k_head, k_row,
     v_batch: tl.int64, v_head, v_row, out_batch: tl.int64, out_head, out_row,
     document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
@@ -81,6 +83,9 @@ def attention(
 
     PRODUCTS: dtype of the operands of matrix products; SCORES: of scores and sums. FOLD: see ``unfolded``.
     DESCRIBED: keys and values are loaded by descriptors of their rows (TMA).
+
+    REST: in place of all that is computed, what an LSE that is there already has no digits for: of rows that a fill of a bias
+    hides whole, about the logarithm of the number of their keys. Tiles without such rows are not walked.
     """
     q_batch, q_head, q_row = unfolded(q_batch, q_head, q_row, FOLD)
     k_batch, k_head, k_row = unfolded(k_batch, k_head, k_row, FOLD)
@@ -108,6 +113,12 @@ def attention(
     k_begin, k_end, k_step = part_of_keys(PART, k_len)
     number = row_of(position, q_offset, PART, q_step)
     row, head = number.to(tl.int64), h.to(tl.int64)
+    known, lost = there, there
+    if REST is not None:
+        known = tl.load(LSE + (batch * kv_heads * GROUP + head) * q_len + row, mask=there, other=0.0)
+        lost = is_rough(known)
+        if tl.max(lost.to(tl.int32), 0) == 0:
+            return
     q = load_rows(Q + batch * q_batch, row * q_row + head * q_head, there, dims, HEAD_DIM, BLOCK_D, True).to(PRODUCTS)
     t, document, limit_low, limit_high = facts_of_queries(position, number, there, STARTS, LIMITS, limit_stride, k_len)
     bias = bias_of_tile(BIAS, row * bias_row + (head - first_head) * bias_head, there, BIAS_BY, "rows", SCORES)
@@ -156,13 +167,16 @@ def attention(
                     PRECISION, KEYS=KEYS, VALUES=VALUES, PART=PART, key_row=key_row, row_rate=row_rate,
                 )  # fmt: skip
     seen = total > 0
-    out = sums / tl.where(seen, total, 1.0)[:, None]
-    if SEED is not None:
-        out *= kept_factor
-    pointers = OUT + batch * out_batch + (row * out_row + head * out_head)[:, None] + v_dims[None, :]
-    tl.store(pointers, out.to(OUT.dtype.element_ty), mask=there[:, None] & (v_dims < V_DIM)[None, :])
-    lse = top + logarithm(tl.where(seen, total, 1.0), BIAS is not None)
-    if BIAS is None:
-        lse *= LN_2
-    heads = kv_heads * GROUP
-    tl.store(LSE + (batch * heads + head) * q_len + row, lse, mask=there)
+    place = (batch * kv_heads * GROUP + head) * q_len + row
+    if REST is not None:
+        tl.store(REST + place, top - known + logarithm(tl.where(seen, total, 1.0), BIAS is not None), mask=there & lost & seen)
+    else:
+        out = sums / tl.where(seen, total, 1.0)[:, None]
+        if SEED is not None:
+            out *= kept_factor
+        pointers = OUT + batch * out_batch + (row * out_row + head * out_head)[:, None] + v_dims[None, :]
+        tl.store(pointers, out.to(OUT.dtype.element_ty), mask=there[:, None] & (v_dims < V_DIM)[None, :])
+        lse = top + logarithm(tl.where(seen, total, 1.0), BIAS is not None)
+        if BIAS is None:
+            lse *= LN_2
+        tl.store(LSE + place, lse, mask=there)

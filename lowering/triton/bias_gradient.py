@@ -3,14 +3,13 @@
 import triton
 import triton.language as tl
 
-from dilcompile.lowering.triton.gradients import gradient_of_scores, scores_of_queries
+from dilcompile.lowering.triton.gradients import gradient_of_scores, weights_of_queries
 from dilcompile.lowering.triton.listed import step_of, steps_of
 from dilcompile.lowering.triton.scores import (
     bias_of_tile,
     facts_of_keys,
     facts_of_queries,
     load_rows,
-    power,
     rows_of_tile,
     unfolded,
 )
@@ -32,7 +31,7 @@ def pairs_of_blocks(
 
 @triton.jit
 def share_of_bias(
-    sums, batch, h, Q, K, V, GRAD_OUT, LSE, DELTA,
+    sums, batch, h, Q, K, V, GRAD_OUT, LSE, REST, DELTA,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row, dims, v_dims,
     TERMS, RESIDUES, LINES, ENTRIES, MAP, STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
     document_batch, limit_batch, limit_stride, padding_batch, padding_stride, bias_batch, bias_head, bias_row, bias_key,
@@ -96,8 +95,8 @@ def share_of_bias(
                 begin = first_query
             visits = tl.cdiv(tl.maximum(0, high - begin), BLOCK_M)
         for n in range(visits):
-            s, _slope, lse, delta, position, head, _q, grad = scores_of_queries(
-                n, keys, Q + batch * q_batch, GRAD_OUT + batch * out_batch, LSE + rows, DELTA + rows,
+            weights, _slope, delta, position, head, _q, grad = weights_of_queries(
+                n, keys, Q + batch * q_batch, GRAD_OUT + batch * out_batch, LSE + rows, REST + rows, DELTA + rows,
                 q_head, q_row, out_head, out_row, dims, v_dims,
                 TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, 0, kv_head, kv_heads,
                 k, relative, k_document, keep, row_low, row_high, h, q_len, k_len, q_offset, scale, softcap,
@@ -106,8 +105,7 @@ def share_of_bias(
                 K_BLOCK == 0, PADDING is not None, True, PRECISION, SCORES,
             )  # fmt: skip
             if MAPPED:
-                s = tl.where(held, s, -float("inf"))
-            weights = power(s - lse[None, :], True)
+                weights = tl.where(held, weights, 0.0)
             sums += gradient_of_scores(
                 weights, values, grad, delta, SEED, batch, head, position, k, least_drawn, kept_factor, PRECISION, SCORES
             )
@@ -116,7 +114,7 @@ def share_of_bias(
 
 @triton.jit(do_not_specialize=VARYING)
 def gradient_of_bias(
-    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_BIAS, TERMS, RESIDUES, LINES, ENTRIES, TILES, MAP,
+    Q, K, V, GRAD_OUT, LSE, REST, DELTA, GRAD_BIAS, TERMS, RESIDUES, LINES, ENTRIES, TILES, MAP,
     STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
     q_batch: tl.int64, q_head, q_row, k_batch: tl.int64, k_head, k_row,
     v_batch: tl.int64, v_head, v_row, out_batch: tl.int64, out_head, out_row,
@@ -152,7 +150,7 @@ def gradient_of_bias(
         h = tl.program_id(1) + n % heads
         batch = (tl.program_id(2) + n // heads).to(tl.int64)
         sums = share_of_bias(
-            sums, batch, h, Q, K, V, GRAD_OUT, LSE, DELTA,
+            sums, batch, h, Q, K, V, GRAD_OUT, LSE, REST, DELTA,
             q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row, dims, v_dims,
             TERMS, RESIDUES, LINES, ENTRIES, MAP, STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
             document_batch, limit_batch, limit_stride, padding_batch, padding_stride, bias_batch, bias_head, bias_row, bias_key,

@@ -61,7 +61,8 @@ class Case:
             what is new), ``heads`` (terms of some query heads), ``grouped`` (4 query heads a key head), ``one_key`` (all of 64
             query heads have one), ``bias`` (one a pair), ``key_bias`` (one a key), ``paged`` (pages of 16 keys), ``part``
             (rows of a longer sequence, results in float32), ``128-blocks`` (lists of blocks of so many queries and keys),
-            ``described`` (loads by descriptors); none: causal or not.
+            ``described`` (loads by descriptors), ``rest`` (the forward walks only to find what an LSE lacks); none: causal or
+            not.
     """
 
     step: Pass
@@ -78,7 +79,7 @@ class Case:
             return "counted pairs" if "bias" in self.switches else "counted"
         if "bias" in self.switches:
             return "pairs"
-        plain = {"grouped", "one_key", "paged", "heads", "described", "part", f"{self.block}-blocks"}
+        plain = {"grouped", "one_key", "paged", "heads", "described", "part", "rest", f"{self.block}-blocks"}
         return "some" if set(self.switches) - plain else "none"
 
     @property
@@ -140,6 +141,7 @@ def cases() -> Iterator[Case]:
             for arch in ("sm80", "sm100", "sm120", "gfx942"):
                 yield Case(step, arch, torch.bfloat16, dim, dim, ("bias",))
     for dim in (64, 128):
+        yield Case("forward", "sm90", torch.bfloat16, dim, dim, ("bias", "rest"))
         for arch in ("sm80", "sm90", "sm100", "sm120", "gfx942"):
             for switch in ("bias", "key_bias"):
                 yield Case("bias", arch, torch.bfloat16, dim, dim, (switch,))
@@ -245,6 +247,7 @@ def _fixed(case: Case, tile: Tile) -> dict[str, object]:
     by = next((word for switch, word in (("bias", "pairs"), ("key_bias", "keys")) if switch in case.switches), "none")
     fixed |= {"BIAS_BY": by, "ALL_QUERIES": by == "keys", "NATURAL": by != "none"}
     fixed |= {"BIAS": None} if by == "none" else {}
+    fixed |= {"REST": None} if by == "none" or (case.step == "forward" and "rest" not in case.switches) else {}
     fixed |= {"Q_BLOCK": case.block, "K_BLOCK": case.block, **({} if case.block else {"LINES": None, "ENTRIES": None})}
     if case.step == "bias":
         # Of blocks, a bias by key walks their lists, one by pair asks their map.
@@ -268,7 +271,7 @@ def _fixed(case: Case, tile: Tile) -> dict[str, object]:
 def _type(name: str, case: Case) -> str:
     if "part" in case.switches and name in ("OUT", "GRAD_Q", "GRAD_K", "GRAD_V"):
         return "*fp32"
-    if name in ("LSE", "DELTA", "GRAD_LSE", "SUMS", "TOPS", "TOTALS"):
+    if name in ("LSE", "REST", "DELTA", "GRAD_LSE", "SUMS", "TOPS", "TOTALS"):
         return "*fp32"
     plan = ("TERMS", "RESIDUES", "LINES", "ENTRIES", "TILES", "PATTERNS", "PART")
     if name in (*plan, "STARTS", "ENDS", "LIMITS", "KEPT", "PAGES"):

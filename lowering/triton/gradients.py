@@ -61,15 +61,28 @@ def row_sums(
 
 
 @triton.jit
-def load_lse(LSE, place, there, NATURAL: tl.constexpr):
-    """The LSE in the base of scores. Rows without keys, and rows that are none, get infinity, which makes every weight 0."""
+def load_lse(LSE, REST, place, there):
+    """(LSE in the base of scores, rest: see ``weights_of``). Rows without keys, and rows that are none, get an LSE of infinity,
+    which makes every weight 0."""
     lse = tl.load(LSE + place, mask=there, other=float("inf"))
-    return tl.where(lse == -float("inf"), float("inf"), lse if NATURAL else lse * LOG2_E)
+    rest = lse
+    if REST is not None:
+        rest = tl.load(REST + place, mask=there, other=0.0)
+    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E if REST is None else lse), rest
+
+
+@triton.jit
+def weights_of(s, lse, rest, NATURAL: tl.constexpr):
+    """Weights of scores; with a bias (``NATURAL``) rest is what the LSE has no digits for, 0 in most rows."""
+    s -= lse
+    if NATURAL:
+        s -= rest
+    return power(s, NATURAL)
 
 
 @triton.jit
 def descend(
-    sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
+    sums, q, grad, lse, rest, delta, K, V, k_row, v_row, dims, v_dims,
     TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
     t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key, SEED, state,
     least_drawn, kept_factor, blocks, full_from, full_to, start, high, rate, LINE, origin,
@@ -89,7 +102,7 @@ def descend(
             HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, BLOCKS, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, MASKED, PRECISION,
             sums.dtype, KEYS=KEYS, VALUES=VALUES, PART=PART, key_row=key_row, row_rate=row_rate,
         )  # fmt: skip
-        weights = power(s - lse[:, None], BIAS is not None)
+        weights = weights_of(s, lse[:, None], rest[:, None], BIAS is not None)
         d_weights = tl.dot(grad, tl.trans(values.to(q.dtype)), input_precision=PRECISION, out_dtype=sums.dtype)
         if SEED is not None:
             d_weights = dropped(d_weights * kept_factor, state[:, None], k[None, :], least_drawn)
@@ -103,7 +116,7 @@ def descend(
 
 @triton.jit(do_not_specialize=VARYING)
 def gradient_of_queries(
-    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_Q, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS,
+    Q, K, V, GRAD_OUT, LSE, REST, DELTA, GRAD_Q, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS,
     STARTS, ENDS, LIMITS, PADDING, BIAS, SEED, PART,
     q_batch: tl.int64, q_head, q_row, k_batch: tl.int64, k_head, k_row,
     v_batch: tl.int64, v_head, v_row, out_batch: tl.int64, out_head, out_row,
@@ -150,7 +163,7 @@ def gradient_of_queries(
     grad_at = row * out_row + head * out_head
     grad = load_rows(GRAD_OUT + batch * out_batch, grad_at, there, v_dims, V_DIM, BLOCK_DV, True).to(PRODUCTS)
     place = (batch * kv_heads * GROUP + head) * q_len + row
-    lse = load_lse(LSE, place, there, BIAS is not None)
+    lse, rest = load_lse(LSE, REST, place, there)
     delta = tl.load(DELTA + place, mask=there, other=0.0)
     t, document, limit_low, limit_high = facts_of_queries(position, number, there, STARTS, LIMITS, limit_stride, k_len)
     bias = bias_of_tile(BIAS, row * bias_row + (head - first_head) * bias_head, there, BIAS_BY, "rows", SCORES)
@@ -165,7 +178,7 @@ def gradient_of_queries(
         )  # fmt: skip
         low, blocks = span_of(low, high, k_begin, PART, k_step, BLOCK_N)
         sums = descend(
-            sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
+            sums, q, grad, lse, rest, delta, K, V, k_row, v_row, dims, v_dims,
             TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, 0, kv_head, kv_heads,
             t, document, h, limit_low, limit_high, t, t, scale, softcap, BIAS, bias, bias_key, SEED, state, least_drawn,
             kept_factor, blocks, 0, 0, low, high, k_step, TERMS, 0,
@@ -189,7 +202,7 @@ def gradient_of_queries(
                 VALUES = described(V, v_row, start, rate, k_len, V_DIM, BLOCK_DV, BLOCK_N)
             for masks in tl.static_range(FIRST, 2):
                 sums = descend(
-                    sums, q, grad, lse, delta, K, V, k_row, v_row, dims, v_dims,
+                    sums, q, grad, lse, rest, delta, K, V, k_row, v_row, dims, v_dims,
                     TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, term, kv_head, kv_heads,
                     t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key,
                     SEED, state, least_drawn, kept_factor, blocks, full_from, full_to, start, high, rate, LINE, origin,
@@ -201,8 +214,8 @@ def gradient_of_queries(
 
 
 @triton.jit
-def scores_of_queries(
-    n, keys, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
+def weights_of_queries(
+    n, keys, Q, GRAD_OUT, LSE, REST, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
     TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
     k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale, softcap,
     BIAS, bias, bias_head, bias_row, full_from, full_to, start, high, rate, LINE, origin,
@@ -211,8 +224,8 @@ def scores_of_queries(
     DEDUPE: tl.constexpr, COUNTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     SCORES: tl.constexpr, PART=None, first_row=0, row_rate=0,
 ):  # fmt: skip
-    """(scores, slope of the cap, LSE, delta, positions, query heads, queries, gradients of their output) of a tile of keys and
-    the n-th block of queries; scores are held [keys, queries]. Of a part of the queries, ``first_row`` is the row at ``start``,
+    """(weights, slope of the cap, delta, positions, query heads, queries, gradients of their output) of a tile of keys and the
+    n-th block of queries; weights are held [keys, queries]. Of a part of the queries, ``first_row`` is the row at ``start``,
     and rows ``rate`` positions apart are ``row_rate`` apart."""
     partly: tl.constexpr = MASKED or BLOCK_M % PACK != 0
     if BLOCKS == 0:
@@ -233,7 +246,7 @@ def scores_of_queries(
     q = load_rows(Q, row * q_row + head * q_head, there, dims, HEAD_DIM, BLOCK_D, partly).to(keys.dtype)
     grad = load_rows(GRAD_OUT, row * out_row + head * out_head, there, v_dims, V_DIM, BLOCK_DV, partly).to(keys.dtype)
     place = head * q_len + row
-    lse = load_lse(LSE, place, there, BIAS is not None)
+    lse, rest = load_lse(LSE, REST, place, there)
     delta = tl.load(DELTA + place, mask=there, other=0.0)
     s = tl.dot(keys, tl.trans(q), input_precision=PRECISION, out_dtype=SCORES)
     s, slope = capped(s, scale, softcap, CAPPED)
@@ -251,7 +264,7 @@ def scores_of_queries(
             s = tl.where(keep[:, None], s, -float("inf"))
     elif PADDED:
         s = tl.where(keep[:, None], s, -float("inf"))
-    return s, slope, lse, delta, position, h, q, grad
+    return weights_of(s, lse[None, :], rest[None, :], BIAS is not None), slope, delta, position, h, q, grad
 
 
 @triton.jit
@@ -269,7 +282,7 @@ def gradient_of_scores(
 
 @triton.jit
 def gather(
-    k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
+    k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, REST, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
     TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
     k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale, softcap,
     BIAS, bias, bias_head, bias_row, SEED, batch, least_drawn, kept_factor,
@@ -282,15 +295,14 @@ def gather(
     """Some blocks of queries added to the gradients of a tile of keys and values."""
     begin, end = turns(blocks, full_from, full_to, MASKED)
     for n in range(begin, end):
-        s, slope, lse, delta, position, h, q, grad = scores_of_queries(
-            n, keys, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
+        weights, slope, delta, position, h, q, grad = weights_of_queries(
+            n, keys, Q, GRAD_OUT, LSE, REST, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
             TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
             k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale, softcap,
             BIAS, bias, bias_head, bias_row, full_from, full_to, start, high, rate, LINE, origin,
             PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCKS, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, PADDED, MASKED,
             PRECISION, k_sums.dtype, PART, first_row, row_rate,
         )  # fmt: skip
-        weights = power(s - lse[None, :], BIAS is not None)
         kept = weights
         if SEED is not None:
             state = row_state(SEED, batch, h, position, PART)
@@ -310,7 +322,7 @@ def gather(
 
 @triton.jit(do_not_specialize=VARYING)
 def gradient_of_keys(
-    Q, K, V, GRAD_OUT, LSE, DELTA, GRAD_K, GRAD_V, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS,
+    Q, K, V, GRAD_OUT, LSE, REST, DELTA, GRAD_K, GRAD_V, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS,
     STARTS, ENDS, LIMITS, PADDING, BIAS, SEED, PART,
     q_batch: tl.int64, q_head, q_row, k_batch: tl.int64, k_head, k_row,
     v_batch: tl.int64, v_head, v_row, out_batch: tl.int64, out_head, out_row,
@@ -352,6 +364,8 @@ def gradient_of_keys(
     GRAD_OUT += batch * out_batch
     LSE += batch * kv_heads * GROUP * q_len
     DELTA += batch * kv_heads * GROUP * q_len
+    if REST is not None:
+        REST += batch * kv_heads * GROUP * q_len
     if STARTS is not None:
         STARTS, ENDS = STARTS + batch * document_batch, ENDS + batch * document_batch
     if LIMITS is not None:
@@ -374,7 +388,7 @@ def gradient_of_keys(
             )  # fmt: skip
             low, blocks = span_of(low, high, q_offset, PART, q_step, BLOCK_M // PACK)
             k_sums, v_sums = gather(
-                k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
+                k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, REST, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
                 TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, 0, kv_head, kv_heads,
                 k, relative, k_document, keep, k, k, first_head, q_len, k_len, q_offset, scale, softcap,
                 of_part, bias, bias_head, bias_row, SEED, batch, least_drawn, kept_factor,
@@ -397,7 +411,8 @@ def gradient_of_keys(
                 first_row, row_rate = row_of(start, q_offset, PART, q_step), row_of(rate, 0, PART, q_step)
                 for masks in tl.static_range(FIRST, 2):
                     k_sums, v_sums = gather(
-                        k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
+                        k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, REST, DELTA,
+                        q_head, q_row, out_head, out_row, dims, v_dims,
                         TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, term, kv_head, kv_heads,
                         k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale,
                         softcap, of_part, bias, bias_head, bias_row, SEED, batch, least_drawn, kept_factor,

@@ -123,6 +123,13 @@ def logarithm(x, NATURAL: tl.constexpr):
 
 
 @triton.jit
+def is_rough(lse):
+    """Whether an LSE is so large that its digits say little of the sum: weights made from it would be off by a thousandth."""
+    most: tl.constexpr = 8000.0 if lse.dtype == tl.float32 else 4.0e12
+    return (tl.abs(lse) > most) & (tl.abs(lse) < float("inf"))
+
+
+@triton.jit
 def capped(s, scale, softcap, CAPPED: tl.constexpr):
     """Scores from products, and the slope of the cap: ``scale`` holds the factor of the base, without a cap."""
     if CAPPED:
