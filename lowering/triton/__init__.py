@@ -201,7 +201,7 @@ def _rest_of_lse(bound: Bound, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse
     plan = bound.plan(tile.own // bound.pack, tile.other)
     strides, fold = folded(q, k, v, out)
     kernel[bound.grid(plan.queries)](
-        q, k, v, out, lse, rest, *plan.tables, plan.queries.tiles, plan.patterns, *bound.masks, bound.bias, bound.seed,
+        q, k, v, out, lse, rest, *plan.tables, plan.queries.tiles, plan.patterns, *bound.masks, bound.bias, bound.seed, plan.part,
         *strides, *bound.mask_strides, *bound.bias_strides,
         *bound.sizes(plan, plan.queries), **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other, FOLD=fold,
         DESCRIBED=False, **tile.options,
