@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,21 +13,24 @@ from torch.fx import GraphModule
 
 import dilcompile.lowering.ops as _registered  # noqa: F401
 from dilcompile.agreement import agree_over_ranks, axes_of
-from dilcompile.decision import Decision, MemoryUse
+from dilcompile.budgeted import Budgeted, bounds_of, with_budget
+from dilcompile.decision import Decision
 from dilcompile.errors import DilcompileError, ShardingError
 from dilcompile.first_call import compared
+from dilcompile.inner import INNERS, inner_compiler, notes_on_memory
 from dilcompile.near import hint
-from dilcompile.pipeline import rewrite_dynamo
-from dilcompile.planned import planned
+from dilcompile.passes.frames import compiled_frame
+from dilcompile.pipeline import rewrite_dynamo, training
+from dilcompile.placements.marks import MARKS, Mark
+from dilcompile.planned import memory_use
 from dilcompile.policy import Policy, tell_again
-from dilcompile.publish import forget, publish
+from dilcompile.publish import Telling, forget
 from dilcompile.report import GraphReport
 from dilcompile.report.file import report_path
 
 Compiled = Callable[..., Any]
 
 _OPTIONS = ("policy", "mode", "inner", "report")
-_INNERS = ("inductor", "aot_eager", "eager")
 
 
 def dilated(
@@ -58,17 +62,26 @@ def dilated(
     axes = axes_of(outcome.report)
     if axes and outcome.gm is not None:
         agree_over_ranks(outcome.gm, example_inputs, outcome.report, policy)
-    publish(outcome.report, policy, asked.get("report"))
-    compile_inner = _inner(asked.get("inner", "inductor"), asked.get("mode"), _memory(outcome.report))
+    inner, memory, trains = asked.get("inner", "inductor"), memory_use(outcome.report, policy), training(example_inputs)
+    bounds = bounds_of(policy, outcome.report, compiled_frame().prefix)
+    notes = (*outcome.report.notes, *notes_on_memory(inner, memory, trains=trains))
+    outcome = replace(outcome, report=replace(outcome.report, notes=notes))
+    telling = Telling(outcome.report, policy, asked.get("report"))
+    compile_inner = inner_compiler(inner, asked.get("mode"), memory, bounds, trains=trains, telling=telling)
+    compiled = compile_inner(gm if outcome.gm is None else outcome.gm, example_inputs)
+    if isinstance(compile_inner, Budgeted):
+        outcome = replace(outcome, report=with_budget(outcome.report, compile_inner.report))
+        telling.amend(outcome.report)
+    else:
+        telling.again()
     if outcome.gm is None:
-        return _counted(compile_inner(gm, example_inputs), outcome.report)
-    compiled = compile_inner(outcome.gm, example_inputs)
+        return _counted(_marked(compiled, outcome.results), outcome.report)
     original = _no_shard(axes) if axes else cache(lambda: compile_inner(gm, example_inputs))
     if outcome.trials:
-        compiled = compared(compiled, outcome, original, lambda report: publish(report, policy, asked.get("report")))
+        compiled = compared(compiled, outcome, original, telling.amend)
     if outcome.tables:
         compiled = _watched(compiled, outcome.tables, original)
-    return _counted(compiled, outcome.report)
+    return _counted(_marked(compiled, outcome.results), outcome.report)
 
 
 def _no_shard(axes: Mapping[str, int]) -> Callable[[], Compiled]:
@@ -88,6 +101,7 @@ def _reset() -> None:
     """Report files and warnings begin anew."""
     forget()
     tell_again()
+    MARKS.forget_graphs()
 
 
 # torch._dynamo.reset() calls it.
@@ -104,8 +118,8 @@ def _checked(options: Mapping[str, Any] | None, mode: str | None) -> dict[str, A
     if mode is not None:
         asked.setdefault("mode", mode)
     inner = asked.get("inner", "inductor")
-    if inner not in _INNERS:
-        raise DilcompileError(f"options: inner must be one of {', '.join(_INNERS)}, not {inner!r}")
+    if inner not in INNERS:
+        raise DilcompileError(f"options: inner must be one of {', '.join(INNERS)}, not {inner!r}")
     modes = sorted(torch._inductor.list_mode_options())
     if asked.get("mode") not in (None, *modes):
         raise DilcompileError(f"options: mode must be one of {', '.join(modes)}, not {asked['mode']!r}")
@@ -121,33 +135,6 @@ def _compile_id() -> str:
     return "?" if compile_id is None else str(compile_id)
 
 
-def _memory(report: GraphReport) -> MemoryUse | None:
-    """What the rules say of the graph's buffers: the first that says anything."""
-    found = [verdict.memory for verdict in report.verdicts if isinstance(verdict, Decision) and verdict.memory is not None]
-    return found[0] if found and found[0].reuse != "off" else None
-
-
-def _inner(name: str, mode: str | None, memory: MemoryUse | None) -> Callable[[GraphModule, Sequence[Any]], Compiled]:
-    if name == "eager":
-        return lambda gm, example_inputs: gm.forward
-    if name == "aot_eager" and memory is not None:
-        return planned(memory)
-    if name == "aot_eager":
-        from torch._dynamo.backends.debugging import aot_eager
-
-        return lambda gm, example_inputs: aot_eager(gm, list(example_inputs))
-    from torch._inductor.compile_fx import compile_fx
-
-    patches = torch._inductor.list_mode_options(mode) if mode is not None else {}
-
-    def inductor(gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        compiled = compile_fx(gm, list(example_inputs), config_patches=patches)
-        assert callable(compiled)
-        return compiled
-
-    return inductor
-
-
 def _watched(compiled: Compiled, tables: Mapping[int, torch.Tensor], original: Callable[[], Compiled]) -> Compiled:
     """Run ``compiled`` while the buffers that masks were read from are what they were; else the original graph.
 
@@ -161,6 +148,19 @@ def _watched(compiled: Compiled, tables: Mapping[int, torch.Tensor], original: C
             if held is not table or held._version != version:
                 return original()(*args)
         return compiled(*args)
+
+    return run
+
+
+def _marked(compiled: Compiled, marks: Sequence[Mark | None]) -> Compiled:
+    """Say of what the graph returns which dims run along the sequence: a graph behind it may read it."""
+    if not any(marks):
+        return compiled
+
+    def run(*args: Any) -> Any:
+        results = compiled(*args)
+        MARKS.note_results(results, marks)
+        return results
 
     return run
 

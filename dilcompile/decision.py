@@ -45,7 +45,7 @@ class MemoryUse:
         pool: ``default``: arenas are torch's allocator's again after each call; ``private``: kept for the graph's next call;
             ``shared``: kept for all graphs of the process.
         reuse: which buffers whose lives don't meet may share memory: those of one module, or all; ``off``: nothing is planned.
-        budget: most bytes, or None.
+        budget: most bytes that the modules of the rule's sites may need at once, or None.
     """
 
     pool: Literal["default", "private", "shared"] = "default"

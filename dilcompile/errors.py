@@ -65,6 +65,17 @@ class RewriteError(DilcompileError):
     """A site could not be rewritten and the policy says that this is an error."""
 
 
+class BudgetError(DilcompileError):
+    """No way to run a graph keeps the budget of memory that the policy gives it. It is raised before the graph runs.
+
+    ``tried``: each way with what it is predicted to need (``dilcompile.memory.budget.Rung``); empty where none was.
+    """
+
+    def __init__(self, message: str, tried: Sequence[object] = ()) -> None:
+        self.tried = tuple(tried)
+        super().__init__(message)
+
+
 class ShardingError(DilcompileError):
     """A graph whose sequence is held by several ranks, and that would compute something else than on one.
 

@@ -6,16 +6,20 @@ import contextlib
 import inspect
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
+from dilcompile.decision import MemoryUse
+from dilcompile.memory.account import GraphMemory
 from dilcompile.pipeline import rewrite_dynamo
+from dilcompile.placements.marks import MARKS, Mark, Marks
+from dilcompile.planned import memory_use, planned
 from dilcompile.policy import Policy
 from dilcompile.publish import gathered
 from dilcompile.report import GraphReport, Report
@@ -23,9 +27,17 @@ from dilcompile.report import GraphReport, Report
 _CALL = "def call(*args, **kwargs):\n    return model(*args, **kwargs)\n"
 _FILE = "<dilcompile.explain>"
 
+Found = TypeVar("Found")
+Results: TypeAlias = "tuple[Mark | None, ...]"
+Look: TypeAlias = "Callable[[GraphModule, Sequence[Any], str, Marks], tuple[Found, Results]]"
+
 
 class _Captured(Exception):
     """Leaves the call once its only graph is known, before anything is computed."""
+
+
+class GraphBreak(Exception):
+    """The model has graph breaks, or its call is wrong; says why."""
 
 
 def explain(
@@ -49,21 +61,50 @@ def explain(
         PolicyError: for a policy that can't be read.
     """
     loaded = Policy.load(policy)
+
+    def described(gm: GraphModule, example_inputs: Sequence[Any], name: str, marks: Marks) -> tuple[GraphReport, Results]:
+        return _described(gm, example_inputs, loaded, name, marks)
+
+    found, breaks = each_graph(model, args, kwargs, described)
+    return gathered(tuple(_with_breaks(found, breaks)), loaded)
+
+
+def each_graph(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    look: Look[Found],
+    *,
+    may_run: bool = True,
+) -> tuple[list[Found], Iterable[str]]:
+    """What ``look`` says of each graph of ``model(*args, **kwargs)``, and the reasons of graph breaks.
+
+    Args:
+        look: is given a graph, its inputs, a name for it, and what is known of tensors along a sharded sequence; gives back what
+            it says, and what is known so of the graph's results.
+        may_run: a model with graph breaks is run once as it is; otherwise it is refused.
+
+    Raises:
+        GraphBreak: if it has graph breaks and must not run.
+    """
     plain = _uncompiled(model)
     try:
-        return gathered(tuple(_only_graph(plain, args, kwargs, loaded)), loaded)
+        return _only_graph(plain, args, kwargs, look), ()
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise error.inner_exception from None
-    except torch._dynamo.exc.TorchDynamoException:
+    except torch._dynamo.exc.TorchDynamoException as error:
+        if not may_run:
+            raise GraphBreak(str(error).strip().partition("\n")[0]) from error
         # It has graph breaks, or its call itself is wrong: then the run raises what the model raises.
-        return gathered(tuple(_all_graphs(plain, args, kwargs, loaded)), loaded)
+        return _all_graphs(plain, args, kwargs, look)
 
 
-def _only_graph(model: Callable[..., Any], args: Any, kwargs: Any, policy: Policy) -> list[GraphReport]:
-    found: list[GraphReport] = []
+def _only_graph(model: Callable[..., Any], args: Any, kwargs: Any, look: Look[Found]) -> list[Found]:
+    found: list[Found] = []
+    marks = MARKS.apart()
 
     def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.append(_described(gm, example_inputs, policy, "0"))
+        found.append(look(gm, example_inputs, "0", marks)[0])
 
         def leave(*inputs: Any) -> Any:
             raise _Captured
@@ -75,17 +116,19 @@ def _only_graph(model: Callable[..., Any], args: Any, kwargs: Any, policy: Polic
     return found
 
 
-def _all_graphs(model: Callable[..., Any], args: Any, kwargs: Any, policy: Policy) -> list[GraphReport]:
-    found: list[GraphReport] = []
+def _all_graphs(model: Callable[..., Any], args: Any, kwargs: Any, look: Look[Found]) -> tuple[list[Found], Iterable[str]]:
+    found: list[Found] = []
+    marks = MARKS.apart()
 
     def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.append(_described(gm, example_inputs, policy, str(len(found))))
-        return gm.forward
+        seen, results = look(gm, example_inputs, str(len(found)), marks)
+        found.append(seen)
+        return lambda *args: _noted(gm.forward(*args), results, marks)
 
     before = Counter(counters["graph_break"])
     with _undisturbed(model):
         _compiled(model, capture, fullgraph=False)(*args, **kwargs)
-    return _with_breaks(found, counters["graph_break"] - before)
+    return found, counters["graph_break"] - before
 
 
 def _with_breaks(found: list[GraphReport], reasons: Iterable[str]) -> list[GraphReport]:
@@ -102,14 +145,35 @@ def _break(reason: str) -> str:
     return f"torch.compile broke the graph; attention that ran in between is not seen. {told}"
 
 
-def _described(gm: GraphModule, example_inputs: Sequence[Any], policy: Policy, name: str) -> GraphReport:
-    report = rewrite_dynamo(gm, example_inputs, policy, name, enforce=False).report
+def _noted(results: Any, known: Results, marks: Marks) -> Any:
+    """What a graph returned, of which the graphs behind it may be told."""
+    if known:
+        marks.note_results(results, known)
+    return results
+
+
+def _described(
+    gm: GraphModule, example_inputs: Sequence[Any], policy: Policy, name: str, marks: Marks
+) -> tuple[GraphReport, Results]:
+    outcome = rewrite_dynamo(gm, example_inputs, policy, name, enforce=False, marks=marks)
+    report = outcome.report
     # Where only torch's own code lies between, our call is the nearest line: that is no line of the user's.
     verdicts = [
         replace(v, site=replace(v.site, source="unknown")) if v.site.source.startswith(_FILE) else v for v in report.verdicts
     ]
     misses = [replace(miss, source="unknown") if miss.source.startswith(_FILE) else miss for miss in report.misses]
-    return replace(report, verdicts=tuple(verdicts), misses=tuple(misses))
+    memory = memory_of(gm if outcome.gm is None else outcome.gm, example_inputs, memory_use(report, policy), name)
+    return replace(report, verdicts=tuple(verdicts), misses=tuple(misses), memory=memory), outcome.results
+
+
+def memory_of(gm: GraphModule, example_inputs: Sequence[Any], use: MemoryUse | None, name: str) -> tuple[GraphMemory, ...]:
+    """What planning a rewritten graph's buffers comes to, forward and backward; nothing where ``use`` is None."""
+    found: list[GraphMemory] = []
+    if use is not None:
+        # AOTAutograd compiles a backward when it is first called, which here never happens.
+        with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+            planned(use, lambda call, direction: found.append(call.account(name, direction)))(gm, example_inputs)
+    return tuple(found)
 
 
 def _compiled(model: Callable[..., Any], backend: Callable[..., Any], fullgraph: bool) -> Callable[..., Any]:

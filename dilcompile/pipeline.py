@@ -16,27 +16,26 @@ from dilcompile.decision import Decision
 from dilcompile.errors import RewriteError, ShardingError
 from dilcompile.passes.expand_fused_layers import expand_fused_layers
 from dilcompile.passes.find_sites import find_sites
-from dilcompile.passes.hazards import hazards
 from dilcompile.passes.match import Match
 from dilcompile.passes.normalize import NormalizeError, normalize
 from dilcompile.passes.regions import Graph, regions
 from dilcompile.passes.trial import Probe, Trial
 from dilcompile.passes.unseen import closed_bodies, like_attention, subclasses
+from dilcompile.placements.marks import MARKS, Mark, Marks
 from dilcompile.policy import Policy, resolve
+from dilcompile.policy.orders import faster_orders
 from dilcompile.report import GraphReport, Verdict
 from dilcompile.report.faster import where_faster
 from dilcompile.report.kernels import able
-from dilcompile.rewriting import Rewritten, rewrite_sites
+from dilcompile.rewriting import rewrite_sites
+from dilcompile.sequence_check import check_sequence
 from dilcompile.shared_frames import apart
 from dilcompile.site import AttentionSite
 
 # A global of the compiled code, one of another module, a cell of a closure.
 _VARIABLE = re.compile(r"^G\['\w+'\]$|^G\['__import_\w+'\]\.\w+$|cell_contents$")
 
-MOST_HAZARDS = 8
-ALONE = "its sequence is sharded, but no process group is initialised: that all ranks compile the same is not checked"
-UNCHECKED = "it holds no attention, though the policy shards some: what it computes along a sharded sequence is not checked"
-UNSHARDED = "none of its attention is sharded, though the policy shards some: it computes with the tokens that it is given"
+UNBOUNDED = "memory.budget has no effect on an exported program: who compiles it plans its memory"
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class Outcome:
         tables: inputs whose values the masks were read from, by position: they must not change.
         trials: sites to compare with the model's own computation when the graph runs, with their decisions.
         probe: gives what the trials need; None without trials.
+        results: what is known of the graph's results along a sharded sequence; empty if nothing is.
     """
 
     gm: GraphModule | None
@@ -56,6 +56,7 @@ class Outcome:
     tables: Mapping[int, torch.Tensor] = field(default_factory=dict)
     trials: tuple[tuple[Decision, Trial], ...] = ()
     probe: Probe | None = None
+    results: tuple[Mark | None, ...] = ()
 
 
 class _Clock:
@@ -75,12 +76,21 @@ class _Clock:
             self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
 
-def rewrite_dynamo(gm: GraphModule, example_inputs: Sequence[Any], policy: Policy, name: str, *, enforce: bool = True) -> Outcome:
+def rewrite_dynamo(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    policy: Policy,
+    name: str,
+    *,
+    enforce: bool = True,
+    marks: Marks = MARKS,
+) -> Outcome:
     """Rewrite a graph that Dynamo captured; ``gm`` itself is not changed.
 
     Args:
         name: what the report calls the graph.
         enforce: act on the policy's fallbacks. False: only say what would be done (for ``explain``).
+        marks: what is known of tensors that run along a sharded sequence.
 
     Raises:
         RewriteError: where the policy says that a failure is an error.
@@ -99,8 +109,8 @@ def rewrite_dynamo(gm: GraphModule, example_inputs: Sequence[Any], policy: Polic
     clock.lap("normalize")
     inputs = list(normal.graph.find_nodes(op="placeholder"))
     values = dict(zip(inputs, example_inputs, strict=True))
-    graph = Graph(normal, _parameters(values), _buffers(values), _training(example_inputs), captured=_captured(values))
-    outcome = rewrite_normal(graph, policy, name, clock, known=values, enforce=enforce)
+    graph = Graph(normal, _parameters(values), _buffers(values), training(example_inputs), captured=_captured(values))
+    outcome = rewrite_normal(graph, policy, name, clock, known=values, enforce=enforce, marks=marks)
     positions = {node: i for i, node in enumerate(inputs)}
     return replace(outcome, tables={positions[node]: graph.tables[node] for node in outcome.tables if node in positions})  # type: ignore[index]
 
@@ -115,7 +125,7 @@ def rewrite_exported_graph(graph: Graph, policy: Policy, name: str) -> Outcome:
     if strange:
         why = f"it computes with tensor subclasses ({strange})"
         return _left(graph.gm, name, why, policy, _Clock(), enforce=True)
-    notes = expand_fused_layers(graph.gm)
+    notes = (*expand_fused_layers(graph.gm), *([UNBOUNDED] if policy.has_budget else []))
     outcome = rewrite_normal(graph, policy, name)
     return replace(outcome, report=replace(outcome.report, notes=(*outcome.report.notes, *notes)))
 
@@ -128,11 +138,13 @@ def rewrite_normal(
     *,
     known: Mapping[Node, Any] | None = None,
     enforce: bool = True,
+    marks: Marks = MARKS,
 ) -> Outcome:
     """Rewrite a graph in pre-dispatch ATen, in place.
 
     Args:
         known: values of its inputs, if it will be run on such; else ``numerics.check`` draws all of them at once.
+        marks: see ``rewrite_dynamo``.
 
     Returns:
         An outcome whose ``tables`` are keyed by node.
@@ -150,34 +162,13 @@ def rewrite_normal(
     done = rewrite_sites(parts, found, verdicts, known or {}, enforce=enforce, runs_later=known is not None)
     clock.lap("rewrite")
     clock.move("rewrite", "check", done.check_seconds)
-    notes = (*closed_bodies(part.gm for part in parts), *_sharded(parts, done, policy, name, enforce))
+    checked = check_sequence(parts, done, policy, name, known or {}, marks, enforce)
+    notes = (*closed_bodies(part.gm for part in parts), *checked.notes, *faster_orders(policy, done.verdicts))
     clock.lap("shard")
     report = GraphReport(name, tuple(done.verdicts), misses, notes, clock.seconds)
     rewritten = any(isinstance(verdict, Decision) for verdict in done.verdicts)
-    return Outcome(graph.gm if rewritten else None, report, done.tables, tuple(done.trials), done.probe)  # type: ignore[arg-type]
-
-
-def _sharded(parts: Sequence[Graph], done: Rewritten, policy: Policy, name: str, enforce: bool) -> tuple[str, ...]:
-    """What there is to say of a graph whose sequence may be sharded.
-
-    Raises:
-        ShardingError: if it would compute something else than one rank does.
-    """
-    if done.sharding is None:
-        own = [verdict for verdict in done.verdicts if isinstance(verdict, Decision) or verdict.asked]
-        return ((UNSHARDED if own else UNCHECKED),) if policy.shards else ()
-    found = [str(hazard) for hazard in hazards(parts, done.sharding)]
-    if found and enforce:
-        placed = [verdict.placement for verdict in done.verdicts if isinstance(verdict, Decision)]
-        held = sorted({placement.axis for placement in placed if placement is not None})
-        lines = "\n".join(f"  {line}" for line in found[:MOST_HAZARDS])
-        more = f"\n  and {len(found) - MOST_HAZARDS} more" if len(found) > MOST_HAZARDS else ""
-        raise ShardingError(
-            f"graph {name} holds a sequence that is sharded over mesh axis {', '.join(map(repr, held))}, and would compute "
-            f"something else than one rank does:\n{lines}{more}"
-        )
-    alone = () if torch.distributed.is_available() and torch.distributed.is_initialized() else (ALONE,)
-    return (*alone, *(f"would be refused, as its sequence is sharded: {line}" for line in found))
+    kept = graph.gm if rewritten else None
+    return Outcome(kept, report, done.tables, tuple(done.trials), done.probe, checked.results)  # type: ignore[arg-type]
 
 
 def _with_operands(match: Match) -> AttentionSite:
@@ -232,5 +223,6 @@ def _is_plain(value: Any) -> bool:
     return type(value) is torch.Tensor and not value.requires_grad
 
 
-def _training(example_inputs: Sequence[Any]) -> bool:
+def training(example_inputs: Sequence[Any]) -> bool:
+    """Is a gradient asked for?"""
     return torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs)

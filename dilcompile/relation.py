@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dilcompile.blocks.adaptive import most_pairs
 from dilcompile.blocks.grid import Grid
+from dilcompile.blocks.heads import kind_of_head
 from dilcompile.generators import Blocks, ByRow, Generator, Segment, Window
 from dilcompile.progression import Positions, Progression, RowKeys, union_count
 
@@ -342,7 +343,7 @@ def _common(generator: ByRow, head: int, t: Positions, keys: RowKeys, k_len: int
 def _kind(generator: Generator, head: int) -> object:
     """What distinguishes heads under a generator: equal kinds have equal keys."""
     if isinstance(generator, Blocks):
-        return head if generator.pattern.by_head else None
+        return kind_of_head(generator.pattern, head)
     if not isinstance(generator, Segment):
         return None
     here = generator.heads is None or generator.heads[0] <= head < generator.heads[1]

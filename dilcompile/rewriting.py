@@ -88,7 +88,7 @@ def rewrite_sites(
     """
     fuel = _fuel()
     sharded = any(isinstance(verdict, Decision) and verdict.placement is not None for verdict in verdicts)
-    done = Rewritten(runs_later, sharding=_sharding() if sharded else None)
+    done = Rewritten(runs_later, sharding=sharding_functions() if sharded else None)
     queue = iter(verdicts)
     idle = frozenset().union(*(unused(part.gm) for part in parts))
     for part, findings in zip(parts, found, strict=True):
@@ -114,7 +114,8 @@ def rewrite_sites(
     return done
 
 
-def _sharding() -> Sharding:
+def sharding_functions() -> Sharding:
+    """What sharded sites call."""
     from dilcompile.lowering.distributed.attention import sharded_attention
     from dilcompile.lowering.distributed.whole import whole_sequence
 

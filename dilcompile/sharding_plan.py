@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,17 +11,16 @@ from dilcompile.decision import Decision, Rejection
 from dilcompile.errors import DilcompileError, FormError
 from dilcompile.forms import KeepStructure
 from dilcompile.inspect import explain
-from dilcompile.placements import PLACEMENTS
-from dilcompile.placements.choose import Chosen, Site, choose, choose_order, seconds, size_text, time_text
-from dilcompile.placements.cost import Device
+from dilcompile.placements.choose import Chosen, OrderChoice, Site, choose, choose_order, seconds, size_text, time_text
+from dilcompile.placements.device import Device
 from dilcompile.placements.shards import Order, Shards
 from dilcompile.policy import Policy
+from dilcompile.policy.place import is_decoded
 from dilcompile.policy.resolve import resolve
 from dilcompile.relation import Relation
 from dilcompile.report.lengths import problem_of
 from dilcompile.site import AttentionSite
 
-METHODS = (*PLACEMENTS, "ulysses")
 # (the rule and the form), and what is to be placed, or why that can't be.
 Kind = tuple[tuple[str | None, str], Site | str]
 
@@ -34,26 +33,30 @@ class Planned:
         modules: their module paths.
         form: what they compute, or why nothing is known of it.
         chosen: their placement; a text: why there is none.
+        alone: the order that would be fastest for one of them alone; None where there is none.
     """
 
     modules: tuple[str, ...]
     form: str
     chosen: Chosen | str
+    alone: OrderChoice | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All sites of a model over one mesh axis.
+    """All sites of a model over the ranks that hold its sequence.
 
     Args:
+        mesh: ranks by mesh axis: that over which keys move, and that over which heads are exchanged if there is one.
         order, why: the order of the tokens and why it is this one.
+        orders: what is predicted of orders for all sites.
         train: backwards are counted.
     """
 
-    axis: str
-    ranks: int
+    mesh: dict[str, int]
     order: Order
     why: str
+    orders: OrderChoice
     device: Device
     train: bool
     sites: tuple[Planned, ...]
@@ -76,19 +79,26 @@ class Plan:
         for one in self.sites:
             chosen = one.chosen
             told: dict[str, object] = {"modules": list(one.modules), "form": one.form}
+            if one.alone is not None:
+                told["orders_alone"] = one.alone.seconds
             if isinstance(chosen, str):
                 told["reason"] = chosen
             else:
                 told.update(why=chosen.why, refused=chosen.refused, **asdict(chosen.best))
                 told["others"] = [asdict(other) for other in chosen.others]
             sites.append(told)
-        about = {"axis": self.axis, "ranks": self.ranks, "order": self.order, "why": self.why, "train": self.train}
+        about = {"mesh": self.mesh, "order": self.order, "why": self.why, "train": self.train, "orders": self.orders.seconds}
         return {**about, "device": asdict(self.device), "sites": sites, "totals": self.totals()}
 
     def __str__(self) -> str:
-        lines = [f"{self.axis}={self.ranks}, {self.order}: {self.why}", f"device: {self.device.source}", ""]
+        mesh = " x ".join(f"{axis}={ranks}" for axis, ranks in self.mesh.items())
+        lines = [f"{mesh}, {self.order}: {self.why}", f"device: {self.device.source}", ""]
         lines += _table([_HEAD, *(_row(one) for one in self.sites)])
         lines += ["", *(f"{_name(one)}: {one.chosen if isinstance(one.chosen, str) else one.chosen.why}" for one in self.sites)]
+        lines += [f"{_name(one)}: alone it would be held {one.alone}" for one in self.sites if one.alone is not None]
+        better = self.orders.faster_than(self.order)
+        if better is not None:
+            lines += [f"all sites would be faster held {self.orders}"]
         total = self.totals()
         backward = f", receives {size_text(total['received_backward'])} in the backward" if self.train else ""
         wait = "forward and backward" if self.train else "forward"
@@ -104,23 +114,25 @@ def plan(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     policy: Policy,
-    mesh: tuple[str, int],
+    mesh: Mapping[str, int],
     device: Device,
     length: int | None = None,
     budget: int | None = None,
     train: bool = True,
 ) -> Plan:
-    """What sharding the model's sequence over one mesh axis moves and costs, by the example call; no other process is needed.
+    """What sharding the model's sequence moves and costs, by the example call; no other process is needed.
 
     Args:
-        mesh: an axis and its ranks.
+        mesh: ranks by axis: one, or for ``usp`` two, that over which keys move first.
         length: tokens of the sequence, in place of the example's.
         budget: most bytes of others' keys and values that a site may hold at once.
 
     Raises:
-        DilcompileError: if the model has no site.
+        DilcompileError: if the model has no site, or there are more axes.
     """
-    axis, ranks = mesh
+    if len(mesh) not in (1, 2):
+        raise DilcompileError(f"a sequence is held over one mesh axis, or with usp over two; got {', '.join(mesh) or 'none'}")
+    ranks, parts = (*mesh.values(), 1)[:2]
     # What each site computes does not depend on how it is held.
     alone = policy.model_copy(update={"rules": tuple(rule.model_copy(update={"shard": None}) for rule in policy.rules)})
     report = explain(model, *args, policy=alone, **kwargs)
@@ -130,91 +142,102 @@ def plan(
     if length is not None:
         # Rules may go by the length.
         verdicts = resolve(alone, [_longer(one.site, length) for one in verdicts], enforce=False)
-    groups = _grouped(verdicts)
-    known = [(site, len(modules)) for (_, site), modules in groups.items() if isinstance(site, Site)]
-    sites = [replace(site, train=train) for site, _ in known]
-    lengths = {site.relation.problem.k_len for site in sites}
-    order, why = _order(policy, axis, sites, [number for _, number in known], lengths, ranks, device, budget)
     asked = _methods(policy)
-    planned = [
-        Planned(tuple(modules), form, _chosen(replace(site, train=train), ranks, order, device, budget, asked.get(rule)))
-        if isinstance(site, Site)
-        else Planned(tuple(modules), form, site)
-        for ((rule, form), site), modules in ((key, held) for key, held in groups.items())
-    ]
-    return Plan(axis, ranks, order, why, device, train, tuple(planned))
+    groups = _grouped(verdicts, asked, train)
+    known = [(site, number, asked.get(rule)) for ((rule, _), site), number in _counted(groups) if isinstance(site, Site)]
+    lengths = {site.relation.problem.k_len for site, *_ in known}
+    shards = Shards(max(lengths, default=1), ranks, "contiguous", parts)
+    best = OrderChoice("contiguous", {}, f"the sites have sequences of {len(lengths)} lengths")
+    if len(lengths) == 1:
+        sites, counts, methods = zip(*known, strict=True)
+        best = choose_order(sites, shards, device, budget, counts, methods)
+    named = _named_order(policy, next(iter(mesh)))
+    order, why = (best.order, best.why) if named is None else named
+    planned = []
+    for ((rule, form), site), modules in groups.items():
+        chosen: Chosen | str = site if isinstance(site, str) else ""
+        by_itself = None
+        if isinstance(site, Site):
+            own = replace(shards, length=site.relation.problem.k_len, order=order)
+            chosen = choose(site, own, device, budget, asked.get(rule))
+            by_itself = choose_order([site], own, device, budget, methods=[asked.get(rule)])
+        planned.append(
+            Planned(tuple(modules), form, chosen, by_itself if by_itself is not None and len(by_itself.seconds) > 1 else None)
+        )
+    return Plan(dict(mesh), order, why, best, device, train, tuple(planned))
+
+
+def _counted(groups: dict[Kind, list[str]]) -> Iterator[tuple[Kind, int]]:
+    for kind, modules in groups.items():
+        yield kind, len(modules)
 
 
 def _longer(site: AttentionSite, length: int) -> AttentionSite:
     """A site over one sequence, at another length."""
+    if is_decoded(site):
+        return replace(site, k_len=length)
     return replace(site, q_len=length, k_len=length) if site.kind == "self" else site
 
 
-def _grouped(verdicts: list[Decision | Rejection]) -> dict[Kind, list[str]]:
+def _grouped(
+    verdicts: list[Decision | Rejection], asked: dict[str | None, tuple[str, ...]], train: bool
+) -> dict[Kind, list[str]]:
     """Module paths by rule, form and what is to be placed, or why it can't be."""
     groups: dict[Kind, list[str]] = {}
     for verdict in sorted(verdicts, key=lambda one: one.site.index):
         site = verdict.site
         form = verdict.form if isinstance(verdict, Decision) else KeepStructure().settled(site)
-        placed = _site(site, form) if isinstance(verdict, Decision) or verdict.asked else verdict.reason
+        is_tree = asked.get(verdict.rule) == ("tree",)
+        placeable = isinstance(verdict, Decision) or verdict.asked
+        placed = _site(site, form, is_tree, train) if placeable else verdict.reason  # type: ignore[union-attr]
         groups.setdefault(((verdict.rule, str(form)), placed), []).append(site.module or "<top>")
     return groups
 
 
-def _site(site: AttentionSite, form: Any) -> Site | str:
+def _site(site: AttentionSite, form: Any, is_tree: bool, train: bool) -> Site | str:
+    """A site to be placed. Queries that all ranks have stand behind the keys before them."""
     problem = problem_of(site)
     if problem is None:
         return "its lengths are not known before the model runs"
-    if site.kind != "self" or problem.q_len != problem.k_len or problem.q_offset:
-        return f"its {problem.q_len} queries and {problem.k_len} keys are not the positions of one sequence"
     if site.mask.unread is not None:
         return f"its mask could not be read: {site.mask.unread}"
+    if is_tree or is_decoded(site):
+        problem = replace(problem, q_offset=max(0, problem.k_len - problem.q_len))
+    elif site.kind != "self" or problem.q_len != problem.k_len or problem.q_offset:
+        return f"its {problem.q_len} queries and {problem.k_len} keys are not the positions of one sequence"
     try:
         relation: Relation = form.relation(problem)
     except FormError as error:
         return str(error)
-    return Site(relation, site.dtype.itemsize, site.mask.documents)
+    return Site(relation, site.dtype.itemsize, site.mask.documents, train and not is_decoded(site))
 
 
-def _order(
-    policy: Policy,
-    axis: str,
-    sites: list[Site],
-    counts: list[int],
-    lengths: set[int],
-    ranks: int,
-    device: Device,
-    budget: int | None,
-) -> tuple[Order, str]:
+def _named_order(policy: Policy, axis: str) -> tuple[Order, str] | None:
+    """The order that the policy names, and who does."""
     asked = {rule.shard.order for rule in policy.rules if rule.shard is not None} - {"auto"}
     if len(asked) == 1:
-        order: Order = asked.pop()  # type: ignore[assignment]
-        return order, "the policy's rules ask for it"
-    if len(lengths) != 1:
-        return "contiguous", f"the sites have sequences of {len(lengths)} lengths"
-    return choose_order(sites, lengths.pop(), ranks, device, budget, counts)
+        return asked.pop(), "the policy's rules ask for it"  # type: ignore[return-value]
+    held = policy.mesh.get(axis)
+    if held is not None and "layout" in held.given() and held.layout != "auto":
+        return held.layout, f"the layout of mesh axis {axis!r} in the policy"
+    return None
 
 
-def _methods(policy: Policy) -> dict[str | None, str]:
+def _methods(policy: Policy) -> dict[str | None, tuple[str, ...]]:
     """The methods that rules name, by the rule's label."""
-    found: dict[str | None, str] = {}
+    found: dict[str | None, tuple[str, ...]] = {}
     for rule in policy.rules:
         method = "auto" if rule.shard is None else rule.shard.method
+        method = "ulysses" if rule.shard is not None and rule.shard.dim == "heads" else method
         if rule.apply.form == "ring" or method != "auto":
-            found[rule.label] = "ring" if rule.apply.form == "ring" else method
+            found[rule.label] = ("ring" if rule.apply.form == "ring" else method,)
     return found
 
 
-def _chosen(site: Site, ranks: int, order: Order, device: Device, budget: int | None, method: str | None) -> Chosen | str:
-    shards = Shards(site.relation.problem.k_len, ranks, order)
-    if method is None:
-        return choose(site, shards, device, budget)
-    if method not in METHODS:
-        return f"method {method} is not predicted; those that are: {', '.join(METHODS)}"
-    return choose(site, shards, device, budget, (method,))
-
-
-_HEAD = ["sites", "method", "steps", "rows in", "rows out", "bytes in", "bytes out", "held", "compute", "moving", "imbalance"]
+_HEAD = [
+    *("sites", "method", "steps", "rows in", "rows out", "bytes in", "bytes out", "held", "compute", "moving", "packing"),
+    "imbalance",
+]
 
 
 def _name(one: Planned) -> str:
@@ -224,11 +247,11 @@ def _name(one: Planned) -> str:
 
 def _row(one: Planned) -> list[str]:
     if isinstance(one.chosen, str):
-        return [_name(one), "none", *["."] * 9]
+        return [_name(one), "none", *["."] * 10]
     best = one.chosen.best
     return [
         _name(one),
-        best.method,
+        best.name,
         str(best.steps),
         f"{best.rows_received:,}",
         f"{best.rows_sent:,}",
@@ -237,6 +260,7 @@ def _row(one: Planned) -> list[str]:
         size_text(best.extra),
         time_text(best.compute),
         time_text(best.wire),
+        time_text(best.packing),
         f"{math.ceil(best.imbalance * 1000 - 1e-6) / 1000:.3f}",
     ]
 

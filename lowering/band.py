@@ -13,10 +13,11 @@ K keys row i sees the keys from ``i + K - R - left`` to ``i + K - R + right``; -
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from dilcompile.generators import Everything, Window
+from dilcompile.progression import Progression
 from dilcompile.relation import Problem, Relation
 
 
@@ -46,10 +47,16 @@ class Band:
 
 
 @lru_cache(maxsize=1024)
-def band_of(relation: Relation) -> Band | str:
-    """The band of a relation, or why it is none. In a band every row sees a key."""
+def band_of(relation: Relation, places: tuple[Progression, Progression] | None = None) -> Band | str:
+    """The band of a relation, or why it is none. In a band every row sees a key.
+
+    Args:
+        places: where the rows of q and of k stand, if they are a part of their sequence.
+    """
     limits = limits_of(relation)
-    return limits if isinstance(limits, str) else _cut(relation.problem, *limits)
+    if isinstance(limits, str):
+        return limits
+    return _cut(relation.problem, *limits) if places is None else _cut_part(relation.problem, *places, *limits)
 
 
 def limits_of(relation: Relation) -> tuple[int | None, int | None] | str:
@@ -62,6 +69,23 @@ def limits_of(relation: Relation) -> tuple[int | None, int | None] | str:
     if generator.step != 1:
         return f"of the window only every {generator.step}th key is seen"
     return _least(size.left, generator.left), _least(size.right, generator.right)
+
+
+def _cut_part(size: Problem, queries: Progression, keys: Progression, left: int | None, right: int | None) -> Band | str:
+    """The band in numbers of rows, where those of both sides are as far apart."""
+    rows, columns = len(queries), len(keys)
+    if rows > 1 and columns > 1 and queries.step != keys.step:
+        return f"queries are {queries.step} positions apart and keys {keys.step}"
+    step, ahead = max(queries.step, keys.step), queries.start - keys.start
+    # Row i sees the keys j with i - j <= left and j - i <= right.
+    left = None if left is None else (left - ahead) // step
+    right = None if right is None else (right + ahead) // step
+    left = None if left is None or left >= rows - 1 else left
+    right = None if right is None or right >= columns - 1 else right
+    # Where the first row would stand if its last key, or else its first, were its own.
+    offset = right if right is not None else 0 if left is None else -left
+    part = replace(size, q_len=rows, k_len=columns, q_offset=offset)
+    return _cut(part, None if left is None else left + offset, None if right is None else right - offset)
 
 
 def _cut(size: Problem, left: int | None, right: int | None) -> Band | str:

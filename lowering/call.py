@@ -34,6 +34,19 @@ class Held:
 
 
 @dataclass(frozen=True)
+class Room:
+    """Memory that was there before a call.
+
+    Args:
+        results: where a kernel writes what it returns, in the order in which it returns it; what it makes elsewhere is copied.
+        workspace: uint8, for what it needs besides; what that doesn't hold the kernel allocates.
+    """
+
+    results: tuple[Tensor | None, ...] = ()
+    workspace: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Call:
     """Operands of one attention.
 
@@ -55,9 +68,11 @@ class Call:
         exact_lse: False where nobody reads the LSE for its digits: it may be as rough as q's dtype (-inf still says no keys).
         selection: which blocks there are of a relation that names all that there may be; the queries' block rows are the grid's.
         held: q, k and v are a part of the sequence; Sk, which ``key_padding``, ``documents``, ``pairs`` and the relation go by,
-            is the length of all of it, and Sq the number of rows of q. Neither bias nor pages nor selection. The backward is
-            given out and LSE over all keys of the sequence, and its gradients may be in ``score_dtype``.
+            is the length of all of it, and Sq the number of rows of q. Neither bias nor pages nor selection. What is made of
+            a part is added to that of others: out and gradients are in ``score_dtype``. The backward is given out, in q's dtype,
+            and LSE over all keys of the sequence.
         flat: the products count as 0, so that all weights of a row are alike; their gradient is that of ordinary scores.
+        room: see ``Room``; ``output_of`` and ``lse_of`` look there first.
     """
 
     q: Tensor
@@ -81,6 +96,7 @@ class Call:
     exact_lse: bool = True
     selection: Selection | None = None
     held: Held | None = None
+    room: Room | None = None
 
     @property
     def problem(self) -> Problem:
@@ -88,9 +104,26 @@ class Call:
         return self.relation.problem
 
     @property
+    def places(self) -> tuple[Progression, Progression]:
+        """The positions of the rows of q and of k; the step of a single one, which may be anything, is 1."""
+        size = self.problem
+        if self.held is None:
+            return Progression(size.q_offset, size.q_offset + size.q_len), Progression(0, size.k_len)
+        parts = ((self.held.queries, self.q), (self.held.keys, self.k))
+        for part, x in parts:
+            assert len(part) == x.shape[2], f"{x.shape[2]} rows do not stand at the {len(part)} positions {part}"
+        queries, keys = (part if len(part) > 1 else Progression(part.start, part.start + len(part)) for part, _ in parts)
+        return queries, keys
+
+    @property
     def score_dtype(self) -> torch.dtype:
         """The dtype of scores and LSE: float64 for float64 operands, else float32."""
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """The dtype of out and of the gradients of q, k and v: q's; ``score_dtype`` where other parts are added."""
+        return self.q.dtype if self.held is None else self.score_dtype
 
 
 class Kernel(Protocol):
@@ -114,10 +147,10 @@ class Kernel(Protocol):
         """Why this kernel can't compute the call (its forward, or its backward), or None."""
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
-        """out [B, H, Sq, Dv] in q's dtype, laid out [B, Sq, H, Dv]; lse [B, H, Sq] contiguous in ``score_dtype``."""
+        """out [B, H, Sq, Dv] in ``out_dtype``, laid out [B, Sq, H, Dv]; lse [B, H, Sq] contiguous in ``score_dtype``."""
 
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
-        """Gradients of q, k, v and bias (None without bias), each in its operand's dtype and shape."""
+        """Gradients of q, k and v in ``out_dtype``, of the bias in its dtype (None without bias), in their operands' shapes."""
 
 
 @lru_cache(maxsize=256)
@@ -172,6 +205,31 @@ def empty_output(q: Tensor, v_dim: int, dtype: torch.dtype | None = None) -> Ten
     """An uninitialised [B, H, Sq, Dv] that lies in memory as [B, Sq, H, Dv], what the models' next view wants."""
     batch, heads, rows, _ = q.shape
     return q.new_empty((batch, rows, heads, v_dim), dtype=dtype).transpose(1, 2)
+
+
+def output_of(call: Call, number: int, like: Tensor, dim: int) -> Tensor:
+    """Uninitialised memory for result ``number`` of a call, [B, H, S, dim] of ``like``: of its room, or as ``empty_output``."""
+    found = _room_for(call, number, torch.Size((*like.shape[:3], dim)), call.out_dtype)
+    return empty_output(like, dim, call.out_dtype) if found is None or (dim > 1 and found.stride(3) != 1) else found
+
+
+def lse_of(call: Call) -> Tensor:
+    """Uninitialised memory for the LSE of a call, [B, H, Sq] contiguous in ``score_dtype``."""
+    shape = torch.Size((call.problem.batch, call.problem.heads, call.problem.q_len))
+    found = _room_for(call, 1, shape, call.score_dtype)
+    return call.q.new_empty(shape, dtype=call.score_dtype) if found is None or not found.is_contiguous() else found
+
+
+def bias_gradient_of(call: Call, bias: Tensor) -> Tensor:
+    """Zeros for the gradient of the bias, contiguous in ``score_dtype``."""
+    found = _room_for(call, 3, bias.shape, call.score_dtype)
+    made = found is None or not found.is_contiguous()
+    return bias.new_zeros(bias.shape, dtype=call.score_dtype) if made or found is None else found.zero_()
+
+
+def _room_for(call: Call, number: int, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    given = None if call.room is None or number >= len(call.room.results) else call.room.results[number]
+    return given if given is not None and given.shape == shape and given.dtype == dtype else None
 
 
 def dense_rows(x: Tensor) -> Tensor:

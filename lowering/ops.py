@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from dilcompile.errors import FormError, KernelError
 from dilcompile.lowering import operands, reference, token_order, transforms, triton
 from dilcompile.lowering.call import (
     Call,
+    Room,
     empty_output,
     form_of,
     merge_grad,
@@ -33,38 +35,8 @@ _OPERANDS = (
 )
 
 
-@torch.library.custom_op("dilcompile::attention", mutates_args=(), schema=f"({_OPERANDS}) -> (Tensor out, Tensor lse)")
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_padding: Tensor | None,
-    documents: Tensor | None,
-    bias: Tensor | None,
-    dropout_seed: Tensor | None,
-    form: str,
-    is_causal: bool,
-    window_left: int | None,
-    window_right: int | None,
-    q_offset: int,
-    scale: float,
-    softcap: float | None,
-    dropout_p: float,
-    kernel: str | None,
-    q_start: Tensor | None = None,
-    row_limits: Tensor | None = None,
-    row_terms: Tensor | None = None,
-    key_terms: Tensor | None = None,
-    pairs: str | None = None,
-    flat: bool = False,
-    narrow: bool = False,
-    pages: Tensor | None = None,
-    k_len: int | None = None,
-    exact_lse: bool = True,
-    block_columns: Tensor | None = None,
-    block_counts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Softmax over the relation that ``form`` means here.
+class Operands(NamedTuple):
+    """The operands of ``dilcompile::attention``, in the order of its schema.
 
     Args:
         q: [B, H, Sq, D], k: [B, Hkv, Sk, D], v: [B, Hkv, Sk, Dv]; one float dtype; any strides.
@@ -75,11 +47,46 @@ def attention(
         kernel: name of a kernel, or None for the fastest.
         q_start: int64 with one element, added to ``q_offset``: a position that is known when the model runs.
         row_limits: see ``Call``.
+        row_terms, key_terms, pairs: the formula over pairs and its terms, see ``Pairs``.
         flat, narrow: see ``Call``.
         pages: see ``Call``; k_len: Sk, needed with pages and given with nothing else.
         exact_lse: see ``Call``; where gradients are recorded it is exact in any case.
         block_columns, block_counts: the lists of ``Selection`` that stand for ``given`` in the form's pattern.
-        row_terms, key_terms, pairs: the formula over pairs and its terms, see ``Pairs``.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_padding: Tensor | None
+    documents: Tensor | None
+    bias: Tensor | None
+    dropout_seed: Tensor | None
+    form: str
+    is_causal: bool
+    window_left: int | None
+    window_right: int | None
+    q_offset: int
+    scale: float
+    softcap: float | None
+    dropout_p: float
+    kernel: str | None
+    q_start: Tensor | None = None
+    row_limits: Tensor | None = None
+    row_terms: Tensor | None = None
+    key_terms: Tensor | None = None
+    pairs: str | None = None
+    flat: bool = False
+    narrow: bool = False
+    pages: Tensor | None = None
+    k_len: int | None = None
+    exact_lse: bool = True
+    block_columns: Tensor | None = None
+    block_counts: Tensor | None = None
+
+
+@torch.library.custom_op("dilcompile::attention", mutates_args=(), schema=f"({_OPERANDS}) -> (Tensor out, Tensor lse)")
+def attention(*operands: Any, **by_name: Any) -> tuple[Tensor, Tensor]:
+    """Softmax over the relation that ``form`` means here; see ``Operands``.
 
     Returns:
         out [B, H, Sq, Dv] in q's dtype, in memory [B, Sq, H, Dv]; lse [B, H, Sq], natural log, float32 (float64 for float64).
@@ -88,21 +95,24 @@ def attention(
     Raises:
         FormError, KernelError: if the form or the kernel can't be had at these operands.
     """
+    return forward(Operands(*operands, **by_name))
+
+
+def forward(given: Operands, room: Room | None = None) -> tuple[Tensor, Tensor]:
+    """``dilcompile::attention``; into the results of the room, where there is one."""
     from dilcompile.lowering.select import select
 
-    operands.check_products(q, k, v, pages is not None)
-    operands.check_scores(softcap, dropout_p)
-    scale, factor = positive_scale(scale, q.dtype)
-    scaled = q if factor == 1.0 else q * factor
-    call = _call(
-        scaled, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
-        scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs, flat, narrow, pages=pages, k_len=k_len,
-        exact_lse=exact_lse, given=_given(block_columns, block_counts),
-    )  # fmt: skip
-    out, lse = token_order.forward(select(call, kernel), call, form_of(form))
-    of_output = output_scale(form_of(form), call.problem.k_len)
-    out = _laid_out(out, q)
-    return (out if of_output == 1.0 else out.mul_(of_output)), lse
+    operands.check_products(given.q, given.k, given.v, given.pages is not None)
+    operands.check_scores(given.softcap, given.dropout_p)
+    scale, factor = positive_scale(given.scale, given.q.dtype)
+    call = _call(given._replace(scale=scale, q=given.q if factor == 1.0 else given.q * factor))
+    form = form_of(given.form)
+    chosen = select(call, given.kernel)
+    out, lse = token_order.forward(chosen, replace(call, room=room), form)
+    of_output = output_scale(form, call.problem.k_len)
+    results = (None, None) if room is None else room.results
+    out = _laid_out(out, given.q, results[0])
+    return (out if of_output == 1.0 else out.mul_(of_output)), lse if results[1] is None else _copied(lse, results[1])
 
 
 @torch.library.custom_op(
@@ -114,69 +124,53 @@ def attention(
     ),
 )
 def attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_padding: Tensor | None,
-    documents: Tensor | None,
-    bias: Tensor | None,
-    dropout_seed: Tensor | None,
-    form: str,
-    is_causal: bool,
-    window_left: int | None,
-    window_right: int | None,
-    q_offset: int,
-    scale: float,
-    softcap: float | None,
-    dropout_p: float,
-    kernel: str | None,
-    q_start: Tensor | None = None,
-    row_limits: Tensor | None = None,
-    row_terms: Tensor | None = None,
-    key_terms: Tensor | None = None,
-    pairs: str | None = None,
-    flat: bool = False,
-    narrow: bool = False,
-    pages: Tensor | None = None,
-    k_len: int | None = None,
-    exact_lse: bool = True,
-    block_columns: Tensor | None = None,
-    block_counts: Tensor | None = None,
-    bias_grad: bool = True,
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *operands: Any, bias_grad: bool = True, **by_name: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v [as their operand, laid out [B, S, H, D]] and of the bias (an empty tensor without one)."""
+    given, asked = backward_operands(operands, bias_grad, by_name)
+    return backward((grad_out, grad_lse, out, lse), given, asked)
+
+
+def backward_operands(operands: Sequence[Any], bias_grad: bool, by_name: Mapping[str, Any]) -> tuple[Operands, bool]:
+    """What follows ``lse`` in the schema of ``attention_backward``: the operands, and whether the bias has a gradient."""
+    last = len(Operands._fields)
+    return Operands(*operands[:last], **by_name), bool(operands[last]) if len(operands) > last else bias_grad
+
+
+def backward(
+    upstream: tuple[Tensor, Tensor | None, Tensor, Tensor], given: Operands, bias_grad: bool, room: Room | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``dilcompile::attention_backward`` of (grad_out, grad_lse, out, lse); into the results of the room, where there is one."""
     from dilcompile.lowering.select import select
 
-    if pages is not None:
+    if given.pages is not None:
         raise KernelError(
             "keys and values in pages have no gradient: a cache is not trained; call under torch.no_grad(), or gather the pages "
             "(k[block_table].transpose(1, 2).flatten(2, 3)) and leave block_table out"
         )
 
-    operands.check_products(q, k, v, False)
-    operands.check_scores(softcap, dropout_p)
-    scale, factor = positive_scale(scale, q.dtype)
-    scaled = q if factor == 1.0 else q * factor
-    call = _call(
-        scaled, k, v, key_padding, documents, bias, dropout_seed, form, is_causal, window_left, window_right, q_offset,
-        scale, softcap, dropout_p, q_start, row_limits, row_terms, key_terms, pairs, flat, narrow, bias_grad,
-        given=_given(block_columns, block_counts),
-    )  # fmt: skip
-    of_output = output_scale(form_of(form), k.shape[2])
+    grad_out, grad_lse, out, lse = upstream
+    operands.check_products(given.q, given.k, given.v, False)
+    operands.check_scores(given.softcap, given.dropout_p)
+    scale, factor = positive_scale(given.scale, given.q.dtype)
+    scaled = given._replace(scale=scale, q=given.q if factor == 1.0 else given.q * factor, exact_lse=True)
+    call, form = _call(scaled, bias_grad), form_of(given.form)
+    of_output = output_scale(form, given.k.shape[2])
     if of_output != 1.0:
         grad_out, out = grad_out * of_output, out / of_output
-    chosen = select(call, kernel, backward=True)
+    chosen = select(call, given.kernel, backward=True)
     if chosen is not triton and _swallows(call, lse):
         chosen = reference
-    grads = token_order.backward(chosen, call, out, lse, grad_out, grad_lse, form_of(form))
-    shaped = [_laid_out(grad, like) for grad, like in zip(grads[:3], (q, k, v), strict=True)]
+    grads = token_order.backward(chosen, replace(call, room=room), out, lse, grad_out, grad_lse, form)
+    results = (None,) * 4 if room is None else room.results
+    likes = (given.q, given.k, given.v)
+    shaped = [_laid_out(grad, like, result) for grad, like, result in zip(grads[:3], likes, results[:3], strict=True)]
     if factor != 1.0:
         shaped[0].mul_(factor)
-    grad_bias = q.new_empty(0) if bias is None or not bias_grad or grads[3] is None else grads[3].contiguous()
+    if given.bias is None or not bias_grad or grads[3] is None:
+        grad_bias = given.q.new_empty(0) if results[3] is None else results[3]
+    else:
+        grad_bias = grads[3].contiguous() if results[3] is None else _copied(grads[3], results[3])
     return shaped[0], shaped[1], shaped[2], grad_bias
 
 
@@ -208,55 +202,32 @@ def positive_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:
     return (-scale, -1.0) if scale < 0 else (scale, 1.0)
 
 
-def _call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_padding: Tensor | None,
-    documents: Tensor | None,
-    bias: Tensor | None,
-    dropout_seed: Tensor | None,
-    form: str,
-    is_causal: bool,
-    window_left: int | None,
-    window_right: int | None,
-    q_offset: int,
-    scale: float,
-    softcap: float | None,
-    dropout_p: float,
-    q_start: Tensor | None,
-    row_limits: Tensor | None,
-    row_terms: Tensor | None,
-    key_terms: Tensor | None,
-    pairs: str | None,
-    flat: bool,
-    narrow: bool,
-    bias_grad: bool = True,
-    pages: Tensor | None = None,
-    k_len: int | None = None,
-    exact_lse: bool = True,
-    given: Selection | None = None,
-) -> Call:
-    first = q_offset if q_start is None else q_offset + int(q_start)
+def _call(given: Operands, bias_grad: bool = True) -> Call:
+    q, k, v, softcap, dropout_p = given.q, given.k, given.v, given.softcap, given.dropout_p
+    pages, k_len = given.pages, given.k_len
+    first = given.q_offset if given.q_start is None else given.q_offset + int(given.q_start)
     assert (pages is None) == (k_len is None), "pages and k_len, the length in positions, come together"
     assert pages is None or k_len is None or k_len <= pages.shape[1] * k.shape[2], "the pages hold fewer than k_len positions"
-    operands.check_masks(q, k.shape[2] if k_len is None else k_len, key_padding, documents, bias, row_limits)
-    problem = problem_of(q, k, v, is_causal, window_left, window_right, first, k_len)
+    keys = k.shape[2] if k_len is None else k_len
+    operands.check_masks(q, keys, given.key_padding, given.documents, given.bias, given.row_limits)
+    problem = problem_of(q, k, v, given.is_causal, given.window_left, given.window_right, first, k_len)
     formula = None
-    if pairs is not None:
-        assert row_terms is not None, "a formula over pairs needs its rows' terms"
-        assert key_terms is not None, "a formula over pairs needs its keys' terms"
-        formula = Pairs(pairs, row_terms, key_terms)
-    relation = relation_of(form_of(form), problem)
-    _refuse_to_select(relation, documents is not None, pages is not None)
+    if given.pairs is not None:
+        assert given.row_terms is not None, "a formula over pairs needs its rows' terms"
+        assert given.key_terms is not None, "a formula over pairs needs its keys' terms"
+        formula = Pairs(given.pairs, given.row_terms, given.key_terms)
+    form = form_of(given.form)
+    relation = relation_of(form, problem)
+    _refuse_to_select(relation, given.documents is not None, pages is not None)
     chooses = adaptive_blocks(relation) is not None
-    along = token_order.chosen_from(form_of(form), q, k, key_padding) if chooses else (q, k, key_padding)
-    selection = select_blocks(relation, *along, scale, softcap, given)
+    along = token_order.chosen_from(form, q, k, given.key_padding) if chooses else (q, k, given.key_padding)
+    lists = _given(given.block_columns, given.block_counts)
     return Call(
-        q, k, v, key_padding, documents, bias, dropout_seed, relation,
-        scale, softcap, dropout_p, merge_grad(form_of(form)), row_limits, formula, flat, narrow, bias_grad, pages,
+        q, k, v, given.key_padding, given.documents, given.bias, given.dropout_seed, relation, given.scale, softcap, dropout_p,
+        merge_grad(form), given.row_limits, formula, given.flat, given.narrow, bias_grad, pages,
         # In q's own dtype is exact where scores are not wider.
-        exact_lse or q.dtype in (torch.float32, torch.float64), selection,
+        given.exact_lse or q.dtype in (torch.float32, torch.float64),
+        select_blocks(relation, *along, given.scale, softcap, lists),
     )  # fmt: skip
 
 
@@ -271,13 +242,21 @@ def _refuse_to_select(relation: Relation, documents: bool, pages: bool) -> None:
         raise FormError(f"{relation} chooses blocks from the data, over whole sequences, but {came} came; give {cure}")
 
 
-def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` in ``like``'s dtype and the memory layout that the fake promises."""
+def _laid_out(x: Tensor, like: Tensor, into: Tensor | None = None) -> Tensor:
+    """``x`` in ``like``'s dtype, in the memory given for it or in the memory layout that the fake promises."""
+    if into is not None:
+        return _copied(x, into)
     _, heads, rows, dim = x.shape
     dense = (rows * heads * dim, dim, heads * dim, 1)
     if x.stride() == dense and x.dtype == like.dtype:
         return x
     return empty_output(like, dim).copy_(x)
+
+
+def _copied(x: Tensor, into: Tensor) -> Tensor:
+    """The numbers of ``x`` in ``into``, where a kernel may have written them already."""
+    there = x.data_ptr() == into.data_ptr() and x.stride() == into.stride() and x.dtype == into.dtype
+    return into if there else into.copy_(x)
 
 
 @attention.register_fake

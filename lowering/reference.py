@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dilcompile.lowering.call import Call, Gradients, empty_output
+from dilcompile.lowering.call import Call, Gradients, lse_of, output_of
 from dilcompile.lowering.dropout import keep_factor
 from dilcompile.lowering.selection import Selection, adaptive_blocks
 from dilcompile.progression import Progression
@@ -48,8 +48,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """See ``Kernel``."""
     call = call if call.pages is None else _gathered(call, call.pages)
     problem = call.problem
-    out = empty_output(call.q, problem.v_dim)
-    lse = call.q.new_empty((problem.batch, problem.heads, problem.q_len), dtype=call.score_dtype)
+    out, lse = output_of(call, 0, call.q, problem.v_dim), lse_of(call)
     for chunk in _chunks(call):
         weights, chunk_lse = _softmax(chunk.scores, sum(chunk.counts[1:], chunk.counts[0]), call.narrow)
         weights = weights if chunk.keep is None else weights * chunk.keep
@@ -78,7 +77,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
         grads[1][chunk.b] += _per_key_head(d_scores.mT @ chunk.q, call.problem.kv_heads)
         grads[2][chunk.b] += _per_key_head(d_value, call.problem.kv_heads)
     # Parts are added up before they are rounded.
-    d_q, d_k, d_v = (grad if call.held is not None else grad.to(call.q.dtype) for grad in grads)
+    d_q, d_k, d_v = (grad.to(call.out_dtype) for grad in grads)
     return d_q, d_k, d_v, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
 
 

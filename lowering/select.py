@@ -147,7 +147,7 @@ def refusal(kernel: Kernel, call: Call, backward: bool) -> str | None:
         return "a mask by row"
     if call.selection is not None and kernel not in (native, flex, reference):
         return "blocks that the data chooses"
-    if call.held is not None and kernel not in (native, reference):
+    if call.held is not None and kernel not in (native, flash_band, triton, reference):
         return "a part of a sequence"
     if call.narrow and kernel is not reference:
         return "a softmax in float32 over scores in float64"

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from dilcompile.blocks.adaptive import Given, Scored, capacity, is_adaptive, is_given, leaves
+from dilcompile.blocks.composed import AllOf, AnyOf
 from dilcompile.blocks.grid import Grid
 from dilcompile.blocks.lists import lists_of
-from dilcompile.blocks.patterns import AllOf, AnyOf, Pattern
+from dilcompile.blocks.patterns import Pattern
 from dilcompile.errors import FormError
 from dilcompile.generators import Blocks
 from dilcompile.lowering import probing

@@ -76,8 +76,11 @@ def _along(curve: Curve, call: Call) -> Call:
     tokens = _indices(curve, call.q.device)[0]
     q, k, v = (_rows(x, tokens) for x in (call.q, call.k, call.v))
     padding = None if call.key_padding is None else call.key_padding.index_select(1, tokens)
-    # A selection counts positions along the curve already.
-    return replace(call, q=q, k=k, v=v, key_padding=padding, bias=None if call.bias is None else _square(call.bias, tokens))
+    # A selection counts positions along the curve already. What comes out is moved once more.
+    room = None if call.room is None else replace(call.room, results=())
+    return replace(
+        call, room=room, q=q, k=k, v=v, key_padding=padding, bias=None if call.bias is None else _square(call.bias, tokens)
+    )
 
 
 def _rows(x: Tensor, order: Tensor) -> Tensor:

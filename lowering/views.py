@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dilcompile.lowering.call import Call, Gradients, dense_rows, empty_output
+from dilcompile.lowering.call import Call, Gradients, bias_gradient_of, dense_rows, empty_output, lse_of, output_of
 from dilcompile.lowering.engines import Engine, Part, Upstream
 from dilcompile.lowering.merge import merge_into
 from dilcompile.lowering.pieces import Piece, Plan, plan
@@ -39,8 +39,7 @@ _LSE_COLUMNS = 8
 def forward(call: Call, engine: Engine) -> tuple[Tensor, Tensor]:
     """See ``Kernel.forward``; ``engine`` computes the blocks."""
     call = replace(call, q=dense_rows(call.q), k=dense_rows(call.k), v=dense_rows(call.v))
-    out = empty_output(call.q, call.problem.v_dim)
-    lse = call.q.new_empty((call.problem.batch, call.problem.heads, call.problem.q_len), dtype=call.score_dtype)
+    out, lse = output_of(call, 0, call.q, call.problem.v_dim), lse_of(call)
     for region in _regions(call):
         _forward_region(call, engine, region, region.planned(), region.rows(out), region.rows(lse))
     return out, lse
@@ -56,7 +55,8 @@ def backward(call: Call, engine: Engine, out: Tensor, lse: Tensor, grad_out: Ten
         grads, bias = _gradients(call, engine, replace(joint, grad_lse=None), detached=True)
         if grad_lse is not None:
             only_lse = replace(joint, grad_out=torch.zeros_like(joint.grad_out))
-            more, more_bias = _joint_gradients(call, engine, only_lse)
+            # The room holds the first ones.
+            more, more_bias = _joint_gradients(replace(call, room=None), engine, only_lse)
             grads = [grad + other[..., : grad.shape[-1]] for grad, other in zip(grads, more, strict=True)]
             bias = None if bias is None or more_bias is None else bias + more_bias
     else:
@@ -72,12 +72,8 @@ def _joint_gradients(call: Call, engine: Engine, joint: _Joint) -> tuple[list[Te
 
 
 def _gradients(call: Call, engine: Engine, joint: _Joint, detached: bool) -> tuple[list[Tensor], Tensor | None]:
-    bias = (
-        None
-        if call.bias is None or not call.bias_grad
-        else torch.zeros_like(call.bias, dtype=call.score_dtype, memory_format=torch.contiguous_format)
-    )
-    grads = [empty_output(x, x.shape[-1]).zero_() for x in (call.q, call.k, call.v)]
+    bias = None if call.bias is None or not call.bias_grad else bias_gradient_of(call, call.bias)
+    grads = [output_of(call, number, x, x.shape[-1]).zero_() for number, x in enumerate((call.q, call.k, call.v))]
     for region in _regions(call):
         here = _Joint(
             region.rows(joint.out),

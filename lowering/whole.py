@@ -3,6 +3,7 @@
 Note [LSE gradient of one launch]: an op's backward knows no gradient of the LSE. Where scores go into the softmax as they are,
 that gradient adds ``g = scale * grad_lse`` times the weights to theirs. So dq gets ``g * (weights @ k)``, the output of a forward
 with the keys as values, and dk gets ``weights.T @ (g * q)``, the values' gradient of its backward. No head size grows by that.
+The weights of a part of a sequence are its own softmax times its share of the whole one, ``exp(own LSE - LSE)``.
 """
 
 from __future__ import annotations
@@ -67,12 +68,18 @@ def beyond_whole(call: Call) -> str | None:
         return "dropout by position"
     if call.flat:
         return "flat scores"
-    band = band_of(call.relation)
+    band = _band(call)
     if isinstance(band, str):
         return band
     if call.documents is None:
         return None
+    if call.held is not None:
+        return "documents over a part of a sequence"
     return _beyond_documents(call)
+
+
+def _band(call: Call) -> Band | str:
+    return band_of(call.relation, None if call.held is None else call.places)
 
 
 def _beyond_documents(call: Call) -> str | None:
@@ -91,7 +98,7 @@ def forward(call: Call, op: FlashOp) -> tuple[Tensor, Tensor]:
     """See ``Kernel.forward``."""
     laid = _laid(call)
     out, lse = op.forward(laid)
-    return _unlaid(out, call.problem.batch), _lse_unlaid(lse, call.problem.batch)
+    return _unlaid(out, call.problem.batch).to(call.out_dtype), _lse_unlaid(lse, call.problem.batch)
 
 
 def backward(call: Call, op: FlashOp, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
@@ -100,25 +107,31 @@ def backward(call: Call, op: FlashOp, out: Tensor, lse: Tensor, grad_out: Tensor
     lse = _lse_laid(lse, laid)
     grads = op.backward(laid, _rows(out, laid), lse, _rows(grad_out, laid))
     if grad_lse is not None:
-        grads = _with_lse_gradient(laid, op, lse, _lse_laid(grad_lse, laid), grads)
-    d_q, d_k, d_v = (_unlaid(grad, call.problem.batch) for grad in grads)
+        grads = _with_lse_gradient(laid, op, lse, _lse_laid(grad_lse, laid), grads, call.held is not None)
+    d_q, d_k, d_v = (_unlaid(grad, call.problem.batch).to(call.out_dtype) for grad in grads)
     return d_q, _uncut(d_k, laid.band, call.k), _uncut(d_v, laid.band, call.v), None
 
 
 def _with_lse_gradient(
-    laid: Laid, op: FlashOp, lse: Tensor, grad_lse: Tensor, grads: tuple[Tensor, Tensor, Tensor]
+    laid: Laid, op: FlashOp, lse: Tensor, grad_lse: Tensor, grads: tuple[Tensor, Tensor, Tensor], part: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See Note [LSE gradient of one launch]."""
     assert laid.softcap is None, "kernels with a softcap refuse the backward"
     of_keys = replace(laid, v=laid.k)
-    mean, _ = op.forward(of_keys)
-    factor = (grad_lse * laid.scale).transpose(-1, -2).unsqueeze(-1)
+    mean, own_lse = op.forward(of_keys)
+    factor = _by_row(grad_lse * laid.scale)
     _, _, more = op.backward(of_keys, mean, lse, (laid.q * factor).to(laid.q.dtype))
+    mean = mean * _by_row((own_lse - lse).exp()) if part else mean
     return (grads[0] + mean * factor).to(laid.q.dtype), grads[1] + more, grads[2]
 
 
+def _by_row(x: Tensor) -> Tensor:
+    """[B, H, S] or [H, B * S], beside what is laid out as q."""
+    return x.transpose(-1, -2).unsqueeze(-1)
+
+
 def _laid(call: Call) -> Laid:
-    band, size = band_of(call.relation), call.problem
+    band, size = _band(call), call.problem
     assert isinstance(band, Band), band
     k, v = (x.narrow(2, band.first, band.stop - band.first) for x in (call.k, call.v))
     q, k, v = (dense_rows(x).transpose(1, 2) for x in (call.q, k, v))
@@ -155,6 +168,6 @@ def _uncut(grad: Tensor, band: Band, like: Tensor) -> Tensor:
     """The gradient of all keys, of those that the op got."""
     if grad.shape[2] == like.shape[2]:
         return grad
-    whole = torch.zeros_like(like)
+    whole = torch.zeros_like(like, dtype=grad.dtype)
     whole.narrow(2, band.first, band.stop - band.first).copy_(grad)
     return whole

@@ -15,7 +15,6 @@ from dilcompile.passes.provenance import module_path, source_line
 from dilcompile.passes.regions import Graph
 from dilcompile.passes.sequence_axes import SequenceAxes
 from dilcompile.passes.sequence_rules import POSITIONS, Wrong, wrong_with
-from dilcompile.passes.whole_sequence import Sharding
 
 # Our own functions know of the other ranks (``sharded_loss`` inside a compiled step).
 _OURS = os.path.join("dilcompile", "distributed", "")
@@ -42,15 +41,15 @@ class Hazard:
         return f"{self.module or '<top>'} ({self.source}): {self.node}: {self.reason}; {self.cure}"
 
 
-def hazards(parts: Sequence[Graph], sharding: Sharding) -> list[Hazard]:
-    """All of them, in graph order; empty where no site is sharded.
+def hazards(parts: Sequence[Graph], along: SequenceAxes) -> list[Hazard]:
+    """All of them, in graph order; empty where nothing runs along a sharded sequence.
 
     Args:
         parts: the rewritten graph without dead nodes, then the checkpoint bodies in it.
+        along: what runs along the sequence in them.
     """
-    if not any(node.target is sharding.attention for part in parts for node in part.gm.graph.nodes):
+    if not along.axis_of:
         return []
-    along = SequenceAxes(parts, sharding)
     found = [_hazard(site, part, wrong) for part in parts for site, wrong in _between_sites(part, along)]
     for part in parts:
         numbers: set[Node] = set()
@@ -105,6 +104,9 @@ def _input(node: Node, part: Graph, along: SequenceAxes) -> Wrong | None:
         return None
     if node in part.weights:
         return Wrong("a weight with one entry a token, taken from its start on every rank", POSITIONS)
+    mark = along.known.inputs.get(node)
+    if mark is not None and mark.counted & along.dims(node):
+        return Wrong("an earlier graph counted it from this rank's first row on", POSITIONS)
     return _table(node, part.tables.get(node), along)
 
 

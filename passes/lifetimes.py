@@ -7,7 +7,7 @@ A step is a node that computes; views take none.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sympy
 import torch
@@ -33,11 +33,19 @@ class Lifetimes:
         buffers: made and given up inside the graph: these can be planned.
         held: bytes by name of what outlives the graph or was there before: inputs, outputs, saved tensors. Never planned.
         nodes: the name of the node of each step.
+        kept: of ``held`` what the graph makes: outputs and saved tensors, from the step that makes them to the last one.
+        given: of ``held`` what was there before, from step 0 to its last reader.
+        outputs: for each output of the graph the name of what holds its memory; None for what is no tensor.
+        memory: the names of the buffers in which the value of a node lies, by the node's name; views have those of their source.
     """
 
     buffers: list[Buffer] = field(default_factory=list)
     held: dict[str, int] = field(default_factory=dict)
     nodes: tuple[str, ...] = ()
+    kept: list[Buffer] = field(default_factory=list)
+    given: list[Buffer] = field(default_factory=list)
+    outputs: tuple[str | None, ...] = ()
+    memory: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -66,14 +74,18 @@ def lifetimes_of(gm: GraphModule, *, ours_only: bool = False) -> Lifetimes:
     walk = _Walk()
     for node in gm.graph.nodes:
         walk.visit(node)
-    found = Lifetimes(nodes=tuple(walk.nodes))
+    found = Lifetimes(nodes=tuple(walk.nodes), outputs=tuple(walk.outputs), memory=walk.memory())
     for storage in walk.storages.values():
         if ours_only and not _is_ours(storage.node):
             continue
-        if storage.held:
-            found.held[storage.name] = storage.hint
+        if not storage.held:
+            found.buffers.append(_buffer(storage))
             continue
-        found.buffers.append(_buffer(storage))
+        found.held[storage.name] = storage.hint
+        if storage.node.op == "call_function":
+            found.kept.append(replace(_buffer(storage), end=max(storage.begin, walk.step - 1)))
+        else:
+            found.given.append(_buffer(storage))
     return found
 
 
@@ -92,6 +104,7 @@ class _Walk:
     def __init__(self) -> None:
         self.nodes: list[str] = []
         self.storages: dict[int, _Storage] = {}
+        self.outputs: list[str | None] = []
         self._of_node: dict[Node, tuple[int, ...]] = {}
         self._numbers = 0
 
@@ -99,6 +112,10 @@ class _Walk:
     def step(self) -> int:
         """The number of the next node that computes."""
         return len(self.nodes)
+
+    def memory(self) -> dict[str, tuple[str, ...]]:
+        """See ``Lifetimes``."""
+        return {node.name: tuple(self.storages[key].name for key in keys) for node, keys in self._of_node.items()}
 
     def visit(self, node: Node) -> None:
         """One node more."""
@@ -109,6 +126,9 @@ class _Walk:
         if node.op == "output":
             for key in read:
                 self.storages[key].held = True
+            for result in _results(node):
+                keys = self._of_node.get(result, ()) if isinstance(result, Node) else ()
+                self.outputs.append(self.storages[keys[0]].name if keys else None)
             return
         if _is_view(node):
             self._of_node[node] = self._viewed(node)
@@ -135,6 +155,12 @@ class _Walk:
             keys.append(self._numbers)
             self._numbers += 1
         return tuple(keys)
+
+
+def _results(node: Node) -> Sequence[object]:
+    """What an output node gives, in order."""
+    (given,) = node.args
+    return given if isinstance(given, (tuple, list)) else (given,)
 
 
 def _named(node: Node) -> Iterator[tuple[str, Tensor]]:

@@ -6,35 +6,31 @@ outlives the graph (outputs, saved tensors) and what an operator without an ``ou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import sympy
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from dilcompile.memory import Buffer, BufferPlan, plan_buffers
 from dilcompile.passes.lifetimes import Lifetimes, lifetimes_of, makers
+from dilcompile.passes.out_forms import out_form, workspace_form
+from dilcompile.passes.provenance import module_path
+from dilcompile.passes.shared_buffers import Layout, expression, share
 
-Size: TypeAlias = "int | sympy.Expr"
+aten = torch.ops.aten
+Workspaces: TypeAlias = "Callable[[object, Sequence[Any], Mapping[str, Any]], int | sympy.Expr]"
+# (number of the input, symbol, its hint)
+Symbols: TypeAlias = "tuple[tuple[int, sympy.Symbol, int], ...]"
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a buffer is seen as a tensor; sizes and strides may be expressions."""
-
-    buffer: str
-    dtype: torch.dtype
-    shape: tuple[Size, ...]
-    stride: tuple[Size, ...]
-
-    def of(self, memory: Tensor, lengths: Mapping[sympy.Symbol, int]) -> Tensor:
-        """The tensor in ``memory``, uint8, at the buffer's place."""
-        shape, stride = ([_at(size, lengths) for size in sizes] for sizes in (self.shape, self.stride))
-        return memory.view(self.dtype).as_strided(shape, stride)
+def without(target: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """No operator needs anything besides its results."""
+    return 0
 
 
 @dataclass(frozen=True)
@@ -46,8 +42,8 @@ class PlannedGraph:
         plan: where they lie.
         layouts: of these inputs, in order.
         symbols: (number of an input, symbol) of the inputs that are lengths.
-        lifetimes: of all buffers of the graph.
-        elsewhere: the buffers that are not planned, because their operator has no ``out`` form.
+        lifetimes: of all buffers of the graph, as it is planned.
+        elsewhere: the buffers that are not planned, because their operator has no ``out`` form that makes no copy.
     """
 
     gm: GraphModule
@@ -58,80 +54,107 @@ class PlannedGraph:
     elsewhere: tuple[Buffer, ...]
 
 
-def plan_graph(gm: GraphModule, *, within_module: bool = False) -> PlannedGraph:
+def plan_graph(gm: GraphModule, *, within_module: bool = False, workspace: Workspaces = without) -> PlannedGraph:
     """Plan the buffers of an ATen graph with fake values and rewrite it, in place, to use them.
 
     Args:
         within_module: see ``plan_buffers``.
+        workspace: bytes that a call of an operator needs besides its results, from its target and operands.
     """
-    lifetimes = lifetimes_of(gm)
-    live = {buffer.name: buffer for buffer in lifetimes.buffers}
-    layouts: list[Layout] = []
-    planned: list[Buffer] = []
-    symbols = _symbols(gm)
-    after = _last_input(gm)
-    for node, made in makers(gm):
-        form = _out_form(node)
-        if form is None or not all(name in live for name, _ in made):
+    lifetimes, symbols = lifetimes_of(gm), _symbols(gm)
+    live = {buffer.name for buffer in lifetimes.buffers}
+    forms = [(node, out_form(node), made) for node, made in makers(gm)]
+    planned = [(node, form, made) for node, form, made in forms if form is not None and all(name in live for name, _ in made)]
+    homes = share(planned, lifetimes)
+    workspaces = _workspaces(gm, lifetimes, workspace, symbols)
+    inputs = _Inputs(gm)
+    for node, form, made in planned:
+        places = [inputs.add(homes.layouts[name], value) for name, value in made]
+        if made[0][0] in homes.slices:
+            _fill(node, places[0], homes.slices[made[0][0]], inputs)
             continue
-        places = []
-        for name, value in made:
-            with gm.graph.inserting_after(after):
-                after = gm.graph.placeholder(f"buffer_{len(layouts)}")
-            after.meta["val"] = value
-            layouts.append(_layout(name, value))
-            planned.append(live.pop(name))
-            places.append(after)
-        _write_into(node, form, places)
+        own = workspaces.get(node.name)
+        form.write(node, places, None if own is None or not form.workspace else inputs.add(_bytes(own)))
+    _with_workspaces(gm, workspaces, inputs)
     gm.graph.lint()
     gm.recompile()
-    plan = plan_buffers(planned, within_module=within_module)
-    return PlannedGraph(gm, plan, tuple(layouts), symbols, lifetimes, tuple(live.values()))
+    placed = {name for _, _, made in planned for name, _ in made}
+    elsewhere = tuple(buffer for buffer in lifetimes.buffers if buffer.name not in placed)
+    buffers = [*homes.buffers.values(), *workspaces.values()]
+    plan = plan_buffers(buffers, within_module=within_module)
+    found = replace(lifetimes, buffers=[*buffers, *elsewhere])
+    return PlannedGraph(gm, plan, tuple(inputs.layouts), tuple((n, symbol) for n, symbol, _ in symbols), found, elsewhere)
 
 
-def _symbols(gm: GraphModule) -> tuple[tuple[int, sympy.Symbol], ...]:
+class _Inputs:
+    """Further inputs of a graph, behind those that it has."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self._graph = gm.graph
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        self._last = placeholders[-1] if placeholders else gm.graph._root
+        self.layouts: list[Layout] = []
+
+    def add(self, layout: Layout, value: Tensor | None = None) -> Node:
+        """One more, laid out so."""
+        with self._graph.inserting_after(self._last):
+            self._last = self._graph.placeholder(f"buffer_{len(self.layouts)}")
+        if value is not None:
+            self._last.meta["val"] = value
+        self.layouts.append(layout)
+        return self._last
+
+
+def _fill(cat: Node, place: Node, slices: Mapping[int, Layout], inputs: _Inputs) -> None:
+    """Put the other operands of a cat into its buffer, and take the buffer for the cat."""
+    operands, dim = cat.args[0], cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
+    assert isinstance(operands, (tuple, list))
+    assert isinstance(dim, int)
+    whole, start = inputs.layouts[-1], 0
+    for number, operand in enumerate(operands):
+        assert isinstance(operand, Node)
+        value = operand.meta["val"]
+        shape = tuple(map(expression, value.shape))
+        if number not in slices:
+            part = replace(whole, shape=shape, offset=whole.offset + start * whole.stride[dim])
+            into = inputs.add(part, value)
+            with cat.graph.inserting_before(cat):
+                cat.graph.call_function(aten.copy_.default, (into, operand)).meta["val"] = value
+        start = start + shape[dim]
+    cat.replace_all_uses_with(place)
+    cat.graph.erase_node(cat)
+
+
+def _workspaces(gm: GraphModule, lifetimes: Lifetimes, workspace: Workspaces, symbols: Symbols) -> dict[str, Buffer]:
+    """By the name of the node: what operators need besides their results."""
+    steps, hints = {name: step for step, name in enumerate(lifetimes.nodes)}, {symbol: hint for _, symbol, hint in symbols}
+    found: dict[str, Buffer] = {}
+    for node in gm.graph.nodes:
+        if node.name not in steps or workspace_form(node) is None:
+            continue
+        args, kwargs = map_arg((node.args, node.kwargs), lambda held: held.meta.get("val"))
+        size = workspace(node.target, args, kwargs)
+        hint, step = int(sympy.sympify(size).subs(hints)), steps[node.name]
+        if hint:
+            device = str(node.all_input_nodes[0].meta["val"].device)
+            found[node.name] = Buffer(f"{node.name}.workspace", size, step, step, hint, device, module=module_path(node))
+    return found
+
+
+def _with_workspaces(gm: GraphModule, workspaces: Mapping[str, Buffer], inputs: _Inputs) -> None:
+    """Give those operators their workspace whose results are not planned."""
+    for node in list(gm.graph.nodes):
+        form = workspace_form(node) if node.name in workspaces and "workspace" not in node.kwargs else None
+        if form is not None:
+            node.target, node.kwargs = form, {**node.kwargs, "workspace": inputs.add(_bytes(workspaces[node.name]))}
+
+
+def _bytes(buffer: Buffer) -> Layout:
+    return Layout(buffer.name, torch.uint8, (buffer.size,), (1,))
+
+
+def _symbols(gm: GraphModule) -> Symbols:
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     values = [(number, node.meta.get("val")) for number, node in enumerate(inputs)]
-    found = [(number, value.node.expr) for number, value in values if isinstance(value, torch.SymInt)]
-    return tuple((number, expr) for number, expr in found if isinstance(expr, sympy.Symbol))
-
-
-def _last_input(gm: GraphModule) -> Node:
-    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    return inputs[-1] if inputs else gm.graph._root
-
-
-def _layout(name: str, value: Tensor) -> Layout:
-    return Layout(name, value.dtype, *(tuple(map(_expression, sizes)) for sizes in (value.shape, value.stride())))
-
-
-def _expression(size: int | torch.SymInt) -> Size:
-    return size.node.expr if isinstance(size, torch.SymInt) else int(size)
-
-
-def _at(size: Size, lengths: Mapping[sympy.Symbol, int]) -> int:
-    return size if isinstance(size, int) else int(size.subs(lengths))
-
-
-def _out_form(node: Node) -> torch._ops.OpOverload | None:
-    return _out_overload(node.target) if isinstance(node.target, torch._ops.OpOverload) else None
-
-
-@lru_cache(maxsize=1024)
-def _out_overload(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
-    """The overload with the same arguments and ``out`` ones besides, one a result; None where there is none."""
-    own = [(argument.name, str(argument.type)) for argument in op._schema.arguments]
-    packet = op.overloadpacket
-    for name in packet.overloads():
-        other: torch._ops.OpOverload = getattr(packet, name)
-        outs = [argument for argument in other._schema.arguments if argument.is_out]
-        rest = [(argument.name, str(argument.type)) for argument in other._schema.arguments if not argument.is_out]
-        if outs and rest == own and len(outs) == len(op._schema.returns):
-            return other
-    return None
-
-
-def _write_into(node: Node, form: torch._ops.OpOverload, places: Sequence[Node]) -> None:
-    names = [argument.name for argument in form._schema.arguments if argument.is_out]
-    node.target = form
-    node.kwargs = {**node.kwargs, **dict(zip(names, places, strict=True))}
+    found = [(number, value.node.expr, value.node.hint) for number, value in values if isinstance(value, torch.SymInt)]
+    return tuple((number, expr, int(hint)) for number, expr, hint in found if isinstance(expr, sympy.Symbol))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import operator
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch.fx import GraphModule, Node
@@ -17,12 +17,14 @@ from torch.fx import GraphModule, Node
 from dilcompile.passes.atoms import Atom, Layout, Leaves, same_size
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.gather_facts import weight_like
+from dilcompile.passes.known_rows import NOTHING_KNOWN, KnownRows
 from dilcompile.passes.normalize import CHECKPOINT
-from dilcompile.passes.operators import full_name, indexed, is_pointwise, is_tensor, op_name, shape_of, tensor_args
+from dilcompile.passes.operators import MOVES_ONLY, full_name, indexed, is_pointwise, is_tensor, op_name, shape_of, tensor_args
 from dilcompile.passes.products import parse_product
 from dilcompile.passes.regions import Graph
 from dilcompile.passes.spellings import CALLS
 from dilcompile.passes.whole_sequence import Sharding
+from dilcompile.placements.marks import Mark
 
 OWN = "dilcompile::attention"
 # Their results have the dims of the first argument, all but those that they act along.
@@ -31,6 +33,8 @@ DIMWISE = frozenset(
     "argsort prod var std norm linalg_vector_norm cumprod logcumsumexp native_layer_norm _fused_rms_norm native_dropout "
     "batch_norm group_norm constant_pad_nd pad glu index_select scatter scatter_add tril triu softmax log_softmax".split()
 )
+# Their numbers go from the first place on.
+COUNTED = frozenset("arange linspace logspace range eye tril_indices triu_indices".split())
 _JOINS = frozenset(("cat", "concat", "stack"))
 
 
@@ -39,13 +43,15 @@ class SequenceAxes:
 
     Args:
         parts: the rewritten graph, then the bodies in it.
+        known: what is known of the graph's inputs.
 
     Attributes:
         sites: the sharded calls, with what their specs say.
+        guessed: inputs that were taken for a part of the sequence by their size alone.
     """
 
-    def __init__(self, parts: Sequence[Graph], sharding: Sharding) -> None:
-        self.sharding = sharding
+    def __init__(self, parts: Sequence[Graph], sharding: Sharding, known: KnownRows = NOTHING_KNOWN) -> None:
+        self.sharding, self.known = sharding, known
         self.orders = {**CALLS, OWN: "bhsd", sharding.attention.__name__: "bhsd"}
         self.sites: dict[Node, dict[str, str]] = {}
         self._axes: dict[GraphModule, Axes] = {}
@@ -63,7 +69,13 @@ class SequenceAxes:
         self.axis_of: dict[Atom, str] = {}
         self.conflicts: list[tuple[Node, str, str]] = []
         for site, spec in self.sites.items():
-            self._spread(site, spec)
+            operands = site.args[1:3] if spec["placement"] == "tree" else site.args[:3]
+            self._spread(site, [(arg, 2) for arg in operands], spec["axis"])  # type: ignore[misc]
+        self.guessed: list[Node] = []
+        for node in parts[0].gm.graph.find_nodes(op="placeholder"):
+            if is_tensor(node) and node not in parts[0].weights and node not in parts[0].tables:
+                self._begin(node)
+        self._counted = self._reached(atom for part in parts for node in part.gm.graph.nodes for atom in self._counts(part, node))
 
     # What is known.
 
@@ -86,21 +98,68 @@ class SequenceAxes:
             return frozenset()
         return frozenset(i for i, dim in enumerate(self.layout(node)) if self.axis(dim) is not None)
 
+    def mark_of(self, node: Node) -> Mark:
+        """What a later graph is told of a result of this one."""
+        counted = frozenset(
+            i for i, dim in enumerate(self.layout(node)) if any(atom.root in self._counted for atom in dim) and not self.axis(dim)
+        )
+        if not self.axis_of and not self.known:
+            return Mark(None, counted)
+        return Mark({dim: str(self.axis(self.layout(node)[dim])) for dim in self.dims(node)}, counted)
+
     # How it spreads.
 
-    def _spread(self, site: Node, spec: dict[str, str]) -> None:
-        axis = spec["axis"]
-        operands = site.args[1:3] if spec["placement"] == "tree" else site.args[:3]
-        queue = [atom.root for arg in operands for atom in self.layout(arg)[2]]  # type: ignore[arg-type]
+    def _begin(self, node: Node) -> None:
+        """From an input of which it is known, or, where no site tells, that is as long as a rank's part of a sequence."""
+        mark = self.known.inputs.get(node)
+        if mark is not None and mark.axes is not None:
+            for dim, axis in mark.axes.items():
+                self._spread(node, [(node, dim)], axis)
+        elif not self.sites:
+            for dim, size in enumerate(shape_of(node)):
+                axis_of_size = self.known.axis_of_size(size)
+                # What was counted is wrong only where it is used beside tokens.
+                if axis_of_size is not None and (mark is None or dim not in mark.counted):
+                    self._spread(node, [(node, dim)], axis_of_size)
+                    self.guessed.append(node)
+
+    def _spread(self, start: Node, dims: Iterable[tuple[Node, int]], axis: str) -> None:
+        queue = [atom.root for node, dim in dims for atom in self.layout(node)[dim]]
         while queue:
             atom = queue.pop()
             if atom in self.axis_of:
                 if self.axis_of[atom] != axis:
-                    self.conflicts.append((site, self.axis_of[atom], axis))
+                    self.conflicts.append((start, self.axis_of[atom], axis))
                     return
                 continue
             self.axis_of[atom] = axis
             queue += self._links[atom]
+
+    def _counts(self, part: Graph, node: Node) -> Iterator[Atom]:
+        """The axes along which a node holds numbers that were counted from this rank's first row on."""
+        if node.op == "placeholder" and part.parent is None and node in self.known.inputs:
+            dims: Iterable[int] = self.known.inputs[node].counted
+        elif is_tensor(node) and (op_name(node) in COUNTED or _is_cut_of_table(part, node)):
+            dims = range(len(shape_of(node)))
+        else:
+            return
+        for dim in dims:
+            # What is cut out of a table along one dim leaves the others whole.
+            yield from (
+                atom.root
+                for atom in self.layout(node)[dim]
+                if node.op != "call_function" or op_name(node) in COUNTED or atom.moved
+            )
+
+    def _reached(self, atoms: Iterable[Atom]) -> frozenset[Atom]:
+        """Atoms, and those that run along them."""
+        found, queue = set[Atom](), list(atoms)
+        while queue:
+            atom = queue.pop()
+            if atom not in found:
+                found.add(atom)
+                queue += self._links[atom]
+        return frozenset(found)
 
     def _note_parts(self, node: Node) -> None:
         if not is_tensor(node):
@@ -226,6 +285,16 @@ class SequenceAxes:
                 made = results[user.args[1]]  # type: ignore[index]
                 if is_tensor(made) and is_tensor(user):
                     self._pair_alike(made, user)  # type: ignore[arg-type]
+
+
+def _is_cut_of_table(part: Graph, node: Node) -> bool:
+    """A slice of a weight or a buffer."""
+    if node.op != "call_function" or op_name(node) not in ("slice", "narrow"):
+        return False
+    source = node
+    while source.op == "call_function" and op_name(source) in MOVES_ONLY and source.all_input_nodes:
+        source = source.all_input_nodes[0]
+    return source in part.weights or source in part.tables or source.op == "get_attr"
 
 
 def indexed_dims(node: Node, tensor: Node, indices: Sequence[object]) -> Iterator[tuple[Node, int, int]]:

@@ -31,7 +31,7 @@ from dilcompile.passes.operators import (
     tensor_args,
 )
 from dilcompile.passes.products import Product, parse_product
-from dilcompile.passes.sequence_axes import SequenceAxes, indexed_dims
+from dilcompile.passes.sequence_axes import COUNTED, SequenceAxes, indexed_dims
 
 POSITIONS = "pass position_ids from dilcompile.distributed.shard_inputs, which are those of the whole sequence"
 LOSS = (
@@ -61,7 +61,6 @@ _LOSSES = frozenset(
     "cross_entropy_loss nll_loss nll_loss_nd nll_loss2d nll_loss_forward mse_loss l1_loss smooth_l1_loss huber_loss kl_div "
     "binary_cross_entropy binary_cross_entropy_with_logits cosine_embedding_loss ctc_loss".split()
 )
-_COUNTED = frozenset("arange linspace logspace range eye tril_indices triu_indices".split())
 _CONSTANT = frozenset(
     "full full_like zeros zeros_like ones ones_like empty empty_like new_zeros new_ones new_full new_empty scalar_tensor "
     "empty_strided new_empty_strided lift_fresh_copy".split()
@@ -152,7 +151,7 @@ def _source(node: Node, along: SequenceAxes) -> Wrong | None:
     name = op_name(node)
     if name in _CONSTANT or name in ("expand", "expand_as", "broadcast_to"):
         return None
-    if name in _COUNTED:
+    if name in COUNTED:
         return Wrong("it counts positions from this rank's first row on", POSITIONS)
     if name in _DRAWN:
         return Wrong("it draws numbers for this rank's tokens, which are not those of one rank", NO_DROPOUT)

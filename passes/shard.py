@@ -65,6 +65,8 @@ def spec_of(decision: Decision, placement: PlacementChoice, lse: bool) -> str:
         "form": str(decision.form),
         "order": placement.order,
         "heads_axis": placement.heads_axis,
+        "moving": placement.moving,
+        "prefetch": None if placement.overlap == "prefetch" else False,
         "is_causal": mask.causal or None,
         "window_left": mask.left,
         "window_right": mask.right,

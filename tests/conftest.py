@@ -1,7 +1,11 @@
-"""Lanes: tests marked ``slow`` run only with ``--slow``; with ``--gpu`` those marked ``gpu`` run, and no others. One thread a worker where several run; no width from the terminal."""
+"""Lanes: tests marked ``slow`` run only with ``--slow``; with ``--gpu`` those marked ``gpu`` run, and no others.
+
+No width from the terminal. Where several workers run: one thread each, what takes longest first, and the native kernel's dtypes shared out.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -9,6 +13,8 @@ import pytest
 # What a test finds about a kernel that it changed must not outlive it.
 os.environ["DILCOMPILE_TRUST"] = "memory"
 os.environ["DILCOMPILE_TUNE"] = "memory"
+# Else Inductor starts processes to compile in, which import torch for the few kernels of a test: here, and in every script that a test runs.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter
 
     interpreter.leave_out_what_changes_nothing()
+    interpreter.round_products_once()
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +48,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    # No worker is left with one of them when the others have nothing to do.
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # Tests and modules stay: a tenth of the time would go into looking whether they are garbage, with each graph that is compiled.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+    _share_out_the_native_kernel(session)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
+def _share_out_the_native_kernel(session: pytest.Session) -> None:
+    """Workers compile it for a dtype each, else all wait for the one that needs it first."""
+    worker = getattr(session.config, "workerinput", None)
+    if worker is None or not any(item.path.name == "test_native.py" for item in session.items):
+        return
+    from dilcompile.lowering.native import build
+
+    own = int(worker["workerid"].removeprefix("gw"))
+    for dtype in list(build.ELEMENTS)[own :: worker["workercount"]]:
+        build.library(dtype)
 
 
 def _need_a_device() -> None:

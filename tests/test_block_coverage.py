@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from test_blocks import COMPOSED, grids, visible
 
 import dilcompile
+from dilcompile.blocks.composed import AllOf
 from dilcompile.blocks.coverage import first_without_keys
 from dilcompile.blocks.grid import Grid
 from dilcompile.blocks.heads import alike_in_heads
 from dilcompile.blocks.lists import BlockLists, lists_of
-from dilcompile.blocks.patterns import AllOf, Explicit, Fixed, Pattern, Random
+from dilcompile.blocks.patterns import Explicit, Fixed, Pattern, Random
 from dilcompile.errors import FormError
 from dilcompile.forms import BlockSparse
 from dilcompile.relation import Problem, grid_of

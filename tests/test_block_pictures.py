@@ -16,9 +16,10 @@ from test_blocks import COMPOSED, grids, visible
 
 from dilcompile.blocks import picture
 from dilcompile.blocks.cells import BlockCount, Cells, cells_of, with_pairs
+from dilcompile.blocks.composed import AnyOf
 from dilcompile.blocks.grid import Grid
 from dilcompile.blocks.lists import lists_of
-from dilcompile.blocks.patterns import AnyOf, Global, Local, Pattern
+from dilcompile.blocks.patterns import Global, Local, Pattern
 from dilcompile.forms import BlockSparse, parse_form
 from dilcompile.relation import Problem
 from dilcompile.report.pair_cells import pair_cells

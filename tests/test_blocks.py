@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dilcompile.blocks.composed import AllOf, AnyOf, PerHead
 from dilcompile.blocks.grid import Grid
+from dilcompile.blocks.heads import from_head, kind_of_head
 from dilcompile.blocks.lists import lists_of
 from dilcompile.blocks.patterns import (
-    AllOf,
-    AnyOf,
     Document,
     Explicit,
     Fixed,
@@ -22,7 +22,6 @@ from dilcompile.blocks.patterns import (
     Hierarchical,
     Local,
     Pattern,
-    PerHead,
     Random,
     Strided,
     VerticalSlash,
@@ -114,6 +113,23 @@ def test_the_transposed_lists_hold_the_same_blocks(pattern: Pattern, grid: Grid)
     again = turned.transposed(grid.rows)
     assert np.array_equal(again.starts, lists.starts)
     assert np.array_equal(again.blocks, lists.blocks)
+
+
+@settings(max_examples=100, deadline=None)
+@given(COMPOSED, grids(), st.integers(0, 3))
+def test_heads_of_one_kind_have_the_same_blocks(pattern: Pattern, grid: Grid, first: int) -> None:
+    seen = from_head(pattern, first)
+    codes = [seen.codes(head, grid.rows, grid) for head in range(4 - first)]
+    kinds = [kind_of_head(seen, head) for head in range(4 - first)]
+    for head, kind in enumerate(kinds):
+        assert np.array_equal(codes[head], codes[kinds.index(kind)])
+
+
+def test_heads_are_of_as_many_kinds_as_they_are_given_patterns() -> None:
+    one, other = Local(1, 0), AnyOf((Global(1), Random(2, by_head=True)))
+    assert [kind_of_head(PerHead((one, other, one)), head) for head in (0, 2)] == [(one, None)] * 2
+    assert len({kind_of_head(AnyOf((one, PerHead((one, other), share=2))), head) for head in range(4)}) == 3
+    assert kind_of_head(AllOf((one, Global(1))), 5) is None
 
 
 @settings(max_examples=100, deadline=None)

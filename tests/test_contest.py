@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from clocks import Clock
+from ranks import over_ranks
 from test_trust import call_of, qkv
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -442,51 +442,28 @@ def test_a_folder_that_can_not_be_written_is_no_error(
     assert "could not be kept" in caplog.text
 
 
-PROCESS = """
-import sys, logging
-from pathlib import Path
-import torch
-from dilcompile.functional import attention
-from dilcompile.lowering import contest, select
-contest.folder = lambda: Path(sys.argv[1])
-select.RIVALS["cpu"] = ("native", "sdpa", "cpu", "reference")
-logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-print("ready", flush=True)
-sys.stdin.readline()
-x = torch.randn(1, 2, 300, 8)
-attention(x, x, x, {"form": "dense"})
-(times,) = contest._times.values()
-print("held", sorted(times))
-"""
-
-
-def started(folder: Path) -> subprocess.Popen[str]:
-    env = {**os.environ, contest.OPTION: "disk", "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-c", PROCESS, str(folder)], stdin=pipe, stdout=pipe, text=True, env=env)
-
-
-def finished(process: subprocess.Popen[str]) -> str:
-    out, _ = process.communicate("\n", timeout=300)
-    assert process.returncode == 0
-    assert "held ['cpu', 'native', 'reference', 'sdpa']" in out
-    return out
+def said_in_a_process(rank: int, folder: Path) -> str:
+    """What is logged when the first call of a process comes, at the same time in all of them."""
+    os.environ[contest.OPTION] = "disk"
+    contest.folder = lambda: folder
+    select.RIVALS["cpu"] = RIVALS
+    said = StringIO()
+    logging.basicConfig(level=logging.INFO, stream=said, format="%(message)s")
+    torch.distributed.barrier()
+    x = torch.randn(1, 2, 300, 8)
+    attention(x, x, x, {"form": "dense"})
+    (times,) = contest._times.values()
+    assert sorted(times) == sorted(RIVALS)
+    return said.getvalue()
 
 
 def test_processes_at_once_and_after_each_other(tmp_path: Path) -> None:
-    both = [started(tmp_path) for _ in range(2)]
-    for process in both:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in both:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    said = [finished(process) for process in both]
+    said = over_ranks({"at once": 2}, said_in_a_process, tmp_path)
     assert any("timed forward of" in text for text in said)
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
     before = next(tmp_path.iterdir()).read_text()
-    assert "timed forward of" not in finished(started(tmp_path))
+    (later,) = over_ranks({"after": 1}, said_in_a_process, tmp_path)
+    assert "timed forward of" not in later
     assert next(tmp_path.iterdir()).read_text() == before
 
 

@@ -23,10 +23,12 @@ from dilcompile import distributed, functional
 from dilcompile.errors import PlacementError
 from dilcompile.forms import make_form
 from dilcompile.lowering import ops
-from dilcompile.lowering.distributed import meshes, plan
+from dilcompile.lowering.distributed import meshes, plan, step
 from dilcompile.lowering.distributed.attention import sharded_attention
 from dilcompile.lowering.distributed.spec import Spec
 from dilcompile.placements import PLACEMENTS
+from dilcompile.placements.account import heads_traffic, traffic, tree_traffic
+from dilcompile.placements.parts import by_part
 from dilcompile.placements.shards import ORDERS, Shards
 from dilcompile.relation import Problem
 
@@ -127,8 +129,9 @@ def _spec(case: Case, **changes: Any) -> Spec:
 
 def _sharded(rank: int, spec: Spec, case: Case, heads: int, kv_heads: int) -> tuple[dict[str, Tensor], Any, Any]:
     """What this rank computes, its shards, and the bytes that it moved."""
-    shards = Shards(LENGTH, meshes.size_of(plan.keys_axis(spec)), spec.order, meshes.size_of(plan.heads_axis(spec)))
+    shards = plan.cut_of(spec, LENGTH, meshes.size_of(plan.keys_axis(spec)), meshes.size_of(plan.heads_axis(spec)))
     at = plan.here(spec)
+    at = plan.Where(at.part) if spec.placement == "ulysses" else at
     given = _operands(heads, kv_heads)
 
     def own(name: str, dim: int = 2) -> Tensor:
@@ -166,6 +169,9 @@ def _difference(found: dict[str, Tensor], expected: dict[str, Tensor], shards: S
 def _bytes(case: Case, shards: Shards, rank: int, heads: int, kv_heads: int) -> dict[str, tuple[int, int]]:
     """Sent and received by direction, from the schedule."""
     problem = Problem(BATCH, heads, kv_heads, LENGTH, LENGTH, HEAD_DIM, V_DIM, 0, case.causal)
+    if case.placement == "ulysses":
+        dealt = heads_traffic(problem, shards.places, shards.ranks, 8, lse=True)
+        return {"forward": (dealt.forward,) * 2, "backward": (dealt.backward,) * 2}
     placement = PLACEMENTS[case.placement]
     schedule = placement.schedule(FORMS[case.form].relation(problem), shards, rank, "documents" in case.masks)
     row = BATCH * (HEAD_DIM + V_DIM) * 8
@@ -189,7 +195,7 @@ def _job(
         gap = _difference(found, expected[case.whole()], shards, at)
         if not gap <= 1e-12:
             problems.append(f"wrong {case} on rank {rank}: {gap}")
-        if case.placement in PLACEMENTS and not case.masks and case.options.keys() <= {"kernel"}:
+        if not case.masks and case.options.keys() <= {"kernel"}:
             for direction, numbers in _bytes(case, shards, at.rank, heads, kv_heads).items():
                 counted = moved.of(direction)
                 if (counted.sent, counted.received) != numbers:
@@ -200,12 +206,12 @@ def _job(
 MASKED = [
     Case(form, causal, placement, order, masks)
     for form, causal in (("dense", True), ("window", False), ("dilated", True), ("union", True))
-    for placement, order in (("ring", "zigzag"), ("all_gather", "contiguous"), ("ulysses", "contiguous"))
+    for placement, order in (("ring", "zigzag"), ("all_gather", "contiguous"), ("ulysses", "zigzag"))
     for masks in (("padding",), ("documents",), ("limits", "padding"))
 ]
 OPTIONS = [
     Case("dense", True, placement, order, (), options)
-    for placement, order in (("ring", "striped"), ("gather_needed", "contiguous"), ("ulysses", "contiguous"))
+    for placement, order in (("ring", "striped"), ("gather_needed", "contiguous"), ("ulysses", "striped"))
     for options in ({"softcap": 2.0}, {"dropout_p": 0.25})
 ] + [Case("dilated", False, "gather_needed", "contiguous", (), {"dropout_p": 0.25})]
 PLAIN = [
@@ -213,7 +219,7 @@ PLAIN = [
     for form in FORMS
     for causal in (False, True)
     for placement in (*PLACEMENTS, "ulysses")
-    for order in (ORDERS if placement != "ulysses" else ORDERS[:1])
+    for order in ORDERS
 ]
 
 
@@ -240,10 +246,21 @@ def _grid_job(rank: int, cases: list[tuple[Case, str]], expected: dict[Any, dict
     problems = []
     for case, moving in cases:
         spec = _spec(case, axis="ring", heads_axis="heads", moving=moving)
-        found, (shards, at), _ = _sharded(rank, spec, case, *HEADS[4])
+        found, (shards, at), moved = _sharded(rank, spec, case, *HEADS[4])
         gap = _difference(found, expected[case.whole()], shards, at)
         if not gap <= 1e-12:
             problems.append(f"wrong {case} {moving} on rank {rank}: {gap}")
+        if not case.masks:
+            problem = Problem(BATCH, *HEADS[4], LENGTH, LENGTH, HEAD_DIM, V_DIM, 0, case.causal)
+            dealt = heads_traffic(problem, shards.places // 2, 2, 8, lse=True)
+            keys = traffic(PLACEMENTS[moving], by_part(FORMS[case.form].relation(problem), 2)[at.part], shards, 8)
+            for direction, both in (
+                ("forward", (dealt.forward + keys.sent[at.rank], dealt.forward + keys.received[at.rank])),
+                ("backward", (dealt.backward + keys.sent_backward[at.rank], dealt.backward + keys.received_backward[at.rank])),
+            ):
+                counted = moved.of(direction)
+                if (counted.sent, counted.received) != both:
+                    problems.append(f"bytes {case} {moving} on rank {rank} {direction}: {counted}, predicted {both}")
     return problems
 
 
@@ -263,6 +280,25 @@ def test_usp_gives_the_numbers_of_one_rank() -> None:
     assert not [problem for each in found for problem in each]
 
 
+@pytest.mark.parametrize("ranks", [8, 64])
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+def test_a_step_calls_the_kernel_once_a_branch_however_many_ranks_sent_rows(order: Any, ranks: int) -> None:
+    """LongNet over a million tokens, by the schedules alone: a branch's keys go on from rank to rank as one stretch."""
+    length, branches, kv_heads = 1 << 20, 10, 4
+    form = make_form("dilated", {"segments": [2048 << n for n in range(branches)], "rates": [1 << n for n in range(branches)]})
+    spec = Spec("cp", "gather_needed", str(form), order, length, is_causal=True, heads=8, kv_heads=kv_heads)
+    made = plan.make_plan(str(spec), plan.Sizes(1, length // ranks, 64, 64, ranks))
+    message = torch.empty(made.receives(1), dtype=torch.bfloat16, device="meta")
+    most, most_received = 0, 0
+    for rank in range(ranks):
+        at = plan.Where(rank)
+        most = max(most, sum(1 for _ in step.meetings(made, at, 1, None, None, message)))
+        received = (len(rows.positions) for transfer in made.step(at, 1).receives for rows in transfer.rows)
+        most_received = max(most_received, sum(received))
+    assert most <= branches * kv_heads * (2 if order == "zigzag" else 1)
+    assert ranks < 64 or most_received > 4 * most
+
+
 def _tree_job(rank: int, cases: list[Case], q_rows: int, q_offset: int, expected: list[dict[str, Tensor]]) -> list[str]:
     """Queries that all ranks have."""
     problems = []
@@ -274,8 +310,15 @@ def _tree_job(rank: int, cases: list[Case], q_rows: int, q_offset: int, expected
         padding, documents = (_cut(given[n], shards, rank, 0, 1) if n in case.masks else None for n in ("padding", "documents"))
         seed = torch.tensor([7 + rank]) if "dropout_p" in case.options else None
         spec = _spec(case, q_offset=q_offset)
-        out, lse = sharded_attention(q, k, v, padding, documents, None, seed, str(spec))
-        torch.autograd.backward([out, lse], [given["grad_out"][:, :, :q_rows], given["grad_lse"][:, :, :q_rows]])
+        with distributed.traffic() as moved:
+            out, lse = sharded_attention(q, k, v, padding, documents, None, seed, str(spec))
+            torch.autograd.backward([out, lse], [given["grad_out"][:, :, :q_rows], given["grad_lse"][:, :, :q_rows]])
+        if not case.masks:
+            problem = Problem(BATCH, *HEADS[3], q_rows, LENGTH, HEAD_DIM, V_DIM, q_offset, True)
+            for direction, predicted in zip(("forward", "backward"), tree_traffic(problem, 3, 8), strict=True):
+                counted = moved.of(direction)
+                if (counted.sent, counted.received) != (predicted, predicted):
+                    problems.append(f"bytes {case} on rank {rank} {direction}: {counted}, predicted {predicted}")
         gap = _difference({"k": k.grad, "v": v.grad}, right, shards, at)
         gap = max(gap, *(float((x - right[n]).abs().max()) for n, x in (("out", out), ("lse", lse), ("q", q.grad))))
         if not gap <= 1e-12:
@@ -313,7 +356,8 @@ def _graph_job(rank: int, placements: list[str]) -> dict[str, Any]:
     """The graphs of forward and backward, and how far what they compute is from what eager computes."""
     found = {}
     for placement in placements:
-        spec = str(Spec("cp", placement, "dense", is_causal=True, scale=0.4, site="model.attention"))
+        method, _, overlap = placement.partition(" ")
+        spec = str(Spec("cp", method, "dense", is_causal=True, scale=0.4, site="model.attention", prefetch=overlap != "off"))
         torch.manual_seed(rank)
         eager = [torch.randn(1, 6, 8, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
         traced = [x.detach().clone().requires_grad_() for x in eager]
@@ -336,6 +380,11 @@ def _graph_job(rank: int, placements: list[str]) -> dict[str, Any]:
             float((a - b).abs().max()) for a, b in ((out, right), *((x.grad, y.grad) for x, y in zip(eager, traced, strict=True)))
         ]
         found[placement] = (codes, max(gaps))
+    spec = Spec("cp", "ring", "dense", is_causal=True, scale=0.4)
+    q, k, v = (torch.randn(1, 6, 8, 4).bfloat16().requires_grad_() for _ in range(3))
+    with distributed.traffic() as moved:
+        sharded_attention(q, k, v, None, None, None, None, str(spec))[0].sum().backward()
+    found["bytes"] = [(moved.of(direction).sent, moved.of(direction).received) for direction in ("forward", "backward")]
     return found
 
 
@@ -347,23 +396,37 @@ def _called(code: str) -> list[str]:
 
 def test_every_rank_has_one_graph_and_computes_while_rows_travel() -> None:
     """Hashes of the graphs; an exchange is started before the step before computes, and waited for after that."""
-    found = over_ranks({"cp": 3}, _graph_job, ["ring", "gather_needed", "ulysses"])
+    found = over_ranks({"cp": 3}, _graph_job, ["ring", "gather_needed", "ulysses", "ring off", "gather_needed off"])
+    for (sent, received), behind in (each.pop("bytes") for each in found):
+        # Operands have 2 bytes a number, the gradients that go back 4.
+        assert behind == (sent + 2 * received, received + 2 * sent)
+    assert not re.search("isend|irecv", str(found))
     for placement in found[0]:
         hashes = {hashlib.sha256("".join(rank[placement][0]).encode()).hexdigest() for rank in found}
         assert len(hashes) == 1, placement
         assert all(rank[placement][1] == 0 for rank in found), placement
     forward, backward = map(_called, found[0]["ring"][0])
     assert forward == ["exchange", "attend_step", "wait_tensor", "exchange", "attend_step", "wait_tensor", "attend_step"]
-    step = "attend_step_backward"
+    behind = "attend_step_backward"
     assert backward == [
-        *("exchange", "wait_tensor", "exchange", step, "return_gradients", "wait_tensor", step, "wait_tensor", "add_returned"),
-        *("return_gradients", step, "wait_tensor", "add_returned"),
+        *("exchange", "wait_tensor", "exchange", behind, "return_gradients", "wait_tensor", behind, "wait_tensor"),
+        *("add_returned", "return_gradients", behind, "wait_tensor", "add_returned"),
     ]
     forward, backward = map(_called, found[0]["gather_needed"][0])
     assert forward == ["exchange", "attend_step", "wait_tensor", "attend_step"]
-    assert backward == [step, "return_gradients", step, "wait_tensor", "add_returned"]
+    assert backward == [behind, "return_gradients", behind, "wait_tensor", "add_returned"]
+    # Without overlap nothing is under way while a step computes.
+    for placement in ("ring off", "gather_needed off"):
+        for code in found[0][placement][0]:
+            under_way = 0
+            for name in _called(code):
+                under_way += {"exchange": 1, "return_gradients": 1, "wait_tensor": -1}.get(name, 0)
+                assert not (name.startswith("attend_step") and under_way), placement
+            assert under_way == 0
+    forward, backward = map(_called, found[0]["ring off"][0])
+    assert forward == ["attend_step", "exchange", "wait_tensor", "attend_step", "exchange", "wait_tensor", "attend_step"]
+    assert backward.count("exchange") == backward.count("return_gradients") == 2
     assert _called(found[0]["ulysses"][0][0]) == [
-        *["exchange_equal", "wait_tensor"] * 0,
         *["exchange_equal"] * 3,
         *["wait_tensor"] * 3,
         "attend_step",
@@ -377,20 +440,28 @@ def _faulty_job(rank: int, fault: str) -> str | None:
     q, k, v = (torch.randn(1, 2, 4, 4) for _ in range(3))
     spec = str(Spec("cp", "ring", "dense", scale=0.5, site="model.layers.3.attention"))
     sharded_attention(q, k, v, None, None, None, None, spec)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = None
+    if fault == "dies behind the forward":
+        compiled = torch.compile(lambda *x: sharded_attention(*x, None, None, None, None, spec)[0], backend="aot_eager")
+        out = compiled(*leaves)
     if rank == 1:
-        if fault == "dies":
+        if fault != "hangs":
             os._exit(3)
         time.sleep(8)
         return None
     start = time.monotonic()
     try:
-        sharded_attention(q, k, v, None, None, None, None, spec)
+        if out is None:
+            sharded_attention(*leaves, None, None, None, None, spec)
+        else:
+            out.sum().backward()
     except PlacementError as error:
         return f"{time.monotonic() - start:.0f} s: {error}"
     return "no error"
 
 
-@pytest.mark.parametrize("fault", ["dies", "hangs"])
+@pytest.mark.parametrize("fault", ["dies", "hangs", "dies behind the forward"])
 def test_a_rank_that_is_gone_is_named_by_the_others(fault: str) -> None:
     """Within the timeout of the group, with the site, the step, the axis and who was waited for."""
     first, gone, last = over_ranks({"cp": 3}, _faulty_job, fault, timeout=5.0)
@@ -398,8 +469,9 @@ def test_a_rank_that_is_gone_is_named_by_the_others(fault: str) -> None:
     for rank, told in ((0, first), (2, last)):
         seconds, message = told.split(" s: ", 1)
         assert int(seconds) <= 6
+        direction = "backward" if "behind" in fault else "forward"
         assert message.startswith(
-            "model.layers.3.attention: step 1, keys and values (forward) over mesh axis 'cp' failed on rank"
+            f"model.layers.3.attention: step 1, keys and values ({direction}) over mesh axis 'cp' failed on rank"
         )
         assert f"rank {rank} while it waited for ranks {', '.join(str(r) for r in range(3) if r != rank)}" in message
         assert "timeout of the group: 5 s" in message
@@ -541,8 +613,6 @@ def test_the_function_that_users_call() -> None:
 def test_one_rank_is_the_ordinary_operator_and_needs_no_process_group() -> None:
     """And a mesh of more ranks says how to start them."""
     meshes.forget()
-    with pytest.raises(PlacementError, match=r"method 'ulysses' with order 'zigzag'.*take order='contiguous'"):
-        distributed.attention(*(torch.randn(1, 2, 4, 4) for _ in range(3)), "dense", method="ulysses", order="zigzag")
     with pytest.raises(PlacementError, match="no mesh has been set, so axis 'cp' is unknown"):
         distributed.attention(*(torch.randn(1, 2, 4, 4) for _ in range(3)), "dense")
     with pytest.raises(PlacementError, match=r"start it with: torchrun --nproc-per-node 4 script\.py"):

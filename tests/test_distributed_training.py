@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -236,6 +237,7 @@ def _gaps(found: tuple[Tensor, dict[str, Tensor]], right: tuple[Tensor, dict[str
         yield float((found[1][name] - tensor).detach().abs().max())
 
 
+@pytest.mark.long
 def test_a_step_over_ranks_is_that_of_one(tmp_path: Path) -> None:
     """DDP, FSDP2, tensor parallelism, activation checkpoints, accumulation, bfloat16; saved by four ranks and loaded by two."""
     folder = str(tmp_path / "saved")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import scripts
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,20 +18,13 @@ def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=name)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     """All blocks of a page as one program, top to bottom, in an empty folder with the examples' policies at hand."""
     (tmp_path / "policy.yaml").write_text((ROOT / "examples/policy.yaml").read_text())
     program = "\n".join(BLOCK.findall(page.read_text()))
-    done = subprocess.run(
-        [sys.executable, "-"],
-        input=program,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
-    )
+    done = scripts.run(program, cwd=tmp_path, imported=scripts.COMPILERS)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import scripts
 
 ROOT = Path(__file__).resolve().parent.parent
 CHANGE = re.compile(r"change[sd]? by (\d\.\d+e[+-]\d+) of (?:its|their) norm")
@@ -25,10 +25,20 @@ needs_weights = pytest.mark.skipif(
 
 def run(script: str, *arguments: str, cwd: Path, seconds: int = 120, ranks: int = 0) -> str:
     """What the script printed, under ``torchrun`` where it has ranks. A script that fails, fails the test."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
-    command = [sys.executable, *launcher, str(ROOT / "examples" / script), *arguments]
-    env = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=seconds)
+    path = ROOT / "examples" / script
+    if ranks:
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            str(path),
+            *arguments,
+        ]
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=seconds)
+    else:
+        done = scripts.run(path, arguments, cwd=cwd, env={"COLUMNS": "200"}, imported=scripts.COMPILERS, timeout=seconds)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 

@@ -87,7 +87,8 @@ def _agreeing(config: Any, attention: str, left: bool, train: bool = False, dyna
     ("name", "attention"), [(n, a) for n in MODELS for a in ("eager", "sdpa") if (n, a) != ("gemma2", "sdpa")]
 )
 def test_masks_are_read_and_no_square_tensor_is_left(name: str, attention: str) -> None:
-    for left, train in ((False, False), (True, False), (False, True)):
+    # A mask reads alike in both implementations, so that each situation is met in one of them.
+    for left, train in ((True, False), (False, True)) if attention == "eager" else ((False, False),):
         found = _agreeing(MODELS[name](), attention, left, train)
         assert found.misses == []
         assert found.masks == MASKS[name]

@@ -91,18 +91,18 @@ def check_windowed(spelling: Spelling) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_layouts(layout: str, sizes: tuple[int, int, int, int]) -> None:
+    """At all sizes the axes are found; that the window is on them shows where all are of one length, and where none is."""
     spelling = Spelling(layout=layout, sizes=sizes)
     check_exact(spelling)
-    check_windowed(spelling)
+    if sizes in SIZES[:2]:
+        check_windowed(spelling)
 
 
 @pytest.mark.parametrize("share", SHARES[1:])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_shared_keys(share: str, layout: str) -> None:
-    for sizes in ((2, 4, 7, 6), (4, 4, 4, 4)):
-        spelling = Spelling(layout=layout, share=share, sizes=sizes)
-        check_exact(spelling)
-        check_windowed(spelling)
+    check_exact(Spelling(layout=layout, share=share, sizes=(4, 4, 4, 4)))
+    check_windowed(Spelling(layout=layout, share=share, sizes=(2, 4, 7, 6)))
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -114,15 +114,19 @@ def test_scales(scale: str) -> None:
 @pytest.mark.parametrize("hide", HIDES)
 @pytest.mark.parametrize("mask", MASKS[1:])
 def test_masks(mask: str, hide: str) -> None:
-    for layout in ("bhsd", "h*b", "sdpa"):
-        check_exact(Spelling(mask=mask, hide=hide, layout=layout))
+    """By turns in three layouts: each mask and each way of hiding meets each of them (``test_find_compositions`` draws of all)."""
+    layout = ("bhsd", "h*b", "sdpa")[(MASKS.index(mask) + HIDES.index(hide)) % 3]
+    check_exact(Spelling(mask=mask, hide=hide, layout=layout))
 
 
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("mask", MASKS[1:])
 def test_makers(mask: str, maker: str) -> None:
-    check_exact(Spelling(mask=mask, maker=maker))
-    check_exact(Spelling(mask=mask, maker=maker, layout="einsum_kq", sizes=(4, 4, 4, 4)))
+    """By turns in two layouts, of which one turns the mask."""
+    if (MASKS.index(mask) + MAKERS.index(maker)) % 2:
+        check_exact(Spelling(mask=mask, maker=maker))
+    else:
+        check_exact(Spelling(mask=mask, maker=maker, layout="einsum_kq", sizes=(4, 4, 4, 4)))
 
 
 @pytest.mark.parametrize("softmax", SOFTMAXES)

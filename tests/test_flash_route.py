@@ -41,9 +41,10 @@ from dilcompile.lowering import (
     whole,
 )
 from dilcompile.lowering.band import Band, band_of
-from dilcompile.lowering.call import Call, merge_grad, problem_of, relation_of
+from dilcompile.lowering.call import Call, Held, merge_grad, problem_of, relation_of
 from dilcompile.lowering.miniature import miniature
 from dilcompile.lowering.packed import packed
+from dilcompile.progression import Progression
 from dilcompile.report import kernels
 
 ONE_LAUNCH: tuple[ModuleType, ...] = (flash_band, flash_attn, efficient, cudnn)
@@ -337,7 +338,7 @@ def _of_problem(more: dict[str, int]) -> dict[str, int]:
 
 
 def shifted(monkeypatch: pytest.MonkeyPatch, change: Callable[[Band], Band]) -> None:
-    monkeypatch.setattr(whole, "band_of", lambda relation: change(band_of(relation)))  # type: ignore[arg-type]
+    monkeypatch.setattr(whole, "band_of", lambda *given: change(band_of(*given)))  # type: ignore[arg-type]
 
 
 def with_a_key_less_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -820,3 +821,53 @@ def test_while_a_graph_is_captured_documents_are_refused(ops: object, monkeypatc
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert whole.beyond_whole(on_cuda(CALLS["causal"](**HALF))) is None
         assert "a CUDA graph that is being captured" in (whole.beyond_whole(on_cuda(CALLS["documents"](**HALF))) or "")
+
+
+PARTS = {
+    "earlier keys": (Dense(), Progression(24, 36), Progression(0, 12), {"causal": True}),
+    "own keys": (Dense(), Progression(24, 36), Progression(24, 36), {"causal": True}),
+    "keys on both sides of the last query": (Dense(), Progression(4, 13), Progression(2, 30), {"causal": True}),
+    "every key of a few": (Dense(), Progression(3, 37, 5), Progression(1, 30, 5), {}),
+    "stripes before": (Dense(), Progression(2, 37, 4), Progression(1, 37, 4), {"causal": True}),
+    "a window": (SlidingWindow(8), Progression(10, 17), Progression(5, 20), {"causal": True}),
+    "a window of both sides": (SlidingWindow(8), Progression(10, 17), Progression(5, 28), {}),
+    "one query": (Dense(), Progression(20, 21), Progression(0, 37, 3), {"causal": True}),
+}
+
+
+def part_call(form: Form, queries: Progression, keys: Progression, site: dict[str, Any]) -> Call:
+    call = call_of(form, **site, q_len=len(queries), k_len=37)
+    k, v = (x[:, :, keys.start : keys.stop : keys.step] for x in (call.k, call.v))
+    return replace(call, k=k, v=v, held=Held(queries, keys))
+
+
+@pytest.mark.usefixtures("ops")
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_sequence_are_a_band(name: str) -> None:
+    """With out and LSE of all keys, of which the part has some."""
+    call = part_call(*PARTS[name])
+    assert select.refusal(flash_band, call, backward=True) is None
+    found, exact = flash_band.forward(call), reference.forward(call)
+    generator = torch.Generator().manual_seed(0)
+    out, grad_out = (torch.randn(exact[0].shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    lse, grad_lse = exact[1] + 0.5, torch.randn(exact[1].shape, generator=generator, dtype=torch.float64)
+    mine, true = (kernel.backward(call, out, lse, grad_out, grad_lse)[:3] for kernel in (flash_band, reference))
+    for one, other in zip((*found, *mine), (*exact, *true), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+
+
+@pytest.mark.usefixtures("ops")
+@pytest.mark.parametrize(
+    ("queries", "keys", "reason"),
+    [
+        (Progression(1, 37, 4), Progression(2, 37, 4), "9 queries from position -1 on see only 8 keys"),
+        (Progression(0, 37, 4), Progression(0, 37, 2), "queries are 4 positions apart and keys 2"),
+    ],
+    ids=str,
+)
+def test_parts_that_are_no_band_say_why(queries: Progression, keys: Progression, reason: str) -> None:
+    call = part_call(Dense(), queries, keys, {"causal": True})
+    assert select.refusal(flash_band, call, backward=False) == reason
+    packed_too = replace(part_call(*PARTS["own keys"]), documents=drawn_documents(2, 37))
+    assert select.refusal(flash_band, packed_too, backward=False) == "documents over a part of a sequence"
+    assert select.refusal(flash_attn, part_call(*PARTS["own keys"]), backward=False) == "a part of a sequence"

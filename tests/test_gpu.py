@@ -6,6 +6,7 @@ that the tests themselves are sound.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +15,17 @@ import torch
 from oracles import Setting
 from test_kernels import FORMS, SCALE, assert_as_good_as_eager, drawn, expected, loss_of, operands_of, refuses, run, setting_of
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from dilcompile.distributed import simulate
 from dilcompile.forms import BlockSparse, Dense, Dilated, Form, SlidingWindow
 from dilcompile.functional import attention
 from dilcompile.lowering import contest, ops
 from dilcompile.lowering.select import KERNELS, RIVALS
 from dilcompile.lowering.triton import tiles
+from dilcompile.memory.pool import ArenaPool
+from dilcompile.passes.plan_buffers import plan_graph
+from dilcompile.planned import PlannedCall
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -530,3 +536,103 @@ def test_the_ops_pass_their_checks() -> None:
     arguments = (q, k, v, None, None, None, None, str(WIDE), True, None, None, 0, SCALE, None, 0.0, "triton")
     torch.library.opcheck(torch.ops.dilcompile.attention.default, arguments)
     assert ops.attention(*arguments)[0].is_cuda
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("form", [Dense(), WIDE], ids=str)
+@pytest.mark.parametrize(("kernel", "bound"), [("triton", 1.1), (None, 2.0)])
+def test_the_steps_of_four_ranks_are_as_exact_as_one_rank(kernel: str | None, bound: float, form: Form, order: Any) -> None:
+    """A ring, executed on one device; a flash op that takes the steps rounds each part."""
+    q, k, v = inputs_of(32, batch=1, heads=2, kv_heads=1, q_len=LENGTH, k_len=LENGTH, dtype=torch.bfloat16)
+
+    def made(exact: bool, ranks: int | None) -> list[Tensor]:
+        leaves = [(x.double() if exact else x.to(DEVICE)).detach().requires_grad_() for x in (q, k, v)]
+        if ranks is None:
+            out = attention(*leaves, form, is_causal=True, kernel="reference" if exact else "triton")
+        else:
+            options = {"ranks": ranks, "method": "ring", "order": order, "is_causal": True, "kernel": kernel}
+            out = simulate(*leaves, form, **options).out
+        assert isinstance(out, Tensor)
+        return [x.cpu().double() for x in (out.detach(), *torch.autograd.grad(out.square().sum(), leaves))]
+
+    for true, alone, found in zip(made(True, None), made(False, None), made(False, 4), strict=True):
+        assert (found - true).norm() <= bound * (alone - true).norm()
+
+
+# Arenas of planned graphs.
+
+
+def arenas_of(pool: ArenaPool, size: int = 1 << 20) -> int:
+    """Where a call's arena lies."""
+    with pool.lease([(torch.device("cuda", 0), size)]) as lease:
+        return lease.arenas[0].data_ptr()
+
+
+@on_device_only
+def test_a_private_pool_gives_its_memory_back_when_it_is_dropped() -> None:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    pool = ArenaPool(keeps=True, apart=True)
+    first = arenas_of(pool, 64 << 20)
+    assert arenas_of(pool, 60 << 20) == first
+    assert torch.cuda.memory_reserved() >= before + (64 << 20)
+    # What waits in the pool is not what others are given.
+    other = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
+    assert other.data_ptr() != first
+    del other, pool
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() == before
+
+
+@on_device_only
+def test_an_arena_stays_on_its_stream() -> None:
+    pool, side = ArenaPool(keeps=True, apart=True), torch.cuda.Stream()
+    mine = arenas_of(pool)
+    with torch.cuda.stream(side):
+        theirs = arenas_of(pool)
+        assert arenas_of(pool) == theirs
+    assert mine != theirs
+    assert arenas_of(pool) == mine
+
+
+def chained(x: Tensor) -> Tensor:
+    first = x.sin()
+    return (first.cos().exp().tanh().neg() @ first.mT) * 2
+
+
+@on_device_only
+def test_two_streams_in_one_planned_graph_give_right_numbers() -> None:
+    inputs = [torch.randn(2048, 2048, device="cuda") for _ in range(2)]
+    call = PlannedCall(plan_graph(make_fx(chained, tracing_mode="fake")(inputs[0])), ArenaPool(keeps=True, apart=True))
+    expected = [chained(x) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(5):
+        found = []
+        for x, stream in zip(inputs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(call([x]))
+        torch.cuda.synchronize()
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@on_device_only
+def test_a_captured_planned_graph_replays_while_others_run() -> None:
+    x = torch.randn(512, 512, device="cuda")
+    pool = ArenaPool(keeps=True, apart=True)
+    call = PlannedCall(plan_graph(make_fx(chained, tracing_mode="fake")(x)), pool)
+    call([x])
+    held, graph = pool.held_bytes(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call([x])
+    # The graph's arenas are its own: none was taken, none is kept.
+    assert pool.held_bytes() == held
+    pool.clear()
+    for _ in range(3):
+        x.normal_()
+        junk = torch.full((1 << 24,), float("nan"), device="cuda")
+        graph.replay()
+        assert torch.equal(out, chained(x))
+        assert torch.equal(call([x]), chained(x))
+        del junk

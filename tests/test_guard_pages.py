@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import scripts
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="guard pages by Linux's mmap")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -17,9 +17,8 @@ ON_THE_CPU = ["native", pytest.param("triton", marks=needs_triton)]
 
 
 def guarded(kernel: str, *more: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "DILCOMPILE_TRUST": "off"} | ({"TRITON_INTERPRET": "1"} if kernel == "triton" else {})
-    script = Path(__file__).with_name("guard_pages.py")
-    return subprocess.run([sys.executable, str(script), kernel, *more], capture_output=True, text=True, env=env)
+    env = {"DILCOMPILE_TRUST": "off"} | ({"TRITON_INTERPRET": "1"} if kernel == "triton" else {})
+    return scripts.run(Path(__file__).with_name("guard_pages.py"), [kernel, *more], env=env)
 
 
 @pytest.mark.parametrize("kernel", ON_THE_CPU)

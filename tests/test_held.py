@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dilcompile import distributed, functional
 from dilcompile.forms import Union, parse_form
 from dilcompile.lowering import native, reference, select, trust
 from dilcompile.lowering.call import Call, Held, relation_of
@@ -150,6 +151,28 @@ def test_low_precision_is_as_good_as_eager_attention(form: str, steps: tuple[int
     call = drawn(300, held, form, dtype, dim=40, is_causal=True)
     for verdict in (trust._compare(native, call), trust._compare_gradients(native, call)):
         assert verdict.passes, verdict
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_four_ranks_are_as_exact_as_one(dtype: torch.dtype) -> None:
+    """Results of steps are added in float32, and rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    operands = [torch.randn(1, heads, 256, 32, generator=generator, dtype=torch.float64).to(dtype) for heads in (4, 2, 2, 4)]
+
+    def made(ranks: int | None, exact: bool) -> list[Tensor]:
+        q, k, v, grad = (x.double() if exact else x for x in operands)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        if ranks is None:
+            out = functional.attention(*leaves, "dense", is_causal=True, kernel="native")
+        else:
+            options = {"ranks": ranks, "method": "ring", "order": "zigzag", "is_causal": True, "kernel": "native"}
+            out = distributed.simulate(*leaves, "dense", **options).out
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    exact, one, four = made(None, True), made(None, False), made(4, False)
+    for name, true, alone, found in zip(("out", "q", "k", "v"), exact, one, four, strict=True):
+        assert found.dtype == dtype
+        assert (found.double() - true).norm() <= 1.1 * (alone.double() - true).norm(), name
 
 
 def test_numbers_far_outside_of_the_sequence_do_not_overflow() -> None:

@@ -146,8 +146,9 @@ def test_a_mask_known_by_vectors(case: Case, dynamic: bool | None) -> None:
             assert square_tensors(gm, LENGTH) == []
 
 
-@pytest.mark.parametrize("case", KINDS, ids=lambda case: case[0])
+@pytest.mark.parametrize("case", KINDS[::3], ids=lambda case: case[0])
 def test_the_same_under_sdpa(case: Case) -> None:
+    """The same reader from another place: some of each neighbourhood of the table."""
     found = agree(Call(_sdpa_of(case)), *case[2]())
     assert said(found).rsplit(" ", 1)[0] == case[3].rsplit(" ", 1)[0]
     assert found.refusals == []

@@ -1,6 +1,11 @@
 """Buffer plans: disjoint, as small as can be, valid at every length, the same every time."""
 
+import os
 import pickle
+import re
+import subprocess
+import sys
+from dataclasses import replace
 from itertools import combinations, permutations
 from xml.etree import ElementTree
 
@@ -10,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dilcompile.memory import Arena, Buffer, BufferPlan, plan_buffers
+from dilcompile.memory.account import GraphMemory
 from dilcompile.memory.buffer import ALIGNMENT
 from dilcompile.memory.packing import FEW, most_live, overlaps, pack, peak, without_reuse
-from dilcompile.memory.timeline import svg, table
+from dilcompile.memory.timeline import svg
+from dilcompile.memory.words import drawn, largest_lines, text
 
 
 @st.composite
@@ -144,4 +151,62 @@ def test_the_picture_and_the_table_show_every_buffer():
     boxes = {e[0].text[0]: [float(e.get(key)) for key in ("x", "y", "width", "height")] for e in shapes}
     apart = boxes["a"][1] >= boxes["b"][1] + boxes["b"][3] - 0.1 or boxes["b"][1] >= boxes["a"][1] + boxes["a"][3] - 0.1
     assert apart, "both are live in step 2"
-    assert "12 KiB for 2 buffers" in table(plan_buffers(buffers))
+
+
+def test_the_words_say_what_the_plan_comes_to():
+    buffers = [Buffer("a", 4096, 0, 2, 4096, module="layer.0"), Buffer("b", 8192, 2, 5, 8192), Buffer("c", 8192, 6, 7, 8192)]
+    memory = GraphMemory("0", "forward", plan_buffers(buffers), elsewhere=(Buffer("d", 64, 0, 1, 64),), given=2048, steps=8)
+    head, row, *_ = text([memory]).splitlines()
+    told = dict(zip(re.split(r"\s{2,}", head), re.split(r"\s{2,}", row), strict=False))
+    assert told == {
+        "graph": "0 forward", "steps": "8", "buffers": "3", "planned": "12 KiB", "live at once": "12 KiB", "ratio": "1.000",
+        "without reuse": "20 KiB", "caching allocator": "2 MiB", "size classes": "12 KiB", "elsewhere": "64 B (1)",
+        "given": "2 KiB", "kept": "0 B",
+    }  # fmt: skip
+    assert memory.live(8) == [4096, 4096, 12288, 8192, 8192, 8192, 8192, 8192]
+    assert memory.live(2) == [12288, 8192]
+    assert [line[13:] for line in drawn(memory)] == [
+        "  █",
+        "  █",
+        "  ██████",
+        "  ██████",
+        "████████",
+        "████████",
+        "-------- 8 steps",
+    ]
+    assert largest_lines(memory, 1) == ["b: 8 KiB at 0, steps 2 to 5, workspace, and 1 more of this size"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(buffer_lists(most=12), st.integers(1, 10**6))
+def test_a_fitted_plan_is_never_larger_than_the_same_stacking(buffers, length):
+    symbol = sympy.Symbol("s0", positive=True, integer=True)
+    symbolic = [replace(b, size=symbol * (b.hint % 7) + b.hint % 64, hint=100 * (b.hint % 7) + b.hint % 64) for b in buffers]
+    plan = plan_buffers(symbolic)
+    stacked, fitted = plan.at({symbol: length}), plan.fitted({symbol: length})
+    fitted.verify()
+    assert fitted.most_live <= fitted.peak <= stacked.peak
+    if stacked.peak > 1.05 * stacked.most_live:
+        assert fitted.peak == min(stacked.peak, plan_buffers([b for arena in stacked.arenas for b in arena.buffers]).peak)
+
+
+PLAN = """
+import pickle, sys
+from dilcompile.memory import plan_buffers
+sys.stdout.buffer.write(pickle.dumps(plan_buffers(pickle.load(sys.stdin.buffer))))
+"""
+
+
+def test_another_process_plans_the_same():
+    symbols = sympy.symbols("s0 s1", positive=True, integer=True)
+    sizes = [(64 * symbols[n % 2] + 128 * n * symbols[1], n % 9, n % 9 + n % 5) for n in range(40)]
+    hints = [int(size.subs(dict.fromkeys(symbols, 10))) for size, _, _ in sizes]
+    roles = ("workspace", "gradient", "receive")
+    buffers = [
+        Buffer(f"b{n}", size, begin, end, hint, lane="communication" if n % 4 == 3 else "compute", role=roles[n % 3])
+        for n, ((size, begin, end), hint) in enumerate(zip(sizes, hints, strict=True))
+    ]
+    # This process has another seed, or none.
+    env = {**os.environ, "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"}
+    done = subprocess.run([sys.executable, "-c", PLAN], input=pickle.dumps(buffers), capture_output=True, env=env, check=True)
+    assert pickle.loads(done.stdout) == plan_buffers(buffers)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import scripts
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -222,8 +221,8 @@ def test_a_fresh_process_imports_no_optional_package() -> None:
         "late = {name.split('.')[0] for name in set(sys.modules) - before}; "
         "print(sorted(late & {'triton', 'transformers', 'pydantic', 'yaml', 'typer', 'rich', 'plotly'}))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    found = scripts.run(code)
+    assert found.stdout.strip() == "[]", found.stderr
 
 
 def test_the_oracle_imports_nothing_optimised() -> None:
@@ -232,8 +231,8 @@ def test_the_oracle_imports_nothing_optimised() -> None:
         "names = {n.rpartition('.')[2] for n in sys.modules if n.startswith('dilcompile.lowering.')}; "
         "print(sorted(names & {'cpu', 'flash', 'sdpa', 'views', 'engines', 'merge', 'pieces', 'strided'}))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    found = scripts.run(code)
+    assert found.stdout.strip() == "[]", found.stderr
 
 
 def test_window_arguments_and_dense_agree() -> None:

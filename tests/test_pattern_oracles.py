@@ -8,8 +8,6 @@ test_token_orders, and patterns by head in test_union.
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -17,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scripts
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -232,7 +231,7 @@ def digest() -> str:
 
 def test_another_process_has_the_same_blocks() -> None:
     code = "import sys; sys.path.insert(0, 'tests'); import test_pattern_oracles; print(test_pattern_oracles.digest())"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=None)
+    found = scripts.run(code)
     assert found.stdout.strip() == digest()
 
 

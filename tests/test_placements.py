@@ -22,7 +22,8 @@ from dilcompile.placements import ORDERS, PLACEMENTS, RankSchedule, Rows, Shards
 from dilcompile.placements.account import imbalance, pairs_by_rank, traffic
 from dilcompile.placements.check import check, wrong_with
 from dilcompile.placements.choose import Chosen, Site, choose, choose_order
-from dilcompile.placements.cost import DEVICES, estimate, estimate_ulysses
+from dilcompile.placements.cost import estimate, estimate_ulysses
+from dilcompile.placements.device import DEVICES
 from dilcompile.placements.picture import describe
 from dilcompile.position_sets import disjoint, meet, reached, without
 from dilcompile.progression import Progression
@@ -322,13 +323,16 @@ def test_auto_takes_what_is_fastest_and_says_why() -> None:
     assert "would move 3.76 GB" in chosen.why
     # 64 ranks: no heads to deal, and contiguous shards would leave most ranks waiting.
     dense = Site(of_a_million(Dense(), True))
-    order, why = choose_order([dense], MILLION, 64, H100)
+    found = choose_order([dense], Shards(MILLION, 64), H100)
+    order = found.order
     assert order == "zigzag"
-    assert "against contiguous" in why
+    assert "against contiguous" in found.why
+    assert found.faster_than("contiguous") == "zigzag"
+    assert found.faster_than("zigzag") is None
     chosen = choose(dense, Shards(MILLION, 64, order), H100)
     assert isinstance(chosen, Chosen)
     assert chosen.best.method == "ring"
-    assert "can't be dealt" in chosen.refused["ulysses"] or "runs of the sequence" in chosen.refused["ulysses"]
+    assert "can't be dealt" in chosen.refused["ulysses"]
     # Keys of the whole sequence don't fit in the budget; two shards do.
     chosen = choose(dense, Shards(MILLION, 64, order), H100, budget=200_000_000)
     assert isinstance(chosen, Chosen)
@@ -340,7 +344,7 @@ def test_auto_takes_what_is_fastest_and_says_why() -> None:
 def test_a_slow_wire_is_waited_for() -> None:
     relation, shards = of_a_million(SlidingWindow(4096), True), Shards(MILLION, 8)
     slow = replace(H100, bandwidth=1e6)
-    fast, waiting = (estimate("ring", PLACEMENTS["ring"], relation, shards, device, 2) for device in (H100, slow))
+    fast, waiting = (estimate("ring", relation, shards, device, 2) for device in (H100, slow))
     assert fast.hidden
     assert not waiting.hidden
     assert waiting.wire == pytest.approx(MILLION // 8 * 8 * 512 / 1e6, rel=1e-3)
@@ -383,3 +387,48 @@ def test_the_command_plans_1024_ranks(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "gather_needed over" in text
     assert "all sites, of the rank that has most: receives" in text
     assert "AXIS=RANKS" in CliRunner().invoke(app, [*common, "--mesh", "cp"]).output
+
+
+class _Decoded(torch.nn.Module):
+    """One query over all keys."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, k)
+
+
+def one_query() -> tuple[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    """What the command line is given."""
+    return _Decoded(), (torch.zeros(1, 4, 1, 8), torch.zeros(1, 4, 64, 8))
+
+
+def test_the_command_plans_two_axes_decoding_and_measured_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    policy, device = tmp_path / "p.yaml", tmp_path / "device.json"
+    policy.write_text("version: 1\nrules:\n  - {apply: {form: sliding_window, window: 512}}\n")
+    replace(H100, source="measured yesterday").save(device)
+    common = ["plan", "test_placements:two_layers", "--policy", str(policy), "--length", "65536", "--json"]
+    for mesh in (["--mesh", "cp=8,heads=4"], ["--mesh", "cp=8", "--mesh", "heads=4"]):
+        found = CliRunner().invoke(app, [*common, *mesh, "--device", str(device)])
+        assert found.exit_code == 0, found.output
+        told = json.loads(found.output)
+        (site,) = told["sites"]
+        assert told["device"]["source"] == "measured yesterday"
+        assert (told["mesh"], site["method"], site["moving"]) == ({"cp": 8, "heads": 4}, "usp", "gather_needed")
+        # Of the other three ranks q, k, v and the output of one head; then 511 rows of that head from the left.
+        assert site["received"] == 3 * 65536 // 32 * 4 * 8 * 4 + 511 * 2 * 8 * 4
+        assert site["packing"] > 0
+    for mesh in (["--mesh", "cp=8,cp=4"], ["--mesh", "cp=8,heads"]):
+        assert "or two as in cp=8,heads=4" in CliRunner().invoke(app, [*common, *mesh]).output.replace("\n", " ")
+    decoded = ["plan", "test_placements:one_query", "--policy", "exact", "--length", "65536", "--json", "--no-train"]
+    told = json.loads(CliRunner().invoke(app, [*decoded, "--mesh", "cp=8"]).output)
+    (site,) = told["sites"]
+    # The other seven ranks' output and LSE of four heads, in float32.
+    assert (site["method"], site["received"], site["imbalance"]) == ("tree", 7 * 4 * (8 + 1) * 4, 1.0)
+
+
+def test_waiting_for_every_exchange_takes_longer() -> None:
+    relation, shards = of_a_million(Dense(), True), Shards(MILLION, 8, "zigzag")
+    hidden, waiting = (estimate("ring", relation, shards, H100, 2, prefetch=prefetch) for prefetch in (True, False))
+    assert waiting.seconds == pytest.approx(waiting.compute + waiting.wire + waiting.packing)
+    assert waiting.seconds > hidden.seconds
+    assert waiting.received == hidden.received

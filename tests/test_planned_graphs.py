@@ -36,7 +36,12 @@ def gpt2():
 
 def bert():
     config = BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=50, max_position_embeddings=128
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=50,
+        max_position_embeddings=128,
     )
     return BertModel(config, add_pooling_layer=False)
 
@@ -94,10 +99,28 @@ def test_the_numbers_are_those_of_the_unplanned_graph(name, poison, calls, monke
         assert plan.peak <= plan.without_reuse / 3
 
 
+def test_gradients_are_written_where_the_fused_projection_has_them(calls):
+    """GPT-2 joins the gradients of q, k and v: they are made in the joined tensor, and nothing is joined any more."""
+    model, tokens = made("gpt2"), torch.randint(0, 50, (1, LENGTH))
+    step(compiled_by(model, reuse="across_layers"), model, tokens)
+    backward = calls[1].planned
+    named = [str(node.target) for node in backward.gm.graph.nodes]
+    assert named.count("dilcompile.attention_backward.out") == 2
+    assert not [name for name in named if name.startswith(("aten.cat", "aten.copy_"))]
+    places = {layout.buffer: [] for layout in backward.layouts}
+    for layout in backward.layouts:
+        places[layout.buffer].append((layout.offset, layout.stride))
+    # q, k and v beside one another: 32 columns each of rows of 96.
+    for name in ("cat", "cat_1"):
+        assert {(offset, stride[-3:]) for offset, stride in places[name] if len(stride) == 4} == {
+            (offset, (8, 96, 1)) for offset in (0, 32, 64)
+        }
+
+
 def chain(x):
     first = x.sin()
     last = first.cos().exp().tanh().neg()
-    return (last @ first.mT) * 2
+    return last @ first.mT
 
 
 def test_a_life_that_is_cut_short_is_found_out(monkeypatch):
@@ -170,25 +193,88 @@ def test_a_default_pool_keeps_nothing(calls):
     assert all(call.pool.held_bytes() == 0 for call in calls)
 
 
-def test_calls_in_flight_never_share_an_arena():
-    pool, device = ArenaPool(), torch.device("cpu")
-    places: list[set[int]] = []
-    barrier = threading.Barrier(4)
+class Meeting:
+    """Calls of one planned graph that are in flight together: each stops in the middle of the graph until all are there."""
 
-    def nested():
-        with pool.lease([(device, 5000)]) as one, pool.lease([(device, 5000)]) as other:
-            barrier.wait()
-            places.append({one.arenas[0].data_ptr(), other.arenas[0].data_ptr()})
-            barrier.wait()
+    def __init__(self, number: int) -> None:
+        self.barrier, self.inside = threading.Barrier(number, timeout=60), None
 
-    threads = [threading.Thread(target=nested) for _ in range(4)]
+
+MEETING = Meeting(1)
+
+
+@torch.library.custom_op("dilcompile_tests::meet", mutates_args=())
+def meet(x: torch.Tensor) -> torch.Tensor:
+    MEETING.barrier.wait()
+    if MEETING.inside is not None:
+        inside, MEETING.inside = MEETING.inside, None
+        inside()
+    return x.clone()
+
+
+@meet.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def meeting(x):
+    """``first`` waits in the arena while the other calls run."""
+    first = x.sin()
+    return first * 2 + meet(x.cos()).exp().neg()
+
+
+def met(pool, number, monkeypatch):
+    """The largest error of that many calls at once, each from a thread of its own."""
+    monkeypatch.setattr(f"{__name__}.MEETING", Meeting(number))
+    inputs = [torch.randn(64, 64) for _ in range(number)]
+    call = PlannedCall(plan_graph(make_fx(meeting, tracing_mode="fake")(inputs[0])), pool)
+    found = {}
+    threads = [threading.Thread(target=lambda n=n, x=x: found.update({n: call([x])})) for n, x in enumerate(inputs)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set().union(*places)) == 8
-    with pool.lease([(device, 4900)]) as again:
-        assert again.arenas[0].data_ptr() in set().union(*places)
+    monkeypatch.setattr(f"{__name__}.MEETING", Meeting(1))
+    return max(float((found[n] - meeting(x)).abs().max()) for n, x in enumerate(inputs))
+
+
+def test_threads_in_one_graph_never_share_live_memory(monkeypatch):
+    pool = ArenaPool()
+    for _ in range(3):
+        assert met(pool, 4, monkeypatch) == 0
+    assert (pool.counts.asked, pool.counts.hits) == (12, 8)
+    one, take = ArenaPool(), ArenaPool._take
+    given = {}
+    # What the pool is there for: one arena for all is found out.
+    monkeypatch.setattr(ArenaPool, "_take", lambda self, *key: given.setdefault(key, take(self, *key)))
+    assert met(one, 4, monkeypatch) > 0
+
+
+def test_a_call_inside_a_call_has_memory_of_its_own(monkeypatch):
+    x, pool, found = torch.randn(64, 64), ArenaPool(), []
+    call = PlannedCall(plan_graph(make_fx(meeting, tracing_mode="fake")(x)), pool)
+    monkeypatch.setattr(f"{__name__}.MEETING", Meeting(1))
+    MEETING.inside = lambda: found.append(call([x + 1]))
+    assert torch.equal(call([x]), meeting(x))
+    assert torch.equal(found[0], meeting(x + 1))
+    assert (pool.counts.asked, pool.counts.hits) == (2, 0)
+
+
+def test_what_is_kept_is_what_the_largest_call_needs():
+    pool, device = ArenaPool(), torch.device("cpu")
+
+    def place(size):
+        with pool.lease([(device, size)]) as lease:
+            return lease.arenas[0].data_ptr()
+
+    first = place(5000)
+    assert place(4900) == first
+    larger = place(100_000)
+    assert pool.held_bytes() == size_class(100_000)
+    assert place(5000) == place(80_000) == larger
+    assert (pool.counts.asked, pool.counts.hits) == (5, 3)
+    with pool.lease([(device, 5000)]) as one, pool.lease([(device, 5000)]) as other:
+        assert one.arenas[0].data_ptr() == larger != other.arenas[0].data_ptr()
     pool.clear()
     assert pool.held_bytes() == 0
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import types
 from pathlib import Path
 
 import jsonschema
 import pytest
+import scripts
 import torch
 from policy_sites import site
 from typer.testing import CliRunner
@@ -181,16 +181,16 @@ def test_schema_and_show() -> None:
 
 def test_a_real_process(tmp_path: Path) -> None:
     path = write(tmp_path / "p.yaml", "rules: []\n")
-    command = [sys.executable, "-c", "from dilcompile.cli import main; main()", "policy", "check"]
-    bad = subprocess.run([*command, path], capture_output=True, text=True)
+    command = "from dilcompile.cli import main; main()"
+    bad = scripts.run(command, ["policy", "check", path])
     assert (bad.returncode, bad.stdout) == (1, "")
     assert bad.stderr == f"{path}:1:8: rules: expected at least one entry, got an empty list\n"
-    good = subprocess.run([*command, "pretrained-safe"], capture_output=True, text=True)
+    good = scripts.run(command, ["policy", "check", "pretrained-safe"])
     assert good.returncode == 0, good.stderr
     assert good.stdout.endswith("pretrained-safe: rules: 3, errors: 0, warnings: 0\n")
 
 
 def test_importing_the_package_leaves_the_readers_alone() -> None:
     code = "import sys, dilcompile; print([m for m in ('pydantic', 'yaml', 'typer', 'rich') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    done = scripts.run(code)
+    assert done.stdout.strip() == "[]", done.stderr

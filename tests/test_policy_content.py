@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+import scripts
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -314,7 +313,7 @@ def test_fingerprint_is_the_content() -> None:
 
 def test_fingerprint_is_the_same_in_another_process() -> None:
     code = "from dilcompile.policy import Policy; print(Policy.load('longnet').fingerprint)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = scripts.run(code)
     assert done.stdout.strip() == Policy.load("longnet").fingerprint
 
 

@@ -257,7 +257,6 @@ def test_what_has_no_effect_is_said() -> None:
         {
             "apply": {"form": "dense"},
             "shard": {"mesh": "cp", "overlap": "off"},
-            "memory": {"budget": "6GiB"},
             "fallback": {"shape": "error"},
         },
         mesh={"cp": {"size": 8}},
@@ -265,7 +264,6 @@ def test_what_has_no_effect_is_said() -> None:
     )
     assert decide(made, site()).notes == (
         "shard.overlap: off has no effect in this version: keys of the next step travel while this one computes",
-        "memory.budget: has no effect in this version",
         "numerics.tolerance: has no effect while numerics.check is off",
         "fallback.quality: has no effect while numerics.check is off",
         "fallback.shape: error has no effect in this version",

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import scripts
 import torch
 from policy_sites import site
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -21,6 +20,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from dilcompile import DilcompileError
 from dilcompile.decision import Decision, Rejection
 from dilcompile.forms import BlockSparse, Dense, Dilated, SlidingWindow
+from dilcompile.memory import Buffer, plan_buffers
+from dilcompile.memory.account import GraphMemory, Runs
+from dilcompile.memory.budget import Bound, BudgetReport, Rung
 from dilcompile.placements.choice import PlacementChoice
 from dilcompile.policy import Policy
 from dilcompile.publish import gathered
@@ -340,15 +342,32 @@ SITE_KEYS = {
 COUNT = {"type": "integer", "minimum": 0}
 SITE_KEYS["placement"] = {"anyOf": [{"type": "null"}, closed({
     **{key: {"type": "string"} for key in ("axis", "method", "order", "overlap", "why")},
-    "ranks": COUNT, "heads_axis": {"type": ["string", "null"]}, "heads_ranks": COUNT,
+    "ranks": COUNT, "heads_axis": {"type": ["string", "null"]}, "heads_ranks": COUNT, "moving": {"type": ["string", "null"]},
 })]}  # fmt: skip
 BLOCKS = closed(dict.fromkeys(("q_block", "k_block", "rows", "columns", "heads", "full", "partial", "empty"), COUNT))
 
 
+_ARENA_KEYS = {"device": {"type": "string"}, "lane": {"enum": ["compute", "communication"]}}
+MEMORY = closed({
+    "graph": {"type": "string"}, "direction": {"enum": ["inference", "forward", "backward"]},
+    "planner": {"enum": ["dilcompile", "inductor"]}, "ratio": {"type": "number"},
+    **dict.fromkeys(("steps", "buffers", "planned", "live_at_once", "without_reuse", "caching_allocator", "given", "kept", "predicted"), COUNT),
+    "elsewhere": closed({"buffers": COUNT, "live_at_once": COUNT}),
+    "arenas": {"type": "array", "items": closed({
+        **_ARENA_KEYS, "module": {"type": "string"}, **dict.fromkeys(("buffers", "planned", "live_at_once", "size_class"), COUNT),
+    })},
+    "largest": {"type": "array", "items": closed({
+        **_ARENA_KEYS, **{key: {"type": "string"} for key in ("name", "module", "role")},
+        **dict.fromkeys(("bytes", "offset", "begin", "end"), COUNT),
+    })},
+    "runs": {"anyOf": [{"type": "null"}, closed({
+        **dict.fromkeys(("calls", "plans", "lease_hits"), COUNT), "measured": {"anyOf": [{"type": "null"}, COUNT]},
+    })]},
+})  # fmt: skip
 # Written out by hand: a change of the keys must change VERSION and this.
 REPORT_SCHEMA = closed({
     "schema": {"const": "dilcompile.report"},
-    "version": {"const": 6},
+    "version": {"const": 7},
     "policy": {"type": "string"},
     "graphs": {"type": "array", "items": closed({
         "graph": {"type": "string"},
@@ -356,6 +375,19 @@ REPORT_SCHEMA = closed({
         "misses": {"type": "array", "items": closed({key: {"type": "string"} for key in ("module", "source", "node", "reason", "cure")})},
         "notes": {"type": "array", "items": {"type": "string"}},
         "seconds": {"type": "object", "additionalProperties": {"type": "number"}},
+        "budget": {"anyOf": [{"type": "null"}, closed({
+            "bounds": {"type": "array", "items": closed({
+                "source": {"type": "string"}, "most": COUNT,
+                "modules": {"anyOf": [{"type": "null"}, {"type": "array", "items": {"type": "string"}}]},
+            })},
+            "tried": {"type": "array", "items": closed({
+                "name": {"type": "string"}, "reuse": {"type": "string"}, "recompute": {"type": ["number", "null"]}, "offload": COUNT,
+                "forward": COUNT, "backward": {"type": ["integer", "null"]}, "peak": COUNT, "saved": COUNT, "arenas": COUNT,
+                "bounded": {"type": "array", "items": COUNT},
+            })},
+            "taken": {"type": "string"}, "is_upper_bound": {"type": "boolean"},
+        })]},
+        "memory": {"type": "array", "items": MEMORY},
     })},
     "patterns": {"type": "array", "items": closed({
         "form": {"type": "string"}, "lengths": {"type": "string"},
@@ -372,7 +404,7 @@ REPORT_SCHEMA = closed({
 }) | {"$defs": {"blocks": BLOCKS}}  # fmt: skip
 
 
-def test_json_has_the_keys_of_version_6() -> None:
+def test_json_has_the_keys_of_version_7() -> None:
     blocks = BlockSparse(64, {"local": {}})
     along = BlockSparse(16, {"near": {"radius": 2}}, order="hilbert", grid=(16, 16))
     verdicts = (
@@ -380,7 +412,10 @@ def test_json_has_the_keys_of_version_6() -> None:
         decided(along, q_len=256, k_len=256, mask=MaskSpec()),
         replace(decided(), placement=PlacementChoice("cp", 4, "usp", "zigzag", heads_axis="heads", heads_ranks=2, why="named")),
     )  # fmt: skip
-    described = report(*verdicts).to_dict()
+    rung = Rung("across_layers", 0.5, 2, 70, 90, 100, 30, 40, (100, 20))
+    bounds = (Bound("defaults", 100), Bound("rule far (p.yaml:2)", 20, frozenset(["model"])))
+    described = report(*verdicts, budget=BudgetReport(bounds, (rung,), rung), memory=memory()).to_dict()
+    assert report().to_dict()["graphs"][0]["budget"] is None
     back = json.loads(json.dumps(described, allow_nan=False))
     assert back == described
     jsonschema.validate(back, REPORT_SCHEMA)
@@ -421,6 +456,28 @@ def test_a_sharded_site_is_told_of_with_all_ranks() -> None:
 
 
 # HTML and files
+
+
+def memory() -> tuple[GraphMemory, ...]:
+    """A forward that has not run, and a backward that has."""
+    buffers = [Buffer("mul", 4096, 0, 1, 4096, module="layers.0"), Buffer("<b>", 8192, 1, 2, 8192, role="gradient")]
+    kept = (Buffer("out", 512, 0, 2, 512),)
+    forward = GraphMemory("0/0", "forward", plan_buffers(buffers[:1]), steps=3)
+    backward = GraphMemory("0/0", "backward", plan_buffers(buffers), kept=kept, given=640, steps=3, runs=Runs(2, 1, 1, 12800))
+    return forward, backward
+
+
+def test_html_shows_what_the_buffers_take() -> None:
+    html = report(decided(), memory=memory()).to_html()
+    page = _Page()
+    page.feed(html)
+    (table,) = [part for part in html.split("<table") if part.startswith(' class="memory"')]
+    assert all(said in table for said in ("0/0 forward", "0/0 backward", "12 KiB", "4 KiB"))
+    assert html.count('<svg class="arena"') == 2
+    assert len(set(re.findall(r'id="(arena-[^"]*)"', html))) == 4
+    assert re.search(r'class="buffer gradient"[^>]*><title>&lt;b&gt;: 8 KiB at', html)
+    assert "predicted 12.5 KiB, measured 12.5 KiB (1.0000); 2 calls: 1 planned, 1 by the plan of an earlier one" in html
+    assert "<h2>Memory</h2>" not in report(decided()).to_html()
 
 
 class _Page(HTMLParser):
@@ -502,7 +559,7 @@ def test_rich_is_loaded_only_for_the_table() -> None:
         "str(Report('policy', ()))\n"
         "assert 'rich' in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    scripts.run(code).check_returncode()
 
 
 def test_densities_are_finite_for_every_form() -> None:

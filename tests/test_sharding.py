@@ -42,7 +42,12 @@ def verdict(made: dict[str, Any], **changes: Any) -> Decision | Rejection:
         (policy(method="gather_needed"), "gather_needed over cp=2, contiguous, prefetch"),
         (policy({"form": "ring"}, "zigzag"), "ring over cp=2, zigzag, prefetch"),
         (policy(dim="heads"), "ulysses over cp=2, contiguous, prefetch"),
-        (policy(mesh=["cp", "heads"], method="usp", order="striped"), "usp over cp=2 x heads=2, striped, prefetch"),
+        (policy(dim="heads", layout="striped", overlap="off"), "ulysses over cp=2, striped, off"),
+        (policy(mesh=["cp", "heads"]), "usp with gather_needed over cp=2 x heads=2, contiguous, prefetch"),
+        (
+            policy(mesh=["cp", "heads"], method="usp", order="striped"),
+            "usp with gather_needed over cp=2 x heads=2, striped, prefetch",
+        ),
     ],
 )
 def test_a_rule_gives_its_sites_a_placement(made: dict[str, Any], text: str) -> None:
@@ -88,7 +93,6 @@ def test_one_rank_changes_nothing() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "drops out attention with p=0.1": (policy(), {"dropout_p": 0.1}),
     "a bias over pairs (alibi)": (policy(), {"bias": (BiasSpec("alibi", "x"),)}),
     "a bias over pairs (relative table)": (policy(), {"bias": (BiasSpec("relative table", "x"),)}),
     "it is cross attention": (policy(), {"kind": "cross", "mask": MaskSpec()}),
@@ -99,7 +103,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "halo needs contiguous shards, not zigzag": (policy(layout="zigzag", method="halo"), {"mask": MaskSpec(causal=True, left=5)}),
     "halo: everything": (policy(method="halo"), {"mask": MaskSpec()}),
     "8 query heads can't be dealt to 3 ranks": (policy(ranks=3, dim="heads"), {}),
-    "parts of the sequence are put together as runs": (policy(layout="striped", dim="heads"), {}),
     "needs the LSE of each branch": (policy({"form": "dilated", "segments": [64], "rates": [1], "merge_grad": "detach"}), {}),
     "chosen from the data": (
         policy({"form": "block_sparse", "block": 64, "pattern": {"topk": {"estimator": "pooled", "blocks": 4}}}),

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dilcompile.blocks import block_sets, neighbourhood
+from dilcompile.blocks import block_sets, neighbourhood, row_order
 from dilcompile.blocks.curve import ORDER_NAMES, Curve
 from dilcompile.blocks.fullness import fullness
 from dilcompile.blocks.neighbourhood import near
@@ -107,11 +107,12 @@ def test_near_blocks_hold_a_near_pair_each_and_none_is_missed(curve: Curve, radi
     assert found.pairs == pytest.approx(pairs.mean())
 
 
-def test_runs_of_blocks_are_cut_and_sets_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_near_is_found_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_sets, "_TOKENS_AT_ONCE", 60)
     monkeypatch.setattr(block_sets, "_BYTES_AT_ONCE", 1)
     monkeypatch.setattr(block_sets, "_OF_A_RUN", 0)
-    for order in ("hilbert", "row", "morton"):
+    monkeypatch.setattr(row_order, "_AT_ONCE", 1)
+    for order in ("hilbert", "row", "morton", "none"):
         near.cache_clear()
         assert_near(Curve(order, (9, 5, 7), 2), (2, 1, 3), 15, 2)
     near.cache_clear()

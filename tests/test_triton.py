@@ -32,6 +32,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
 
 
 @needs_triton
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "name",
@@ -39,6 +40,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
         "triton_interpreted.py",
         "triton_interpreted_bias.py",
         "triton_interpreted_blocks.py",
+        "triton_interpreted_parts.py",
         "triton_interpreted_tiles.py",
         "triton_decode_interpreted.py",
         "triton_tuning_interpreted.py",
@@ -77,7 +79,7 @@ def test_no_kernel_is_imported_before_a_call() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(
-        [f"dilcompile.lowering.triton.{name}" for name in ("bound", "config", "lists", "plan", "split", "tiles")]
+        [f"dilcompile.lowering.triton.{name}" for name in ("bound", "config", "lists", "parts", "plan", "split", "tiles")]
     )
 
 
@@ -273,7 +275,7 @@ def proven(case: Case) -> bool:
     return (
         case.step not in ("sums", "join", "kept")
         and case.head_dim in (64, 128)
-        and case.switches in ((), ("128-blocks",), ("described",))
+        and case.switches in ((), ("128-blocks",), ("described",), ("part",))
         and case.arch.startswith("sm")
         and case.dtype in (torch.bfloat16, torch.float16)
     )
@@ -319,6 +321,11 @@ QUICK = [
     for case in ALL
     if proven(case)
     and (case.arch != "sm100" or (case.step == "forward" and case.head_dim == 64))
+    # Of what one architecture shares with another, each kernel at one head size.
+    and (
+        case.arch not in ("sm80", "sm120")
+        or (case.head_dim == 64) == ((case.arch == "sm80") == (case.step in ("forward", "keys")))
+    )
     and (case.dtype == torch.bfloat16 and (case.block == 0 or case.arch == "sm90"))
 ]
 

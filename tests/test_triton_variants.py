@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dilcompile.forms import BlockSparse, Dense, Dilated, Form, SlidingWindow
 from dilcompile.lowering import triton
-from dilcompile.lowering.call import Call, problem_of
+from dilcompile.lowering.call import Call, Held, problem_of
 from dilcompile.lowering.triton import bound, plan
+from dilcompile.progression import Progression
 
 jit = pytest.importorskip("triton.runtime.jit")
 
@@ -97,7 +98,8 @@ def call_at(length: int, form: Form, shape: Shape, masks: tuple[str, ...] = ()) 
 def run(call: Call, with_backward: bool) -> None:
     out, lse = triton.forward(call)
     if with_backward:
-        triton.backward(call, out, lse, torch.empty_like(out), torch.empty_like(lse))
+        out, grad_out = (torch.empty_like(out, dtype=call.q.dtype) for _ in range(2))
+        triton.backward(call, out, lse, grad_out, torch.empty_like(lse))
 
 
 def variants(found: set[Launch]) -> dict[str, int]:
@@ -132,6 +134,25 @@ def test_lengths_share_one_variant(form: Form, masks: tuple[str, ...], launched:
 def test_layouts_and_head_sizes_do_not_follow_the_length(shape: Shape, launched: set[Launch]) -> None:
     for length in LENGTHS:
         run(call_at(length, DILATED, shape), True)
+    assert set(variants(launched).values()) == {1}, variants(launched)
+
+
+@pytest.mark.parametrize("masks", [(), ("documents",), ("row_limits", "dropout_seed")], ids=str)
+def test_parts_of_any_sequence_share_one_variant(masks: tuple[str, ...], launched: set[Launch]) -> None:
+    """Wherever their rows stand: in a run, in stripes, alone."""
+    for length in (1041, 4096, 16385):
+        half = -(-length // 2)
+        for queries, keys in (
+            (Progression(half, length), Progression(0, half)),
+            (Progression(half, length), Progression(half, length)),
+            (Progression(1, length, 4), Progression(3, length, 8)),
+            (Progression(5, 6), Progression(7, 8, 3)),
+        ):
+            rows = call_at(len(queries), DILATED, Shape())
+            call = call_at(length, DILATED, Shape(rows=len(queries)), masks)
+            k, v = (x[:, :, keys.start : keys.stop : keys.step] for x in (call.k, call.v))
+            held = Held(queries, keys, first_head=length % 3)
+            run(replace(call, q=rows.q, k=k, v=v, relation=call.relation.at(len(queries), length, 0), held=held), True)
     assert set(variants(launched).values()) == {1}, variants(launched)
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
 import timeit
 import warnings
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import over_ranks
 from test_kernels import FORMS, drawn, run, setting_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -528,47 +528,25 @@ def test_a_folder_that_can_not_be_written_is_no_error(
     assert "the verdict about kernel native could not be kept" in caplog.text
 
 
-PROCESS = """
-import sys, logging
-from pathlib import Path
-import torch
-from dilcompile.functional import attention
-from dilcompile.lowering import verdicts
-verdicts.folder = lambda: Path(sys.argv[1])
-logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-print("ready", flush=True)
-sys.stdin.readline()
-x = torch.randn(1, 2, 40, 8)
-attention(x, x, x, {"form": "dilated", "segments": [8, 16], "rates": [1, 2]})
-"""
-
-
-def started(folder: Path) -> subprocess.Popen[str]:
-    env = {**os.environ, trust.OPTION: "disk", "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-c", PROCESS, str(folder)], stdin=pipe, stdout=pipe, text=True, env=env)
-
-
-def finished(process: subprocess.Popen[str]) -> str:
-    out, _ = process.communicate("\n", timeout=300)
-    assert process.returncode == 0
-    return out
+def said_in_a_process(rank: int, folder: Path) -> str:
+    """What is logged when the first call of a process comes, at the same time in all of them."""
+    os.environ[trust.OPTION] = "disk"
+    verdicts.folder = lambda: folder
+    said = StringIO()
+    logging.basicConfig(level=logging.INFO, stream=said, format="%(message)s")
+    torch.distributed.barrier()
+    x = torch.randn(1, 2, 40, 8)
+    attention(x, x, x, FORM)
+    return said.getvalue()
 
 
 def test_processes_at_once_and_after_each_other(tmp_path: Path) -> None:
     attend("native")
-    both = [started(tmp_path) for _ in range(2)]
-    for process in both:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in both:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    said = [finished(process) for process in both]
+    said = over_ranks({"at once": 2}, said_in_a_process, tmp_path)
     assert any("checked kernel native" in text for text in said)
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
-    assert "checked kernel" not in finished(started(tmp_path))
+    (later,) = over_ranks({"after": 1}, said_in_a_process, tmp_path)
+    assert "checked kernel" not in later
 
 
 def test_the_option(monkeypatch: pytest.MonkeyPatch, on_disk: Path, checks: list[str]) -> None:

@@ -33,7 +33,7 @@ SAMPLE = """
     nn_encoder_kpm native inference                            nn_transformer native training
     hw_einsum_transposed_scores native training                hw_gqa_five_dims native dynamic
     hw_shifted_windows native training                         hw_talking_heads native inference
-    hw_baddbmm native dynamic                                  hw_blocked_local native dynamic
+    hw_baddbmm native dynamic                                  hw_blocked_local native inference
     neg_channel_attention native training                      neg_slot native inference
     neg_linear_attention native inference                      neg_contrast native training
 """.split()

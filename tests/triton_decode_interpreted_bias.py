@@ -53,8 +53,9 @@ def test_every_shape(form: Form, shape: tuple[int, ...], monkeypatch: pytest.Mon
     assert_exact(q, k, v, form, step_of(q, k), bias=bias_of(shape))
 
 
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3]], ids=str)
-@pytest.mark.parametrize("form", FORMS[2:], ids=str)
+@pytest.mark.parametrize(
+    ("form", "shape"), [(FORMS[2], SHAPES[1]), (FORMS[2], SHAPES[3]), (FORMS[3], SHAPES[3]), (FORMS[4], SHAPES[1])], ids=str
+)
 def test_every_form(form: Form, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     in_parts(monkeypatch, 2)
     q, k, v = inputs_of(batch=1)
@@ -79,8 +80,13 @@ def test_any_strides(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_exact(q, k, v, LONG, step_of(q, k), bias=LAYOUTS[layout]())
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "q_len"), [(1, 1, 1), (2, 2, 3), (6, 2, 1), (17, 1, 1), (65, 1, 1)])
-@pytest.mark.parametrize("by", ["keys", "pairs", "rows"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "q_len", "by"),
+    [
+        (1, 1, 1, "keys"), (2, 2, 3, "rows"), (6, 2, 1, "keys"), (6, 2, 1, "pairs"), (6, 2, 1, "rows"), (17, 1, 1, "pairs"),
+        (65, 1, 1, "keys"), (65, 1, 1, "pairs"),
+    ],
+)  # fmt: skip
 def test_grouped_query_heads(heads: int, kv_heads: int, q_len: int, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads side by side in a tile, and more than stand there (65), each with numbers of its own."""
     in_parts(monkeypatch, 2)
@@ -140,7 +146,7 @@ def test_a_finite_fill_is_no_minus_infinity(fill: float, monkeypatch: pytest.Mon
     [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16,) * 2],
     ids=str,
 )
-@pytest.mark.parametrize("shape", [(1, 4, 1, 150), (1, 1, 3, 150)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4, 1, 150)], ids=str)
 def test_low_precision(dtype: torch.dtype, of_bias: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     in_parts(monkeypatch, 3)
     inputs = drawn(batch=1, heads=4, kv_heads=1, q_len=3, k_len=150, dim=64, v_dim=64, dtype=dtype)

@@ -112,7 +112,8 @@ def check(inputs: tuple[Tensor, ...], form: BlockSparse, causal: bool = True, q_
 
 @pytest.mark.parametrize(
     ("pattern", "causal"),
-    [*((one, True) for one in FAMILIES), *((one, False) for one in FAMILIES[1::2]), (BY_HEAD, False)],
+    # The kernels see lists of blocks: of what these are made, only the tests of patterns can tell.
+    [*((one, True) for one in FAMILIES[::2]), *((one, False) for one in FAMILIES[1::2]), (BY_HEAD, False), (FAMILIES[1], True)],
     ids=str,
 )
 def test_every_family_of_patterns(pattern: dict[str, Any], causal: bool) -> None:
@@ -124,7 +125,7 @@ SIZES: list[Any] = [17, 20, 40, 48, (16, 48), (48, 16), (24, 40), (33, 16), (256
 
 
 @pytest.mark.parametrize(
-    ("block", "causal"), [*((block, True) for block in SIZES), *((SIZES[n], False) for n in (1, 3, 5, 6, 8))], ids=str
+    ("block", "causal"), [*((block, True) for block in SIZES), *((SIZES[n], False) for n in (1, 5, 8))], ids=str
 )
 def test_blocks_of_any_size(block: Any, causal: bool) -> None:
     check(drawn(batch=1, heads=2, kv_heads=1, q_len=69, k_len=69), blocks_of(block, {"strided": {"stride": 2}}), causal)
@@ -160,8 +161,9 @@ def test_ragged_lengths(length: int) -> None:
         check(drawn(batch=1, heads=2, kv_heads=2, q_len=length, k_len=length), blocks_of(16, BESIDE), causal)
 
 
-@pytest.mark.parametrize("q_offset", [-40, -3, 7, 20, 60])
-@pytest.mark.parametrize("form", BOTH, ids=str)
+@pytest.mark.parametrize(
+    ("form", "q_offset"), [*((BOTH[0], offset) for offset in (-40, -3, 7, 20, 60)), (BOTH[1], -3), (BOTH[1], 20)], ids=str
+)
 def test_queries_anywhere_beside_the_keys(q_offset: int, form: BlockSparse) -> None:
     """Before the first key and behind the last one; block rows cut by the first query."""
     check(drawn(batch=1, heads=2, kv_heads=1, q_len=37, k_len=51), form, form is BOTH[0], q_offset)
@@ -175,8 +177,9 @@ MASKED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("asked", MASKED, ids=str)
-@pytest.mark.parametrize("form", BOTH, ids=str)
+@pytest.mark.parametrize(
+    ("form", "asked"), [*((BOTH[1], asked) for asked in MASKED), (BOTH[0], MASKED[1]), (BOTH[0], MASKED[3])], ids=str
+)
 def test_softcap_padding_and_documents(form: BlockSparse, asked: dict[str, Any]) -> None:
     """Documents begin anywhere in a tile, and one tile holds pieces of several."""
     inputs = drawn(batch=2 if "own" in asked.values() else 1, heads=2, kv_heads=1, q_len=45, k_len=45)
@@ -280,8 +283,9 @@ STEPS: list[tuple[int, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("form", BOTH, ids=str)
-@pytest.mark.parametrize(("q_len", "asked"), STEPS, ids=str)
+@pytest.mark.parametrize(
+    ("q_len", "asked", "form"), [*((*step, BOTH[1]) for step in STEPS), (*STEPS[1], BOTH[0]), (*STEPS[3], BOTH[0])], ids=str
+)
 def test_a_decode_step(q_len: int, asked: dict[str, Any], form: BlockSparse, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few queries, also of two block rows, whose blocks are shared out to several programs."""
     called: list[int] = []

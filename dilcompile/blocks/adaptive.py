@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dilcompile.blocks.composed import AllOf, AnyOf
 from dilcompile.blocks.grid import Grid
 from dilcompile.blocks.lists import lists_of
-from dilcompile.blocks.patterns import AllOf, AnyOf, Explicit, Local, Pattern, spread
+from dilcompile.blocks.patterns import Explicit, Local, Pattern, spread
 from dilcompile.progression import Positions
 
 # Which ``dilcompile.lowering.estimators`` has.

@@ -255,5 +255,6 @@ def _refuse_mask_inside(seen: Tensor, wanted: Tensor, blocks: Tensor, grid: Grid
             f"block (row {row}, column {column}) of the BlockMask: its mask_mod "
             f"{'hides' if wanted[n, q, k] else 'shows'} the pair of query {row * grid.q_block + q} and key "
             f"{column * grid.k_block + k}, the site's own mask does not; a pattern holds whole blocks, so that what is "
-            "hidden inside of one must be what the site's own mask (is_causal, window_left, window_right) hides"
+            "hidden inside of one must be what the site's own mask (is_causal, window_left, window_right) hides; give these "
+            "limits, or make the BlockMask with the BLOCK_SIZE at whose borders its mask_mod changes"
         )

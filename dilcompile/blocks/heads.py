@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from dilcompile.blocks.composed import AllOf, AnyOf, PerHead
 from dilcompile.blocks.grid import Grid
-from dilcompile.blocks.patterns import AllOf, AnyOf, Pattern, PerHead
+from dilcompile.blocks.patterns import Pattern
 from dilcompile.errors import FormError
 from dilcompile.progression import Positions
 
@@ -75,6 +76,18 @@ def most_parts(pattern: Pattern) -> int | None:
         return None
     found = [most for part in pattern.parts if (most := most_parts(part)) is not None]
     return max([*found, *([len(pattern.parts)] if isinstance(pattern, PerHead) else [])], default=None)
+
+
+def kind_of_head(pattern: Pattern, head: int) -> object:
+    """What distinguishes query heads: those of equal kinds have equal blocks."""
+    if not pattern.by_head:
+        return None
+    if isinstance(pattern, (AnyOf, AllOf)):
+        return tuple(kind_of_head(part, head) for part in pattern.parts)
+    if isinstance(pattern, PerHead):
+        part = pattern.parts[head // pattern.share]
+        return part, kind_of_head(part, head)
+    return kind_of_head(pattern.pattern, head + pattern.first) if isinstance(pattern, HeadsFrom) else head
 
 
 def alike_in_heads(pattern: Pattern) -> Pattern:

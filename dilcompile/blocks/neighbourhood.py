@@ -3,7 +3,8 @@
 Note [sampled windows]: the tokens near a block lie in its extents, made larger by the radius. Where all blocks are boxes of
 the grid, as Hilbert's and Morton's are on powers of two, all tokens there are near. Which blocks these are of is asked at some
 cells of that window only: no further apart along an axis than the shortest box is long, and at both ends, so that no block is
-missed. These are about as many cells as there are blocks to be found. Other blocks: Note [sets of blocks in bits].
+missed. These are about as many cells as there are blocks to be found. Blocks of tokens in row order: Note [runs of near tokens].
+Other blocks: Note [sets of blocks in bits].
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 
 from dilcompile.blocks.block_sets import near_by_sets
 from dilcompile.blocks.curve import Curve
+from dilcompile.blocks.row_order import near_in_rows
 from dilcompile.progression import Positions, distinct
 
 _AT_ONCE = 1 << 20
@@ -58,11 +60,16 @@ def near(curve: Curve, radius: tuple[int, ...], q_block: int, k_block: int) -> P
     columns = -(-len(curve) // k_block)
     around, others = extents(curve, q_block), extents(curve, k_block)
     owner = curve.positions[curve.lead :] // k_block
-    if around.filled and others.filled:
-        found = distinct(np.concatenate([distinct(part) for part in _by_windows(curve, around, radius, others, owner, columns)]))
+    if curve.order in ("none", "row"):
+        parts = _by_rows(curve, around, q_block, radius, k_block, columns)
+    elif around.filled and others.filled:
+        parts = _by_windows(curve, around, radius, others, owner, columns)
     else:
-        found = np.concatenate([*_by_sets(curve, around, q_block, radius, owner, columns)])
-    codes = distinct(np.append(found, _with_lead(curve, q_block, k_block, columns)))
+        parts = _by_sets(curve, around, q_block, radius, owner, columns)
+    # Each part ascends, and its blocks are behind those of the part before.
+    codes = np.concatenate([*parts])
+    if curve.lead:
+        codes = distinct(np.append(codes, _with_lead(curve, q_block, k_block, columns)))
     codes.flags.writeable = False
     return codes
 
@@ -71,7 +78,7 @@ def _by_windows(
     curve: Curve, around: Boxes, radius: tuple[int, ...], others: Boxes, owner: Positions, columns: int
 ) -> Iterator[Positions]:
     """See Note [sampled windows]."""
-    return (around.block[n] * columns + owner[cells] for n, cells in _windows(curve, around, radius, others))
+    return (distinct(around.block[n] * columns + owner[cells]) for n, cells in _windows(curve, around, radius, others))
 
 
 def _windows(curve: Curve, around: Boxes, radius: tuple[int, ...], others: Boxes) -> Iterator[tuple[Positions, Positions]]:
@@ -95,14 +102,25 @@ def _windows(curve: Curve, around: Boxes, radius: tuple[int, ...], others: Boxes
         start = stop
 
 
+def _by_rows(curve: Curve, around: Boxes, size: int, radius: tuple[int, ...], k_block: int, columns: int) -> Iterator[Positions]:
+    """See Note [runs of near tokens]."""
+    found = near_in_rows(curve.grid, _starts(curve, around, size), np.array(radius), curve.first, k_block)
+    return (around.block[row] * columns + column for row, column in found)
+
+
 def _by_sets(
     curve: Curve, around: Boxes, size: int, radius: tuple[int, ...], owner: Positions, columns: int
 ) -> Iterator[Positions]:
     """See Note [sets of blocks in bits]."""
-    starts = np.append(np.maximum(around.block * size - curve.first, 0), len(curve.places))
     reach = np.minimum(np.array(radius), np.array(curve.grid) - 1)
+    starts = _starts(curve, around, size)
     found = near_by_sets(owner.reshape(curve.grid), curve.places, starts, around.low, around.high, reach)
     return (around.block[row] * columns + column for row, column in found)
+
+
+def _starts(curve: Curve, around: Boxes, size: int) -> Positions:
+    """The first token of the grid in each block, counted from the grid's first one, and the end."""
+    return np.append(np.maximum(around.block * size - curve.first, 0), len(curve.places))
 
 
 def _with_lead(curve: Curve, q_block: int, k_block: int, columns: int) -> Positions:

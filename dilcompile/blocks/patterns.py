@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from typing import Protocol
 
 import numpy as np
@@ -53,8 +52,14 @@ def spread(rows: Positions, first: Positions, stop: Positions, step: int, grid: 
     return found
 
 
-def _everywhere(found: Tensor, *others: Tensor) -> Tensor:
+def everywhere(found: Tensor, *others: Tensor) -> Tensor:
+    """A bool tensor as it is over the broadcast with others, on which it does not depend."""
     return found & torch.ones_like(sum(others, torch.zeros_like(others[0])), dtype=torch.bool)
+
+
+def joined(parts: list[Positions]) -> Positions:
+    """The codes of all of these, ascending, each once."""
+    return distinct(np.concatenate(parts)) if parts else np.arange(0, dtype=np.int64)
 
 
 def _beside(i: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -73,7 +78,7 @@ class Local:
     def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
         """See ``Pattern``."""
         first, last = _beside(i, grid)
-        return _everywhere((j >= first - self.before) & (j <= last + self.behind), h)
+        return everywhere((j >= first - self.before) & (j <= last + self.behind), h)
 
     def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
         """See ``Pattern``."""
@@ -91,7 +96,7 @@ class Global:
 
     def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
         """See ``Pattern``."""
-        return _everywhere((j < self.columns) | (i < self.rows), h)
+        return everywhere((j < self.columns) | (i < self.rows), h)
 
     def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
         """See ``Pattern``."""
@@ -116,7 +121,7 @@ class Strided:
         found = torch.remainder(own - j, self.stride) == 0
         if self.most is not None:
             found = found & ((own - j).abs() <= self.most * self.stride)
-        return _everywhere(found, h)
+        return everywhere(found, h)
 
     def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
         """See ``Pattern``."""
@@ -137,7 +142,7 @@ class Fixed:
 
     def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
         """See ``Pattern``."""
-        return _everywhere(torch.remainder(j, self.stride) == self.offset, h, i)
+        return everywhere(torch.remainder(j, self.stride) == self.offset, h, i)
 
     def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
         """See ``Pattern``."""
@@ -158,13 +163,13 @@ class VerticalSlash:
         found = torch.isin(j, torch.tensor(self.verticals, dtype=j.dtype, device=j.device)) | torch.zeros_like(
             own, dtype=torch.bool
         )
-        return _everywhere(found | torch.isin(own - j, torch.tensor(self.slashes, dtype=j.dtype, device=j.device)), h)
+        return everywhere(found | torch.isin(own - j, torch.tensor(self.slashes, dtype=j.dtype, device=j.device)), h)
 
     def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
         """See ``Pattern``."""
         _, own = grid.beside(rows)
         columns = [np.full_like(rows, column) for column in self.verticals] + [own - distance for distance in self.slashes]
-        return _joined([spread(rows, column, column + 1, 1, grid) for column in columns])
+        return joined([spread(rows, column, column + 1, 1, grid) for column in columns])
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,7 @@ class Hierarchical:
                 span = self.spans[level + 1]
                 seen = seen & (torch.div(own, span, rounding_mode="floor") == torch.div(j, span, rounding_mode="floor"))
             found = found | seen
-        return _everywhere(found, h)
+        return everywhere(found, h)
 
     def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
         """See ``Pattern``."""
@@ -204,7 +209,7 @@ class Hierarchical:
                 first = own // self.spans[level + 1] * self.spans[level + 1]
                 stop = first + self.spans[level + 1]
             parts += [spread(rows, first + n, stop, self.spans[level], grid) for n in range(most)]
-        return _joined(parts)
+        return joined(parts)
 
 
 @dataclass(frozen=True)
@@ -252,7 +257,7 @@ class Explicit:
         """See ``Pattern``."""
         held = torch.from_numpy(self._held(grid)).to(i.device)
         wanted = i * grid.columns + j
-        return _everywhere(torch.isin(wanted, held) & (j < grid.columns), h)
+        return everywhere(torch.isin(wanted, held) & (j < grid.columns), h)
 
     def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
         """See ``Pattern``."""
@@ -283,7 +288,7 @@ class Document:
         ends = torch.tensor(self.lengths, dtype=torch.int64, device=i.device).cumsum(0)
         of: Callable[[Tensor], Tensor] = lambda position: torch.bucketize(position, ends, right=True)  # noqa: E731
         first, last = of(i * grid.q_block), of((i + 1) * grid.q_block - 1)
-        return _everywhere((of(j * grid.k_block) <= last) & (of((j + 1) * grid.k_block - 1) >= first), h)
+        return everywhere((of(j * grid.k_block) <= last) & (of((j + 1) * grid.k_block - 1) >= first), h)
 
     def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
         """See ``Pattern``."""
@@ -309,7 +314,7 @@ class Near:
     def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
         """See ``Pattern``."""
         held = torch.from_numpy(self.codes(0, grid.rows, grid)).to(i.device)
-        return _everywhere(torch.isin(i * grid.columns + j, held) & (j < grid.columns), h)
+        return everywhere(torch.isin(i * grid.columns + j, held) & (j < grid.columns), h)
 
     def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
         """See ``Pattern``."""
@@ -317,73 +322,3 @@ class Near:
         row, column = np.divmod(found, -(-len(self.curve) // grid.k_block))
         kept = np.isin(row, rows) & (column < grid.columns)
         return row[kept] * grid.columns + column[kept]
-
-
-@dataclass(frozen=True)
-class AnyOf:
-    """The blocks of any part."""
-
-    parts: tuple[Pattern, ...]
-
-    @property
-    def by_head(self) -> bool:
-        """See ``Pattern``."""
-        return any(part.by_head for part in self.parts)
-
-    def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
-        """See ``Pattern``."""
-        return reduce(torch.logical_or, (part.contains(h, i, j, grid) for part in self.parts))
-
-    def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
-        """See ``Pattern``."""
-        return _joined([part.codes(h, rows, grid) for part in self.parts])
-
-
-@dataclass(frozen=True)
-class AllOf:
-    """The blocks of all parts."""
-
-    parts: tuple[Pattern, ...]
-
-    @property
-    def by_head(self) -> bool:
-        """See ``Pattern``."""
-        return any(part.by_head for part in self.parts)
-
-    def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
-        """See ``Pattern``."""
-        return reduce(torch.logical_and, (part.contains(h, i, j, grid) for part in self.parts))
-
-    def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
-        """See ``Pattern``."""
-        found = [part.codes(h, rows, grid) for part in self.parts]
-        return reduce(lambda one, other: np.intersect1d(one, other, assume_unique=True), found)
-
-
-@dataclass(frozen=True)
-class PerHead:
-    """One part for each query head, or for each group of neighbouring query heads.
-
-    Args:
-        share: query heads that share a part; 0: as many as make the parts enough, which ``dealt`` says once the heads are known.
-    """
-
-    parts: tuple[Pattern, ...]
-    share: int = 1
-    by_head = True
-
-    def contains(self, h: Tensor, i: Tensor, j: Tensor, grid: Grid) -> Tensor:
-        """See ``Pattern``."""
-        found = _everywhere(torch.zeros_like(h, dtype=torch.bool), i, j)
-        number = torch.div(h, self.share, rounding_mode="floor")
-        for at, part in enumerate(self.parts):
-            found = found | ((number == at) & part.contains(h, i, j, grid))
-        return found
-
-    def codes(self, h: int, rows: Positions, grid: Grid) -> Positions:
-        """See ``Pattern``."""
-        return self.parts[h // self.share].codes(h, rows, grid)
-
-
-def _joined(parts: list[Positions]) -> Positions:
-    return distinct(np.concatenate(parts)) if parts else np.arange(0, dtype=np.int64)

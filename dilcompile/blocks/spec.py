@@ -8,10 +8,9 @@ from itertools import pairwise
 from typing import Any, cast
 
 from dilcompile.blocks.adaptive import ESTIMATORS, Given, Scored, is_adaptive
+from dilcompile.blocks.composed import AllOf, AnyOf, PerHead
 from dilcompile.blocks.curve import Curve
 from dilcompile.blocks.patterns import (
-    AllOf,
-    AnyOf,
     Document,
     Explicit,
     Fixed,
@@ -20,7 +19,6 @@ from dilcompile.blocks.patterns import (
     Local,
     Near,
     Pattern,
-    PerHead,
     Random,
     Strided,
     VerticalSlash,
@@ -58,14 +56,6 @@ def _bigbird(local: int = 1, columns: int = 1, rows: int = 1, random: int = 3, s
 
 def _longformer(local: int = 1, columns: int = 1, rows: int = 1) -> Pattern:
     return AnyOf((Local(local, local), Global(columns, rows)))
-
-
-def _dilated_sliding(dilation: int, blocks: int) -> Pattern:
-    return Strided(dilation, blocks)
-
-
-def _hierarchical(spans: tuple[int, ...], heads: tuple[int, ...] = ()) -> Pattern:
-    return Hierarchical(spans, heads)
 
 
 def _random(blocks: int, seed: int = 0, by_head: bool = False) -> Pattern:

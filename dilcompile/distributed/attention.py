@@ -54,7 +54,7 @@ def attention(
         form: see ``dilcompile.functional.attention``.
         axis: the mesh axis over which the sequence is held, known by ``set_mesh``.
         method: how keys come to queries: ``gather_needed``, ``halo``, ``ring``, ``all_gather``, ``ulysses``, ``usp``, ``tree``.
-        order: which positions a rank holds: ``contiguous``, ``zigzag``, ``striped``; with ``ulysses`` contiguous.
+        order: which positions a rank holds: ``contiguous``, ``zigzag``, ``striped``.
         length: tokens of the whole sequence, where ranks have places without a token; else ranks times n.
         heads_axis: with ``usp`` the mesh axis over which heads are exchanged; its ranks hold slices of the places of a rank of
             ``axis``. moving: what moves keys over ``axis`` then, ``ring`` by default.
@@ -79,11 +79,6 @@ def attention(
     arguments.check_options(scale, softcap, dropout_p, is_causal, q_offset, kernel)
     if order not in ORDERS:
         raise PlacementError(f"order {order!r} is unknown{hint(order, ORDERS)}; the orders are {', '.join(ORDERS)}")
-    if method == "ulysses" and order != "contiguous":
-        raise PlacementError(
-            f"method 'ulysses' with order {order!r}: the ranks' places are put together as runs of the sequence; take order="
-            "'contiguous', which gives all ranks the same work there"
-        )
     if method != "tree" and q.shape[2] != k.shape[2]:
         raise DilcompileError(
             f"q has {q.shape[2]} rows but k has {k.shape[2]}; a rank has the queries and keys of the same places, except with "

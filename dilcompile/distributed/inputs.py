@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dilcompile.distributed.order import order_found
 from dilcompile.distributed.positions import all_positions, held, ordinal
 from dilcompile.errors import PlacementError
 from dilcompile.lowering.distributed import cuts, meshes
 from dilcompile.near import hint
+from dilcompile.placements.marks import MARKS
 from dilcompile.placements.shards import Order
 
 # Where the sequence lies in what Transformers calls by these names. Position ids may be [S], [B, S] or [3, B, S].
@@ -34,7 +36,7 @@ def shard_inputs(
     batch: Mapping[str, Any],
     *,
     axis: str = "cp",
-    order: Order = "contiguous",
+    order: Order | Literal["auto"] = "contiguous",
     heads_axis: str | None = None,
     dims: Mapping[str, int | None] | None = None,
     shift_labels: bool = True,
@@ -53,8 +55,8 @@ def shard_inputs(
             ``attention_mask``, ``labels``, ``position_ids``, ``token_type_ids``, ``loss_mask``, all [B, S]. What is no tensor, or
             holds one number, stays as it is.
         axis: the mesh axis over which the sequence is held, known by ``set_mesh``.
-        order: which positions a rank holds, that of the policy: ``contiguous``, ``zigzag`` or ``striped``; with method
-            ``ulysses`` ``contiguous``.
+        order: which positions a rank holds, that of the policy: ``contiguous``, ``zigzag`` or ``striped``; ``auto``: that which
+            ``best_order`` found last for this axis.
         heads_axis: with method ``usp`` the other mesh axis.
         dims: for other names the dim that the sequence lies along, padded with zeros, or None for what has none.
         shift_labels: the label of a token becomes the token that follows it, also where that is on another rank; the last one's
@@ -72,6 +74,7 @@ def shard_inputs(
         PlacementError: for an unknown axis, order or name, tensors of different lengths, a mask that is not [B, S], and, at the
             first batch of an axis, ranks that were given different tokens.
     """
+    order = order_found(axis) if order == "auto" else order
     along = _along(batch, dims or {})
     length = _length(batch, along)
     shards = held(length, axis, order, heads_axis)
@@ -97,6 +100,8 @@ def shard_inputs(
                 f"one, else give an attention_mask, or a length that is a multiple of {(length + missing) // len(mine)}"
             )
         cut["attention_mask"] = (mine < length).long().repeat(len(tokens), 1)
+    if shards.ranks * shards.parts > 1:
+        MARKS.note_batch(axis, len(mine), order, cut, {"position_ids": -1, "attention_mask": 1, **along})
     cuts.note(axis, cuts.Cut(order, heads_axis, bool(missing) and "attention_mask" not in cut))
     return cut
 

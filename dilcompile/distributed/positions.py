@@ -32,8 +32,7 @@ def local_positions(
     Args:
         length: tokens of the sequence, S.
         axis: the mesh axis over which the sequence is held, known by ``set_mesh``.
-        order: ``contiguous``, ``zigzag`` or ``striped``, see ``dilcompile.placements.shards.Shards``. With method ``ulysses``
-            ranks hold contiguous shards.
+        order: ``contiguous``, ``zigzag`` or ``striped``, see ``dilcompile.placements.shards.Shards``.
         heads_axis: with method ``usp`` the other axis; its ranks hold slices of a shard of ``axis``.
         rank, ranks: this rank and how many there are, in place of the mesh; no process group is needed then.
         device: of the result.

@@ -9,7 +9,7 @@ from dilcompile.blocks.adaptive import Scored, certain, is_adaptive, is_given, l
 from dilcompile.blocks.coverage import first_without_keys
 from dilcompile.blocks.curve import ORDER_NAMES, Curve, OrderName
 from dilcompile.blocks.grid import LEAST_BLOCK, MOST_BLOCK, Grid
-from dilcompile.blocks.heads import alike_in_heads, dealt, most_parts
+from dilcompile.blocks.heads import alike_in_heads, dealt, kind_of_head, most_parts
 from dilcompile.blocks.impossible import first_unmet, holds_nothing, listed_beyond
 from dilcompile.blocks.patterns import Pattern
 from dilcompile.blocks.spec import Spec, frozen, has_lengths, pattern_of, plain, problems_of
@@ -80,7 +80,7 @@ class BlockSparse(Form):
         sizes = self.block if isinstance(self.block, tuple) else (self.block,)
         if isinstance(self.block, tuple) and len(sizes) != 2:
             return [*found, OptionProblem(("block",), f"must be one number or two (queries, keys), not {list(sizes)!r}")]
-        for size in sizes:
+        for size in dict.fromkeys(sizes):
             wrong = not_integer(("block",), size, LEAST_BLOCK)
             if not wrong and size > MOST_BLOCK:
                 wrong = [OptionProblem(("block",), f"must be at most {MOST_BLOCK}, not {size}")]
@@ -139,7 +139,8 @@ class BlockSparse(Form):
         shared = replace(blocks, pattern=alike_in_heads(blocks.pattern))
         if first_without_keys(shared.lists(0, blocks.grid), blocks.grid) is None:
             return
-        for head in range(problem.heads if blocks.pattern.by_head else 1):
+        # The first head of each kind.
+        for head in sorted({kind_of_head(blocks.pattern, head): head for head in reversed(range(problem.heads))}.values()):
             position = first_without_keys(blocks.lists(head, blocks.grid), blocks.grid)
             if position is None:
                 continue

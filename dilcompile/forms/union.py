@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
+from dilcompile.blocks.composed import AnyOf
 from dilcompile.blocks.coverage import gaps
-from dilcompile.blocks.patterns import AnyOf
 from dilcompile.errors import FormError, OptionProblem, Place
 from dilcompile.forms.base import Form, Says, not_one_of
 from dilcompile.forms.block_sparse import BlockSparse

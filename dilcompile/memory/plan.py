@@ -17,6 +17,8 @@ from dilcompile.memory.buffer import Buffer, Lane, aligned
 from dilcompile.memory.packing import most_live, overlaps, pack, peak, without_reuse
 
 Arenas = tuple["Arena", ...]
+# Of the lower bound: an arena that is larger is packed again.
+_LOOSE = 1.05
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,10 @@ class BufferPlan:
         """The same stacking at other lengths."""
         return BufferPlan(tuple(arena.at(lengths) for arena in self.arenas))
 
+    def fitted(self, lengths: Mapping[sympy.Symbol, int]) -> BufferPlan:
+        """The plan at other lengths: the same stacking, but arenas that it makes more than 5 % too large are packed anew."""
+        return BufferPlan(tuple(_fitted(arena.at(lengths)) for arena in self.arenas))
+
     def verify(self) -> None:
         """Check that no two buffers that are live together overlap.
 
@@ -148,6 +154,13 @@ def plan_buffers(
     plan = BufferPlan(tuple(arenas))
     plan.verify()
     return plan
+
+
+def _fitted(arena: Arena) -> Arena:
+    if arena.peak <= _LOOSE * arena.most_live:
+        return arena
+    anew = _stacked(arena.device, arena.lane, arena.module, arena.buffers, pack(arena.buffers))
+    return anew if anew.peak < arena.peak else arena
 
 
 def _stacked(device: str, lane: Lane, module: str, buffers: Sequence[Buffer], offsets: Sequence[int]) -> Arena:

@@ -1,4 +1,4 @@
-"""A plan as a picture, offset against step, and as a table. The SVG holds no script and reads nothing from elsewhere."""
+"""A plan as a picture, offset against step. The SVG holds no script and reads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from html import escape
 
 from dilcompile.memory.buffer import ROLES, Buffer
-from dilcompile.memory.plan import Arena, BufferPlan
+from dilcompile.memory.plan import Arena
 
 # For a page that holds pictures; a picture that stands alone carries it in itself.
 STYLE = """
@@ -80,11 +80,12 @@ def _rectangles(arena: Arena, top: int, steps: int) -> Iterator[str]:
         width = (buffer.end - buffer.begin + 1) * across
         yield (
             f'<rect class="buffer {buffer.role}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}">'
-            f"<title>{escape(_words(buffer, offset))}</title></rect>"
+            f"<title>{escape(buffer_text(buffer, offset))}</title></rect>"
         )
 
 
-def _words(buffer: Buffer, offset: int) -> str:
+def buffer_text(buffer: Buffer, offset: int) -> str:
+    """A buffer and its place in one line."""
     where = f" of {buffer.module}" if buffer.module else ""
     return f"{buffer.name}{where}: {size_text(buffer.hint)} at {offset}, steps {buffer.begin} to {buffer.end}, {buffer.role}"
 
@@ -97,18 +98,3 @@ def _legend(arena: Arena, y: int) -> Iterator[str]:
             yield f'<rect class="{role}" x="{x}" y="{y - 9}" width="10" height="10"/>'
             yield f'<text x="{x + 14}" y="{y}">{role} {size_text(total)}</text>'
             x += 150
-
-
-def table(plan: BufferPlan) -> str:
-    """One line an arena, and the three largest buffers of each."""
-    lines = []
-    for arena in plan.arenas:
-        whose = f"{arena.device}, {arena.lane}" + (f", {arena.module}" if arena.module else "")
-        ratio = arena.peak / max(1, arena.most_live)
-        lines.append(
-            f"{whose}: {size_text(arena.peak)} for {len(arena.buffers)} buffers, {ratio:.3f} of what is live at once, "
-            f"{size_text(arena.without_reuse)} without reuse"
-        )
-        placed = sorted(zip(arena.buffers, arena.offsets, strict=True), key=lambda pair: (-pair[0].hint, pair[1], pair[0].name))
-        lines += [f"  {_words(buffer, offset)}" for buffer, offset in placed[:3]]
-    return "\n".join(lines)

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from dilcompile.placements.parts import share_of
 from dilcompile.placements.schedule import Placement
 from dilcompile.placements.shards import Shards
 from dilcompile.progression import Positions
@@ -59,6 +60,50 @@ def traffic(placement: Placement, relation: Relation, shards: Shards, itemsize: 
         sent_backward=received * gradient + sent * again,
         extra=row * (pairs.max(0) if placement.RESENDS else received),
     )
+
+
+@dataclass(frozen=True)
+class HeadsTraffic:
+    """Bytes that a rank sends and receives where heads are exchanged for positions, the same for all ranks.
+
+    Args:
+        forward: q, k and v before, the output behind; backward: its gradient before, those of q, k and v, in float32 or wider,
+            behind.
+        packed, packed_backward: bytes that are copied into messages and out of them.
+        rows: of one key head, in the forward.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    packed: int = 0
+    packed_backward: int = 0
+    rows: int = 0
+
+
+def heads_traffic(size: Problem, rows: int, parts: int, itemsize: int, lse: bool = False) -> HeadsTraffic:
+    """What an exchange of heads moves, without masks.
+
+    Args:
+        rows: places of a rank.
+        parts: ranks that heads are dealt to.
+        lse: the LSE is asked for, and has a gradient.
+    """
+    if parts == 1:
+        return HeadsTraffic()
+    kv_heads, wide = size.kv_heads * share_of(size.heads, size.kv_heads, parts), max(4, itemsize)
+    inputs = size.batch * rows * (size.heads * size.head_dim + kv_heads * (size.head_dim + size.v_dim))
+    outputs, of_lse = size.batch * rows * size.heads * size.v_dim, size.batch * rows * size.heads * wide if lse else 0
+    forward, backward = (inputs + outputs) * itemsize + of_lse, outputs * itemsize + inputs * wide + of_lse
+    # A rank keeps what is its own.
+    moved, moved_back = (total * (parts - 1) // parts for total in (forward, backward))
+    return HeadsTraffic(moved, moved_back, 2 * forward, 2 * backward, rows * kv_heads * (parts - 1) // parts)
+
+
+def tree_traffic(size: Problem, ranks: int, itemsize: int) -> tuple[int, int]:
+    """Bytes that a rank sends and receives in the forward and in the backward of queries that all ranks have: partial outputs and
+    LSE, and gradients of the queries, in float32 or wider."""
+    results = size.batch * size.heads * size.q_len * max(4, itemsize)
+    return (ranks - 1) * results * (size.v_dim + 1), (ranks - 1) * results * size.head_dim
 
 
 @lru_cache(maxsize=256)

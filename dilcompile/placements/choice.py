@@ -9,7 +9,7 @@ from dilcompile.placements.shards import Order
 
 Method = Literal["gather_needed", "halo", "ring", "all_gather", "ulysses", "usp", "tree"]
 METHODS: tuple[Method, ...] = get_args(Method)
-Overlap = Literal["prefetch"]
+Overlap = Literal["prefetch", "off"]
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,10 @@ class PlacementChoice:
         ranks: of that axis.
         method: how keys come to queries.
         order: which positions each rank holds, see ``Shards``.
-        overlap: rows of the next step travel while this one computes.
+        overlap: ``prefetch``: rows of the next step travel while this one computes; ``off``: after it.
         heads_axis: for ``usp`` the mesh axis over which heads are exchanged.
         heads_ranks: of that axis; 1 without one.
+        moving: for ``usp`` how keys move over ``axis``.
         why: why this method, in words.
     """
 
@@ -34,6 +35,7 @@ class PlacementChoice:
     overlap: Overlap = "prefetch"
     heads_axis: str | None = None
     heads_ranks: int = 1
+    moving: str | None = None
     why: str = field(default="", compare=False)
 
     @property
@@ -44,4 +46,5 @@ class PlacementChoice:
 
     def __str__(self) -> str:
         axes = " x ".join(f"{name}={ranks}" for name, ranks in self.axes.items())
-        return f"{self.method} over {axes}, {self.order}, {self.overlap}"
+        method = self.method if self.moving is None else f"{self.method} with {self.moving}"
+        return f"{method} over {axes}, {self.order}, {self.overlap}"

@@ -1,67 +1,21 @@
-"""Predicted time of a placement: FLOPs of the busiest rank, bytes on the wire, and what of them is hidden behind computing."""
+"""Predicted time of a placement: FLOPs of the busiest rank, bytes on the wire, what of them is hidden, and what is packed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import gcd
 
 import numpy as np
-import torch
 
-from dilcompile.placements.account import imbalance, pairs_by_rank, traffic
-from dilcompile.placements.schedule import Placement
+from dilcompile.placements import PLACEMENTS
+from dilcompile.placements.account import heads_traffic, imbalance, pairs_by_rank, traffic, tree_traffic
+from dilcompile.placements.device import Device
+from dilcompile.placements.parts import by_part
 from dilcompile.placements.shards import Order, Shards
 from dilcompile.placements.volume import held
+from dilcompile.position_sets import disjoint, meet
+from dilcompile.progression import Positions, Progression
 from dilcompile.relation import Problem, Relation
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a rank computes and moves in a second.
-
-    Args:
-        flops: of attention in dtypes of 2 bytes, multiply and add counted as 2.
-        bandwidth: bytes that a rank receives in a second, while it sends as many, from ranks of its node.
-        network: the same from ranks of other nodes.
-        latency: seconds that an exchange takes beside its bytes.
-        node: ranks of a node.
-        source: where the numbers come from.
-    """
-
-    flops: float
-    bandwidth: float
-    network: float
-    latency: float
-    node: int
-    source: str
-
-    def wire(self, ranks: int) -> float:
-        """Bytes a second where so many ranks exchange: the slower link if there are several nodes."""
-        return self.bandwidth if ranks <= self.node else self.network
-
-
-_FA3 = "0.8 of the 740 TFLOP/s that FlashAttention-3 reaches (arXiv 2407.08608)"
-_FA2 = "0.8 of the 230 TFLOP/s that FlashAttention-2 reaches (arXiv 2307.08691)"
-# Not measured here, but for what sources say; give measured numbers where they are at hand.
-DEVICES: dict[str, Device] = {
-    "h100": Device(
-        592e12, 450e9, 50e9, 20e-6, 8, f"{_FA3}; NVLink 4, 900 GB/s both ways (NVIDIA H100 datasheet); 400 Gb/s network"
-    ),
-    "h200": Device(592e12, 450e9, 50e9, 20e-6, 8, f"as h100: {_FA3}; NVLink 4 (NVIDIA H200 datasheet); 400 Gb/s network"),
-    "a100": Device(
-        184e12, 300e9, 25e9, 20e-6, 8, f"{_FA2}; NVLink 3, 600 GB/s both ways (NVIDIA A100 datasheet); 200 Gb/s network"
-    ),
-    "cpu": Device(1e11, 2e9, 1e9, 100e-6, 1, "assumed: a few cores, gloo over a 10 Gb/s network"),
-}
-
-
-def device_of(device: torch.device) -> Device:
-    """The entry of ``DEVICES`` for a torch device; an unknown CUDA device is taken for an ``h100``."""
-    if device.type != "cuda":
-        return DEVICES["cpu"]
-    name = torch.cuda.get_device_name(device).lower() if torch.cuda.is_available() else ""
-    return next((held for key, held in DEVICES.items() if key in name), DEVICES["h100"])
 
 
 @dataclass(frozen=True)
@@ -69,11 +23,12 @@ class Estimate:
     """One method over one order, of the rank that has the most of each: bytes, and seconds.
 
     Args:
-        rows_received, rows_sent: of one key head each, in the forward.
+        moving: for ``usp`` what moves keys over the first axis.
+        rows_received, rows_sent: of one key head each, in the forward; for ``tree`` of one query head.
         received, sent, received_backward, sent_backward: bytes.
-        extra: bytes of others' keys and values at once.
+        extra: bytes of others' keys and values at once; for ``tree`` of others' results.
         imbalance: work of the busiest rank over the mean.
-        compute, wire: seconds of the forward for computing and for moving alone.
+        compute, wire, packing: seconds of the forward for computing, for moving alone, and for packing what is sent.
         seconds: of the forward; ``backward``: of the backward.
     """
 
@@ -90,93 +45,169 @@ class Estimate:
     imbalance: float
     compute: float
     wire: float
+    packing: float
     seconds: float
     backward: float
+    moving: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The method, with what moves keys in it."""
+        return self.method if self.moving is None else f"{self.method} with {self.moving}"
 
     @property
     def hidden(self) -> bool:
         """Does most of the moving happen while the rank computes?"""
-        return self.seconds - self.compute <= self.wire / 2
+        return self.seconds - self.compute - self.packing <= self.wire / 2
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def estimate(
-    method: str, placement: Placement, relation: Relation, shards: Shards, device: Device, itemsize: int, documents: bool = False
+    name: str, relation: Relation, shards: Shards, device: Device, itemsize: int, documents: bool = False, prefetch: bool = True
 ) -> Estimate:
-    """Of a placement that moves keys; ``itemsize``: bytes of a number of q, k and v.
+    """Of a placement that moves keys over the ranks of ``shards``; where those have parts, inside of ``usp``.
 
     A step's work is taken to be in proportion to its rows; each step's rows travel while the step before computes.
+
+    Args:
+        name: of ``PLACEMENTS``, which does not refuse the relation.
+        itemsize: bytes of a number of q, k and v.
+        prefetch: rows travel while a rank computes.
     """
-    size, volume = relation.problem, placement.volume(relation, shards, documents)
-    moved, pairs = traffic(placement, relation, shards, itemsize, documents), pairs_by_rank(relation, shards)
-    wire = device.wire(shards.ranks)
-    forward, backward = _compute(size, int(pairs.max()), device, itemsize)
-    row = moved.received.max() / max(1, moved.rows_received.max())
-    most = np.maximum(volume.received, volume.sent).max(1)
-    travel = [float(row * rows / wire + device.latency) if rows else 0.0 for rows in most] + [0.0]
-    rows_of_step = volume.received.max(1) + np.append(held(size.kv_heads, shards).max(), np.zeros(moved.steps - 1))
-    work = forward * rows_of_step / max(1, rows_of_step.sum())
-    back = max(int(moved.received_backward.max()), int(moved.sent_backward.max())) / wire
-    return Estimate(
-        method=method,
-        order=shards.order,
-        steps=moved.steps,
-        rows_received=int(moved.rows_received.max()),
-        rows_sent=int(moved.rows_sent.max()),
-        received=int(moved.received.max()),
-        sent=int(moved.sent.max()),
-        received_backward=int(moved.received_backward.max()),
-        sent_backward=int(moved.sent_backward.max()),
-        extra=int(moved.extra.max()),
-        imbalance=imbalance(pairs),
-        compute=forward,
-        wire=sum(travel),
-        seconds=sum(max(float(computed), after) for computed, after in zip(work, travel[1:], strict=True)),
-        backward=max(backward, back) + (device.latency * moved.steps if back else 0.0),
+    parts = shards.parts
+    method, moving = (name, None) if parts == 1 else ("usp", name)
+    return _estimate(
+        method, moving, relation, shards, shards.places // parts, shards.order, device, itemsize, documents, prefetch
     )
 
 
-def ulysses_refuses(relation: Relation, shards: Shards) -> str | None:
-    """Why heads can't be dealt to the ranks, or None."""
-    heads = relation.problem.heads
-    if shards.order != "contiguous":
-        return f"ulysses puts runs of the sequence together, which {shards.order} shards are not"
-    return f"{heads} query heads can't be dealt to {shards.ranks} ranks" if heads % shards.ranks else None
-
-
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def estimate_ulysses(relation: Relation, shards: Shards, device: Device, itemsize: int) -> Estimate:
     """Of heads for positions and back (arXiv 2309.14509): q, k, v before, the output behind; nothing is hidden.
 
     Key heads are repeated where ranks would else have no whole ones.
     """
-    size, ranks = relation.problem, shards.ranks
-    kv_heads = size.kv_heads * (size.group // gcd(size.group, size.heads // ranks))
-    numbers = size.heads * (size.head_dim + size.v_dim) + kv_heads * (size.head_dim + size.v_dim)
-    rows = shards.places * (ranks - 1) // ranks
-    moved = size.batch * rows * numbers * itemsize
-    pairs = relation.pairs_by_head().reshape(ranks, -1).sum(1)
-    wire = device.wire(ranks)
+    whole = Shards(shards.length, 1, "contiguous", shards.ranks)
+    return _estimate("ulysses", None, relation, whole, shards.places, shards.order, device, itemsize, False, True)
+
+
+def heads_refused(relation: Relation, parts: int) -> str | None:
+    """Why heads can't be dealt to so many ranks, or None."""
+    heads = relation.problem.heads
+    return f"{heads} query heads can't be dealt to {parts} ranks" if heads % parts else None
+
+
+def _estimate(
+    method: str,
+    moving: str | None,
+    relation: Relation,
+    shards: Shards,
+    rows: int,
+    order: Order,
+    device: Device,
+    itemsize: int,
+    documents: bool,
+    prefetch: bool,
+) -> Estimate:
+    """``rows``: places of one rank of both axes; ``order``: that in which ranks hold them."""
+    size, parts, ranks = relation.problem, shards.parts, shards.ranks
+    placement = PLACEMENTS["all_gather" if method == "ulysses" else moving or method]
+    relations = by_part(relation, parts)
+    volumes = [placement.volume(each, shards, documents) for each in relations] if ranks > 1 else []
+    moved = [traffic(placement, each, shards, itemsize, documents) for each in relations] if ranks > 1 else []
+    pairs = (
+        relation.pairs_by_head().reshape(parts, -1).sum(1)
+        if ranks == 1
+        else np.stack([pairs_by_rank(each, shards) for each in relations])
+    )
+    dealt = heads_traffic(size, rows, parts, itemsize)
+    most = {
+        name: max((int(getattr(each, name).max()) for each in moved), default=0)
+        for name in ("rows_received", "rows_sent", "received", "sent", "received_backward", "sent_backward", "extra")
+    }
     forward, backward = _compute(size, int(pairs.max()), device, itemsize)
-    travel = moved / wire + 2 * device.latency if ranks > 1 else 0.0
+    steps = max((each.steps for each in moved), default=1)
+    travel, work = _by_step(relations, shards, [(each.received, each.sent) for each in volumes], steps, device, itemsize)
+    heads_wire = dealt.forward / device.wire(parts) + 2 * device.latency if parts > 1 else 0.0
+    heads_back = dealt.backward / device.wire(parts) + 2 * device.latency if parts > 1 else 0.0
+    packing, packing_back = 2 * (most["sent"] + dealt.packed) / device.memory, 2 * dealt.packed_backward / device.memory
+    packing_back += 2 * (most["sent_backward"] + most["received_backward"]) / device.memory
+    back = max(most["received_backward"], most["sent_backward"]) / device.wire(ranks * parts)
+    if prefetch:
+        busy = sum(max(float(forward * part), after) for part, after in zip(work, travel[1:], strict=True))
+        busy_back = max(backward, back)
+    else:
+        busy, busy_back = forward + sum(travel), backward + back
     return Estimate(
-        method="ulysses",
-        order=shards.order,
-        steps=1,
-        rows_received=rows * kv_heads,
-        rows_sent=rows * kv_heads,
-        received=moved,
-        sent=moved,
-        # Gradients of the output come in the operands' dtype, those of q, k and v go back in it.
-        received_backward=moved,
-        sent_backward=moved,
-        extra=moved,
+        method=method,
+        order=order,
+        steps=steps,
+        rows_received=most["rows_received"] + dealt.rows,
+        rows_sent=most["rows_sent"] + dealt.rows,
+        received=most["received"] + dealt.forward,
+        sent=most["sent"] + dealt.forward,
+        received_backward=most["received_backward"] + dealt.backward,
+        sent_backward=most["sent_backward"] + dealt.backward,
+        extra=most["extra"] + dealt.forward,
         imbalance=imbalance(pairs),
         compute=forward,
-        wire=travel,
-        seconds=forward + travel,
-        backward=backward + travel,
+        wire=sum(travel) + heads_wire,
+        packing=packing,
+        seconds=busy + heads_wire + packing,
+        backward=busy_back + heads_back + packing_back + (device.latency * steps if back else 0.0),
+        moving=moving,
     )
+
+
+def _by_step(
+    relations: tuple[Relation, ...],
+    shards: Shards,
+    volumes: list[tuple[Positions, Positions]],
+    steps: int,
+    device: Device,
+    itemsize: int,
+) -> tuple[list[float], Positions]:
+    """Seconds that each step's rows travel, and a 0 behind the last; and each step's share of the work."""
+    size = relations[0].problem
+    row = size.batch * (size.head_dim + size.v_dim) * itemsize
+    received, most = np.zeros(steps, dtype=np.int64), np.zeros(steps, dtype=np.int64)
+    for came, sent in volumes:
+        received[: len(came)] = np.maximum(received[: len(came)], came.max(1))
+        most[: len(came)] = np.maximum(most[: len(came)], np.maximum(came, sent).max(1))
+    wire = device.wire(shards.ranks * shards.parts)
+    travel = [float(row * rows / wire + device.latency) if rows else 0.0 for rows in most] + [0.0]
+    received[0] += held(size.kv_heads, shards).max()
+    return travel, received / max(1, received.sum())
+
+
+@lru_cache(maxsize=1024)
+def estimate_tree(relation: Relation, shards: Shards, device: Device, itemsize: int) -> Estimate:
+    """Of queries that all ranks have, each over its own keys, merged (arXiv 2408.04093); nothing is hidden."""
+    size = relation.problem
+    received, back = tree_traffic(size, shards.ranks, itemsize)
+    pairs = _pairs_of_keys(relation, shards)
+    forward, backward = _compute(size, int(pairs.max()), device, itemsize)
+    wire = received / device.wire(shards.ranks) + 2 * device.latency if shards.ranks > 1 else 0.0
+    wire_back = back / device.wire(shards.ranks) + device.latency if shards.ranks > 1 else 0.0
+    rows = (shards.ranks - 1) * size.q_len * size.heads
+    return Estimate(
+        "tree", shards.order, 1, rows, rows, received, received, back, back, received, imbalance(pairs), forward, wire, 0.0,
+        forward + wire, backward + wire_back,
+    )  # fmt: skip
+
+
+def _pairs_of_keys(relation: Relation, shards: Shards) -> Positions:
+    """The pairs of the keys that each rank holds: all pairs, in proportion to the keys that are read."""
+    size = relation.problem
+    read = np.zeros(shards.ranks)
+    queries = Progression(size.q_offset, size.q_offset + size.q_len)
+    for heads in relation.alike_kv_heads():
+        parts = disjoint(relation.keys_needed(queries, heads[0]))
+        for rank in range(shards.ranks):
+            runs = (run.positions for run in shards.runs(rank))
+            read[rank] += len(heads) * sum(len(meet(part, run)) for run in runs for part in parts)
+    found: Positions = np.ceil(relation.pairs() * read / max(1, read.sum())).astype(np.int64)
+    return found
 
 
 def _compute(size: Problem, pairs: int, device: Device, itemsize: int) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dilcompile.policy.resolve import resolve, rule_of, tell_again, unused_rules
+from dilcompile.policy.resolve import memory_use, resolve, rule_of, tell_again, unused_rules
 from dilcompile.policy.schema import Policy
 
-__all__ = ["Policy", "resolve", "rule_of", "tell_again", "unused_rules"]
+__all__ = ["Policy", "memory_use", "resolve", "rule_of", "tell_again", "unused_rules"]

@@ -159,7 +159,7 @@ def _misplaced(policy: Policy, rule: Rule) -> Iterator[str]:
         yield f"asks for world_size {asked!r} but the mesh has {ranks} ranks ({sizes})"
 
 
-def _in_another_order(policy: Policy, rule: Rule, order: str) -> Iterator[str]:
+def _in_another_order(policy: Policy, rule: Rule, order: str | None) -> Iterator[str]:
     """The inputs are cut once, so all sites of an axis hold their tokens in one order."""
     assert rule.shard is not None
     for earlier in policy.rules:
@@ -167,7 +167,7 @@ def _in_another_order(policy: Policy, rule: Rule, order: str) -> Iterator[str]:
             return
         if earlier.shard is not None and earlier.shard.axes[0] == rule.shard.axes[0]:
             other = order_of(policy, earlier.shard)
-            if other != order:
+            if None not in (order, other) and other != order:
                 yield (
                     f"holds the tokens of mesh axis {rule.shard.axes[0]!r} {order}, but rule {earlier.label} holds them {other}: "
                     "one model's inputs are cut in one order; say it once, as `layout` of the mesh axis"

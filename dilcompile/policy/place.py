@@ -13,7 +13,8 @@ from dilcompile.forms import BlockSparse, Dilated, Form, KeepStructure, Union
 from dilcompile.placements import PLACEMENTS
 from dilcompile.placements.choice import Method, PlacementChoice
 from dilcompile.placements.choose import Site, choose
-from dilcompile.placements.cost import device_of
+from dilcompile.placements.device import device_of
+from dilcompile.placements.marks import MARKS
 from dilcompile.placements.shards import Order, Shards
 from dilcompile.policy.schema import num_bytes
 from dilcompile.relation import Problem, Relation
@@ -44,13 +45,19 @@ def place(policy: Policy, rule: Rule, site: AttentionSite, form: Form) -> Placem
         return None
     axis, *heads = shard.axes
     order = order_of(policy, shard)
+    if order is None:
+        return Unplaced(
+            f"the order of its tokens is auto, and no batch was cut over mesh axis {axis!r} yet",
+            "cut it with dilcompile.distributed.shard_inputs before the model is compiled, in the order that "
+            "dilcompile.distributed.best_order finds",
+        )
     shards = Shards(0, policy.mesh[axis].size, order, policy.mesh[heads[0]].size if heads else 1)
-    method, why = _method(rule, shard, site, form, shards)
+    method, moving, why = _method(rule, shard, site, form, shards)
     unfit = (
         _unfit_site(site, form.fidelity(site) == "exact")
         or _unfit_form(form)
         or _unfit_method(site, method, shards)
-        or _refused(site, form, method, shards)
+        or _refused(site, form, moving or method, shards)
     )
     if unfit is not None:
         return unfit
@@ -59,10 +66,17 @@ def place(policy: Policy, rule: Rule, site: AttentionSite, form: Form) -> Placem
         ranks=shards.ranks,
         method=method,
         order=order,
+        overlap="off" if shard.overlap == "off" else "prefetch",
         heads_axis=heads[0] if heads else None,
         heads_ranks=shards.parts,
+        moving=moving,
         why=why,
     )
+
+
+def is_decoded(site: AttentionSite) -> bool:
+    """One query behind many keys: every rank has it."""
+    return site.phase == "decode" and _same(site.q_len, 1) and not _same(site.k_len, 1)
 
 
 def whole_site(site: AttentionSite, ranks: int, method: str) -> AttentionSite:
@@ -75,37 +89,60 @@ def ranks_of(policy: Policy, shard: Shard) -> int:
     return math.prod(policy.mesh[axis].size for axis in shard.axes)
 
 
-def order_of(policy: Policy, shard: Shard) -> Order:
-    """In which order the ranks hold the tokens: as the rule says, else as the mesh axis does."""
+def order_of(policy: Policy, shard: Shard) -> Order | None:
+    """In which order the ranks hold the tokens: as the rule says, else as the mesh axis does; ``auto``: as the last batch was
+    cut, None where none was."""
     axis = policy.mesh.get(shard.axes[0])
     if shard.order != "auto":
         return shard.order
-    return "contiguous" if axis is None else axis.layout
+    if axis is None:
+        return "contiguous"
+    return MARKS.order_of(shard.axes[0]) if axis.layout == "auto" else axis.layout
 
 
-def _method(rule: Rule, shard: Shard, site: AttentionSite, form: Form, shards: Shards) -> tuple[Method, str]:
-    """How keys come to queries, and why so."""
+def method_asked(rule: Rule, shard: Shard, site: AttentionSite) -> tuple[Method, str] | None:
+    """The method where the rule leaves no choice, and why so."""
     if rule.apply.form == "ring":
         return "ring", "form: ring"
     if shard.dim == "heads":
         return "ulysses", "dim: heads"
     if shard.method != "auto":
         return shard.method, "the policy names it"
+    return ("tree", "auto: one query, which every rank has") if is_decoded(site) else None
+
+
+def _method(rule: Rule, shard: Shard, site: AttentionSite, form: Form, shards: Shards) -> tuple[Method, str | None, str]:
+    """How keys come to queries, for ``usp`` what moves them, and why so."""
+    asked = method_asked(rule, shard, site)
+    if asked is not None and asked[0] != "usp":
+        return asked[0], None, asked[1]
+    planned = planned_site(site, form, shard.overlap != "off")
+    # Where queries are not the positions of the keys it is refused later on.
+    if planned is None or not _same(site.q_len, site.k_len):
+        why = "no other placement moves fewer rows"
+        return ("usp", "gather_needed", why) if shards.parts > 1 else ("gather_needed", None, f"auto: {why}")
+    budget = None if rule.memory is None or rule.memory.budget is None else num_bytes(rule.memory.budget)
+    device = device_of(site.device, shard.axes[0])
+    chosen = choose(planned, replace(shards, length=planned.relation.problem.k_len), device, budget)
+    if isinstance(chosen, str):
+        none = f"auto: no placement can be had ({chosen})"
+        return ("usp", "ring", none) if shards.parts > 1 else ("ring", None, none)
+    why = f"auto: {chosen.why}" if asked is None else f"{asked[1]}; {chosen.why}"
+    return chosen.best.method, chosen.best.moving, why  # type: ignore[return-value]
+
+
+def planned_site(site: AttentionSite, form: Form, prefetch: bool = True) -> Site | None:
+    """A site over the whole sequence as predictions take it; None where its lengths are not known."""
     relation = _relation(site, form)
     if relation is None:
-        return "gather_needed", "auto: no other placement moves fewer rows"
-    budget = None if rule.memory is None or rule.memory.budget is None else num_bytes(rule.memory.budget)
-    asked = Site(relation, site.dtype.itemsize, site.mask.documents, site.phase == "train")
-    chosen = choose(asked, replace(shards, length=relation.problem.k_len), device_of(site.device), budget)
-    if isinstance(chosen, str):
-        return "ring", f"auto: no placement can be had ({chosen})"
-    return chosen.best.method, f"auto: {chosen.why}"  # type: ignore[return-value]
+        return None
+    return Site(relation, site.dtype.itemsize, site.mask.documents, site.phase == "train", prefetch)
 
 
-def _refused(site: AttentionSite, form: Form, method: Method, shards: Shards) -> Unplaced | None:
+def _refused(site: AttentionSite, form: Form, method: str, shards: Shards) -> Unplaced | None:
     """Why the placement itself refuses the relation, at the lengths of the example."""
     relation = _relation(site, form) if method in PLACEMENTS else None
-    if relation is None:
+    if relation is None or shards.ranks == 1:
         return None
     reason = PLACEMENTS[method].reject(relation, replace(shards, length=relation.problem.k_len), site.mask.documents)
     return None if reason is None else Unplaced(reason, "or take method: auto")
@@ -130,11 +167,6 @@ def _relation(site: AttentionSite, form: Form) -> Relation | None:
 def _unfit_site(site: AttentionSite, exact: bool) -> Unplaced | None:
     """What of the site itself is not known from one rank's rows."""
     mask = site.mask
-    if site.dropout_p > 0:
-        return Unplaced(
-            f"it drops out attention with p={site.dropout_p}: the ranks would drop other pairs than one rank does",
-            "set the dropout of attention to 0",
-        )
     if site.bias:
         what = " + ".join(bias.word for bias in site.bias)
         return Unplaced(f"a bias over pairs ({what}) is added to its scores, computed for the rows of one rank alone", _TABLES)
@@ -187,11 +219,6 @@ def _unfit_method(site: AttentionSite, method: Method, shards: Shards) -> Unplac
         return Unplaced(
             "it is cross attention: queries and keys are not positions of one sequence",
             "leave `shard` out for it; queries that every rank holds take method: tree",
-        )
-    if method == "ulysses" and shards.order != "contiguous":
-        return Unplaced(
-            f"method ulysses with order {shards.order}: parts of the sequence are put together as runs, one a rank",
-            "take layout: contiguous, which is even for it",
         )
     dealt = shards.ranks if method == "ulysses" else shards.parts
     if site.heads % dealt:

@@ -12,7 +12,7 @@ import torch
 from dilcompile.decision import Check, Decision, MemoryUse, Rejection
 from dilcompile.errors import DilcompileWarning, RewriteError, ShardingError
 from dilcompile.policy.patterns import nearest
-from dilcompile.policy.place import Unplaced, kept_form, place, ranks_of, whole_site
+from dilcompile.policy.place import Unplaced, kept_form, method_asked, place, ranks_of, whole_site
 from dilcompile.policy.predicates import PREDICATES
 from dilcompile.policy.schema import Policy, Rule, num_bytes
 from dilcompile.policy.values import written
@@ -82,7 +82,10 @@ def rule_of(policy: Policy, site: AttentionSite) -> Rule | None:
 
 def _as_whole(policy: Policy, rule: Rule, site: AttentionSite) -> AttentionSite:
     """The site as it is on one rank, for a rule that shards it."""
-    return site if rule.shard is None else whole_site(site, ranks_of(policy, rule.shard), rule.shard.method)
+    if rule.shard is None:
+        return site
+    asked = method_asked(rule, rule.shard, site)
+    return whole_site(site, ranks_of(policy, rule.shard), "" if asked is None else asked[0])
 
 
 def _decide(policy: Policy, site: AttentionSite) -> Verdict:
@@ -112,7 +115,7 @@ def _decide(policy: Policy, site: AttentionSite) -> Verdict:
         kernel=rule.apply.kernel,
         fallback="error" if placement is not None else policy.fallback_of(rule).unsupported,
         check=_check(policy, rule, placement is not None),
-        memory=_memory(rule),
+        memory=memory_use(policy, rule),
         # A shard's length says nothing about what is faster.
         if_faster=rule.match.given().get("min_seq") == "auto" and placement is None,
         notes=(*form.notes(site), *without_effect(policy, rule)),
@@ -126,8 +129,9 @@ def _check(policy: Policy, rule: Rule, sharded: bool) -> Check:
     return Check(numerics.check, numerics.tolerance.rel_l2, "error" if sharded else policy.fallback_of(rule).quality)
 
 
-def _memory(rule: Rule) -> MemoryUse | None:
-    memory = rule.memory
+def memory_use(policy: Policy, rule: Rule | None = None) -> MemoryUse | None:
+    """What the policy says of the buffers of a rule's sites; without a rule, of a graph that has none."""
+    memory = policy.memory_of(rule)
     if memory is None:
         return None
     return MemoryUse(memory.pool, memory.reuse, None if memory.budget is None else num_bytes(memory.budget))
@@ -138,10 +142,6 @@ def without_effect(policy: Policy, rule: Rule) -> tuple[str, ...]:
     notes = []
     if rule.shard is not None and ranks_of(policy, rule.shard) == 1:
         notes.append(f"shard: mesh axis {' and '.join(map(repr, rule.shard.axes))} has one rank: nothing is moved")
-    elif rule.shard is not None and rule.shard.overlap == "off":
-        notes.append("shard.overlap: off has no effect in this version: keys of the next step travel while this one computes")
-    if rule.memory is not None and rule.memory.budget is not None:
-        notes.append("memory.budget: has no effect in this version")
     numerics, fallback = policy.numerics_of(rule), policy.fallback_of(rule)
     if numerics.check == "off" and "tolerance" in numerics.model_fields_set:
         notes.append("numerics.tolerance: has no effect while numerics.check is off")

@@ -20,7 +20,6 @@ from dilcompile.policy.strict import strict
 from dilcompile.policy.values import Check, Count, Positive, written
 from dilcompile.site import AttentionSite
 
-Order: TypeAlias = Literal["contiguous", "zigzag", "striped"]
 Consequence: TypeAlias = Literal["warn", "keep", "error"]
 SIZE = r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)\s*$"
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -63,7 +62,13 @@ class MeshAxis(Section):
     """One axis of the device mesh."""
 
     size: Annotated[Count, Field(description="Ranks along the axis.")]
-    layout: Annotated[Order, Field(description="How the sequence is cut over the ranks.")] = "contiguous"
+    layout: Annotated[
+        Literal["contiguous", "zigzag", "striped", "auto"],
+        Field(
+            description="How the sequence is cut over the ranks; `auto`: as `shard_inputs` cut the last batch before a model is "
+            "compiled, in the order that `best_order` finds."
+        ),
+    ] = "contiguous"
 
 
 class Shard(Section):
@@ -72,8 +77,8 @@ class Shard(Section):
     mesh: Annotated[
         str | tuple[str, ...],
         Field(
-            description="Name of the mesh axis; for `usp` two: that over which keys move, then that over which heads are "
-            "exchanged."
+            description="Name of the mesh axis; for `usp` two, with `auto` as well: that over which keys move, then that over "
+            "which heads are exchanged."
         ),
     ]
     dim: Annotated[
@@ -85,14 +90,21 @@ class Shard(Section):
     ] = "seq"
     method: Annotated[
         Literal["auto", "gather_needed", "halo", "ring", "all_gather", "ulysses", "usp", "tree"],
-        Field(description="How the keys travel."),
+        Field(
+            description="How the keys travel; `auto`: as is predicted to be fastest, `usp` over two axes, `tree` where one query "
+            "is decoded. What moves keys in `usp` is predicted too."
+        ),
     ] = "auto"
     order: Annotated[
         Literal["auto", "contiguous", "zigzag", "striped"],
         Field(description="Order of the tokens over the ranks; `auto`: the mesh axis's layout."),
     ] = "auto"
     overlap: Annotated[
-        Literal["off", "prefetch", "auto"], Field(description="Move keys while computing; `auto`: `prefetch`.")
+        Literal["off", "prefetch", "auto"],
+        Field(
+            description="`prefetch`: keys of the next step travel while this one computes; `off`: after it, so that one message "
+            "less is held and links are free meanwhile; `auto`: `prefetch`."
+        ),
     ] = "auto"
 
     @property
@@ -103,8 +115,10 @@ class Shard(Section):
     @model_validator(mode="after")
     def _fits(self) -> Shard:
         two = self.method == "usp"
-        if len(set(self.axes)) != (2 if two else 1):
+        either = self.method == "auto" and self.dim == "seq"
+        if len(set(self.axes)) != len(self.axes) or len(self.axes) not in ((1, 2) if either else (2,) if two else (1,)):
             takes = "two different mesh axes, as in [cp, heads]" if two else "one mesh axis"
+            takes = "one mesh axis, or two different ones" if either else takes
             raise Misfit(f"method {self.method!r} takes {takes}, got {written(self.mesh)}", ("mesh",))
         if self.dim == "heads" and self.method not in ("auto", "ulysses"):
             raise Misfit(f"dim 'heads' is method 'ulysses', got {self.method!r}; leave one of them out", ("method",))
@@ -112,14 +126,19 @@ class Shard(Section):
 
 
 class Memory(Section):
-    """Where the buffers of the graph live: planned where its operators run one by one (`inner: aot_eager`)."""
+    """Where the buffers of the graph live, planned where its operators run one by one (`inner: aot_eager`), and how many bytes
+    they may take. In `defaults`, `budget` is that of a whole graph; in a rule, that of the modules whose attention it decides.
+    """
 
     pool: Annotated[Literal["default", "private", "shared"], Field(description="Which arena.")] = "default"
     budget: Annotated[
         Annotated[int, Check("a number of bytes", lambda value: value > 0), Field(gt=0)]
         | Annotated[str, Check("a size such as '6GiB'", num_bytes), Field(pattern=SIZE)]
         | None,
-        Field(description="Most bytes the pool may hold: a number, or a size such as `6GiB`."),
+        Field(
+            description="Most bytes of what is made at once, forward and backward, parameters and inputs not counted; with "
+            "`shard.method: auto` also of other ranks' rows. A number, or a size such as `6GiB`."
+        ),
     ] = None
     reuse: Annotated[Literal["off", "within_layer", "across_layers"], Field(description="Who may share a buffer.")] = "off"
 
@@ -183,6 +202,7 @@ class Defaults(Section):
 
     numerics: Numerics = Numerics()
     fallback: Fallback = Fallback()
+    memory: Annotated[Memory | None, Field(description="`budget`: of each whole graph.")] = None
 
 
 class Rule(Section):
@@ -192,7 +212,9 @@ class Rule(Section):
     match: Annotated[Match, Field(description="Which sites.")] = Match()
     apply: Annotated[AnyApply, Field(description="What they become.")]
     shard: Annotated[Shard | None, Field(description="How they are held over ranks.")] = None
-    memory: Annotated[Memory | None, Field(description="Where their buffers live.")] = None
+    memory: Annotated[
+        Memory | None, Field(description="Over `defaults.memory`, key by key, but for `budget`: both are kept.")
+    ] = None
     numerics: Annotated[Numerics, Field(description="Over `defaults.numerics`, key by key.")] = Numerics()
     fallback: Annotated[Fallback, Field(description="Over `defaults.fallback`, key by key.")] = Fallback()
 
@@ -303,6 +325,12 @@ class Policy(Section):
         cut = [rule.shard for rule in self.rules if rule.shard is not None]
         return any(math.prod(self.mesh[axis].size for axis in shard.axes) > 1 for shard in cut)
 
+    @property
+    def has_budget(self) -> bool:
+        """A budget of memory is given somewhere."""
+        given = [self.defaults.memory, *(rule.memory for rule in self.rules)]
+        return any(memory is not None and memory.budget is not None for memory in given)
+
     def numerics_of(self, rule: Rule) -> Numerics:
         """The rule's numerics over the defaults."""
         return Numerics(**{**self.defaults.numerics.given(), **rule.numerics.given()})
@@ -310,6 +338,15 @@ class Policy(Section):
     def fallback_of(self, rule: Rule) -> Fallback:
         """The rule's fallback over the defaults."""
         return Fallback(**{**self.defaults.fallback.given(), **rule.fallback.given()})
+
+    def memory_of(self, rule: Rule | None) -> Memory | None:
+        """The rule's memory over the defaults, with the rule's own budget; None where neither says anything."""
+        own = None if rule is None else rule.memory
+        if own is None and self.defaults.memory is None:
+            return None
+        given = {} if self.defaults.memory is None else self.defaults.memory.given()
+        given.pop("budget", None)
+        return Memory(**given | ({} if own is None else own.given()))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Policy) and self.fingerprint == other.fingerprint

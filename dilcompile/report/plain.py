@@ -7,6 +7,7 @@ from typing import Any
 
 from dilcompile.blocks.cells import BlockCount
 from dilcompile.decision import Decision, Rejection
+from dilcompile.memory.budget import BudgetReport
 from dilcompile.placements.choice import PlacementChoice
 from dilcompile.report.block_counts import block_count
 from dilcompile.report.costs import Costs, costs_of, problem_with
@@ -18,7 +19,7 @@ from dilcompile.report.totals import totals_of
 from dilcompile.site import AttentionSite, MaskSpec, Miss
 
 SCHEMA = "dilcompile.report"
-VERSION = 6
+VERSION = 7
 
 
 def plain(report: Record) -> dict[str, Any]:
@@ -42,7 +43,20 @@ def _graph(graph: GraphReport) -> dict[str, Any]:
         "misses": [_miss(miss) for miss in graph.misses],
         "notes": list(graph.notes),
         "seconds": dict(graph.seconds),
+        "budget": _budget(graph.budget),
+        "memory": [memory.to_dict() for memory in graph.memory],
     }
+
+
+def _budget(budget: BudgetReport | None) -> dict[str, Any] | None:
+    """How budgets are kept: ``tried`` are the rungs in order, ``taken`` the last of them or the best. Sizes in bytes."""
+    if budget is None:
+        return None
+    bounds = [
+        {"source": b.source, "most": b.most, "modules": None if b.modules is None else sorted(b.modules)} for b in budget.bounds
+    ]
+    rungs = [{"name": rung.name, **asdict(rung), "bounded": list(rung.bounded)} for rung in budget.tried]
+    return {"bounds": bounds, "tried": rungs, "taken": budget.taken.name, "is_upper_bound": budget.is_bound}
 
 
 def _verdict(verdict: Decision | Rejection) -> dict[str, Any]:

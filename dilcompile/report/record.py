@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dilcompile.decision import Decision, Rejection
+from dilcompile.memory.account import GraphMemory
+from dilcompile.memory.budget import BudgetReport
 from dilcompile.site import AttentionSite, Miss
 
 Verdict = Decision | Rejection
@@ -21,6 +23,8 @@ class GraphReport:
         misses: what looks like attention and was left alone.
         notes: what holds for the whole graph (why it could not be normalised, fuel that ran out ...).
         seconds: time of each step of the pipeline.
+        budget: how it keeps the budgets of the policy; None: there are none.
+        memory: the plans of its forward and its backward, where there are any.
     """
 
     graph: str
@@ -28,6 +32,8 @@ class GraphReport:
     misses: tuple[Miss, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    budget: BudgetReport | None = None
+    memory: tuple[GraphMemory, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,11 @@ class Record:
     def misses(self) -> tuple[Miss, ...]:
         """What looks like attention and could not be proven to be it."""
         return tuple(miss for graph in self.graphs for miss in graph.misses)
+
+    @property
+    def memory(self) -> tuple[GraphMemory, ...]:
+        """What the buffers of all graphs come to, where they are planned."""
+        return tuple(memory for graph in self.graphs for memory in graph.memory)
 
     @property
     def notes(self) -> Sequence[str]:

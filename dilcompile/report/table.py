@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from dilcompile.memory.words import table as memory_lines
 from dilcompile.report.record import Record
 from dilcompile.report.rows import HEADINGS, Row, grouped, rows_of
 from dilcompile.report.sections import READING, Section, sections
@@ -50,6 +51,8 @@ def renderables(report: Record, width: int) -> Iterator[RenderableType]:
         yield Text("Dynamo captured nothing of this call: it may be disabled here, or a torch function mode is active\n")
     for section in sections(report, rows):
         yield _section(section)
+    if report.memory:
+        yield Text("\n".join(["Memory", *(f"  {line}" for line in memory_lines(report.memory))]) + "\n", no_wrap=True)
     yield Text("\n".join(totals_of(report).lines), style="bold")
     if report.decisions:
         yield Text("\n".join(READING), style="dim")

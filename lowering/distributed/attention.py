@@ -1,6 +1,7 @@
 """Attention of a sequence that ranks hold in shards, forward and backward, as it stands in graphs.
 
-Order of a site's operators: the exchange for step i + 1 is started, step i is computed, then step i + 1 is waited for.
+Order of a site's operators: the exchange for step i + 1 is started, step i is computed, then step i + 1 is waited for. Without
+prefetch the exchange is started when step i is computed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dilcompile.lowering.distributed import heads, meshes, ops, plan, tree, whol
 from dilcompile.lowering.distributed.exchange import wait
 from dilcompile.lowering.distributed.plan import Plan
 from dilcompile.lowering.distributed.spec import Spec, parse_spec
+from dilcompile.placements.parts import share_of
 
 Rows = tuple[Tensor, Tensor]
 
@@ -117,13 +119,13 @@ def _sharded(
 ) -> tuple[Tensor, Tensor | None]:
     spec, shards, text = ready.spec, ready.shards, str(ready.spec)
     keys_axis, heads_axis = plan.keys_axis(spec), plan.heads_axis(spec)
-    key_padding = whole.by_position(key_padding, shards, keys_axis, heads_axis, text, "key_padding")
-    documents = whole.by_position(documents, shards, keys_axis, heads_axis, text, "documents")
+    key_padding = whole.of_ranks(key_padding, spec, shards.length, "key_padding")
+    documents = whole.of_ranks(documents, spec, shards.length, "documents")
     if dropout_seed is not None:
         for axis in (heads_axis, keys_axis):
             dropout_seed = dropout_seed if axis is None else whole.of_first(dropout_seed, axis, text, "dropout seed")
     if row_limits is not None and heads_axis is not None:
-        row_limits = whole.of_all_parts(row_limits, heads_axis, text, "row limits")
+        row_limits = whole.of_all_parts(row_limits, spec, "row limits")
     out, lse = _Sharded.apply(q, k, v, key_padding, documents, row_limits, dropout_seed, text)  # type: ignore[no-untyped-call]
     factor = output_scale(form_of(spec.form), shards.length)
     out = out if factor == 1.0 else out * factor
@@ -175,21 +177,25 @@ def _forward_steps(
     q, k, v = operands
     out, lse = None, None
     kept: list[Tensor | None] = []
-    started = _start(ready, k, v, None, spec, 0)
+    prefetch = ready.spec.prefetch
+    started = _start(ready, k, v, None, spec, 0, False)
     for step in range(ready.num_steps):
         received = None if started is None else wait(started)
-        started = _start(ready, k, v, None, spec, step + 1)
+        started = _start(ready, k, v, None, spec, step + 1, False) if prefetch else None
         out, lse = ops.attend_step(out, lse, q, k, v, *masks, received, started, spec, step)
         kept.append(None if ready.resends else received)
+        if not prefetch:
+            # By its place in the graph: if it read the step's result, the partitioner would leave the step in the backward.
+            started = _start(ready, k, v, None, spec, step + 1, False)
     assert out is not None, "a schedule has a step"
     assert lse is not None, "a schedule has a step"
     return out, lse, kept
 
 
-def _start(ready: Plan, k: Tensor, v: Tensor, after: Tensor | None, spec: str, step: int) -> Tensor | None:
+def _start(ready: Plan, k: Tensor, v: Tensor, after: Tensor | None, spec: str, step: int, backward: bool) -> Tensor | None:
     if step >= ready.num_steps or not ready.receives(step):
         return None
-    started: Tensor = ops.exchange(k, v, after, spec, step)
+    started: Tensor = ops.exchange(k, v, after, spec, step, backward)
     return started
 
 
@@ -203,20 +209,22 @@ def _backward_steps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v in their wide dtype.
 
-    The first step, that of own keys, comes last: what others are given back travels meanwhile.
+    The first step, that of own keys, comes last: what others are given back travels meanwhile. Without prefetch nothing travels
+    while a step computes.
     """
     q, k, v = operands
+    prefetch = ready.spec.prefetch
     behind, wide = upstream[0], upstream[3].dtype
     grad_q: Tensor | None = None
     grad_k, grad_v = (x.new_zeros(x.shape, dtype=wide) for x in (k, v))
     coming: tuple[int, Tensor] | None = None
     order = (*range(1, ready.num_steps), 0)
-    started = _start(ready, k, v, behind, spec, order[0]) if ready.resends else None
+    started = _start(ready, k, v, behind, spec, order[0], True) if ready.resends else None
     for step, following in zip(order, (*order[1:], ready.num_steps), strict=True):
         received = kept[step]
         if ready.resends:
             received = None if started is None else wait(started)
-            started = _start(ready, k, v, behind, spec, following)
+            started = _start(ready, k, v, behind, spec, following, True) if prefetch else None
         returning = None if coming is None else coming[1]
         part = ops.attend_step_backward(*upstream, returning, q, k, v, *masks, received, started, spec, step)
         grad_q = part[0] if grad_q is None else grad_q + part[0]
@@ -225,6 +233,11 @@ def _backward_steps(
         # Those of the step before came while this one computed.
         grad_k, grad_v = _arrived(grad_k, grad_v, coming, spec)
         coming = (step, ops.return_gradients(part[3], k, v, spec, step)) if received is not None else None
+        if not prefetch:
+            grad_k, grad_v = _arrived(grad_k, grad_v, coming, spec)
+            coming = None
+            if ready.resends:
+                started = _start(ready, k, v, grad_k, spec, following, True)
     grad_k, grad_v = _arrived(grad_k, grad_v, coming, spec)
     assert grad_q is not None, "a schedule has a step"
     return grad_q, grad_k, grad_v
@@ -240,18 +253,19 @@ def _arrived(grad_k: Tensor, grad_v: Tensor, coming: tuple[int, Tensor] | None, 
 
 def _to_parts(q: Tensor, k: Tensor, v: Tensor, axis: str, spec: str) -> tuple[Tensor, Tensor, Tensor]:
     parts = meshes.size_of(axis)
-    share = plan.share_of(q.shape[1], k.shape[1], parts)
+    share = share_of(q.shape[1], k.shape[1], parts)
     sent = (q, heads.repeat(k, share), heads.repeat(v, share))
     started = [heads.start(x, parts, axis, spec, f"{what} by heads", False) for x, what in zip(sent, "qkv", strict=True)]
-    q, k, v = (heads.cut(x) for x in started)
+    order = plan.order_of_parts(parse_spec(spec))
+    q, k, v = (heads.cut(x, order) for x in started)
     return q, k, v
 
 
 def _from_parts(out: Tensor, lse: Tensor, axis: str, spec: str) -> tuple[Tensor, Tensor]:
-    parts = meshes.size_of(axis)
-    started = heads.start_back(out, parts, axis, spec, "output by heads", False)
-    asked = parse_spec(spec).lse
-    started_lse = heads.start_back(lse[..., None], parts, axis, spec, "LSE by heads", False) if asked else None
+    said, parts = parse_spec(spec), meshes.size_of(axis)
+    order = plan.order_of_parts(said)
+    started = heads.start_back(out, parts, order, axis, spec, "output by heads", False)
+    started_lse = heads.start_back(lse[..., None], parts, order, axis, spec, "LSE by heads", False) if said.lse else None
     whole_out = heads.whole(started)
     whole_out = empty_output(whole_out, whole_out.shape[3]).copy_(whole_out)
     if started_lse is None:
@@ -263,17 +277,22 @@ def _from_parts(out: Tensor, lse: Tensor, axis: str, spec: str) -> tuple[Tensor,
 def _upstream_to_parts(
     grad_out: Tensor | None, grad_lse: Tensor | None, axis: str, spec: str
 ) -> tuple[Tensor | None, Tensor | None]:
-    parts = meshes.size_of(axis)
+    said, parts = parse_spec(spec), meshes.size_of(axis)
+    order = plan.order_of_parts(said)
     out = None if grad_out is None else heads.start(grad_out, parts, axis, spec, "gradient of the output by heads", True)
     lse = None
-    if grad_lse is not None and parse_spec(spec).lse:
+    if grad_lse is not None and said.lse:
         lse = heads.start(grad_lse[..., None], parts, axis, spec, "gradient of the LSE by heads", True)
-    return None if out is None else heads.cut(out), None if lse is None else heads.cut(lse)[..., 0].contiguous()
+    cut_lse = None if lse is None else heads.cut(lse, order)[..., 0].contiguous()
+    return None if out is None else heads.cut(out, order), cut_lse
 
 
 def _gradients_from_parts(grads: tuple[Tensor, Tensor, Tensor], axis: str, spec: str) -> tuple[Tensor, Tensor, Tensor]:
     said, parts = parse_spec(spec), meshes.size_of(axis)
-    share = plan.share_of(said.heads, said.kv_heads, parts)
-    started = [heads.start_back(x, parts, axis, spec, f"gradient of {what}", True) for x, what in zip(grads, "qkv", strict=True)]
+    share = share_of(said.heads, said.kv_heads, parts)
+    order = plan.order_of_parts(said)
+    started = [
+        heads.start_back(x, parts, order, axis, spec, f"gradient of {what}", True) for x, what in zip(grads, "qkv", strict=True)
+    ]
     grad_q, grad_k, grad_v = (heads.whole(x) for x in started)
     return grad_q, heads.sum_repeated(grad_k, share), heads.sum_repeated(grad_v, share)

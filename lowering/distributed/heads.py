@@ -1,12 +1,18 @@
 """Ulysses: an all-to-all that turns a slice of the sequence with all heads into all of it with a slice of the heads, and back
-(DeepSpeed Ulysses, arXiv 2309.14509)."""
+(DeepSpeed Ulysses, arXiv 2309.14509).
+
+Where the ranks' slices are zigzag or striped shards, rows are put into the order of positions as they are unpacked, and back as
+they are packed, so that every kernel has a whole sequence.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dilcompile.lowering.distributed import ops
 from dilcompile.lowering.distributed.exchange import wait
+from dilcompile.placements.shards import Order
 
 
 def start(x: Tensor, parts: int, axis: str, spec: str, what: str, backward: bool) -> Tensor:
@@ -17,15 +23,27 @@ def start(x: Tensor, parts: int, axis: str, spec: str, what: str, backward: bool
     return started
 
 
-def cut(started: Tensor) -> Tensor:
-    """What came of it: [B, heads / parts, parts * n, D], the parts' rows one after another."""
-    return wait(started).permute(1, 2, 0, 3, 4).flatten(2, 3)
+def cut(started: Tensor, order: Order) -> Tensor:
+    """What came of it: [B, heads / parts, parts * n, D], by position if each part has a shard of this order."""
+    came = wait(started)
+    if order == "striped":
+        return came.permute(1, 2, 3, 0, 4).flatten(2, 3)
+    if order == "zigzag":
+        first, second = came.reshape(*came.shape[:3], 2, -1, came.shape[4]).unbind(3)
+        came = torch.cat([first, second.flip(0)])
+    return came.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
-def start_back(x: Tensor, parts: int, axis: str, spec: str, what: str, backward: bool) -> Tensor:
-    """Start to send each part its rows of ``x`` [B, heads, parts * n, D]."""
+def start_back(x: Tensor, parts: int, order: Order, axis: str, spec: str, what: str, backward: bool) -> Tensor:
+    """Start to send each part its rows of ``x`` [B, heads, parts * n, D], which are by position."""
     batch, count, places, dim = x.shape
-    sliced = x.reshape(batch, count, parts, places // parts, dim).movedim(2, 0)
+    if order == "striped":
+        sliced = x.reshape(batch, count, places // parts, parts, dim).movedim(3, 0)
+    elif order == "zigzag":
+        first, second = x.reshape(batch, count, 2, parts, places // parts // 2, dim).unbind(2)
+        sliced = torch.cat([first, second.flip(2)], dim=3).movedim(2, 0)
+    else:
+        sliced = x.reshape(batch, count, parts, places // parts, dim).movedim(2, 0)
     started: Tensor = ops.exchange_equal(sliced, axis, spec, what, backward)
     return started
 

@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dilcompile.errors import PlacementError
 from dilcompile.near import hint
+from dilcompile.placements import device
+from dilcompile.placements.marks import MARKS
 
 # Typed by nobody the same in all versions.
 _registry: Any = torch._C._distributed_c10d
@@ -130,6 +132,8 @@ def forget() -> None:
         for name in _axes:
             _registry._unregister_process_group(group_name(name))
     _axes.clear()
+    MARKS.forget()
+    device.forget()
 
 
 def axis_of(name: str) -> Axis:

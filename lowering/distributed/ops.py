@@ -35,15 +35,18 @@ def _splits(plan: Plan, transfers: tuple[Transfer, ...]) -> list[int]:
 
 
 @torch.library.custom_op(
-    f"{_COLLECTIVE}_exchange", mutates_args=(), schema="(Tensor k, Tensor v, Tensor? after, str spec, int step) -> Tensor"
+    f"{_COLLECTIVE}_exchange",
+    mutates_args=(),
+    schema="(Tensor k, Tensor v, Tensor? after, str spec, int step, bool backward) -> Tensor",
 )
-def exchange(k: Tensor, v: Tensor, after: Tensor | None, spec: str, step: int) -> Tensor:
+def exchange(k: Tensor, v: Tensor, after: Tensor | None, spec: str, step: int, backward: bool) -> Tensor:
     """Start the transfers of a step.
 
     Args:
         k: [B, Hkv, n, D]; v: [B, Hkv, n, Dv]; the rank's places.
-        after: for the backward pass, which receives them again: what comes from behind, not read, so that the forward has no part
-            in it.
+        after: what must be there before it starts, not read: in the backward what comes from behind, so that the forward has no
+            part in it; without prefetch what the step before adds to.
+        backward: the backward receives them again.
 
     Returns:
         flat, in k's dtype: what other ranks send, keys and values beside one another, see ``rows``.
@@ -54,13 +57,13 @@ def exchange(k: Tensor, v: Tensor, after: Tensor | None, spec: str, step: int) -
     message = k.new_empty(plan.elements(own.rows_sent))
     rows.pack(message, k, v, own.sends, plan.runs(at))
     out = k.new_empty(plan.receives(step))
-    errand = Errand(plan.spec.site, f"step {step}, keys and values", "forward" if after is None else "backward")
+    errand = Errand(plan.spec.site, f"step {step}, keys and values", "backward" if backward else "forward")
     wire.all_to_all(plan.spec.axis, out, message, _splits(plan, own.receives), _splits(plan, own.sends), errand)
     return out
 
 
 @exchange.register_fake
-def _(k: Tensor, v: Tensor, after: Tensor | None, spec: str, step: int) -> Tensor:
+def _(k: Tensor, v: Tensor, after: Tensor | None, spec: str, step: int, backward: bool) -> Tensor:
     return k.new_empty(plan_of(spec, k, v).receives(step))
 
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from math import gcd
-from typing import Any
 
 from torch import Tensor
 
 from dilcompile.errors import PlacementError
 from dilcompile.forms import BlockSparse, Form
-from dilcompile.generators import Blocks, Segment
 from dilcompile.lowering.call import form_of, merge_grad
 from dilcompile.lowering.distributed import meshes
 from dilcompile.lowering.distributed.spec import Spec, parse_spec
 from dilcompile.near import hint
 from dilcompile.placements import PLACEMENTS
+from dilcompile.placements.parts import by_part
 from dilcompile.placements.schedule import Placement, RankSchedule, Step
-from dilcompile.placements.shards import Run, Shards
+from dilcompile.placements.shards import Order, Run, Shards
 from dilcompile.relation import Problem, Relation
 
 # Those that this folder executes beside the placements that move keys.
@@ -156,18 +154,18 @@ def make_plan(text: str, sizes: Sizes) -> Plan:
     """
     spec = parse_spec(text)
     length = sizes.ranks * sizes.places if spec.length is None else spec.length
-    shards = Shards(length, sizes.ranks, spec.order, sizes.parts)
-    if shards.places != sizes.places:
+    shards, places = Shards(length, sizes.ranks, spec.order, sizes.parts), places_of(spec, length, sizes.ranks, sizes.parts)
+    if places != sizes.places:
         raise PlacementError(
             f"{spec.site}: {length} tokens over {sizes.ranks * sizes.parts} ranks ({spec.order}) are "
-            f"{shards.places // sizes.parts} places a rank, but q, k and v have {sizes.places // sizes.parts}; cut and pad them "
+            f"{places // sizes.parts} places a rank, but q, k and v have {sizes.places // sizes.parts}; cut and pad them "
             f"with dilcompile.distributed.shard_inputs"
         )
     whole = whole_relation(spec, sizes, length)
     reason = refusal(spec, whole, sizes)
     if reason is not None:
         raise PlacementError(f"{spec.site}: placement {spec.placement!r} can't be had: {reason}")
-    relations = _by_part(whole, sizes.parts)
+    relations = by_part(whole, sizes.parts)
     placement = moving_placement(spec)
     schedules = []
     for relation in relations:
@@ -177,6 +175,22 @@ def make_plan(text: str, sizes: Sizes) -> Plan:
         ranks = range(sizes.ranks)
         schedules.append(tuple(placement.schedule(relation, shards, rank, spec.documents) for rank in ranks))
     return Plan(spec, sizes, shards, relations, tuple(schedules), placement.RESENDS)
+
+
+def cut_of(spec: Spec, length: int, ranks: int, parts: int) -> Shards:
+    """How the ranks hold the operands: with ``ulysses`` those of the axis over which heads are exchanged hold the sequence."""
+    return Shards(length, parts, spec.order) if spec.placement == "ulysses" else Shards(length, ranks, spec.order, parts)
+
+
+def order_of_parts(spec: Spec) -> Order:
+    """Which positions each rank of the axis over which heads are exchanged holds, of those that they hold together: with ``usp``
+    slices of places, which lie as they lie."""
+    return spec.order if spec.placement == "ulysses" else "contiguous"
+
+
+def places_of(spec: Spec, length: int, ranks: int, parts: int) -> int:
+    """Places of all parts of a rank together."""
+    return cut_of(spec, length, ranks, parts).places * (parts if spec.placement == "ulysses" else 1)
 
 
 def moving_placement(spec: Spec) -> Placement:
@@ -208,8 +222,8 @@ def whole_relation(spec: Spec, sizes: Sizes, length: int, q_len: int | None = No
 def refusal(spec: Spec, relation: Relation, sizes: Sizes) -> str | None:
     """Why the relation can't be computed by steps, whatever moves the keys, or None."""
     form = form_of(spec.form)
-    if relation.is_bound and (sizes.ranks > 1 or spec.order != "contiguous"):
-        return "its blocks are chosen from the data of the whole sequence; take ulysses with order 'contiguous'"
+    if relation.is_bound and sizes.ranks > 1:
+        return "its blocks are chosen from the data of the whole sequence; take ulysses"
     if relation.is_bound and spec.documents:
         return "its blocks are chosen from the data of whole sequences, and documents are packed; take a pattern without data"
     if merge_grad(form) == "detach":
@@ -223,35 +237,3 @@ def refusal(spec: Spec, relation: Relation, sizes: Sizes) -> str | None:
 
 def _moves_tokens(form: Form) -> bool:
     return isinstance(form, BlockSparse) and form.curve is not None and form.curve.moves
-
-
-def share_of(heads: int, kv_heads: int, parts: int) -> int:
-    """How often each key head is sent, so that every part has equally many query heads a key head."""
-    group = heads // kv_heads
-    return group // gcd(group, heads // parts)
-
-
-def _by_part(relation: Relation, parts: int) -> tuple[Relation, ...]:
-    """The relations of the parts of the heads."""
-    if parts == 1:
-        return (relation,)
-    share = share_of(relation.problem.heads, relation.problem.kv_heads, parts)
-    dealt = _repeated(relation, share)
-    each = dealt.problem.kv_heads // parts
-    return tuple(dealt.of_heads(part * each, (part + 1) * each) for part in range(parts))
-
-
-def _repeated(relation: Relation, share: int) -> Relation:
-    """The same relation where each key head stands ``share`` times, each for a share of its query heads."""
-    if share == 1:
-        return relation
-    terms = tuple(replace(term, generator=_repeated_generator(term.generator, share)) for term in relation.terms)
-    return Relation(replace(relation.problem, kv_heads=relation.problem.kv_heads * share), terms)
-
-
-def _repeated_generator(generator: Any, share: int) -> Any:
-    if isinstance(generator, Segment):
-        residues = generator.residues
-        repeated = None if residues is None else tuple(each for each in residues for _ in range(share))
-        return replace(generator, residues=repeated, group=generator.group // share)
-    return replace(generator, group=generator.group // share) if isinstance(generator, Blocks) else generator

@@ -6,9 +6,11 @@ A message holds the entries of its transfers one after the other. An entry is th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from dilcompile.placements.rows import Rows
@@ -78,6 +80,57 @@ def parts(message: Tensor, transfers: Sequence[Transfer], batch: int, head_dim: 
                 here = slice(first, first + len(positions))
                 yield Part(rows.kv_heads, positions, k[:, :, here], v[:, :, here])
                 first = here.stop
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Parts of one class of positions that continue one another, as one part.
+
+    Args:
+        pieces: what it was copied from, and which of its rows those are; none where it is a view of a single one.
+    """
+
+    part: Part
+    pieces: tuple[tuple[Part, slice], ...] = ()
+
+    def write_back(self) -> None:
+        """Copy its rows to what it was made of."""
+        for piece, which in self.pieces:
+            piece.k.copy_(self.part.k[:, :, which])
+            piece.v.copy_(self.part.v[:, :, which])
+
+
+def stretches(found: Iterable[Part]) -> list[Stretch]:
+    """The parts with those put together that continue one another, as one branch's keys do from rank to rank."""
+    classes: dict[tuple[tuple[int, int], int, int], list[Part]] = {}
+    for part in found:
+        step = part.positions.step
+        classes.setdefault((part.kv_heads, step, part.positions.start % step), []).append(part)
+    made = []
+    for parts_of_class in classes.values():
+        chain: list[Part] = []
+        for part in sorted(parts_of_class, key=lambda each: each.positions.start):
+            if chain and part.positions.start != _behind(chain[-1].positions):
+                made.append(_together(chain))
+                chain = []
+            chain.append(part)
+        made.append(_together(chain))
+    return made
+
+
+def _behind(positions: Progression) -> int:
+    return positions.positions()[-1] + positions.step
+
+
+def _together(chain: list[Part]) -> Stretch:
+    first, last = chain[0], chain[-1]
+    if len(chain) == 1:
+        return Stretch(first)
+    positions = Progression(first.positions.start, _behind(last.positions), first.positions.step)
+    k, v = (torch.cat(x, 2) for x in ([part.k for part in chain], [part.v for part in chain]))
+    stops = list(accumulate(len(part.positions) for part in chain))
+    which = (slice(stop - len(part.positions), stop) for part, stop in zip(chain, stops, strict=True))
+    return Stretch(Part(first.kv_heads, positions, k, v), tuple(zip(chain, which, strict=True)))
 
 
 def pack(message: Tensor, k: Tensor, v: Tensor, transfers: Sequence[Transfer], runs: Sequence[Run]) -> None:

@@ -14,8 +14,9 @@ from dilcompile.lowering.distributed import heads, plan, rows, step
 from dilcompile.lowering.distributed.plan import Plan, Sizes, Where
 from dilcompile.lowering.distributed.spec import Spec
 from dilcompile.lowering.distributed.step import Operands, Upstream
+from dilcompile.placements.parts import share_of
 from dilcompile.placements.schedule import RankSchedule, Transfer
-from dilcompile.placements.shards import Run, Shards
+from dilcompile.placements.shards import Run
 
 Masks = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -54,8 +55,7 @@ def simulate(
         raise PlacementError("a tree has no steps to simulate; take a placement that moves keys")
     length = int(q.shape[2])
     said = spec.within(heads=int(q.shape[1]), kv_heads=int(k.shape[1]), documents=masks[1] is not None, length=length)
-    shards = Shards(length, ranks, said.order, parts)
-    sizes = Sizes(int(q.shape[0]), shards.places, int(q.shape[3]), int(v.shape[3]), ranks, parts)
+    sizes = Sizes(int(q.shape[0]), plan.places_of(said, length, ranks, parts), int(q.shape[3]), int(v.shape[3]), ranks, parts)
     ready = plan.make_plan(str(said), sizes)
     out, lse = _Simulated.apply(q, k, v, *masks, str(said), sizes)  # type: ignore[no-untyped-call]
     factor = output_scale(form_of(said.form), length)
@@ -103,7 +103,7 @@ class _Simulated(torch.autograd.Function):
                     if part is not None:
                         into += part
             _return(ready, number, back, grads)
-        share = plan.share_of(q.shape[1], k.shape[1], ready.sizes.parts)
+        share = share_of(q.shape[1], k.shape[1], ready.sizes.parts)
         found = []
         for number, x in enumerate((q, k, v)):
             whole = x.new_zeros((x.shape[0], x.shape[1] * (share if number else 1), *x.shape[2:]), dtype=step.wide_dtype(q))
@@ -119,7 +119,7 @@ def _ranks(ready: Plan) -> list[Where]:
 def _cut(ready: Plan, q: Tensor, k: Tensor, v: Tensor, masks: Masks) -> dict[Where, Operands]:
     """What each rank holds, its head slice in the order of its places."""
     parts = ready.sizes.parts
-    share = plan.share_of(q.shape[1], k.shape[1], parts)
+    share = share_of(q.shape[1], k.shape[1], parts)
     dealt = [x.chunk(parts, dim=1) for x in (q, heads.repeat(k, share), heads.repeat(v, share))]
     padding, documents, limits, seed = masks
     found = {}

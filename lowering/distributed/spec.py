@@ -24,6 +24,7 @@ class Spec:
         heads_axis: for ``usp``, the mesh axis over which heads are exchanged. A rank's places of ``axis`` are cut in as many
             slices as that has ranks.
         moving: for ``usp``, the placement that moves keys over ``axis``.
+        prefetch: rows of the next step travel while this one computes.
         is_causal, window_left, window_right: the site's own mask, over positions of the whole sequence.
         scale: factor on q . k, above 0.
         softcap, dropout_p, kernel: see ``dilcompile::attention``.
@@ -51,6 +52,7 @@ class Spec:
     q_offset: int | None = None
     site: str = "attention"
     lse: bool = False
+    prefetch: bool = True
     heads: int = 0
     kv_heads: int = 0
     documents: bool = False

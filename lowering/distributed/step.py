@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -66,8 +65,8 @@ def forward(
         lse = given.q.new_full(given.q.shape[:3], -torch.inf, dtype=given.wide)
     else:
         out, lse = out.clone(), lse.clone()
-    for run, part in _meetings(plan, at, number, given.k, given.v, received):
-        call, index = _call(plan, at, given, run, part)
+    for run, keys in meetings(plan, at, number, given.k, given.v, received):
+        call, index = _call(plan, at, given, run, keys.part)
         merge_into(out[index], lse[index], *_kernel(plan, call, backward=False).forward(call), fresh=False)
     return out, lse
 
@@ -98,16 +97,17 @@ def backward(
     if plan.attends_own(number):
         grad_k, grad_v = (empty_output(x, int(x.shape[3]), wide).zero_() for x in (given.k, given.v))
     grad_received = None if received is None else received.new_zeros(received.shape, dtype=wide)
-    grads = _meetings(plan, at, number, grad_k, grad_v, grad_received)
-    for (run, part), (_, into) in zip(_meetings(plan, at, number, given.k, given.v, received), grads, strict=True):
-        call, index = _call(plan, at, given, run, part)
+    grads = meetings(plan, at, number, grad_k, grad_v, grad_received)
+    for (run, keys), (_, into) in zip(meetings(plan, at, number, given.k, given.v, received), grads, strict=True):
+        call, index = _call(plan, at, given, run, keys.part)
         grad_lse = None if upstream.grad_lse is None else upstream.grad_lse[index]
         found = _kernel(plan, call, backward=True).backward(
             call, upstream.out[index], upstream.lse[index], upstream.grad_out[index], grad_lse
         )
         grad_q[index] += found[0]
-        into.k.add_(found[1])
-        into.v.add_(found[2])
+        into.part.k.add_(found[1])
+        into.part.v.add_(found[2])
+        into.write_back()
     return grad_q, grad_k, grad_v, grad_received
 
 
@@ -117,21 +117,24 @@ def _kernel(plan: Plan, call: Call, backward: bool) -> Kernel:
     return select(call, plan.spec.kernel, backward)
 
 
-def _meetings(
+def meetings(
     plan: Plan, at: Where, number: int, k: Tensor | None, v: Tensor | None, received: Tensor | None
-) -> Iterator[tuple[Run, rows.Part]]:
-    """Each run of own rows with each part of the step's keys that some of its rows may see."""
+) -> Iterator[tuple[Run, rows.Stretch]]:
+    """Each run of own rows with each stretch of the step's keys that some of its rows may see: the calls of the step.
+
+    Rows that are received once, and so are few, are put together to stretches that go over several ranks.
+    """
     step, runs, sizes = plan.step(at, number), plan.runs(at), plan.sizes
-    found: Iterator[rows.Part] = iter(())
+    found: list[rows.Stretch] = []
     if k is not None and v is not None:
-        found = rows.own(k, v, step.local, runs)
+        found += map(rows.Stretch, rows.own(k, v, step.local, runs))
     if received is not None:
         came = rows.parts(received, step.receives, sizes.batch, sizes.head_dim, sizes.v_dim)
-        found = chain(found, came)
-    for part in found:
+        found += map(rows.Stretch, came) if plan.resends else rows.stretches(came)
+    for keys in found:
         for run in runs:
-            if _may_meet(plan.relations[at.part].problem, run.positions, part.positions):
-                yield run, part
+            if _may_meet(plan.relations[at.part].problem, run.positions, keys.part.positions):
+                yield run, keys
 
 
 def _may_meet(problem: Problem, queries: Progression, keys: Progression) -> bool:

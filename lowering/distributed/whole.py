@@ -8,7 +8,7 @@ from torch import Tensor
 from dilcompile.errors import PlacementError
 from dilcompile.lowering.distributed import meshes, ops, plan
 from dilcompile.lowering.distributed.exchange import wait
-from dilcompile.lowering.distributed.spec import parse_spec
+from dilcompile.lowering.distributed.spec import Spec, parse_spec
 from dilcompile.placements.shards import Shards
 
 
@@ -42,9 +42,24 @@ def ordered(x: Tensor, shards: Shards) -> Tensor:
     return torch.cat([first, second.flip(0)]).movedim(0, -2).flatten(-2)
 
 
-def of_all_parts(x: Tensor | None, axis: str, spec: str, what: str) -> Tensor | None:
-    """[..., parts * n] from each part's [..., n]."""
-    return None if x is None else _gathered(x, axis, spec, what).movedim(0, -2).flatten(-2)
+def of_ranks(x: Tensor | None, spec: Spec, length: int, what: str) -> Tensor | None:
+    """``by_position`` for a site."""
+    if x is None:
+        return None
+    keys_axis, heads_axis = plan.keys_axis(spec), plan.heads_axis(spec)
+    shards = plan.cut_of(spec, length, meshes.size_of(keys_axis), meshes.size_of(heads_axis))
+    if spec.placement == "ulysses":
+        keys_axis, heads_axis = heads_axis, None
+    return by_position(x, shards, keys_axis, heads_axis, str(spec), what)
+
+
+def of_all_parts(x: Tensor, spec: Spec, what: str) -> Tensor:
+    """[..., parts * n] from each part's [..., n], as the rows lie that heads were exchanged for."""
+    axis = plan.heads_axis(spec)
+    assert axis is not None, "heads are exchanged"
+    gathered = _gathered(x, axis, str(spec), what)
+    parts = int(gathered.shape[0])
+    return ordered(gathered, Shards(parts * int(x.shape[-1]), parts, plan.order_of_parts(spec)))
 
 
 def of_first(x: Tensor, axis: str, spec: str, what: str) -> Tensor:
@@ -65,8 +80,7 @@ def whole_sequence(x: Tensor, spec: str) -> Tensor:
     said = parse_spec(spec)
     keys_axis, heads_axis = plan.keys_axis(said), plan.heads_axis(said)
     ranks, parts = meshes.size_of(keys_axis), meshes.size_of(heads_axis)
-    places = int(x.shape[-1]) * parts
-    shards = Shards(places * ranks if said.length is None else said.length, ranks, said.order, parts)
-    found = by_position(x, shards, keys_axis, heads_axis, spec, "positions")
+    length = int(x.shape[-1]) * parts * ranks if said.length is None else said.length
+    found = of_ranks(x, said, length, "positions")
     assert found is not None, "there was something to gather"
     return found

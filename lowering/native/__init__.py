@@ -12,12 +12,14 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dilcompile.blocks.heads import kind_of_head
 from dilcompile.generators import Blocks, Everything, Segment, Sinks, Window
 from dilcompile.lowering import digest
-from dilcompile.lowering.call import Call, Gradients, empty_output
+from dilcompile.lowering.call import Call, Gradients, bias_gradient_of, lse_of, output_of
 from dilcompile.lowering.native import huge_pages
 from dilcompile.lowering.native.build import (
     BIAS_DTYPES,
@@ -33,7 +35,7 @@ from dilcompile.lowering.native.build import (
 )
 from dilcompile.lowering.selection import Selection, adaptive_blocks
 from dilcompile.lowering.union import beyond_union
-from dilcompile.progression import Progression
+from dilcompile.progression import Positions
 from dilcompile.relation import Problem, Relation, grid_of
 
 TAKES_ROW_MASKS = True
@@ -61,7 +63,7 @@ def supports(call: Call, backward: bool) -> str | None:
     if call.bias is not None and call.bias.dtype not in BIAS_DTYPES:
         return f"a bias of dtype {call.bias.dtype}"
     size = call.problem
-    queries, keys = _places(call)
+    queries, keys = call.places
     if max(size.k_len, keys.stop, abs(queries.start) + queries.stop - queries.start) > _MOST_POSITIONS:
         return f"{size.k_len} keys and {size.q_len} queries from {size.q_offset}: positions are held in 32 bits"
     reason = beyond_union(call, backward) or _unequal_counts(call.relation)
@@ -82,8 +84,7 @@ def _unequal_counts(relation: Relation) -> str | None:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """See ``Kernel``."""
-    out = huge_pages.advise(empty_output(call.q, call.problem.v_dim))
-    lse = call.q.new_empty((call.problem.batch, call.problem.heads, call.problem.q_len), dtype=call.score_dtype)
+    out, lse = _result(call, 0, call.q, call.problem.v_dim), lse_of(call)
     bound = _bind(call, out, lse)
     _library(call).forward(bound.struct)
     return out, lse
@@ -92,7 +93,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
     """See ``Kernel``."""
     bound = _bind(call, _dense_rows(out), lse.contiguous())
-    grads = [huge_pages.advise(empty_output(x, x.shape[-1])) for x in (call.q, call.k, call.v)]
+    grads = [_result(call, number, x, x.shape[-1]) for number, x in enumerate((call.q, call.k, call.v))]
     kept = _dense_rows(grad_out)
     bound.struct.grad_out = _operand(kept)
     if grad_lse is not None:
@@ -101,10 +102,16 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
     bound.struct.grad_q, bound.struct.grad_k, bound.struct.grad_v = (_operand(grad) for grad in grads)
     grad_bias = None
     if call.bias is not None and call.bias_grad:
-        grad_bias = call.bias.new_zeros(call.bias.shape, dtype=call.score_dtype)
+        grad_bias = bias_gradient_of(call, call.bias)
         bound.struct.grad_bias = _square(grad_bias)
     _library(call).backward(bound.struct)
     return grads[0], grads[1], grads[2], None if grad_bias is None or call.bias is None else grad_bias.to(call.bias.dtype)
+
+
+def _result(call: Call, number: int, like: Tensor, dim: int) -> Tensor:
+    found = output_of(call, number, like, dim)
+    # Memory that was there before has been touched.
+    return huge_pages.advise(found) if call.room is None else found
 
 
 class _Bound(NamedTuple):
@@ -116,7 +123,7 @@ class _Bound(NamedTuple):
 
 def _bind(call: Call, out: Tensor, lse: Tensor) -> _Bound:
     size = call.problem
-    queries, keys = _places(call)
+    queries, keys = call.places
     # The lists of blocks are those of all positions between the first query and the last.
     relation = call.relation.at(queries.stop - queries.start, size.k_len, queries.start)
     terms = _terms(relation, call.documents is not None) if call.selection is None else _selected(call, call.selection)
@@ -144,20 +151,11 @@ def _bind(call: Call, out: Tensor, lse: Tensor) -> _Bound:
         struct.dropout_factor = 1 / (1 - call.dropout_p)
         struct.dropout_head = 0 if call.held is None else call.held.first_head
     struct.scale, struct.softcap = call.scale, call.softcap or 0.0
-    struct.threads, struct.exact_lse = torch.get_num_threads(), call.exact_lse
+    struct.threads, struct.exact_lse, struct.wide = torch.get_num_threads(), call.exact_lse, call.held is not None
+    workspace = None if call.room is None else call.room.workspace
+    if workspace is not None:
+        struct.workspace, struct.workspace_size = workspace.data_ptr(), workspace.numel()
     return _Bound(struct, (q, k, v, out, lse, padding, documents, limits, call.bias, terms))
-
-
-def _places(call: Call) -> tuple[Progression, Progression]:
-    """The positions of the rows of q and of k; the step of a single one, which may be anything, is 1."""
-    size = call.problem
-    if call.held is None:
-        return Progression(size.q_offset, size.q_offset + size.q_len), Progression(0, size.k_len)
-    parts = ((call.held.queries, call.q), (call.held.keys, call.k))
-    for part, x in parts:
-        assert len(part) == x.shape[2], f"{x.shape[2]} rows do not stand at the {len(part)} positions {part}"
-    queries, keys = (part if len(part) > 1 else Progression(part.start, part.start + len(part)) for part, _ in parts)
-    return queries, keys
 
 
 class _Terms(NamedTuple):
@@ -196,7 +194,7 @@ def _selected(call: Call, selection: Selection) -> _Terms:
     blocks, structs = adaptive_blocks(call.relation), (TermStruct * 1)()
     assert blocks is not None, "a selection is made for blocks"
     there = torch.arange(selection.capacity) < selection.counts[..., None]
-    columns = selection.columns[there].to(torch.int64)
+    columns = selection.columns[there]
     ends = selection.counts.flatten().cumsum(0, dtype=torch.int64).view(selection.counts.shape)
     starts = torch.cat([ends[..., :1] - selection.counts[..., :1], ends], -1).contiguous()
     batch, heads, lines = selection.counts.shape
@@ -219,14 +217,20 @@ def _list_blocks(struct: TermStruct, generator: Blocks, size: Problem, by_docume
         # Positions count from the start of each document, which may be as long as the keys.
         size = replace(size, q_offset=0, q_len=size.k_len)
     grid = grid_of(size, generator.grid.q_block, generator.grid.k_block)
-    lists = [generator.lists(head, grid) for head in range(size.heads if generator.pattern.by_head else 1)]
-    entries = np.cumsum([0, *(len(one) for one in lists)])
-    starts = np.concatenate([one.starts + first for one, first in zip(lists, entries, strict=False)])
-    columns, lines = np.concatenate([one.blocks for one in lists]), lists[0].lines
+    kinds = [kind_of_head(generator.pattern, head) for head in range(size.heads if generator.pattern.by_head else 1)]
+    starts, columns = list[Positions](), dict[object, npt.NDArray[np.int32]]()
+    ends, first = dict[object, Positions](), 0
+    for head, kind in enumerate(kinds):
+        if kind not in columns:
+            found = generator.lists(head, grid)
+            ends[kind], columns[kind] = found.starts + first, found.blocks.astype(np.int32)
+            first += len(found)
+        starts.append(ends[kind])
+    joined, listed, lines = np.concatenate(starts), np.concatenate([*columns.values()]), grid.rows
     struct.kind, struct.q_block, struct.k_block = 4, generator.grid.q_block, generator.grid.k_block
-    struct.first_line, struct.lines, struct.lists = int(lines[0]) if len(lines) else 0, len(lines), len(lists)
-    struct.starts, struct.columns = starts.ctypes.data, columns.ctypes.data
-    return [starts, columns]
+    struct.first_line, struct.lines, struct.lists = int(lines[0]) if len(lines) else 0, len(lines), len(kinds)
+    struct.starts, struct.columns = joined.ctypes.data, listed.ctypes.data
+    return [joined, listed]
 
 
 def _limit(value: int | None) -> int:

@@ -102,38 +102,61 @@ inline float largest_root(__m512 squares) {
   return std::sqrt(_mm512_reduce_max_ps(squares));
 }
 
+// The sums of 16 vectors' elements, in some order.
+inline __m512 sums_of(__m512 (&x)[16]) {
+  for (int i = 0; i < 8; ++i)
+    x[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+  for (int i = 0; i < 4; ++i) {
+    __m512d one = _mm512_castps_pd(x[2 * i]), other = _mm512_castps_pd(x[2 * i + 1]);
+    x[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(one, other)), _mm512_castpd_ps(_mm512_unpackhi_pd(one, other)));
+  }
+  for (int i = 0; i < 2; ++i)
+    x[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x[2 * i], x[2 * i + 1], 0x88), _mm512_shuffle_f32x4(x[2 * i], x[2 * i + 1], 0xdd));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x88), _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
+}
+
 // The largest Euclidean norm of packed rows.
 inline float largest_norm(const uint16_t* packed, int64_t count, int64_t dim) {
   float found = 0;
   for (int64_t first = 0; first < up_to_32(count); first += 16) {
-    __m512i rows[16];
+    __m512 squares[16];
     for (int64_t i = 0; i < 16; ++i) {
-      __m512 squares = _mm512_setzero_ps();
+      squares[i] = _mm512_setzero_ps();
       const uint16_t* row = packed + first / 32 * 32 * up_to_32(dim) + (first % 32 + i) * 32;
-      for (int64_t d = 0; d < dim; d += 32) squares = add_squares(squares, _mm512_loadu_si512(row + d * 32));
-      rows[i] = _mm512_castps_si512(squares);
+      for (int64_t d = 0; d < dim; d += 32) squares[i] = add_squares(squares[i], _mm512_loadu_si512(row + d * 32));
     }
-    transpose(rows);
-    __m512 sums = _mm512_setzero_ps();
-    for (int64_t i = 0; i < 16; ++i) sums = _mm512_add_ps(sums, _mm512_castsi512_ps(rows[i]));
-    float norm = largest_root(sums);
+    float norm = largest_root(sums_of(squares));
     found = norm > found || norm != norm ? norm : found;
   }
   return found;
 }
 
-// 32 rows of 32 into 32 columns: pairs of rows become elements of 32 bits, which are transposed.
+// 32 rows of 32 into 32 columns, 8 at a time: loads lay four rows, 8 apart, side by side, which takes no shuffle, and what is
+// left is to transpose 8 x 8 inside of each 128 bits.
 inline void turn(const uint16_t* from, uint16_t* to) {
-  __m512i low[16], high[16];
-  for (int i = 0; i < 16; ++i) {
-    __m512i one = _mm512_loadu_si512(from + 2 * i * 32), other = _mm512_loadu_si512(from + (2 * i + 1) * 32);
-    low[i] = _mm512_unpacklo_epi16(one, other), high[i] = _mm512_unpackhi_epi16(one, other);
-  }
-  transpose(low), transpose(high);
-  // Interleaving works inside 128 bits, so four of eight rows come from `low` and four from `high`.
-  for (int i = 0; i < 16; ++i) {
-    int64_t row = i / 4 * 8 + i % 4;
-    _mm512_storeu_si512(to + row * 32, low[i]), _mm512_storeu_si512(to + (row + 4) * 32, high[i]);
+  auto part = [&](int64_t row, int64_t column) { return _mm_loadu_si128((const __m128i*)(from + row * 32 + column)); };
+  for (int64_t column = 0; column < 32; column += 8) {
+    __m512i x[8], y[8];
+    for (int64_t i = 0; i < 8; ++i) {
+      x[i] = _mm512_broadcast_i32x4(part(i, column));
+      x[i] = _mm512_mask_broadcast_i32x4(x[i], 0x00F0, part(i + 8, column));
+      x[i] = _mm512_mask_broadcast_i32x4(x[i], 0x0F00, part(i + 16, column));
+      x[i] = _mm512_mask_broadcast_i32x4(x[i], 0xF000, part(i + 24, column));
+    }
+    for (int i = 0; i < 4; ++i) {
+      y[i] = _mm512_unpacklo_epi16(x[2 * i], x[2 * i + 1]);
+      y[4 + i] = _mm512_unpackhi_epi16(x[2 * i], x[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      x[2 * i] = _mm512_unpacklo_epi32(y[2 * i], y[2 * i + 1]);
+      x[2 * i + 1] = _mm512_unpackhi_epi32(y[2 * i], y[2 * i + 1]);
+    }
+    // x: the first four columns of the first and of the last four rows, then the last four columns, two columns in each.
+    for (int i = 0; i < 4; ++i) {
+      const __m512i above = x[i / 2 * 4 + i % 2], below = x[i / 2 * 4 + 2 + i % 2];
+      _mm512_storeu_si512(to + (column + 2 * i) * 32, _mm512_unpacklo_epi64(above, below));
+      _mm512_storeu_si512(to + (column + 2 * i + 1) * 32, _mm512_unpackhi_epi64(above, below));
+    }
   }
 }
 
@@ -275,8 +298,13 @@ inline void write_rows(const Call& call, const Operand& x, const Span& span, con
       transpose(part);
       for (int64_t i = 0; i < std::min<int64_t>(16, tile.lanes - first); ++i) {
         __m512 values = _mm512_mul_ps(_mm512_castsi512_ps(part[i]), _mm512_set1_ps(factors[first + i]));
-        BFloat16* to = row_of<BFloat16>(call, x, span, lanes[tile.first + first + i]) + d;
-        _mm256_mask_storeu_epi16(to, first_of_16(dim - d), (__m256i)_mm512_cvtneps_pbh(values));
+        const Lane& lane = lanes[tile.first + first + i];
+        if (call.wide) {
+          _mm512_mask_storeu_ps(row_of<float>(call, x, span, lane) + d, first_of_16(dim - d), values);
+        } else {
+          BFloat16* to = row_of<BFloat16>(call, x, span, lane) + d;
+          _mm256_mask_storeu_epi16(to, first_of_16(dim - d), (__m256i)_mm512_cvtneps_pbh(values));
+        }
       }
     }
   }

@@ -168,6 +168,7 @@ class TileBackward {
     const uint32_t *queries = queries_ + tile.first * dim_ / 2, *grads = grads_ + tile.first * v_dim_ / 2;
     const uint32_t *query_pairs = query_pairs_ + tile.first * dim_ / 2, *grad_pairs = grad_pairs_ + tile.first * v_dim_ / 2;
     for (int64_t j = a; j < b; j += kPanelKeys) {
+      keys.ahead->step();
       for (int64_t c = 0; c < N; c += 2) {
         tile_product<false>({rows_.keys + j * dim_, 1024}, {queries + c * dim_ * 8, dim_ * 8}, dim_, {scores_ + c * panel, panel});
         tile_product<false>({rows_.values + j * v_dim_, 1024}, {grads + c * v_dim_ * 8, v_dim_ * 8}, v_dim_,

@@ -78,7 +78,7 @@ class TileForward {
       for (int64_t first = a; first < b; first += kKeys) {
         int64_t count = std::min(kKeys, b - first);
         KeyBlock keys{all.start + first, all.count - first, all.positions + first, all.rows + first,
-                      all.times ? all.times + first : nullptr};
+                      all.times ? all.times + first : nullptr, all.ahead};
         if (biased_)
           bias_.read(span, tile, lanes, keys.positions, std::min(count, keys.count), count, {+numbers_, 16, kKeys * 16});
         dropout_.read(span, keys, 0, count);
@@ -107,6 +107,7 @@ class TileForward {
     bool settled = !biased_ && most <= least_[tile.first] * factor_ + kMargin;
     int64_t summed = 0;
     for (int64_t j = 0; j < count; j += kPanelKeys) {
+      keys.ahead->step();
       for (int64_t c = 0; c < N; c += 2)
         tile_product<false>({rows_.keys + (first + j) * rows_.key_row, 1024}, {queries + c * pairs_ * 16, pairs_ * 16}, rows_.key_row,
                             {scores_ + c * panel, panel});

@@ -206,6 +206,7 @@ class Backward {
           store(weights + (j + r) * N * W + c * W, exp2_up_to_8(power > 0 ? Vec<T>{} : power) * often);
         }
       }
+      keys.ahead->step();
     });
     for (int64_t j = a; j < b; j += kPanel) {
       Vec<T> g[kPanel][N];
@@ -269,9 +270,9 @@ KeySums<X> grads_of_head(const Call& call, int64_t head) {
 }
 
 // The parts' sums of one head, added up in their order.
-template <class X, class T>
+template <class Y, class T>
 void write_key_grads(const Call& call, int64_t head, const std::unique_ptr<HeadSums<T>>* parts, int64_t count) {
-  KeySums<X> to = grads_of_head<X>(call, head);
+  KeySums<Y> to = grads_of_head<Y>(call, head);
   int64_t row = call.head_dim + call.v_dim;
   for (int64_t k = 0; k < call.k_rows; ++k)
     for (int64_t d = 0; d < row; ++d) {
@@ -291,6 +292,11 @@ inline bool heads_share_rows(const Call& call) {
 struct SharedBias {
   Buffer<double> numbers;
   int64_t heads, keys;
+
+  static int64_t size(const Call& call) {
+    int64_t heads = call.grad_bias.head ? call.heads / call.kv_heads : 1, keys = call.grad_bias.key ? call.k_len : 1;
+    return whole_lines(heads * keys * int64_t(sizeof(double)));
+  }
 
   explicit SharedBias(const Call& call)
       : heads(call.grad_bias.head ? call.heads / call.kv_heads : 1), keys(call.grad_bias.key ? call.k_len : 1) {
@@ -316,35 +322,95 @@ void add_bias_grads(const Call& call, int64_t head, const SharedBias& from) {
     }
 }
 
+// How many key heads are computed together. Those that add to the same rows of the bias's gradient take turns, each as parts of
+// different rows.
+inline int64_t heads_together(const Call& call) { return heads_share_rows(call) ? 1 : call.batch * call.kv_heads; }
+
+// Into how many parts each of `heads` key heads is split.
+inline int64_t parts_of_head(const Call& call, int64_t heads) {
+  int64_t parts = 1;
+  if (heads < 4 * call.threads)
+    while (heads * parts % call.threads != 0) ++parts;
+  return parts;
+}
+
+// Are gradients in the dtype of the sums?
+template <class X>
+bool in_sums_dtype(const Call& call) {
+  return call.wide || std::is_same_v<X, typename Score<X>::T>;
+}
+
+// Are the sums of keys the gradients themselves? In their dtype and one part a head.
+template <class X>
+bool sums_in_place(const Call& call, int64_t parts) {
+  return in_sums_dtype<X>(call) && parts == 1;
+}
+
+// Memory for the sums of keys: of each part, or where there is one a head of each worker, which has one at a time.
+template <class X>
+int64_t num_key_sums(const Call& call, int64_t heads, int64_t parts) {
+  if (sums_in_place<X>(call, parts)) return 0;
+  return parts == 1 ? call.threads : heads * parts;
+}
+
+template <class T>
+int64_t key_sum_size(const Call& call) {
+  return whole_lines(call.k_rows * (call.head_dim + call.v_dim) * int64_t(sizeof(T)));
+}
+
+// Bytes of all that `backward_of_heads` needs beside its workers.
+template <class X>
+int64_t key_sums_size(const Call& call) {
+  int64_t heads = heads_together(call), parts = parts_of_head(call, heads), shared = 0;
+  if (call.grad_bias.data && call.grad_bias.row == 0) shared = heads * parts * SharedBias::size(call);
+  return num_key_sums<X>(call, heads, parts) * key_sum_size<typename Score<X>::T>(call) + shared;
+}
+
 // The key heads from `first` to before `last`. A key head is one worker's; where heads are too few for the threads each is
 // split into parts with sums of their own, every part taking each `parts`-th span.
 template <class X, class Worker>
 void backward_of_heads(const Call& call, const std::vector<std::vector<Span>>& of_head, int64_t first, int64_t last) {
   typedef typename Score<X>::T T;
   const Square& grad_bias = call.grad_bias;
-  int64_t heads = last - first, parts = 1;
-  if (heads < 4 * call.threads)
-    while (heads * parts % call.threads != 0) ++parts;
+  int64_t heads = last - first, parts = parts_of_head(call, heads);
   std::vector<std::unique_ptr<HeadSums<T>>> sums(static_cast<size_t>(heads * parts));
   std::vector<std::unique_ptr<SharedBias>> shared(static_cast<size_t>(heads * parts));
+  auto write = [&](int64_t head, const std::unique_ptr<HeadSums<T>>* from) {
+    if (in_sums_dtype<X>(call)) {
+      write_key_grads<T>(call, head, from, parts);
+    } else {
+      write_key_grads<X>(call, head, from, parts);
+    }
+  };
+  const int64_t size = key_sum_size<T>(call), num_sums = num_key_sums<X>(call, heads, parts), size_shared = SharedBias::size(call);
+  // Sums are made by the threads that need them, at places that are known before.
+  std::vector<void*> room(static_cast<size_t>(num_sums)), room_shared(static_cast<size_t>(heads * parts));
+  const bool shares = grad_bias.data && grad_bias.row == 0;
+  // The next heads have the same workspace.
+  Workspace rest = workspace ? *workspace : Workspace(nullptr, 0);
+  Within within(rest);
+  for (void*& place : room) place = rest.take(size);
+  for (void*& place : room_shared) place = shares ? rest.take(size_shared) : nullptr;
   deal_out<Worker>(call, heads * parts, [&](Worker& worker, int64_t i) {
     int64_t head = first + i / parts;
     std::unique_ptr<HeadSums<T>>& own = sums[size_t(i)];
     KeySums<T> into;
-    // Gradients in the operands' own dtype and one part a head: the sums are the gradients.
-    if (std::is_same_v<X, T> && parts == 1) {
-      KeySums<X> rows = grads_of_head<X>(call, head);
-      into = {reinterpret_cast<T*>(rows.keys), reinterpret_cast<T*>(rows.values), rows.key_row, rows.value_row};
+    if (sums_in_place<X>(call, parts)) {
+      into = grads_of_head<T>(call, head);
       for (int64_t k = 0; k < call.k_rows; ++k) {
         std::fill_n(into.keys + k * into.key_row, call.head_dim, T(0));
         std::fill_n(into.values + k * into.value_row, call.v_dim, T(0));
       }
     } else {
+      Workspace given(room[size_t(parts == 1 ? this_worker() : i)], size);
+      Within within(given);
       own = std::make_unique<HeadSums<T>>(call);
       into = own->into;
     }
     BiasSums<T> bias{nullptr, nullptr, grad_bias.head, grad_bias.row, grad_bias.key};
-    if (grad_bias.data && grad_bias.row == 0) {
+    if (shares) {
+      Workspace given(room_shared[size_t(i)], size_shared);
+      Within within(given);
       shared[size_t(i)] = std::make_unique<SharedBias>(call);
       const SharedBias& held = *shared[size_t(i)];
       bias = {nullptr, +held.numbers, held.heads > 1 ? held.keys : 0, 0, held.keys > 1};
@@ -354,22 +420,19 @@ void backward_of_heads(const Call& call, const std::vector<std::vector<Span>>& o
     const std::vector<Span>& spans = of_head[size_t(head)];
     for (size_t n = size_t(i % parts); n < spans.size(); n += size_t(parts)) worker.run(spans[n], into, bias);
     if (own && parts == 1) {
-      write_key_grads<X, T>(call, head, &own, 1);
+      write(head, &own);
       own.reset();
     }
   });
   for (int64_t i = 0; i < heads * parts; ++i)
     if (shared[size_t(i)]) add_bias_grads<T>(call, first + i / parts, *shared[size_t(i)]);
   if (parts == 1) return;
-  for (int64_t head = 0; head < heads; ++head)
-    write_key_grads<X, T>(call, first + head, &sums[size_t(head * parts)], parts);
+  for (int64_t head = 0; head < heads; ++head) write(first + head, &sums[size_t(head * parts)]);
 }
 
 template <class X, class Worker>
 void backward_by(const Call& call) {
-  int64_t heads = call.batch * call.kv_heads;
-  // Heads that add to the same rows of the bias's gradient take turns, each as parts of different rows.
-  int64_t together = heads_share_rows(call) ? 1 : heads;
+  int64_t heads = call.batch * call.kv_heads, together = heads_together(call);
   std::vector<std::vector<Span>> of_head(static_cast<size_t>(heads));
   for (const Span& span : spans_of(call, rows_of_span(call, together)))
     of_head[size_t(span.batch * call.kv_heads + span.kv_head)].push_back(span);

@@ -74,9 +74,11 @@ class CallStruct(Structure):
         ("bias", SquareStruct),
         *_fields(c_int64, "bias_dtype dropout_seed dropout_least"),
         ("dropout_factor", c_double),
-        *_fields(c_int64, "dropout_head threads exact_lse"),
+        *_fields(c_int64, "dropout_head threads exact_lse wide"),
         *_fields(OperandStruct, "grad_out grad_lse grad_q grad_k grad_v"),
         ("grad_bias", SquareStruct),
+        ("workspace", c_void_p),
+        ("workspace_size", c_int64),
     ]
 
 
@@ -85,6 +87,8 @@ class Library:
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._forward, self._backward = loaded.dilcompile_forward, loaded.dilcompile_backward
+        self._workspace = loaded.dilcompile_workspace
+        self._workspace.restype = c_int64
 
     def forward(self, call: CallStruct) -> None:
         """Fill ``out`` and ``lse``."""
@@ -93,6 +97,10 @@ class Library:
     def backward(self, call: CallStruct) -> None:
         """Fill ``grad_q``, ``grad_k`` and ``grad_v``; add to ``grad_bias``."""
         _checked(self._backward, call)
+
+    def workspace(self, call: CallStruct, backward: bool) -> int:
+        """Bytes of the workspace in which a call finds all its memory; its operands are not read, only which there are."""
+        return int(self._workspace(ctypes.byref(call), int(backward)))
 
 
 def _checked(entry: Callable[[object], int], call: CallStruct) -> None:

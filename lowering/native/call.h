@@ -31,7 +31,7 @@ struct Term {
   // query head, or one for all; batch_lists: from one batch row's lists to the next one's, 0: all have the same.
   int64_t q_block, k_block, first_line, lines, lists, batch_lists;
   const int64_t* starts;
-  const int64_t* columns;
+  const int32_t* columns;
 };
 
 // Row i of q stands at position q_offset + i * q_step, row j of k and v at k_start + j * k_step, below k_stop; these are k_rows.
@@ -56,9 +56,12 @@ struct Call {
   int64_t dropout_head;                 // query head 0 draws as this one
   int64_t threads;
   int64_t exact_lse;  // 0: nobody reads its digits
+  int64_t wide;       // out, grad_q, grad_k and grad_v that are written are of the scores' dtype; out that is read is of q's
   // Backward: gradients that come in, and those that go out.
   Operand grad_out, grad_lse, grad_q, grad_k, grad_v;
   Square grad_bias;  // zeros in the scores' dtype
+  void* workspace;   // or null
+  int64_t workspace_size;
 };
 
 }  // namespace dil

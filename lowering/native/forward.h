@@ -101,6 +101,7 @@ class Forward {
       for (int r = 0; r < kPanel; ++r)
         for (int c = 0; c < N; ++c) now[c] = larger(now[c], s[r][c]);
       write<T>(s, scores + j * N * W, N * W);
+      keys.ahead->step();
     });
     const Vec<T> nothing = fill(-std::numeric_limits<T>::infinity());
     for (int c = 0; c < N; ++c) {

@@ -15,23 +15,52 @@ void forward_by(const Call& call) {
   deal_out<Worker>(call, int64_t(spans.size()), [&](Worker& worker, int64_t i) { worker.run(spans[size_t(i)]); });
 }
 
-template <class X>
-void forward(const Call& call) {
+template <class Worker>
+struct Named {
+  typedef Worker Type;
+};
+
+// body(Named<the class that computes a forward>).
+template <class X, class Body>
+auto with_forward(const Call& call, Body body) {
 #ifdef DILCOMPILE_TILES
-  if (std::is_same_v<X, BFloat16> && query_factor(call) == 1 && has_tiles()) return forward_by<TileForward>(call);
+  if (std::is_same_v<X, BFloat16> && query_factor(call) == 1 && has_tiles()) return body(Named<TileForward>());
 #endif
-  forward_by<Forward<X>>(call);
+  return body(Named<Forward<X>>());
 }
 
-template <class X>
-void backward(const Call& call) {
+template <class X, class Body>
+auto with_backward(const Call& call, Body body) {
 #ifdef DILCOMPILE_TILES
   if constexpr (std::is_same_v<X, BFloat16>)
     // A softcap's slope is not kept beside the bias there.
     if (query_factor(call) == 1 && (call.softcap == 0 || !call.bias.data) && has_tiles())
-      return backward_by<X, TileBackward>(call);
+      return body(Named<TileBackward>());
 #endif
-  backward_by<X, Backward<X>>(call);
+  return body(Named<Backward<X>>());
+}
+
+template <class X>
+void forward(const Call& call) {
+  Workspace given(call.workspace, call.workspace_size);
+  Within within(given);
+  with_forward<X>(call, [&](auto worker) { forward_by<typename decltype(worker)::Type>(call); });
+}
+
+template <class X>
+void backward(const Call& call) {
+  Workspace given(call.workspace, call.workspace_size);
+  Within within(given);
+  with_backward<X>(call, [&](auto worker) { backward_by<X, typename decltype(worker)::Type>(call); });
+}
+
+// A line more, because memory may begin inside one.
+template <class X>
+int64_t workspace_size(const Call& call, bool backward) {
+  if (!backward)
+    return kLine + with_forward<X>(call, [&](auto worker) { return workers_size<typename decltype(worker)::Type>(call); });
+  int64_t workers = with_backward<X>(call, [&](auto worker) { return workers_size<typename decltype(worker)::Type>(call); });
+  return kLine + workers + key_sums_size<X>(call);
 }
 
 }  // namespace dil
@@ -54,5 +83,11 @@ int dilcompile_forward(const dil::Call* call) {
 }
 int dilcompile_backward(const dil::Call* call) {
   return guarded([&] { dil::backward<DILCOMPILE_ELEMENT>(*call); });
+}
+// Bytes; 0 where even one worker finds no memory.
+int64_t dilcompile_workspace(const dil::Call* call, int64_t backward) {
+  int64_t found = 0;
+  guarded([&] { found = dil::workspace_size<DILCOMPILE_ELEMENT>(*call, backward != 0); });
+  return found;
 }
 }

@@ -345,10 +345,10 @@ class Plan {
   int64_t count_lanes() {
     int64_t count = span_.rows * per_key_head_;
     lanes_.resize(size_t(count)), codes_.assign(size_t(count), 0);
-    for (int64_t i = 0; i < count; ++i) {
-      int64_t n = i / per_key_head_;
-      lanes_[size_t(i)] = {int32_t(span_.begin + n * call_.q_step), int32_t(i % per_key_head_), int32_t(span_.row + n)};
-    }
+    // A lane is little work beside which divisions would count, here and in `code`.
+    for (int64_t n = 0, i = 0; n < span_.rows; ++n)
+      for (int64_t head = 0; head < per_key_head_; ++head, ++i)
+        lanes_[size_t(i)] = {int32_t(span_.begin + n * call_.q_step), int32_t(head), int32_t(span_.row + n)};
     int64_t bound = 1;
     for (int64_t i = 0; i < call_.num_terms; ++i) {
       const Term& term = call_.terms[i];
@@ -383,9 +383,9 @@ class Plan {
       return;
     }
     if (term.kind == kBlocks) {
-      int64_t base = floor_to(span_.begin, term.q_block) / term.q_block, differ = heads_of(term);
+      int64_t differ = heads_of(term), row = 0, next = floor_to(span_.begin, term.q_block) + term.q_block;
       for (size_t i = 0; i < lanes_.size(); ++i) {
-        int64_t row = floor_to(lanes_[i].position, term.q_block) / term.q_block - base;
+        while (lanes_[i].position >= next) next += term.q_block, ++row;
         codes_[i] = codes_[i] * kinds + row * differ + (differ > 1 ? lanes_[i].head : 0);
       }
       return;
@@ -469,7 +469,10 @@ class Plan {
       Keys& keys = lists_[place->second];
       limit(keys, false);
       Steps there = held({column * blocks_->k_block, (column + 1) * blocks_->k_block, 1});
-      for (int64_t p = there.start; p < there.stop; p += there.step) keys.position.push_back(int32_t(p));
+      if (there.start >= there.stop) continue;
+      size_t at = keys.position.size();
+      keys.position.resize(at + size_t((there.stop - there.start + there.step - 1) / there.step));
+      for (int64_t p = there.start; p < there.stop; p += there.step) keys.position[at++] = int32_t(p);
     }
     for (Keys& keys : lists_) drop_padding(keys.position, nullptr);
     return work < apart;
@@ -545,6 +548,12 @@ class Plan {
 inline void find_ranges(const Call& call, const Span& span, const Keys& keys, const Lane* lanes, int64_t count, int32_t* low,
                         int32_t* high) {
   int64_t size = keys.size(), a = 0, b = 0;
+  bool from_first = keys.left == kNoLimit || keys.position.front() >= lanes[count - 1].position - keys.left;
+  bool to_last = keys.right == kNoLimit || keys.position.back() <= lanes[0].position + keys.right;
+  if (from_first && to_last && call.row_limits == nullptr) {
+    std::fill_n(low, count, 0), std::fill_n(high, count, int32_t(size));
+    return;
+  }
   // Lanes ascend: only the first is looked for in the whole list.
   auto first_from = [&](int64_t position) {
     position = std::clamp<int64_t>(position, INT32_MIN, INT32_MAX);

@@ -136,10 +136,11 @@ inline void turn_square(const T* from, int64_t from_row, T* to, int64_t to_row) 
     for (int j = 0; j < kWidth<T>; ++j) to[j * to_row + i] = from[i * from_row + j];
 }
 
-// 2^x for x <= 8 to 1e-7 of itself, 0 for x <= -127 (minus infinity among them).
+// 2^x for x <= 8 to 1e-7 of itself, 0 for x <= -127 (minus infinity among them); what is no number stays none.
 inline Vec<float> exp2_up_to_8(Vec<float> x) {
   const Vec<float> shifter = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
-  Vec<float> clipped = larger(x, fill(-127.0f)), shifted = clipped + shifter, rest = clipped - (shifted - shifter);
+  // Of two operands of which one is no number, `larger` gives the second.
+  Vec<float> clipped = larger(fill(-127.0f), x), shifted = clipped + shifter, rest = clipped - (shifted - shifter);
   Vec<float> p = fill(1.326472614891827e-3f);
   p = fma(p, rest, fill(9.671512991189957e-3f));
   p = fma(p, rest, fill(5.550733581185341e-2f));
@@ -250,6 +251,33 @@ inline void put(float* to, float x) { *to = x; }
 inline void put(double* to, double x) { *to = x; }
 inline void put(BFloat16* to, float x) { *to = narrow_bfloat16(x); }
 inline void put(Half* to, float x) { *to = narrow_half(x); }
+template <class X, class T>
+inline void put_row(const T* from, X* to, int n) {
+  for (int i = 0; i < n; ++i) put(to + i, from[i]);
+}
+inline void put_row(const float* from, BFloat16* to, int n) {
+  typedef uint16_t Short __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint32_t Wide __attribute__((vector_size(kVectorBytes)));
+  int i = 0;
+  for (; i + kWidth<float> <= n; i += kWidth<float>) {
+    Wide bits, rounded;
+    std::memcpy(&bits, from + i, sizeof(bits));
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    // Asked of the bits: of numbers the compiler may think that each equals itself.
+    Short narrow = __builtin_convertvector((bits & 0x7FFFFFFF) > 0x7F800000 ? Wide{} + 0x7FC0 : rounded, Short);
+    std::memcpy(to + i, &narrow, sizeof(narrow));
+  }
+  for (; i < n; ++i) put(to + i, from[i]);
+}
+inline void put_row(const float* from, Half* to, int n) {
+  int i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16) _mm256_storeu_si256((__m256i*)(to + i), _mm512_cvtps_ph(_mm512_loadu_ps(from + i), 0));
+#elif defined(__F16C__)
+  for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+#endif
+  for (; i < n; ++i) put(to + i, from[i]);
+}
 
 // The dtype of scores and sums for operands of dtype X.
 template <class X>

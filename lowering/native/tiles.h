@@ -6,16 +6,24 @@
 
 #include "plan.h"
 #include "products.h"
+#include "workspace.h"
 
 namespace dil {
 
-// Uninitialised memory, aligned to a cache line.
+// Uninitialised memory, aligned to a cache line: of the thread's `workspace` as far as that goes.
 template <class T>
 class Buffer {
  public:
-  ~Buffer() { std::free(data_); }
+  ~Buffer() {
+    if (own_) std::free(data_);
+  }
   T* take(int64_t count) {
-    if (data_ == nullptr) data_ = static_cast<T*>(std::aligned_alloc(64, size_t(count * int64_t(sizeof(T)) + 63) / 64 * 64));
+    if (data_ == nullptr) {
+      int64_t size = whole_lines(count * int64_t(sizeof(T)));
+      data_ = static_cast<T*>(workspace ? workspace->take(size) : nullptr);
+      own_ = data_ == nullptr;
+      if (own_) data_ = static_cast<T*>(std::aligned_alloc(kLine, size_t(size)));
+    }
     if (data_ == nullptr) throw std::bad_alloc();
     return data_;
   }
@@ -25,6 +33,7 @@ class Buffer {
 
  private:
   T* data_ = nullptr;
+  bool own_ = false;
 };
 
 // Up to kTile queries, one in each lane.
@@ -70,16 +79,43 @@ const X* key_rows(const Call& call, const Operand& x, const Span& span) {
   return static_cast<const X*>(x.data) + span.batch * x.batch + span.kv_head * x.head + first_key_row(call, span) * x.row;
 }
 
-template <class X>
-void prefetch(const Call& call, const Operand& from, const Span& span, const int32_t* rows, int64_t count, int64_t dim) {
-  const X* base = key_rows<X>(call, from, span);
-  for (int64_t i = 0; i < count; ++i) {
-    const char* row = reinterpret_cast<const char*>(base + int64_t(rows[i]) * from.row);
-    for (int64_t at = 0; at < dim * int64_t(sizeof(X)); at += 64) __builtin_prefetch(row + at, 0, 2);
+// The rows of keys and values that the next block gathers. They are fetched a few at each step of the work on this one: many at
+// once would wait for one another.
+class Ahead {
+ public:
+  template <class X>
+  static Ahead of(const Call& call, const Span& span) {
+    auto rows = [&](const Operand& x, int64_t dim) {
+      return Part{reinterpret_cast<const char*>(key_rows<X>(call, x, span)), x.row * int64_t(sizeof(X)), dim * int64_t(sizeof(X))};
+    };
+    return {rows(call.k, call.head_dim), rows(call.v, call.v_dim)};
+  }
+
+  void begin(const int32_t* rows, int64_t count, int64_t steps) { rows_ = rows, count_ = count, steps_ = steps, step_ = fetched_ = 0; }
+
+  void step() {
+    int64_t until = count_ * ++step_ / steps_;
+    for (; fetched_ < until; ++fetched_) fetch(keys_, rows_[fetched_]), fetch(values_, rows_[fetched_]);
+  }
+
+ private:
+  struct Part {
+    const char* data;
+    int64_t row, bytes;
+  };
+  Part keys_, values_;
+  const int32_t* rows_ = nullptr;
+  int64_t count_ = 0, steps_ = 1, step_ = 0, fetched_ = 0;
+
+  Ahead(Part keys, Part values) : keys_(keys), values_(values) {}
+
+  static void fetch(const Part& part, int64_t row) {
+    const char* data = part.data + row * part.row;
+    for (int64_t at = 0; at < part.bytes; at += 64) __builtin_prefetch(data + at, 0, 2);
     // GCC before 14 takes a function that does nothing but prefetch for one without effect, and leaves out its calls.
     asm volatile("");
   }
-}
+};
 
 // The tile's limits on a list of keys: whole vectors of lanes, so that unused ones see nothing.
 template <class T>
@@ -153,8 +189,12 @@ void write_queries(const Call& call, const Operand& x, const Span& span, const T
     for (int64_t d = squares; d < dim; ++d)
       for (int64_t i = 0; i < W; ++i) rows[i * row + d] = columns[d * width + first + i];
     for (int64_t i = 0; i < std::min(W, tile.lanes - first); ++i) {
-      X* to = row_of<X>(call, x, span, lanes[tile.first + first + i]);
-      for (int64_t d = 0; d < dim; ++d) put(to + d, rows[i * row + d]);
+      const Lane& lane = lanes[tile.first + first + i];
+      if (call.wide) {
+        copy_row(rows + i * row, row_of<T>(call, x, span, lane), int(dim));
+      } else {
+        put_row(rows + i * row, row_of<X>(call, x, span, lane), int(dim));
+      }
     }
   }
 }
@@ -195,6 +235,7 @@ struct KeyBlock {
   int64_t start, count;  // in the list
   const int32_t *positions, *rows;
   const float* times;  // or null: each counts once
+  Ahead* ahead;        // a step for each kStep of keys that is computed
 };
 
 // Walks a list of keys block by block for the tiles whose groups see them. `Gathered` is the block's memory, `Rows` or another.
@@ -204,33 +245,39 @@ template <class X, class Gathered, class Use, class After>
 void each_block(const Call& call, const Span& span, const Keys& list, const Keys* after_list, const Lane* lanes,
                 std::vector<Tile>& tiles, int32_t* low, int32_t* high, Gathered& gathered, Use use, After after) {
   if (list.size() == 0) return;
+  Ahead ahead = Ahead::of<X>(call, span);
   int32_t begin = INT32_MAX, end = 0;
-  int64_t seeing = 0;
   for (Tile& tile : tiles) {
     if (!list.seen_by(tile.group)) continue;
     limit<typename Score<X>::T>(call, span, tile, list, lanes, low + tile.first, high + tile.first);
-    begin = std::min(begin, tile.low_min), end = std::max(end, tile.high_max), ++seeing;
+    begin = std::min(begin, tile.low_min), end = std::max(end, tile.high_max);
   }
   for (int64_t start = begin; start < end; start += Gathered::kBlock) {
     int64_t count = std::min(Gathered::kBlock, list.size() - start);
     const int32_t *positions = &list.position[size_t(start)], *rows = list.rows() + start;
     gathered.gather(span, rows, count);
-    const int32_t* ahead = rows + Gathered::kBlock;
-    int64_t next = std::clamp<int64_t>(end - start - Gathered::kBlock, 0, Gathered::kBlock), fetched = 0, done = 0;
+    const int32_t* ahead_rows = rows + Gathered::kBlock;
+    int64_t next = std::clamp<int64_t>(end - start - Gathered::kBlock, 0, Gathered::kBlock), steps = 0;
     if (next == 0 && after_list)
-      ahead = after_list->rows(), next = std::min<int64_t>(Gathered::kBlock, after_list->size());
-    for (const Tile& tile : tiles) {
-      if (!list.seen_by(tile.group)) continue;
-      // Fetching the next block goes along with the work on this one.
-      int64_t until = next * ++done / seeing;
-      prefetch<X>(call, call.k, span, ahead + fetched, until - fetched, call.head_dim);
-      prefetch<X>(call, call.v, span, ahead + fetched, until - fetched, call.v_dim);
-      fetched = until;
+      ahead_rows = after_list->rows(), next = std::min<int64_t>(Gathered::kBlock, after_list->size());
+    auto part_of = [&](const Tile& tile) {
       int64_t a = std::max<int64_t>(0, tile.low_min - start) / Gathered::kStep * Gathered::kStep;
       int64_t b = (std::min<int64_t>(count, tile.high_max - start) + Gathered::kStep - 1) / Gathered::kStep * Gathered::kStep;
-      if (a < b) use(tile, a, b, KeyBlock{start, count, positions, rows, list.times_of(tile.group, start)});
-    }
-    after(KeyBlock{start, count, positions, rows, nullptr});
+      return std::pair(a, std::max(a, b));
+    };
+    auto each_part = [&](auto body) {
+      for (const Tile& tile : tiles) {
+        if (!list.seen_by(tile.group)) continue;
+        auto [a, b] = part_of(tile);
+        if (a < b) body(tile, a, b);
+      }
+    };
+    each_part([&](const Tile&, int64_t a, int64_t b) { steps += (b - a) / Gathered::kStep; });
+    ahead.begin(ahead_rows, next, steps);
+    each_part([&](const Tile& tile, int64_t a, int64_t b) {
+      use(tile, a, b, KeyBlock{start, count, positions, rows, list.times_of(tile.group, start), &ahead});
+    });
+    after(KeyBlock{start, count, positions, rows, nullptr, nullptr});
   }
 }
 

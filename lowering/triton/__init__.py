@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dilcompile.lowering import digest
-from dilcompile.lowering.call import Call, Gradients, dense_rows, empty_output
+from dilcompile.lowering.call import Call, Gradients, dense_rows, lse_of, output_of
 from dilcompile.lowering.triton import split, tiles
 from dilcompile.lowering.triton.bound import Bound, arch, bind, folded, head_block, interpreting
 from dilcompile.lowering.triton.config import Pass
@@ -67,7 +67,7 @@ def supports(call: Call, backward: bool) -> str | None:
         return f"a bias of dtype {call.bias.dtype}"
     if call.dropout_p >= 1:
         return f"dropout of {call.dropout_p}, which keeps nothing"
-    return beyond_union(call, backward) or unplannable(call.relation)
+    return beyond_union(call, backward) or unplannable(call.relation, call.held)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -75,12 +75,11 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     from dilcompile.lowering.triton.attend import attention as kernel
 
     size = call.problem
-    out = empty_output(call.q, size.v_dim)
-    lse = call.q.new_empty((size.batch, size.heads, size.q_len), dtype=call.score_dtype)
+    out, lse = output_of(call, 0, call.q, size.v_dim), lse_of(call)
     if lse.numel() == 0:
         return out, lse
     # Only the decode kernel reads pages, whatever the number of queries.
-    if call.pages is not None or split.is_decode(size):
+    if call.pages is not None or (call.held is None and split.is_decode(size)):
         return _decode(call, out, lse)
     bound = bind(call)
     tile = bound.tile("forward")
@@ -91,7 +90,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     with _current(q.device), _scratch(described, q.device):
         kernel[bound.grid(plan.queries)](
             q, k, v, out, lse, None, *plan.tables, plan.queries.tiles, plan.patterns,
-            *bound.masks, bound.bias, bound.seed,
+            *bound.masks, bound.bias, bound.seed, plan.part,
             *strides, *bound.mask_strides, *bound.bias_strides,
             *bound.sizes(plan, plan.queries), **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other, FOLD=fold,
             DESCRIBED=described, **tile.options,
@@ -152,7 +151,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
     """See ``Kernel``."""
     from dilcompile.lowering.triton.gradients import gradient_of_keys, gradient_of_queries, row_sums
 
-    grad_q, grad_k, grad_v = (empty_output(x, x.shape[-1]) for x in (call.q, call.k, call.v))
+    grad_q, grad_k, grad_v = (output_of(call, number, x, x.shape[-1]) for number, x in enumerate((call.q, call.k, call.v)))
     if lse.numel() == 0 or call.k.numel() == 0:
         return grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), None if call.bias is None else torch.zeros_like(call.bias)
     bound, size = bind(call), call.problem
@@ -173,7 +172,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
         with _scratch(described, q.device):
             gradient_of_queries[bound.grid(plan.queries)](
                 q, k, v, grad_out, lse, rest, delta, grad_q, *plan.tables, plan.queries.tiles, plan.patterns,
-                *bound.masks, bound.bias, bound.seed,
+                *bound.masks, bound.bias, bound.seed, plan.part,
                 *strides, *bound.mask_strides, *bound.bias_strides, *bound.sizes(plan, plan.queries),
                 call.scale, **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other, FOLD=fold, DESCRIBED=described,
                 **tile.options,
@@ -183,7 +182,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
         plan = bound.plan(tile.other // bound.pack, tile.own, transposed=True)
         gradient_of_keys[(plan.keys.tiles.shape[1], size.kv_heads, size.batch)](
             q, k, v, grad_out, lse, rest, delta, grad_k, grad_v, *plan.tables, plan.keys.tiles,
-            plan.patterns, *bound.masks, bound.bias, bound.seed,
+            plan.patterns, *bound.masks, bound.bias, bound.seed, plan.part,
             *strides, *bound.mask_strides, *bound.bias_strides,
             *bound.sizes(plan, plan.keys), call.scale, **bound.switches(plan), BLOCK_M=tile.other, BLOCK_N=tile.own, FOLD=fold,
             **tile.options,
@@ -202,7 +201,7 @@ def _rest_of_lse(bound: Bound, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse
     plan = bound.plan(tile.own // bound.pack, tile.other)
     strides, fold = folded(q, k, v, out)
     kernel[bound.grid(plan.queries)](
-        q, k, v, out, lse, rest, *plan.tables, plan.queries.tiles, plan.patterns, *bound.masks, bound.bias, bound.seed,
+        q, k, v, out, lse, rest, *plan.tables, plan.queries.tiles, plan.patterns, *bound.masks, bound.bias, bound.seed, plan.part,
         *strides, *bound.mask_strides, *bound.bias_strides,
         *bound.sizes(plan, plan.queries), **bound.switches(plan), BLOCK_M=tile.own, BLOCK_N=tile.other, FOLD=fold,
         DESCRIBED=False, **tile.options,
@@ -253,7 +252,7 @@ def _gradient_of_bias(bound: Bound, operands: tuple[Tensor, ...], grad_lse: Tens
 
 def tune(call: Call, backward: bool) -> None:
     """Find the fastest tiles for calls of this kind, where the user asks for it (``tiles.OPTION``)."""
-    if tiles.is_off() or call.pages is not None or split.is_decode(call.problem):
+    if tiles.is_off() or call.pages is not None or (call.held is None and split.is_decode(call.problem)):
         return
     bound = bind(call)
     kinds = [bound.kind(step) for step in (_BACKWARD if backward else _FORWARD)]

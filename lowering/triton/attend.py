@@ -19,7 +19,7 @@ from dilcompile.lowering.triton.scores import (
     tile_of_queries,
     unfolded,
 )
-from dilcompile.lowering.triton.walk import FAR, VARYING, reach_of_all, turns
+from dilcompile.lowering.triton.walk import FAR, VARYING, part_of_keys, part_of_queries, reach_of_all, row_of, span_of, turns
 
 
 @triton.jit
@@ -32,6 +32,7 @@ def attend(
     BLOCKS: tl.constexpr, CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr,
     COUNTED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     PAGES=None, num_pages=0, k_page=0, v_page=0, PAGE_SIZE: tl.constexpr = 1, KEYS=None, VALUES=None,
+    PART=None, key_row=0, row_rate=0,
 ):  # fmt: skip
     """Some blocks of keys joined to the sum of exponentials, the maximum and the weighted sum of values."""
     begin, end = turns(blocks, full_from, full_to, MASKED)
@@ -43,7 +44,7 @@ def attend(
             full_from, full_to, start, high, rate, LINE, origin,
             HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, BLOCKS, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, MASKED, PRECISION,
             sums.dtype,
-            PAGES, num_pages, k_page, v_page, PAGE_SIZE, KEYS, VALUES,
+            PAGES, num_pages, k_page, v_page, PAGE_SIZE, KEYS, VALUES, PART, key_row, row_rate,
         )  # fmt: skip
         higher = tl.maximum(top, tl.max(s, 1))
         shift = higher
@@ -64,7 +65,8 @@ def attend(
 
 @triton.jit(do_not_specialize=VARYING)
 def attention(
-    Q, K, V, OUT, LSE, REST, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
+    Q, K, V, OUT, LSE, REST, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS,
+    STARTS, ENDS, LIMITS, PADDING, BIAS, SEED, PART,
     q_batch: tl.int64, q_head, q_row, k_batch: tl.int64, k_head, k_row,
     v_batch: tl.int64, v_head, v_row, out_batch: tl.int64, out_head, out_row,
     document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
@@ -90,7 +92,7 @@ def attention(
     v_batch, v_head, v_row = unfolded(v_batch, v_head, v_row, FOLD)
     out_batch, out_head, out_row = unfolded(out_batch, out_head, out_row, FOLD)
     kv_head, batch, first_head, last_head, first, last, position, h, there, line = tile_of_queries(
-        tl.program_id(0), TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M, Q_BLOCK
+        tl.program_id(0), TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M, Q_BLOCK, PART
     )
     if first == FAR:
         return
@@ -107,7 +109,10 @@ def attention(
         PADDING += batch * padding_batch
     if BIAS is not None:
         BIAS += batch * bias_batch + first_head.to(tl.int64) * bias_head
-    row, head = (position - q_offset).to(tl.int64), h.to(tl.int64)
+    _, q_step = part_of_queries(PART, q_offset, q_len)
+    k_begin, k_end, k_step = part_of_keys(PART, k_len)
+    number = row_of(position, q_offset, PART, q_step)
+    row, head = number.to(tl.int64), h.to(tl.int64)
     known, lost = there, there
     if REST is not None:
         known = tl.load(LSE + (batch * kv_heads * GROUP + head) * q_len + row, mask=there, other=0.0)
@@ -115,26 +120,27 @@ def attention(
         if tl.max(lost.to(tl.int32), 0) == 0:
             return
     q = load_rows(Q + batch * q_batch, row * q_row + head * q_head, there, dims, HEAD_DIM, BLOCK_D, True).to(PRODUCTS)
-    t, document, limit_low, limit_high = facts_of_queries(position, there, STARTS, LIMITS, q_offset, limit_stride, k_len)
+    t, document, limit_low, limit_high = facts_of_queries(position, number, there, STARTS, LIMITS, limit_stride, k_len)
     bias = bias_of_tile(BIAS, row * bias_row + (head - first_head) * bias_head, there, BIAS_BY, "rows", SCORES)
     total = tl.zeros([BLOCK_M], SCORES)
     top = tl.full([BLOCK_M], -float("inf"), SCORES)
     sums = tl.zeros([BLOCK_M, BLOCK_DV], SCORES)
     state = position
     if SEED is not None:
-        state = row_state(SEED, batch, h, position)
+        state = row_state(SEED, batch, h, position, PART)
     if COUNTED:
         low, high = reach_of_all(
-            TERMS, RESIDUES, STARTS, ENDS, num_terms, kv_head, kv_heads, first_head, last_head, first, last, 0, k_len, k_len,
-            False,
+            TERMS, RESIDUES, STARTS, ENDS, num_terms, kv_head, kv_heads, first_head, last_head, first, last, k_begin, k_end,
+            k_len, False,
         )  # fmt: skip
-        blocks = tl.cdiv(tl.maximum(0, high - low), BLOCK_N)
+        low, blocks = span_of(low, high, k_begin, PART, k_step, BLOCK_N)
         total, top, sums = attend(
             total, top, sums, q, K, V, k_row, v_row, dims, v_dims,
             TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, 0, kv_head, kv_heads,
             t, document, h, limit_low, limit_high, t, t, scale, softcap, BIAS, bias, bias_key, SEED, state, least_drawn,
-            blocks, 0, 0, low, high, 1, TERMS, 0,
+            blocks, 0, 0, low, high, k_step, TERMS, 0,
             HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, 0, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, True, PRECISION,
+            PART=PART, key_row=row_of(low, k_begin, PART, k_step), row_rate=1,
         )  # fmt: skip
     else:
         # Runs of documents have nothing without a mask.
@@ -143,9 +149,10 @@ def attention(
         for step in range(steps):
             term, LINE, origin, start, high, rate, blocks, full_from, full_to, row_low, row_high, at = step_of(
                 step, at, TERMS, RESIDUES, LINES, ENTRIES, STARTS, ENDS, LIMITS, line - first_line, kv_head, kv_heads,
-                first_head, last_head, first, last, 0, k_len, k_len, position,
-                False, DEDUPE, Q_BLOCK, K_BLOCK, BLOCK_N,
+                first_head, last_head, first, last, k_begin, k_end, k_len, position,
+                False, DEDUPE, Q_BLOCK, K_BLOCK, BLOCK_N, PART,
             )  # fmt: skip
+            key_row, row_rate = row_of(start, k_begin, PART, k_step), row_of(rate, 0, PART, k_step)
             KEYS, VALUES = None, None
             if DESCRIBED:
                 KEYS = described(K, k_row, start, rate, k_len, HEAD_DIM, BLOCK_D, BLOCK_N)
@@ -157,7 +164,7 @@ def attention(
                     t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key,
                     SEED, state, least_drawn, blocks, full_from, full_to, start, high, rate, LINE, origin,
                     HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, K_BLOCK, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, masks == 1,
-                    PRECISION, KEYS=KEYS, VALUES=VALUES,
+                    PRECISION, KEYS=KEYS, VALUES=VALUES, PART=PART, key_row=key_row, row_rate=row_rate,
                 )  # fmt: skip
     seen = total > 0
     place = (batch * kv_heads * GROUP + head) * q_len + row

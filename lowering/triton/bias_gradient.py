@@ -22,7 +22,7 @@ def pairs_of_blocks(
 ):
     """Which pairs of keys, at positions k in their documents, and queries are in a block. MAP [block rows, block columns]: of a
     head, from block row first_row on."""
-    t, _, _, _ = facts_of_queries(position, there, STARTS, None, q_offset, 0, k_len)
+    t, _, _, _ = facts_of_queries(position, position, there, STARTS, None, 0, k_len)
     there = there & (t >= 0)
     row = tl.where(there, t // Q_BLOCK - first_row, 0).to(tl.int64)
     at = (row * map_row)[None, :] + (k // K_BLOCK)[:, None]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dilcompile.generators import Blocks
-from dilcompile.lowering.call import Call
+from dilcompile.lowering.call import Call, Held
 from dilcompile.lowering.triton import tiles
 from dilcompile.lowering.triton.config import INTERPRETED, Masks, Pass, Tile, tile_of
 from dilcompile.lowering.triton.lists import blocks_of
@@ -73,7 +73,12 @@ class Bound:
         relation, by_document, device = self.call.relation, self.masks[0] is not None, self.call.q.device
         if self.blocks is not None:
             return held(plan_of_blocks(relation, keys if transposed else queries, transposed, by_document, device))
-        return held(plan_of(relation, queries, keys, by_document, device))
+        return held(plan_of(relation, queries, keys, by_document, device, self.part))
+
+    @property
+    def part(self) -> Held | None:
+        """Where the rows stand, if they are a part of their sequence."""
+        return None if self.call.held is None else replace(self.call.held, queries=self.call.places[0], keys=self.call.places[1])
 
     def grid(self, rows: Rows) -> tuple[int, int, int]:
         """Tiles, key heads (or parts of their query heads), batch rows."""
@@ -102,17 +107,18 @@ class Bound:
         """What the tile of a pass depends on."""
         size, q = self.call.problem, self.call.q
         head = max(head_block(size.head_dim), head_block(size.v_dim))
-        return Kind(step, q.device, head, q.dtype, _masks(self.call, self.bias_by(self.pack)), self.blocks is not None)
+        masks = _masks(self.call, self.bias_by(self.pack))
+        return Kind(step, q.device, head, q.dtype, masks, self.blocks is not None, self.part is not None)
 
     def table(self, kind: Kind, rows: int = INTERPRETED.own) -> Tile:
         """The tile that was proven without a device."""
         if interpreting():
             return replace(INTERPRETED, own=rows)
-        return tile_of(kind.step, arch(kind.device), kind.head, kind.dtype, kind.masks, rows, kind.listed)
+        return tile_of(kind.step, arch(kind.device), kind.head, kind.dtype, kind.masks, rows, kind.listed, kind.part)
 
     def describable(self, plan: Plan, *operands: Tensor) -> bool:
         """Whether rows can be loaded by descriptors: the walk goes along terms one by one, and each row begins at 16 bytes."""
-        if plan.counted or plan.lists is not None or self.call.q.dtype == torch.float32:
+        if plan.counted or plan.lists is not None or plan.part is not None or self.call.q.dtype == torch.float32:
             return False
         bytes_of = [x.stride(dim) * x.element_size() for x in operands for dim in range(3) if x.shape[dim] > 1]
         return not any(number % 16 for number in (*bytes_of, *(x.data_ptr() for x in operands)))
@@ -120,7 +126,8 @@ class Bound:
     def sizes(self, plan: Plan, rows: Rows) -> tuple[float, ...]:
         """What comes after the strides: lengths, counts, factors."""
         size = self.call.problem
-        counts = (size.q_len, size.k_len, size.q_offset, len(self.call.relation.terms), rows.tiles.shape[1], size.kv_heads)
+        first = self.call.places[0].start
+        counts = (size.q_len, size.k_len, first, len(self.call.relation.terms), rows.tiles.shape[1], size.kv_heads)
         return (*counts, *plan.places, *self.factors())
 
     def factors(self) -> tuple[float, ...]:

@@ -59,9 +59,10 @@ class Case:
     Args:
         switches: of ``padding``, ``documents``, ``limits`` (by row), ``softcap``, ``dropout``, ``dedupe`` (terms that count only
             what is new), ``heads`` (terms of some query heads), ``grouped`` (4 query heads a key head), ``one_key`` (all of 64
-            query heads have one), ``bias`` (one a pair), ``key_bias`` (one a key), ``paged`` (pages of 16 keys),
-            ``128-blocks`` (lists of blocks of so many queries and keys), ``described`` (loads by descriptors), ``rest`` (the
-            forward walks only to find what an LSE lacks); none: causal or not.
+            query heads have one), ``bias`` (one a pair), ``key_bias`` (one a key), ``paged`` (pages of 16 keys), ``part``
+            (rows of a longer sequence, results in float32), ``128-blocks`` (lists of blocks of so many queries and keys),
+            ``described`` (loads by descriptors), ``rest`` (the forward walks only to find what an LSE lacks); none: causal or
+            not.
     """
 
     step: Pass
@@ -78,7 +79,7 @@ class Case:
             return "counted pairs" if "bias" in self.switches else "counted"
         if "bias" in self.switches:
             return "pairs"
-        plain = {"grouped", "one_key", "paged", "heads", "described", "rest", f"{self.block}-blocks"}
+        plain = {"grouped", "one_key", "paged", "heads", "described", "rest", "part", f"{self.block}-blocks"}
         return "some" if set(self.switches) - plain else "none"
 
     @property
@@ -86,7 +87,7 @@ class Case:
         """The tile sizes that a call of this kind gets."""
         rows = max(16, self.group) if self.step == "decode" else 64
         head, block = max(head_block(self.head_dim), head_block(self.v_dim)), self.block
-        tile = tile_of(self.step, self.arch, head, self.dtype, self.masks, rows, block > 0)
+        tile = tile_of(self.step, self.arch, head, self.dtype, self.masks, rows, block > 0, "part" in self.switches)
         if block == 0 or self.step == "decode" or (self.step == "bias" and "bias" in self.switches):
             return tile
         return tile.along(block, block, self.group) if self.step == "keys" else tile.along(block * self.group, block)
@@ -154,6 +155,10 @@ def cases() -> Iterator[Case]:
         yield Case("queries", "sm90", torch.bfloat16, dim, dim, ("described",))
         yield Case("forward", "sm100", torch.bfloat16, dim, dim, ("described",))
     yield Case("queries", "sm100", torch.bfloat16, 128, 128, ("described",))
+    for arch, dim, step in product(ARCHS, (64, 128), steps):
+        yield Case(step, arch, torch.bfloat16, dim, dim, ("part",))
+    for switch, dim, step in product(("documents", "dropout"), (64, 128), steps):
+        yield Case(step, "sm90", torch.bfloat16, dim, dim, ("part", switch))
 
 
 def _block_cases() -> Iterator[Case]:
@@ -213,9 +218,7 @@ def compile_case(case: Case, tile: Tile | None = None) -> Resources:
     }  # fmt: skip
     kernel, tile = kernels[case.step], tile or case.tile
     fixed = {name: value for name, value in _fixed(case, tile).items() if name in kernel.arg_names}
-    signature = {
-        x.name: "constexpr" if x.name in fixed else x.annotation_type or _type(x.name, case.dtype) for x in kernel.params
-    }
+    signature = {x.name: "constexpr" if x.name in fixed else x.annotation_type or _type(x.name, case) for x in kernel.params}
     # What a launch tells the compiler: where tensors begin, and their rows, whole vectors can be loaded.
     free = [x for x in kernel.params if x.name not in fixed and not x.do_not_specialize]
     aligned = [x for x in free if x.name.isupper() or x.name.endswith(("_batch", "_head", "_row"))]
@@ -254,6 +257,8 @@ def _fixed(case: Case, tile: Tile) -> dict[str, object]:
         fixed["SEED"] = None
     if "limits" not in case.switches:
         fixed["LIMITS"] = None
+    if "part" not in case.switches:
+        fixed["PART"] = None
     if "padding" not in case.switches:
         fixed |= {"PADDING": None, "KEPT": None}
     if "paged" not in case.switches:
@@ -263,15 +268,18 @@ def _fixed(case: Case, tile: Tile) -> dict[str, object]:
     return fixed
 
 
-def _type(name: str, dtype: torch.dtype) -> str:
+def _type(name: str, case: Case) -> str:
+    if "part" in case.switches and name in ("OUT", "GRAD_Q", "GRAD_K", "GRAD_V"):
+        return "*fp32"
     if name in ("LSE", "REST", "DELTA", "GRAD_LSE", "SUMS", "TOPS", "TOTALS"):
         return "*fp32"
-    if name in ("TERMS", "RESIDUES", "LINES", "ENTRIES", "TILES", "PATTERNS", "STARTS", "ENDS", "LIMITS", "KEPT", "PAGES"):
+    plan = ("TERMS", "RESIDUES", "LINES", "ENTRIES", "TILES", "PATTERNS", "PART")
+    if name in (*plan, "STARTS", "ENDS", "LIMITS", "KEPT", "PAGES"):
         return "*i32"
     if name in ("PADDING", "MAP", "SEED"):
         return {"PADDING": "*u8", "MAP": "*u8", "SEED": "*i64"}[name]
     if name.isupper():
-        return "*" + {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+        return "*" + {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[case.dtype]
     return "fp32" if name in ("scale", "softcap", "grad_scale", "kept_factor") else "i32"
 
 

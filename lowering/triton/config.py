@@ -52,7 +52,16 @@ class Tile:
 INTERPRETED = Tile(16, 16, 4, 1)
 
 
-def tile_of(step: Pass, arch: str, head: int, dtype: torch.dtype, masks: Masks, rows: int = 64, listed: bool = False) -> Tile:
+def tile_of(
+    step: Pass,
+    arch: str,
+    head: int,
+    dtype: torch.dtype,
+    masks: Masks,
+    rows: int = 64,
+    listed: bool = False,
+    part: bool = False,
+) -> Tile:
     """The tile sizes of a pass.
 
     Args:
@@ -65,6 +74,7 @@ def tile_of(step: Pass, arch: str, head: int, dtype: torch.dtype, masks: Masks, 
             that count only once; ``pairs``: a bias by pair. They take registers.
         rows: of few queries, 16, 32 or 64.
         listed: tiles walk lists of blocks; see ``Tile.along``.
+        part: rows are a part of their sequence, whose places take registers.
     """
     if step in ("sums", "join"):
         return Tile(16, 1, 4, 1)
@@ -86,7 +96,8 @@ def tile_of(step: Pass, arch: str, head: int, dtype: torch.dtype, masks: Masks, 
     if masks != "none":
         return {"counted": _COUNTED, "counted pairs": _COUNTED_PAIRS, "some": _MASKED}[masks][step, size]
     found = _PLAIN[_family(arch), step, size]
-    return _LISTED.get((_family(arch), step, size), found) if listed else found
+    special = _LISTED if listed else _PART if part else {}
+    return special.get((_family(arch), step, size), found)
 
 
 def _family(arch: str) -> str:
@@ -211,10 +222,17 @@ _PLAIN: dict[tuple[str, Pass, int], Tile] = {
     ("gfx942", "keys", 128): Tile(64, 32, 4, 2),
 }
 
-# Where ``_PLAIN`` would spill.
+# Where ``_PLAIN`` would spill, of lists of blocks and of parts of a sequence.
 _LISTED: dict[tuple[str, Pass, int], Tile] = {
     ("sm80", "forward", 128): Tile(128, 32, 8, 2),
     ("sm80", "keys", 128): Tile(64, 32, 8, 2),
+    ("gfx942", "keys", 128): Tile(64, 16, 4, 2),
+}
+
+_PART: dict[tuple[str, Pass, int], Tile] = {
+    ("sm80", "forward", 128): Tile(128, 32, 8, 2),
+    ("sm100", "queries", 64): Tile(64, 32, 8, 2),
+    ("sm100", "keys", 128): Tile(64, 32, 8, 2),
     ("gfx942", "keys", 128): Tile(64, 16, 4, 2),
 }
 

@@ -142,7 +142,9 @@ def decode(
         BIAS += batch * bias_batch + first_head.to(tl.int64) * bias_head
     row, head = (position - q_offset).to(tl.int64), h.to(tl.int64)
     q = load_rows(Q + batch * q_batch, row * q_row + head * q_head, there, dims, HEAD_DIM, BLOCK_D, True).to(PRODUCTS)
-    t, document, limit_low, limit_high = facts_of_queries(position, there, STARTS, LIMITS, q_offset, limit_stride, k_len)
+    t, document, limit_low, limit_high = facts_of_queries(
+        position, position - q_offset, there, STARTS, LIMITS, limit_stride, k_len
+    )
     bias = bias_of_tile(BIAS, row * bias_row + (head - first_head) * bias_head, there, BIAS_BY, "rows", SCORES)
     begin, end, inner_begin, inner_end = visible(LIMITS, KEPT, batch, there, limit_low, limit_high, k_len)
     total = tl.zeros([BLOCK_M], SCORES)

@@ -25,7 +25,17 @@ from dilcompile.lowering.triton.scores import (
     tile_of_queries,
     unfolded,
 )
-from dilcompile.lowering.triton.walk import FAR, VARYING, block_at, reach_of_all, turns
+from dilcompile.lowering.triton.walk import (
+    FAR,
+    VARYING,
+    block_at,
+    part_of_keys,
+    part_of_queries,
+    reach_of_all,
+    row_of,
+    span_of,
+    turns,
+)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -79,6 +89,7 @@ def descend(
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr, CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr,
     COUNTED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, KEYS=None, VALUES=None,
+    PART=None, key_row=0, row_rate=0,
 ):  # fmt: skip
     """Some blocks of keys added to the gradient of a tile of queries."""
     begin, end = turns(blocks, full_from, full_to, MASKED)
@@ -89,7 +100,7 @@ def descend(
             t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key,
             full_from, full_to, start, high, rate, LINE, origin,
             HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, BLOCKS, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, MASKED, PRECISION,
-            sums.dtype, KEYS=KEYS, VALUES=VALUES,
+            sums.dtype, KEYS=KEYS, VALUES=VALUES, PART=PART, key_row=key_row, row_rate=row_rate,
         )  # fmt: skip
         weights = weights_of(s, lse[:, None], rest[:, None], BIAS is not None)
         d_weights = tl.dot(grad, tl.trans(values.to(q.dtype)), input_precision=PRECISION, out_dtype=sums.dtype)
@@ -106,7 +117,7 @@ def descend(
 @triton.jit(do_not_specialize=VARYING)
 def gradient_of_queries(
     Q, K, V, GRAD_OUT, LSE, REST, DELTA, GRAD_Q, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS,
-    STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
+    STARTS, ENDS, LIMITS, PADDING, BIAS, SEED, PART,
     q_batch: tl.int64, q_head, q_row, k_batch: tl.int64, k_head, k_row,
     v_batch: tl.int64, v_head, v_row, out_batch: tl.int64, out_head, out_row,
     grad_batch: tl.int64, grad_head, grad_row,
@@ -127,7 +138,7 @@ def gradient_of_queries(
     out_batch, out_head, out_row = unfolded(out_batch, out_head, out_row, FOLD)
     grad_batch, grad_head, grad_row = unfolded(grad_batch, grad_head, grad_row, FOLD)
     kv_head, batch, first_head, last_head, first, last, position, h, there, line = tile_of_queries(
-        tl.program_id(0), TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M, Q_BLOCK
+        tl.program_id(0), TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP, PACK, BLOCK_M, Q_BLOCK, PART
     )
     if first == FAR:
         return
@@ -144,31 +155,35 @@ def gradient_of_queries(
         PADDING += batch * padding_batch
     if BIAS is not None:
         BIAS += batch * bias_batch + first_head.to(tl.int64) * bias_head
-    row, head = (position - q_offset).to(tl.int64), h.to(tl.int64)
+    _, q_step = part_of_queries(PART, q_offset, q_len)
+    k_begin, k_end, k_step = part_of_keys(PART, k_len)
+    number = row_of(position, q_offset, PART, q_step)
+    row, head = number.to(tl.int64), h.to(tl.int64)
     q = load_rows(Q + batch * q_batch, row * q_row + head * q_head, there, dims, HEAD_DIM, BLOCK_D, True).to(PRODUCTS)
     grad_at = row * out_row + head * out_head
     grad = load_rows(GRAD_OUT + batch * out_batch, grad_at, there, v_dims, V_DIM, BLOCK_DV, True).to(PRODUCTS)
     place = (batch * kv_heads * GROUP + head) * q_len + row
     lse, rest = load_lse(LSE, REST, place, there)
     delta = tl.load(DELTA + place, mask=there, other=0.0)
-    t, document, limit_low, limit_high = facts_of_queries(position, there, STARTS, LIMITS, q_offset, limit_stride, k_len)
+    t, document, limit_low, limit_high = facts_of_queries(position, number, there, STARTS, LIMITS, limit_stride, k_len)
     bias = bias_of_tile(BIAS, row * bias_row + (head - first_head) * bias_head, there, BIAS_BY, "rows", SCORES)
     sums = tl.zeros([BLOCK_M, BLOCK_D], SCORES)
     state = position
     if SEED is not None:
-        state = row_state(SEED, batch, h, position)
+        state = row_state(SEED, batch, h, position, PART)
     if COUNTED:
         low, high = reach_of_all(
-            TERMS, RESIDUES, STARTS, ENDS, num_terms, kv_head, kv_heads, first_head, last_head, first, last, 0, k_len, k_len,
-            False,
+            TERMS, RESIDUES, STARTS, ENDS, num_terms, kv_head, kv_heads, first_head, last_head, first, last, k_begin, k_end,
+            k_len, False,
         )  # fmt: skip
-        blocks = tl.cdiv(tl.maximum(0, high - low), BLOCK_N)
+        low, blocks = span_of(low, high, k_begin, PART, k_step, BLOCK_N)
         sums = descend(
             sums, q, grad, lse, rest, delta, K, V, k_row, v_row, dims, v_dims,
             TERMS, RESIDUES, STARTS, LIMITS, PADDING, padding_stride, num_terms, 0, kv_head, kv_heads,
             t, document, h, limit_low, limit_high, t, t, scale, softcap, BIAS, bias, bias_key, SEED, state, least_drawn,
-            kept_factor, blocks, 0, 0, low, high, 1, TERMS, 0,
+            kept_factor, blocks, 0, 0, low, high, k_step, TERMS, 0,
             HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, 0, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, True, PRECISION,
+            PART=PART, key_row=row_of(low, k_begin, PART, k_step), row_rate=1,
         )  # fmt: skip
     else:
         # Runs of documents have nothing without a mask.
@@ -177,9 +192,10 @@ def gradient_of_queries(
         for step in range(steps):
             term, LINE, origin, start, high, rate, blocks, full_from, full_to, row_low, row_high, at = step_of(
                 step, at, TERMS, RESIDUES, LINES, ENTRIES, STARTS, ENDS, LIMITS, line - first_line, kv_head, kv_heads,
-                first_head, last_head, first, last, 0, k_len, k_len, position,
-                False, DEDUPE, Q_BLOCK, K_BLOCK, BLOCK_N,
+                first_head, last_head, first, last, k_begin, k_end, k_len, position,
+                False, DEDUPE, Q_BLOCK, K_BLOCK, BLOCK_N, PART,
             )  # fmt: skip
+            key_row, row_rate = row_of(start, k_begin, PART, k_step), row_of(rate, 0, PART, k_step)
             KEYS, VALUES = None, None
             if DESCRIBED:
                 KEYS = described(K, k_row, start, rate, k_len, HEAD_DIM, BLOCK_D, BLOCK_N)
@@ -191,7 +207,7 @@ def gradient_of_queries(
                     t, document, h, limit_low, limit_high, row_low, row_high, scale, softcap, BIAS, bias, bias_key,
                     SEED, state, least_drawn, kept_factor, blocks, full_from, full_to, start, high, rate, LINE, origin,
                     HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, K_BLOCK, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, masks == 1,
-                    PRECISION, KEYS=KEYS, VALUES=VALUES,
+                    PRECISION, KEYS=KEYS, VALUES=VALUES, PART=PART, key_row=key_row, row_rate=row_rate,
                 )  # fmt: skip
     pointers = GRAD_Q + batch * grad_batch + (row * grad_row + head * grad_head)[:, None] + dims[None, :]
     tl.store(pointers, (sums * grad_scale).to(GRAD_Q.dtype.element_ty), mask=there[:, None] & (dims < HEAD_DIM)[None, :])
@@ -206,21 +222,27 @@ def weights_of_queries(
     PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr,
     DEDUPE: tl.constexpr, COUNTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    SCORES: tl.constexpr,
+    SCORES: tl.constexpr, PART=None, first_row=0, row_rate=0,
 ):  # fmt: skip
     """(weights, slope of the cap, delta, positions, query heads, queries, gradients of their output) of a tile of keys and the
-    n-th block of queries; weights are held [keys, queries]."""
+    n-th block of queries; weights are held [keys, queries]. Of a part of the queries, ``first_row`` is the row at ``start``, and
+    rows ``rate`` positions apart are ``row_rate`` apart."""
     partly: tl.constexpr = MASKED or BLOCK_M % PACK != 0
     if BLOCKS == 0:
         block = start + block_at(n, full_from, full_to, MASKED) * (BLOCK_M // PACK) * rate
         position, member, there = rows_of_tile(block, rate, high, PACK, BLOCK_M)
+        at = position - q_offset
+        if PART is not None:
+            block = first_row + block_at(n, full_from, full_to, MASKED) * (BLOCK_M // PACK) * row_rate
+            at, _, _ = rows_of_tile(block, row_rate, high, PACK, BLOCK_M)
     else:
         visit = block_at(n, full_from, full_to, MASKED)
         number, member, there = rows_of_tile(0, 1, BLOCK_M // PACK, PACK, BLOCK_M)
         position, inside = visited(visit, number, LINE, origin, start, high, rate, BLOCKS, BLOCK_M // PACK, partly)
         there = there & inside & (position >= q_offset)
+        at = position - q_offset
     h = first_head + member
-    row, head = (position - q_offset).to(tl.int64), h.to(tl.int64)
+    row, head = at.to(tl.int64), h.to(tl.int64)
     q = load_rows(Q, row * q_row + head * q_head, there, dims, HEAD_DIM, BLOCK_D, partly).to(keys.dtype)
     grad = load_rows(GRAD_OUT, row * out_row + head * out_head, there, v_dims, V_DIM, BLOCK_DV, partly).to(keys.dtype)
     place = head * q_len + row
@@ -230,7 +252,7 @@ def weights_of_queries(
     s, slope = capped(s, scale, softcap, CAPPED)
     s = biased(s, BIAS, bias, row * bias_row + member.to(tl.int64) * bias_head, there, BIAS_BY, "keys", partly)
     if MASKED:
-        t, document, limit_low, limit_high = facts_of_queries(position, there, STARTS, LIMITS, q_offset, limit_stride, k_len)
+        t, document, limit_low, limit_high = facts_of_queries(position, at, there, STARTS, LIMITS, limit_stride, k_len)
         y = tl.where(there, t, FAR)
         s = masked(
             s, TERMS, RESIDUES, num_terms, term, kv_head, kv_heads, row_low, row_high, relative, y, h[None, :],
@@ -248,12 +270,12 @@ def weights_of_queries(
 @triton.jit
 def gradient_of_scores(
     weights, values, grad, delta, SEED, batch, h, position, k, least_drawn, kept_factor,
-    PRECISION: tl.constexpr, SCORES: tl.constexpr,
+    PRECISION: tl.constexpr, SCORES: tl.constexpr, PART=None,
 ):  # fmt: skip
     """The gradient of scores [keys, queries] as they enter the softmax, from their weights."""
     d_weights = tl.dot(values, tl.trans(grad), input_precision=PRECISION, out_dtype=SCORES)
     if SEED is not None:
-        state = row_state(SEED, batch, h, position)
+        state = row_state(SEED, batch, h, position, PART)
         d_weights = dropped(d_weights * kept_factor, state[None, :], k[:, None], least_drawn)
     return weights * (d_weights - delta[None, :])
 
@@ -268,6 +290,7 @@ def gather(
     PACK: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr,
     DEDUPE: tl.constexpr, COUNTED: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    PART=None, first_row=0, row_rate=0,
 ):  # fmt: skip
     """Some blocks of queries added to the gradients of a tile of keys and values."""
     begin, end = turns(blocks, full_from, full_to, MASKED)
@@ -278,17 +301,17 @@ def gather(
             k, relative, k_document, keep, row_low, row_high, first_head, q_len, k_len, q_offset, scale, softcap,
             BIAS, bias, bias_head, bias_row, full_from, full_to, start, high, rate, LINE, origin,
             PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCKS, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED, PADDED, MASKED,
-            PRECISION, k_sums.dtype,
+            PRECISION, k_sums.dtype, PART, first_row, row_rate,
         )  # fmt: skip
         kept = weights
         if SEED is not None:
-            state = row_state(SEED, batch, h, position)
+            state = row_state(SEED, batch, h, position, PART)
             kept = dropped(weights * kept_factor, state[None, :], k[:, None], least_drawn)
         v_sums = tl.dot(
             kept.to(GRAD_OUT.dtype.element_ty).to(keys.dtype), grad, v_sums, input_precision=PRECISION, out_dtype=v_sums.dtype
         )
         d_scores = gradient_of_scores(
-            weights, values, grad, delta, SEED, batch, h, position, k, least_drawn, kept_factor, PRECISION, k_sums.dtype
+            weights, values, grad, delta, SEED, batch, h, position, k, least_drawn, kept_factor, PRECISION, k_sums.dtype, PART
         )
         if CAPPED:
             d_scores *= slope
@@ -300,7 +323,7 @@ def gather(
 @triton.jit(do_not_specialize=VARYING)
 def gradient_of_keys(
     Q, K, V, GRAD_OUT, LSE, REST, DELTA, GRAD_K, GRAD_V, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS,
-    STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
+    STARTS, ENDS, LIMITS, PADDING, BIAS, SEED, PART,
     q_batch: tl.int64, q_head, q_row, k_batch: tl.int64, k_head, k_row,
     v_batch: tl.int64, v_head, v_row, out_batch: tl.int64, out_head, out_row,
     grad_k_batch: tl.int64, grad_k_head, grad_k_row, grad_v_batch: tl.int64, grad_v_head, grad_v_row,
@@ -323,7 +346,9 @@ def gradient_of_keys(
     grad_v_batch, grad_v_head, grad_v_row = unfolded(grad_v_batch, grad_v_head, grad_v_row, FOLD)
     kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     tile = TILES + (tl.load(PATTERNS + kv_head) * num_tiles + tl.program_id(0)) * 2
-    first, stride, line, stop, end = tl.load(tile), tl.load(tile + 1), 0, k_len, q_offset + q_len
+    first, stride, line = tl.load(tile), tl.load(tile + 1), 0
+    k_begin, stop, k_step = part_of_keys(PART, k_len)
+    end, q_step = part_of_queries(PART, q_offset, q_len)
     if first == FAR:
         return
     if K_BLOCK > 0:
@@ -332,7 +357,7 @@ def gradient_of_keys(
     last = tl.minimum(first + (BLOCK_N - 1) * stride, first + (stop - 1 - first) // stride * stride)
     k, _, inside = rows_of_tile(first, stride, stop, 1, BLOCK_N)
     dims, v_dims = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    at_head, k_at = kv_head.to(tl.int64), k.to(tl.int64)
+    at_head, k_at = kv_head.to(tl.int64), row_of(k, k_begin, PART, k_step).to(tl.int64)
     keys = load_rows(K + batch * k_batch + at_head * k_head, k_at * k_row, inside, dims, HEAD_DIM, BLOCK_D, True).to(PRODUCTS)
     values = load_rows(V + batch * v_batch + at_head * v_head, k_at * v_row, inside, v_dims, V_DIM, BLOCK_DV, True).to(PRODUCTS)
     Q += batch * q_batch
@@ -361,15 +386,15 @@ def gradient_of_keys(
                 TERMS, RESIDUES, STARTS, ENDS, num_terms, kv_head, kv_heads, first_head, last_head,
                 first, last, q_offset, end, k_len, True,
             )  # fmt: skip
-            blocks = tl.cdiv(tl.maximum(0, high - low), BLOCK_M // PACK)
+            low, blocks = span_of(low, high, q_offset, PART, q_step, BLOCK_M // PACK)
             k_sums, v_sums = gather(
                 k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, REST, DELTA, q_head, q_row, out_head, out_row, dims, v_dims,
                 TERMS, RESIDUES, STARTS, LIMITS, limit_stride, num_terms, 0, kv_head, kv_heads,
                 k, relative, k_document, keep, k, k, first_head, q_len, k_len, q_offset, scale, softcap,
                 of_part, bias, bias_head, bias_row, SEED, batch, least_drawn, kept_factor,
-                blocks, 0, 0, low, high, 1, TERMS, 0,
+                blocks, 0, 0, low, high, q_step, TERMS, 0,
                 PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, 0, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED,
-                PADDING is not None, True, PRECISION,
+                PADDING is not None, True, PRECISION, PART, row_of(low, q_offset, PART, q_step), 1,
             )  # fmt: skip
         else:
             FIRST: tl.constexpr = 1 if STARTS is not None else 0
@@ -381,8 +406,9 @@ def gradient_of_keys(
                 term, LINE, origin, start, high, rate, blocks, full_from, full_to, row_low, row_high, at = step_of(
                     step, at, TERMS, RESIDUES, of_heads, ENTRIES, STARTS, ENDS, LIMITS, line - first_line, kv_head, kv_heads,
                     first_head, last_head, first, last, q_offset, end, k_len, k,
-                    True, DEDUPE, K_BLOCK, Q_BLOCK, BLOCK_M // PACK,
+                    True, DEDUPE, K_BLOCK, Q_BLOCK, BLOCK_M // PACK, PART,
                 )  # fmt: skip
+                first_row, row_rate = row_of(start, q_offset, PART, q_step), row_of(rate, 0, PART, q_step)
                 for masks in tl.static_range(FIRST, 2):
                     k_sums, v_sums = gather(
                         k_sums, v_sums, keys, values, Q, GRAD_OUT, LSE, REST, DELTA,
@@ -392,7 +418,7 @@ def gradient_of_keys(
                         softcap, of_part, bias, bias_head, bias_row, SEED, batch, least_drawn, kept_factor,
                         blocks, full_from, full_to, start, high, rate, LINE, origin,
                         PACK, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, Q_BLOCK, CAPPED, BIAS_BY, HEADS, DEDUPE, COUNTED,
-                        PADDING is not None, masks == 1, PRECISION,
+                        PADDING is not None, masks == 1, PRECISION, PART, first_row, row_rate,
                     )  # fmt: skip
     at = batch * grad_k_batch + at_head * grad_k_head
     pointers = GRAD_K + at + (k_at * grad_k_row)[:, None] + dims[None, :]

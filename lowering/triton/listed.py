@@ -7,7 +7,7 @@ that what needs no mask is one run of numbers. A visit takes SIZE of them, of on
 import triton
 import triton.language as tl
 
-from dilcompile.lowering.triton.walk import FAR, blocks_of, bounds, part_of_term
+from dilcompile.lowering.triton.walk import FAR, blocks_of, bounds, met, part_of_term
 
 LINE_COLUMNS = tl.constexpr(3)
 
@@ -76,6 +76,7 @@ def step_of(
     step, at, TERMS, RESIDUES, LINES, ENTRIES, STARTS, ENDS, LIMITS, line, kv_head, kv_heads, first_head, last_head,
     first, last, begin, end, k_len, position,
     TRANSPOSED: tl.constexpr, DEDUPE: tl.constexpr, OWN_BLOCK: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+    PART=None,
 ):  # fmt: skip
     """What a tile visits in one step of its walk.
 
@@ -95,6 +96,9 @@ def step_of(
         )  # fmt: skip
         if LIMITS is not None:
             inner_high = inner_low
+        if PART is not None:
+            first, rate, there = met(PART, term, first, begin, rate, TRANSPOSED)
+            high = tl.where(there, high, low)
         start, visits, full_from, full_to = blocks_of(low, high, inner_low, inner_high, rate, first, SIZE)
         row_low, row_high, _, _ = bounds(TERMS, RESIDUES, term, kv_head, kv_heads, position, TRANSPOSED)
         return term, TERMS, 0, start, high, rate, visits, full_from, full_to, row_low, row_high, at

@@ -16,14 +16,18 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import gcd
+from math import gcd, lcm
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dilcompile.generators import Blocks, Everything, Segment, Sinks, Window
+from dilcompile.lowering.call import Held
 from dilcompile.lowering.triton.lists import Lists, blocks_of, lists_on, map_on
+from dilcompile.lowering.triton.parts import numbers_of, unwalkable
+from dilcompile.position_sets import meet
+from dilcompile.progression import Progression
 from dilcompile.relation import Problem, Relation, Term
 
 # Stands for "no limit"; positions stay below it, and sums of two fit in 32 bits.
@@ -37,7 +41,7 @@ _LARGEST_RATE = 1 << 16
 
 @dataclass(frozen=True)
 class Rows:
-    """The positions of one side, from ``begin`` to before ``end``, cut into tiles of ``count`` positions each.
+    """The positions of one side, cut into tiles of ``count`` of them each.
 
     Args:
         tiles: int32 [patterns, tiles, 2], the first position of each tile and the distance of its positions. ``FAR`` where a
@@ -45,8 +49,6 @@ class Rows:
     """
 
     tiles: Tensor
-    begin: int
-    end: int
     count: int
 
 
@@ -64,6 +66,7 @@ class Plan:
         dedupes: some term counts only what earlier ones don't hold.
         by_head: some term is not one of all query heads.
         lists: of the blocks that the relation is made of, as the side walks them whose tiles the plan has.
+        part: where rows stand that are a part of their sequence, see ``parts.numbers_of``.
     """
 
     terms: Tensor
@@ -75,6 +78,7 @@ class Plan:
     dedupes: bool
     by_head: bool
     lists: Lists | None = None
+    part: Tensor | None = None
 
     @property
     def tables(self) -> tuple[Tensor | None, ...]:
@@ -88,9 +92,16 @@ class Plan:
         return (0, 0) if self.lists is None else (self.lists.first_line, self.lists.line_head)
 
 
-def unplannable(relation: Relation) -> str | None:
+def unplannable(relation: Relation, held: Held | None = None) -> str | None:
     """Why positions of this relation can't be cut into residue classes, or None."""
     size = relation.problem
+    if held is not None:
+        if any(isinstance(term.generator, Blocks) for term in relation.terms):
+            return "the blocks of a pattern over a part of a sequence"
+        if max(held.queries.stop, held.keys.stop) >= FAR // 2:
+            return f"positions up to {held.queries.stop} and {held.keys.stop}: they are held in 32 bits, below {FAR // 2}"
+        if (reason := unwalkable(held, _rates(relation))) is not None:
+            return reason
     if max(size.k_len, size.q_len + abs(size.q_offset)) >= FAR // 2:
         return f"{size.k_len} keys and {size.q_len} queries from {size.q_offset}: positions are held in 32 bits, below {FAR // 2}"
     for term in relation.terms:
@@ -120,7 +131,8 @@ def _moved(plan: Plan, device: torch.device) -> Plan:
     """The plan with its tensors on a device, there for every stream."""
     queries, keys = (replace(side, tiles=side.tiles.to(device)) for side in (plan.queries, plan.keys))
     terms, residues, patterns = (x.to(device) for x in (plan.terms, plan.residues, plan.patterns))
-    return replace(plan, terms=terms, residues=residues, patterns=patterns, queries=queries, keys=keys)
+    part = None if plan.part is None else plan.part.to(device)
+    return replace(plan, terms=terms, residues=residues, patterns=patterns, queries=queries, keys=keys, part=part)
 
 
 def _placed(plan: Plan, device: torch.device) -> Plan:
@@ -140,29 +152,36 @@ def _elsewhere(make: Callable[[], T], device: torch.device) -> T:
         return other.submit(make).result()
 
 
-@lru_cache(maxsize=256)
-def plan_of(relation: Relation, queries: int, keys: int, by_document: bool, device: torch.device) -> Plan:
+@lru_cache(maxsize=1024)
+def plan_of(
+    relation: Relation, queries: int, keys: int, by_document: bool, device: torch.device, part: Held | None = None
+) -> Plan:
     """The plan of a relation.
 
     Args:
         queries, keys: positions in a tile of each side.
         by_document: positions count from the start of each document, which only the device knows.
         device: where its tensors are.
+        part: where the rows stand, if they are a part of their sequence.
     """
     size = relation.problem
     of_head = _residues_by_head(relation)
     patterns = sorted(set(of_head))
-    spans = ((size.q_offset, size.q_offset + size.q_len, queries), (0, size.k_len, keys))
+    places = (Progression(size.q_offset, size.q_offset + size.q_len), Progression(0, size.k_len))
+    if part is not None:
+        places = (part.queries, part.keys)
+    spans = ((places[0], queries), (places[1], keys))
     classes = None if by_document else _classes(_rates(relation), patterns, spans)
     counted = classes is None
     if classes is None:
         patterns, classes = [of_head[0]], [[(0, 1)]]
     # Causal queries have the more keys the later they stand, keys the more queries the earlier: the longest work goes first.
     sides = [
-        Rows(_tiles(classes, *span, backwards), *span)
+        Rows(_tiles(classes, *span, backwards), span[1])
         for span, backwards in zip(spans, (size.right is not None, False), strict=True)
     ]
-    return _placed(_plan(relation, patterns, sides[0], sides[1], counted), device)
+    plan = _plan(relation, patterns, sides[0], sides[1], counted)
+    return _placed(plan if part is None else replace(plan, part=numbers_of(part, _rates(relation))), device)
 
 
 @lru_cache(maxsize=64)
@@ -170,10 +189,8 @@ def plan_of_blocks(relation: Relation, count: int, transposed: bool, by_document
     """The plan of a relation of blocks, for one side: tiles of ``count`` of its queries, or (transposed) of its keys."""
 
     def made() -> Plan:
-        size = relation.problem
         lists = lists_on(relation, count, transposed, by_document, device)
-        rows = Rows(lists.tiles[None], *((0, size.k_len) if transposed else (size.q_offset, size.q_offset + size.q_len)), count)
-        none = Rows(lists.tiles[None, :0], 0, 0, 1)
+        rows, none = Rows(lists.tiles[None], count), Rows(lists.tiles[None, :0], 1)
         patterns = [_residues_by_head(relation)[0]]
         plan = _plan(relation, patterns, none if transposed else rows, rows if transposed else none, False)
         return replace(_moved(plan, device), lists=lists)
@@ -200,8 +217,8 @@ def plan_of_few(relation: Relation, queries: int, by_document: bool, device: tor
     if not by_document:
         wanted = [tuple(zip(_rates(relation), pattern, strict=True)) for pattern in patterns]
         classes = [sorted({class_of(t, each) for t in range(begin, end)}) for each in wanted]
-    rows = Rows(_tiles(classes, begin, end, queries, False), begin, end, queries)
-    no_keys = Rows(torch.empty((len(patterns), 0, 2), dtype=torch.int32, device="cpu"), 0, size.k_len, 1)
+    rows = Rows(_tiles(classes, Progression(begin, end), queries, False), queries)
+    no_keys = Rows(torch.empty((len(patterns), 0, 2), dtype=torch.int32, device="cpu"), 1)
     return _placed(_plan(relation, patterns, rows, no_keys, by_document), device)
 
 
@@ -229,7 +246,7 @@ def _residues_by_head(relation: Relation) -> list[tuple[int, ...]]:
 
 
 Class = tuple[int, int]
-Span = tuple[int, int, int]
+Span = tuple[Progression, int]
 
 
 def _classes(rates: tuple[int, ...], patterns: list[tuple[int, ...]], spans: tuple[Span, Span]) -> list[list[Class]] | None:
@@ -237,13 +254,14 @@ def _classes(rates: tuple[int, ...], patterns: list[tuple[int, ...]], spans: tup
     found = []
     for pattern in patterns:
         classes = residue_classes(
-            tuple(zip(rates, pattern, strict=True)), _MOST_ROWS_PER_QUERY * max(span[1] - span[0] for span in spans)
+            tuple(zip(rates, pattern, strict=True)), _MOST_ROWS_PER_QUERY * max(len(part) for part, _ in spans)
         )
         if classes is None:
             return None
-        for begin, end, count in spans:
-            rows = sum(-(-(end - begin) // (stride * count)) * count for _, stride in classes)
-            if rows > _MOST_ROWS_PER_QUERY * max(end - begin, count):
+        for part, count in spans:
+            common = [lcm(stride, part.step) for start, stride in classes if (start - part.start) % gcd(stride, part.step) == 0]
+            rows = sum(-(-(part.stop - part.start) // (step * count)) * count for step in common)
+            if rows > _MOST_ROWS_PER_QUERY * max(len(part), count):
                 return None
         found.append(classes)
     return found
@@ -299,13 +317,13 @@ def _splits_by(member: int, stride: int, rate: int, residue: int) -> int:
     return next(p for p in range(2, rate + 1) if rate // common % p == 0)
 
 
-def _tiles(classes: list[list[Class]], begin: int, end: int, count: int, backwards: bool) -> Tensor:
+def _tiles(classes: list[list[Class]], part: Progression, count: int, backwards: bool) -> Tensor:
     lists = []
     for found in classes:
         tiles = []
         for start, stride in found:
-            first = begin + (start - begin) % stride
-            tiles += [(t, stride) for t in range(first, end, stride * count)]
+            own = meet(Progression(start + (part.start - start) // stride * stride, part.stop, stride), part)
+            tiles += [(t, own.step) for t in range(own.start, own.stop, own.step * count)]
         lists.append(sorted(tiles, reverse=backwards))
     longest = max(1, *(len(tiles) for tiles in lists))
     return torch.tensor([tiles + [(FAR, 1)] * (longest - len(tiles)) for tiles in lists], dtype=torch.int32, device="cpu")

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from dilcompile.lowering.triton.listed import visited
-from dilcompile.lowering.triton.walk import COLUMNS, FAR, block_at, bounds, floor_mod, has_heads
+from dilcompile.lowering.triton.walk import COLUMNS, FAR, block_at, bounds, floor_mod, has_heads, part_of_queries
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -36,14 +36,15 @@ def rows_of_tile(first, stride, end, PACK: tl.constexpr, SIZE: tl.constexpr):
 @triton.jit
 def tile_of_queries(
     number, TILES, PATTERNS, num_tiles, q_offset, q_len, GROUP: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr,
-    Q_BLOCK: tl.constexpr = 0,
+    Q_BLOCK: tl.constexpr = 0, PART=None,
 ):  # fmt: skip
     """(key head, batch row, first and last query head, first and last position, positions, query heads, which there are, block
     row) of this program's tile, which has this number in its pattern; the first position of a tile that is none is ``FAR``."""
     kv_head, batch = tl.program_id(1) // (GROUP // PACK), tl.program_id(2).to(tl.int64)
     first_head = kv_head * GROUP + tl.program_id(1) % (GROUP // PACK) * PACK
     tile = TILES + (tl.load(PATTERNS + kv_head) * num_tiles + number) * 2
-    first, stride, line, end = tl.load(tile), tl.load(tile + 1), 0, q_offset + q_len
+    first, stride, line = tl.load(tile), tl.load(tile + 1), 0
+    end, _ = part_of_queries(PART, q_offset, q_len)
     if Q_BLOCK > 0:
         line, stride = stride, 1
         end = tl.minimum(end, (line + 1) * Q_BLOCK)
@@ -83,16 +84,17 @@ def load_rows(base, row_offset, there, dims, DIM: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def facts_of_queries(t, there, STARTS, LIMITS, q_offset, limit_stride, k_len):
-    """(position in its document, start of that, first key, end of keys) of query positions t; what is not asked for is t."""
+def facts_of_queries(t, row, there, STARTS, LIMITS, limit_stride, k_len):
+    """(position in its document, start of that, first key, end of keys) of query rows at positions t; what is not asked for
+    is t."""
     relative, document, limit_low, limit_high = t, t, t, t
     if STARTS is not None:
         known = there & (t >= 0) & (t < k_len)
         document = tl.load(STARTS + t, mask=known, other=-2)
         relative = t - tl.maximum(document, 0)
     if LIMITS is not None:
-        limit_low = tl.load(LIMITS + (t - q_offset), mask=there, other=0)
-        limit_high = tl.load(LIMITS + limit_stride + (t - q_offset), mask=there, other=0)
+        limit_low = tl.load(LIMITS + row, mask=there, other=0)
+        limit_high = tl.load(LIMITS + limit_stride + row, mask=there, other=0)
     return relative, document, limit_low, limit_high
 
 
@@ -228,15 +230,22 @@ def scores_of_keys(
     BLOCKS: tl.constexpr, CAPPED: tl.constexpr, BIAS_BY: tl.constexpr, HEADS: tl.constexpr, DEDUPE: tl.constexpr,
     COUNTED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, SCORES: tl.constexpr,
     PAGES=None, num_pages=0, k_page=0, v_page=0, PAGE_SIZE: tl.constexpr = 1, KEYS=None, VALUES=None,
+    PART=None, key_row=0, row_rate=0,
 ):  # fmt: skip
-    """(scores, slope of the cap, k, keys, values) of a tile of queries and the n-th block of keys, at positions k."""
+    """(scores, slope of the cap, k, keys, values) of a tile of queries and the n-th block of keys, at positions k. Of a part of
+    the keys, ``key_row`` is the row at ``start``, and rows ``rate`` positions apart are ``row_rate`` apart."""
     if BLOCKS == 0:
-        k = start + (block_at(n, full_from, full_to, MASKED) * BLOCK_N + tl.arange(0, BLOCK_N)) * rate
+        number = block_at(n, full_from, full_to, MASKED) * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = start + number * rate
         inside = k < high
+        slot = k
+        if PART is not None:
+            slot = key_row + number * row_rate
     else:
         visit = block_at(n, full_from, full_to, MASKED)
         k, inside = visited(visit, tl.arange(0, BLOCK_N), LINE, origin, start, high, rate, BLOCKS, BLOCK_N, MASKED)
-    k_at, v_at, there = places_of_keys(k, inside, k_row, v_row, PAGES, num_pages, k_page, v_page, PAGE_SIZE)
+        slot = k
+    k_at, v_at, there = places_of_keys(slot, inside, k_row, v_row, PAGES, num_pages, k_page, v_page, PAGE_SIZE)
     partly: tl.constexpr = MASKED or PAGES is not None
     if KEYS is not None:
         row = start // rate + block_at(n, full_from, full_to, MASKED) * BLOCK_N
@@ -270,9 +279,11 @@ def mixed(x):
 
 
 @triton.jit
-def row_state(SEED, batch, h, t):
-    """What the queries (batch, h, t) put into the draws of their pairs: uint32, like h and t."""
+def row_state(SEED, batch, h, t, PART=None):
+    """What the queries (batch, h, t) put into the draws of their pairs: uint32, like h and t. A part may have heads before it."""
     seed = tl.load(SEED)
+    if PART is not None:
+        h += tl.load(PART + 4)
     state = mixed(seed.to(tl.uint32)) ^ mixed((seed >> 32).to(tl.uint32) + 0x9E3779B9)
     state = mixed(state + batch.to(tl.uint32) * 0x85EBCA6B)
     state = mixed(state + h.to(tl.uint32) * 0xC2B2AE35)

@@ -33,7 +33,8 @@ _SMALLEST, _LARGEST, _MOST_STAGES = 16, 256, 5
 
 @dataclass(frozen=True)
 class Kind:
-    """What a tile is chosen for; ``head``: the larger head size, a power of two; ``listed``: it walks lists of blocks."""
+    """What a tile is chosen for; ``head``: the larger head size, a power of two; ``listed``: it walks lists of blocks; ``part``:
+    its rows are a part of their sequence."""
 
     step: Pass
     device: torch.device
@@ -41,6 +42,7 @@ class Kind:
     dtype: torch.dtype
     masks: Masks
     listed: bool = False
+    part: bool = False
 
 
 _chosen: dict[Kind, Tile] = {}
@@ -102,7 +104,7 @@ def neighbours(kind: Kind, table: Tile, shared: int | None, describes: bool = Fa
         {"warps": 4 if table.warps == 8 else 8},
         *({"stages": stages} for stages in (table.stages - 1, table.stages + 1)),
     ]
-    if describes and kind.step in ("forward", "queries") and not kind.listed and "counted" not in kind.masks:
+    if describes and kind.step in ("forward", "queries") and not (kind.listed or kind.part) and "counted" not in kind.masks:
         changes += [{"described": True}, {"described": True, "stages": table.stages + 1}]
     made = [table, *(replace(table, **change) for change in changes)]  # type: ignore[arg-type]
     fitting = [one for one in made if one == table or (_sound(one) and (shared is None or _shared(kind, one) <= shared))]
@@ -200,7 +202,7 @@ def _describes(kind: Kind) -> bool:
 
 def _about(kind: Kind, tried: Mapping[str, Tile], made_from: str) -> dict[str, str]:
     """All that the times depend on, as text."""
-    walk = "lists of blocks" if kind.listed else "terms"
+    walk = "lists of blocks" if kind.listed else "terms of a part" if kind.part else "terms"
     return {
         "class": f"{kind.step}, head size {kind.head}, {kind.dtype}, masks {kind.masks}, {walk}",
         "tiles": "; ".join(tried),

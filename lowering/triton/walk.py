@@ -10,6 +10,8 @@ import triton.language as tl
 # More than any position and its negative; two of them added fit in 32 bits.
 FAR = tl.constexpr(1 << 30)
 COLUMNS = tl.constexpr(8)
+# Numbers of a part of a sequence before those of its terms, and of a term; see ``parts.numbers_of``.
+PART_COLUMNS, PART_OF_TERM = tl.constexpr(5), tl.constexpr(4)
 # What changes from call to call: a kernel is compiled once for all of it. The strides of a mask follow the length, and so may the
 # address of a slice; those of other operands are multiples of 16 in every call (``scores.unfolded``).
 VARYING = [
@@ -24,6 +26,45 @@ VARYING = [
 def floor_mod(x, n):
     """x mod n, not negative (Triton's own has the sign of x)."""
     return (x % n + n) % n
+
+
+@triton.jit
+def part_of_queries(PART, q_offset, q_len):
+    """(the first position behind the queries, their distance)."""
+    end, step = q_offset + q_len, 1
+    if PART is not None:
+        step = tl.load(PART + 3)
+        end = q_offset + (q_len - 1) * step + 1
+    return end, step
+
+
+@triton.jit
+def part_of_keys(PART, k_len):
+    """(the first position of the keys, the first behind them, their distance)."""
+    begin, end, step = 0, k_len, 1
+    if PART is not None:
+        begin, end, step = tl.load(PART), tl.load(PART + 1), tl.load(PART + 2)
+    return begin, end, step
+
+
+@triton.jit
+def row_of(position, begin, PART, step):
+    """The row that stands at a position."""
+    row = position - begin
+    if PART is not None:
+        row = row // step
+    return row
+
+
+@triton.jit
+def met(PART, term, first, begin, rate, TRANSPOSED: tl.constexpr):
+    """(a position of the residue class of ``first`` modulo rate among the other side's, which begin at ``begin``; the distance of
+    such; whether there are any): the Chinese remainder theorem."""
+    row = PART + PART_COLUMNS + term * PART_OF_TERM + (2 if TRANSPOSED else 0)
+    divisor, inverse, step = tl.load(row), tl.load(row + 1), tl.load(PART + (3 if TRANSPOSED else 2))
+    over, gap = step // divisor, begin - first
+    steps = floor_mod(floor_mod(gap // divisor, over) * inverse, over)
+    return first + steps * rate, rate * over, gap % divisor == 0
 
 
 @triton.jit
@@ -121,6 +162,15 @@ def reach_of_all(
         low, high = tl.minimum(low, term_low), tl.maximum(high, term_high)
     high = tl.minimum(high, last_length)
     return tl.maximum(limit_low, low + first_start), tl.minimum(limit_high, high + last_start)
+
+
+@triton.jit
+def span_of(low, high, begin, PART, step, SIZE: tl.constexpr):
+    """(the first position from ``low`` on, blocks of SIZE up to before ``high``) of those that begin at ``begin``."""
+    if PART is not None:
+        low += floor_mod(begin - low, step)
+        return low, tl.cdiv(tl.cdiv(tl.maximum(0, high - low), step), SIZE)
+    return low, tl.cdiv(tl.maximum(0, high - low), SIZE)
 
 
 @triton.jit
