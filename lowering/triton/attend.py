@@ -65,8 +65,8 @@ def attend(
 
 @triton.jit(do_not_specialize=VARYING)
 def attention(
-    Q, K, V, OUT, LSE, REST, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS, STARTS, ENDS, LIMITS, PADDING, BIAS, SEED,
-    PART,
+    Q, K, V, OUT, LSE, REST, TERMS, RESIDUES, LINES, ENTRIES, TILES, PATTERNS,
+    STARTS, ENDS, LIMITS, PADDING, BIAS, SEED, PART,
     q_batch: tl.int64, q_head, q_row, k_batch: tl.int64, k_head, k_row,
     v_batch: tl.int64, v_head, v_row, out_batch: tl.int64, out_head, out_row,
     document_batch, limit_batch, limit_stride, padding_batch, padding_stride,
