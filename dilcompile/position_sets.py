@@ -60,10 +60,17 @@ def disjoint(parts: Iterable[Progression]) -> Parts:
     runs = [(step, _runs(held)) for step, classes in sorted(_by_step(parts).items()) for held in classes.values()]
     found: list[Progression] = []
     for number, (step, left) in enumerate(runs):
+        low, high = left[0].start, left[-1].stop
         # Of nested ones the coarsest first: what the others hold is gone with it.
         for finer, there in reversed(runs[:number]):
-            if left and finer < step:
-                left = list(_cut(left, there))
+            # Most are of other steps, stretches or classes: there is nothing to cut.
+            apart = finer == step or there[0].start >= high or low >= there[-1].stop
+            if apart or (there[0].start - low) % gcd(finer, step):
+                continue
+            left = list(_cut(left, there))
+            if not left:
+                break
+            low, high = min(part.start for part in left), max(part.stop for part in left)
         found += left
     return tuple(sorted(found, key=lambda part: (part.start, part.step)))
 

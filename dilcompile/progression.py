@@ -96,7 +96,10 @@ def union_count(parts: Sequence[RowKeys]) -> Positions:
         swallowed &= part.count == overlap.count
     open_rows = np.ones(len(total), dtype=np.bool_)
     open_rows[some[swallowed]] = False
-    if open_rows.any():
+    # To count what is not asked for takes less than to copy what is.
+    if 2 * int(np.count_nonzero(open_rows)) > len(total):
+        total += np.where(open_rows, union_count(rest), 0)
+    elif open_rows.any():
         total[open_rows] += union_count([part.rows(open_rows) for part in rest])
     if not swallowed.all():
         total[some[~swallowed]] -= union_count([overlap.rows(~swallowed) for overlap in overlaps])

@@ -12,9 +12,10 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from dilcompile.placements.needs import holders, local, needed, shares
+from dilcompile.placements.needs import local, needed, shares
 from dilcompile.placements.schedule import RankSchedule, Step, Transfer
 from dilcompile.placements.shards import Shards
+from dilcompile.placements.spread import Spread
 from dilcompile.placements.unfit import anywhere, data_chosen
 from dilcompile.placements.volume import Volume, held
 from dilcompile.relation import Relation
@@ -57,7 +58,7 @@ def volume(relation: Relation, shards: Shards, documents: bool = False) -> Volum
 @lru_cache(maxsize=16)
 def _seen(relation: Relation, shards: Shards) -> npt.NDArray[np.bool_]:
     """Whether a rank (row) reads keys of another (column)."""
-    return np.stack([holders(rows, shards) for rows in needed(relation, shards)])
+    return np.stack([Spread.of(part for each in rows for part in each.positions).holders(shards) for rows in needed(relation, shards)])
 
 
 @lru_cache(maxsize=16)
