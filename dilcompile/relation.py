@@ -19,7 +19,7 @@ from dilcompile.blocks.adaptive import most_pairs
 from dilcompile.blocks.grid import Grid
 from dilcompile.blocks.heads import kind_of_head
 from dilcompile.generators import Blocks, ByRow, Generator, Segment, Window
-from dilcompile.progression import Positions, Progression, RowKeys, union_count
+from dilcompile.progression import Positions, Progression, RowKeys, SomeRows, union_count_of_rows
 
 _ROWS_AT_ONCE = 1 << 18
 
@@ -255,7 +255,7 @@ class Relation:
                 keys = generator.rows(head, t, size.k_len).meet(keys)
             counts = keys.count
             if before:
-                counts = counts - union_count([_common(each, head, t, keys, size.k_len) for each in before])
+                counts = counts - union_count_of_rows([_common(each, head, t, keys, size.k_len) for each in before], len(t))
             yield t, counts
 
     def _counts_one_by_one(self, index: int, head: int) -> Iterator[tuple[Positions, Positions]]:
@@ -309,7 +309,7 @@ class Relation:
             keys = self._masked(generator.rows(head, t, self.problem.k_len), t)
             counts = keys.count
             if term.dedupe and before:
-                counts = counts - union_count([_common(each, head, t, keys, self.problem.k_len) for each in before])
+                counts = counts - union_count_of_rows([_common(each, head, t, keys, self.problem.k_len) for each in before], len(t))
             yield t, counts
 
     def _active(self, generator: ByRow, head: int, start: int, stop: int) -> Iterator[Positions]:
@@ -349,16 +349,12 @@ def _by_row(generator: Generator) -> ByRow:
     return generator
 
 
-def _common(generator: ByRow, head: int, t: Positions, keys: RowKeys, k_len: int) -> RowKeys:
-    """Those of ``keys`` that the generator holds too, row by row; computed only for rows that are active in it."""
-    if not isinstance(generator, Segment) or not len(t):
-        return generator.rows(head, t, k_len).meet(keys)
-    active = generator.has(head, t)
-    found = generator.rows(head, t[active], k_len).meet(keys.rows(active))
-    first = np.zeros_like(t)
-    stop = np.zeros_like(t)
-    first[active], stop[active] = found.first, found.stop
-    return RowKeys(first, stop, found.step)
+def _common(generator: ByRow, head: int, t: Positions, keys: RowKeys, k_len: int) -> SomeRows:
+    """Those of ``keys`` that the generator holds too, of the rows that are active in it."""
+    rows = np.arange(len(t), dtype=np.int64)
+    if isinstance(generator, Segment):
+        rows = np.flatnonzero(generator.has(head, t))
+    return SomeRows(rows, generator.rows(head, t[rows], k_len).meet(keys.rows(rows)))
 
 
 def _kind(generator: Generator, head: int) -> object:
