@@ -309,7 +309,9 @@ class Relation:
             keys = self._masked(generator.rows(head, t, self.problem.k_len), t)
             counts = keys.count
             if term.dedupe and before:
-                counts = counts - union_count_of_rows([_common(each, head, t, keys, self.problem.k_len) for each in before], len(t))
+                counts = counts - union_count_of_rows(
+                    [_common(each, head, t, keys, self.problem.k_len) for each in before], len(t)
+                )
             yield t, counts
 
     def _active(self, generator: ByRow, head: int, start: int, stop: int) -> Iterator[Positions]:

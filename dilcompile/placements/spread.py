@@ -50,6 +50,18 @@ class Spread:
             found[of_step] = np.where(gap % divisor == 0, np.maximum(0, (size - first + cycle - 1) // cycle), 0)
         return found
 
+    def stretches(self, rank: int, shards: Shards) -> int:
+        """In how many stretches the positions come to a rank that holds some of them: those that follow one another in a
+        progression come as one, but for striped shards, where those of each rank are apart."""
+        if shards.order == "striped":
+            ranks = np.minimum(shards.ranks // np.gcd(self.step, shards.ranks), self.size)
+            return int(ranks.sum() - np.count_nonzero(self.held_by(rank, shards)))
+        pieces = [rank, 2 * shards.ranks - 1 - rank] if shards.order == "zigzag" else [rank]
+        lows = [0, *((piece + 1) * shards.piece for piece in pieces)]
+        highs = [*(piece * shards.piece for piece in pieces), shards.ranks * shards.places]
+        between = (self._within(low, high - low) for low, high in zip(lows, highs, strict=True))
+        return sum(int(np.count_nonzero(held)) for held in between)
+
     def by_rank(self, weights: Positions, shards: Shards) -> Positions:
         """How many positions each rank holds, those of a progression ``weights[i]`` times, int64 [ranks]."""
         if shards.order == "striped":
@@ -120,5 +132,8 @@ def _counted(sizes: Positions) -> Iterator[tuple[Positions, Positions]]:
         done = int(stops[start - 1]) if start else 0
         stop = max(start + 1, int(np.searchsorted(stops, done + _AT_ONCE, "right")))
         which = np.repeat(np.arange(start, stop, dtype=np.int64), sizes[start:stop])
-        yield which, np.arange(len(which), dtype=np.int64) - np.repeat(stops[start:stop] - sizes[start:stop] - done, sizes[start:stop])
+        yield (
+            which,
+            np.arange(len(which), dtype=np.int64) - np.repeat(stops[start:stop] - sizes[start:stop] - done, sizes[start:stop]),
+        )
         start = stop
