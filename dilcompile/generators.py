@@ -93,6 +93,8 @@ class Segment:
 
     def active(self, h: int, start: int, stop: int) -> Positions:
         """The query positions in ``[start, stop)`` that have keys here."""
+        if self.residues is not None and self.heads is None and self.length % self.rate == 0:
+            return np.arange(start + (self.residues[h // self.group] - start) % self.rate, stop, self.rate, dtype=np.int64)
         t = np.arange(start, stop, dtype=np.int64)
         return t[self.has(h, t)]
 
@@ -111,7 +113,8 @@ class Segment:
             return np.zeros(t.shape, dtype=np.bool_)
         if self.residues is None:
             return np.ones(t.shape, dtype=np.bool_)
-        return np.asarray(t % self.length % self.rate == self.residues[h // self.group], dtype=np.bool_)
+        inside = t if self.length % self.rate == 0 else t % self.length
+        return np.asarray(inside % self.rate == self.residues[h // self.group], dtype=np.bool_)
 
     def needed(self, kv_head: int, rows: Progression, k_len: int, left: Limit, right: Limit) -> list[Progression]:
         """The keys that query positions ``rows`` read; see ``Generator``."""

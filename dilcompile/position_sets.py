@@ -60,10 +60,17 @@ def disjoint(parts: Iterable[Progression]) -> Parts:
     runs = [(step, _runs(held)) for step, classes in sorted(_by_step(parts).items()) for held in classes.values()]
     found: list[Progression] = []
     for number, (step, left) in enumerate(runs):
+        low, high = left[0].start, left[-1].stop
         # Of nested ones the coarsest first: what the others hold is gone with it.
         for finer, there in reversed(runs[:number]):
-            if left and finer < step:
-                left = list(_cut(left, there))
+            # Most are of other steps, stretches or classes: there is nothing to cut.
+            apart = finer == step or there[0].start >= high or low >= there[-1].stop
+            if apart or (there[0].start - low) % gcd(finer, step):
+                continue
+            left = list(_cut(left, there) if step % finer else _cut_nested(left, there))
+            if not left:
+                break
+            low, high = min(part.start for part in left), max(part.stop for part in left)
         found += left
     return tuple(sorted(found, key=lambda part: (part.start, part.step)))
 
@@ -72,11 +79,12 @@ def _by_step(parts: Iterable[Progression]) -> dict[int, dict[int, list[Progressi
     """The parts by step and class."""
     found: dict[int, dict[int, list[Progression]]] = {}
     for part in parts:
-        if not len(part):
+        size = -((part.start - part.stop) // part.step)
+        if size <= 0:
             continue
         # A single position is of every step.
-        step = part.step if len(part) > 1 else 1
-        stop = part.positions()[-1] + step
+        step = part.step if size > 1 else 1
+        stop = part.start + size * step
         found.setdefault(step, {}).setdefault(part.start % step, []).append(Progression(part.start, stop, step))
     return found
 
@@ -100,6 +108,25 @@ def _cut(parts: Sequence[Progression], away: Sequence[Progression]) -> Iterator[
         for other in away[bisect_right(stops, part.start) : bisect_left(starts, part.stop)]:
             left = [piece for one in left for piece in without(one, other)]
         yield from left
+
+
+def _cut_nested(parts: Sequence[Progression], away: Sequence[Progression]) -> Iterator[Progression]:
+    """``_cut`` where ``away`` holds every position of the parts between its ends, so that only stretches are left."""
+    for part in parts:
+        start, stop, step = part.start, part.stop, part.step
+        for other in away:
+            if other.stop <= start or other.start >= stop:
+                continue
+            # The first positions that are gone and that are left again.
+            gone = start + max(0, -((start - other.start) // step)) * step
+            again = start - (start - other.stop) // step * step
+            if again <= gone:
+                continue
+            if gone > start:
+                yield Progression(start, min(gone, stop), step)
+            start = again
+        if start < stop:
+            yield Progression(start, stop, step)
 
 
 def joined(starts: Positions, stops: Positions) -> list[Progression]:

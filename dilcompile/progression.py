@@ -101,3 +101,31 @@ def union_count(parts: Sequence[RowKeys]) -> Positions:
     if not swallowed.all():
         total[some[~swallowed]] -= union_count([overlap.rows(~swallowed) for overlap in overlaps])
     return total
+
+
+@dataclass(frozen=True)
+class SomeRows:
+    """Keys of some query rows, which are numbered by ``rows``, int64 [R], ascending; all others have none."""
+
+    rows: Positions
+    keys: RowKeys
+
+    def at(self, rows: Positions) -> RowKeys:
+        """The keys of these rows, ascending; those of a row without any are empty."""
+        if not len(self.rows):
+            return RowKeys(np.zeros_like(rows), np.zeros_like(rows), self.keys.step)
+        found = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
+        there = self.rows[found] == rows
+        return RowKeys(np.where(there, self.keys.first[found], 0), np.where(there, self.keys.stop[found], 0), self.keys.step)
+
+
+def union_count_of_rows(parts: Sequence[SomeRows], number: int) -> Positions:
+    """``union_count`` of parts that few of ``number`` rows have, as the coarse branches do: int64 [number]."""
+    total = np.zeros(number, dtype=np.int64)
+    for index, part in enumerate(parts):
+        # What was counted without this part is counted anew in the rows that have it.
+        has = part.keys.count > 0
+        rows = part.rows[has]
+        if len(rows):
+            total[rows] = union_count([*(each.at(rows) for each in parts[:index]), part.keys.rows(has)])
+    return total

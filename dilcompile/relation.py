@@ -6,8 +6,9 @@ position ``t = i + q_offset``. Everything here is plain arithmetic on positions;
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import lcm
 
 import numpy as np
@@ -18,7 +19,7 @@ from dilcompile.blocks.adaptive import most_pairs
 from dilcompile.blocks.grid import Grid
 from dilcompile.blocks.heads import kind_of_head
 from dilcompile.generators import Blocks, ByRow, Generator, Segment, Window
-from dilcompile.progression import Positions, Progression, RowKeys, union_count
+from dilcompile.progression import Positions, Progression, RowKeys, SomeRows, union_count_of_rows
 
 _ROWS_AT_ONCE = 1 << 18
 
@@ -125,13 +126,15 @@ class Relation:
     def pairs(self) -> int:
         """The exact sum of multiplicities over one batch row: all heads, queries and keys; a bound on it where blocks depend on
         the data."""
-        return sum(len(heads) * self._head_pairs(heads[0]) for heads in self._alike_heads())
+        alike = ((index, heads) for index in range(len(self.terms)) for heads in self._alike_heads(index))
+        return sum(len(heads) * self._term_pairs(index, heads[0]) for index, heads in alike)
 
     def pairs_by_head(self) -> Positions:
         """``pairs`` of each query head, int64 [H]."""
         found = np.zeros(self.problem.heads, dtype=np.int64)
-        for heads in self._alike_heads():
-            found[heads] = self._head_pairs(heads[0])
+        for index in range(len(self.terms)):
+            for heads in self._alike_heads(index):
+                found[heads] += self._term_pairs(index, heads[0])
         return found
 
     def pairs_of_rows(self) -> Iterator[tuple[Positions, Positions]]:
@@ -139,16 +142,17 @@ class Relation:
 
         In time of rows and of blocks times their queries. Not where blocks depend on the data.
         """
-        for heads in self._alike_heads():
-            for index in range(len(self.terms)):
+        for index in range(len(self.terms)):
+            for heads in self._alike_heads(index):
                 for t, counts in self._term_rows(index, heads[0]):
                     yield t, len(heads) * counts
 
-    def _alike_heads(self) -> list[list[int]]:
-        """The query heads, those together that see the same keys."""
+    def _alike_heads(self, index: int) -> list[list[int]]:
+        """The query heads, those together to which a term adds the same keys."""
         kinds: dict[tuple[object, ...], list[int]] = {}
+        involved = self._involved(index)
         for head in range(self.problem.heads):
-            kinds.setdefault(tuple(_kind(term.generator, head) for term in self.terms), []).append(head)
+            kinds.setdefault(tuple(_kind(term.generator, head) for term in involved), []).append(head)
         return list(kinds.values())
 
     def density(self) -> float:
@@ -164,18 +168,26 @@ class Relation:
     def keys_needed(self, rows: Progression, kv_head: int) -> list[Progression]:
         """The key positions that the query positions ``rows`` read under one key head: no other, though several times where terms
         meet. Where blocks depend on the data: all that may be read."""
-        size, found = self.problem, dict[Progression, None]()
-        for term in self.terms:
-            found.update(dict.fromkeys(term.generator.needed(kv_head, rows, size.k_len, size.left, size.right)))
-        return list(found)
+        return next(self.keys_needed_by_heads(rows, [kv_head]))
+
+    def keys_needed_by_heads(self, rows: Progression, kv_heads: Sequence[int]) -> Iterator[list[Progression]]:
+        """``keys_needed`` of each of the key heads; a term is asked once for all to which it gives the same."""
+        size, found = self.problem, [dict[Progression, None]() for _ in kv_heads]
+        for term, first in zip(self.terms, _first_alike(self), strict=True):
+            known: dict[int, dict[Progression, None]] = {}
+            for keys, kv_head in zip(found, kv_heads, strict=True):
+                like = first[kv_head]
+                if like not in known:
+                    known[like] = dict.fromkeys(term.generator.needed(like, rows, size.k_len, size.left, size.right))
+                keys.update(known[like])
+        return map(list, found)
 
     def alike_kv_heads(self) -> list[list[int]]:
         """The key heads, those together of which the same keys are read at every position."""
-        kinds: dict[tuple[object, ...], list[int]] = {}
+        kinds: dict[tuple[int, ...], list[int]] = {}
+        first = _first_alike(self)
         for kv_head in range(self.problem.kv_heads):
-            heads = range(kv_head * self.problem.group, (kv_head + 1) * self.problem.group)
-            kind = tuple(dict.fromkeys(tuple(_kind(term.generator, head) for term in self.terms) for head in heads))
-            kinds.setdefault(kind, []).append(kv_head)
+            kinds.setdefault(tuple(of_term[kv_head] for of_term in first), []).append(kv_head)
         return list(kinds.values())
 
     def at(self, q_len: int, k_len: int, q_offset: int) -> Relation:
@@ -193,9 +205,6 @@ class Relation:
             for term in self.terms
         )
         return Relation(size, terms)
-
-    def _head_pairs(self, head: int) -> int:
-        return sum(self._term_pairs(index, head) for index in range(len(self.terms)))
 
     def _block_pairs(self, index: int, head: int) -> int:
         """``_term_pairs`` where blocks are involved."""
@@ -246,7 +255,7 @@ class Relation:
                 keys = generator.rows(head, t, size.k_len).meet(keys)
             counts = keys.count
             if before:
-                counts = counts - union_count([_common(each, head, t, keys, size.k_len) for each in before])
+                counts = counts - union_count_of_rows([_common(each, head, t, keys, size.k_len) for each in before], len(t))
             yield t, counts
 
     def _counts_one_by_one(self, index: int, head: int) -> Iterator[tuple[Positions, Positions]]:
@@ -300,7 +309,9 @@ class Relation:
             keys = self._masked(generator.rows(head, t, self.problem.k_len), t)
             counts = keys.count
             if term.dedupe and before:
-                counts = counts - union_count([_common(each, head, t, keys, self.problem.k_len) for each in before])
+                counts = counts - union_count_of_rows(
+                    [_common(each, head, t, keys, self.problem.k_len) for each in before], len(t)
+                )
             yield t, counts
 
     def _active(self, generator: ByRow, head: int, start: int, stop: int) -> Iterator[Positions]:
@@ -323,21 +334,29 @@ class Relation:
         return f"{terms}{mask}"
 
 
+@lru_cache(maxsize=64)
+def _first_alike(relation: Relation) -> tuple[tuple[int, ...], ...]:
+    """For each term and key head the first key head of which the term lets the same keys be read at every position."""
+    size, found = relation.problem, []
+    for term in relation.terms:
+        kinds: dict[frozenset[object], int] = {}
+        groups = (range(kv_head * size.group, (kv_head + 1) * size.group) for kv_head in range(size.kv_heads))
+        each = (frozenset(_kind(term.generator, head) for head in heads) for heads in groups)
+        found.append(tuple(kinds.setdefault(kind, kv_head) for kv_head, kind in enumerate(each)))
+    return tuple(found)
+
+
 def _by_row(generator: Generator) -> ByRow:
     assert not isinstance(generator, Blocks), "the keys of a row of blocks are no progression"
     return generator
 
 
-def _common(generator: ByRow, head: int, t: Positions, keys: RowKeys, k_len: int) -> RowKeys:
-    """Those of ``keys`` that the generator holds too, row by row; computed only for rows that are active in it."""
-    if not isinstance(generator, Segment) or not len(t):
-        return generator.rows(head, t, k_len).meet(keys)
-    active = generator.has(head, t)
-    found = generator.rows(head, t[active], k_len).meet(keys.rows(active))
-    first = np.zeros_like(t)
-    stop = np.zeros_like(t)
-    first[active], stop[active] = found.first, found.stop
-    return RowKeys(first, stop, found.step)
+def _common(generator: ByRow, head: int, t: Positions, keys: RowKeys, k_len: int) -> SomeRows:
+    """Those of ``keys`` that the generator holds too, of the rows that are active in it."""
+    rows = np.arange(len(t), dtype=np.int64)
+    if isinstance(generator, Segment):
+        rows = np.flatnonzero(generator.has(head, t))
+    return SomeRows(rows, generator.rows(head, t[rows], k_len).meet(keys.rows(rows)))
 
 
 def _kind(generator: Generator, head: int) -> object:

@@ -289,10 +289,14 @@ def test_a_step_calls_the_kernel_once_a_branch_however_many_ranks_sent_rows(orde
     spec = Spec("cp", "gather_needed", str(form), order, length, is_causal=True, heads=8, kv_heads=kv_heads)
     made = plan.make_plan(str(spec), plan.Sizes(1, length // ranks, 64, 64, ranks))
     message = torch.empty(made.receives(1), dtype=torch.bfloat16, device="meta")
+    (relation,) = made.relations
+    predicted = PLACEMENTS["gather_needed"].volume(relation, made.shards).calls[1]
     most, most_received = 0, 0
     for rank in range(ranks):
         at = plan.Where(rank)
-        most = max(most, sum(1 for _ in step.meetings(made, at, 1, None, None, message)))
+        calls = sum(1 for _ in step.meetings(made, at, 1, None, None, message))
+        assert calls <= predicted[rank] <= (2 if order == "zigzag" else 1) * calls
+        most = max(most, calls)
         received = (len(rows.positions) for transfer in made.step(at, 1).receives for rows in transfer.rows)
         most_received = max(most_received, sum(received))
     assert most <= branches * kv_heads * (2 if order == "zigzag" else 1)

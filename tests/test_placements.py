@@ -341,6 +341,20 @@ def test_auto_takes_what_is_fastest_and_says_why() -> None:
     assert "budget" in str(choose(dense, Shards(MILLION, 64, order), H100, budget=1))
 
 
+def test_thousands_of_calls_are_not_chosen() -> None:
+    """Striped shards of branches whose rates don't go by the ranks: each branch, head and rank is a call."""
+    site, shards = Site(of_a_million(LONGNET, True), train=False), Shards(MILLION, 64, "striped")
+    costly, free = (choose(site, shards, replace(H100, call=call)) for call in (H100.call, 1e-12))
+    assert isinstance(costly, Chosen)
+    assert isinstance(free, Chosen)
+    gathered = next(one for one in (costly.best, *costly.others) if one.method == "gather_needed")
+    assert gathered.calls > 1000
+    assert gathered.compute > 1000 * H100.call
+    assert costly.best.calls < 200 < free.best.calls
+    contiguous = estimate("gather_needed", site.relation, replace(shards, order="contiguous"), H100, 2)
+    assert contiguous.calls < 100
+
+
 def test_a_slow_wire_is_waited_for() -> None:
     relation, shards = of_a_million(SlidingWindow(4096), True), Shards(MILLION, 8)
     slow = replace(H100, bandwidth=1e6)

@@ -75,16 +75,18 @@ def calibrate(
         latency, node = max(latency, quicker), meshes.size_of(heads_axis)
     flops = _flops(where, dtype, (8192 if is_cuda else 512) if rows is None else rows)
     # In the same order on all ranks; the slowest counts.
-    given = torch.tensor([-latency, bandwidth, network, flops, _memory(where, message)], dtype=torch.float64, device=where)
+    given = torch.tensor(
+        [-latency, -_call(where, dtype), bandwidth, network, flops, _memory(where, message)], dtype=torch.float64, device=where
+    )
     for name in (axis, heads_axis):
         group = None if name is None else meshes.axis_of(name).group
         if group is not None:
             dist.all_reduce(given, op=dist.ReduceOp.MIN, group=group)
-    latency, bandwidth, network, flops, memory = given.tolist()
+    latency, call, bandwidth, network, flops, memory = given.tolist()
     axes = axis if heads_axis is None else f"{axis} and {heads_axis}"
     told = f"{dist.get_backend(at.group)}, {at.size} ranks"
     source = f"measured over mesh axis {axes} ({told}), attention in {str(dtype)[6:]} on {where.type}"
-    found = Device(flops, bandwidth, network, -latency, memory, node, source)
+    found = Device(flops, bandwidth, network, -latency, -call, memory, node, source)
     use_device(found, axis)
     return found
 
@@ -117,6 +119,12 @@ def _flops(where: torch.device, dtype: torch.dtype, rows: int) -> float:
     q, k, v = (torch.randn(1, heads, rows, dim, dtype=dtype, device=where) for _ in range(3))
     spent = _seconds(where, lambda: attention(q, k, v, "dense", is_causal=True))
     return 4 * heads * dim * (rows * (rows + 1) // 2) / spent * max(2, dtype.itemsize) / 2
+
+
+def _call(where: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of an attention of so few rows that its arithmetic takes none."""
+    q, k, v = (torch.randn(1, 1, 16, 64, dtype=dtype, device=where) for _ in range(3))
+    return _seconds(where, lambda: attention(q, k, v, "dense"))
 
 
 def _memory(where: torch.device, message: int) -> float:

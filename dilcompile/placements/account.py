@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
 from dilcompile.placements.parts import share_of
 from dilcompile.placements.schedule import Placement
-from dilcompile.placements.shards import Shards
+from dilcompile.placements.shards import ORDERS, Order, Shards
 from dilcompile.progression import Positions
 from dilcompile.relation import Problem, Relation
 
@@ -106,17 +106,26 @@ def tree_traffic(size: Problem, ranks: int, itemsize: int) -> tuple[int, int]:
     return (ranks - 1) * results * (size.v_dim + 1), (ranks - 1) * results * size.head_dim
 
 
-@lru_cache(maxsize=256)
 def pairs_by_rank(relation: Relation, shards: Shards) -> Positions:
     """The pairs of the queries that each rank holds, int64 [ranks]; they add up to ``relation.pairs()``.
 
     Not where blocks depend on the data.
     """
-    found = np.zeros(shards.ranks, dtype=np.int64)
+    return _pairs_by_order(relation, replace(shards, order="contiguous"))[shards.order]
+
+
+@lru_cache(maxsize=256)
+def _pairs_by_order(relation: Relation, shards: Shards) -> dict[Order, Positions]:
+    """``pairs_by_rank`` by order: what is counted are rows, whoever holds them."""
+    of_rows = np.zeros(shards.length, dtype=np.int64)
     for t, counts in relation.pairs_of_rows():
+        low = int(t.min(initial=shards.length))
         # Exact: far below 2**53.
-        found += np.bincount(shards.holders(t), weights=counts, minlength=shards.ranks).astype(np.int64)
-    return found
+        summed = np.bincount(t - low, weights=counts).astype(np.int64)
+        of_rows[low : low + len(summed)] += summed
+    rows = np.arange(shards.length, dtype=np.int64)
+    by_rank = ((order, replace(shards, order=order).holders(rows)) for order in ORDERS)
+    return {order: np.bincount(held, of_rows, shards.ranks).astype(np.int64) for order, held in by_rank}
 
 
 def imbalance(work: Positions) -> float:

@@ -8,7 +8,7 @@ from dilcompile.placements.needs import local, shares
 from dilcompile.placements.schedule import RankSchedule, Step, Transfer
 from dilcompile.placements.shards import Shards
 from dilcompile.placements.unfit import anywhere, data_chosen
-from dilcompile.placements.volume import Volume, held
+from dilcompile.placements.volume import Volume, held, num_runs
 from dilcompile.relation import Relation
 
 RESENDS = True
@@ -36,4 +36,8 @@ def volume(relation: Relation, shards: Shards, documents: bool = False) -> Volum
     """See ``Placement``."""
     sizes = held(relation.problem.kv_heads, shards)
     steps = [np.zeros_like(sizes)] if shards.ranks == 1 else [np.zeros_like(sizes), sizes.sum() - sizes]
-    return Volume(np.stack(steps), np.stack([steps[0], *([sizes * (shards.ranks - 1)] if shards.ranks > 1 else [])]))
+    sent = np.stack([steps[0], *([sizes * (shards.ranks - 1)] if shards.ranks > 1 else [])])
+    # Each shard is met by itself.
+    calls = np.full_like(sent, num_runs(shards) ** 2)
+    calls[1:] *= shards.ranks - 1
+    return Volume(np.stack(steps), sent, calls)

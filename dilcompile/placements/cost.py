@@ -28,7 +28,9 @@ class Estimate:
         received, sent, received_backward, sent_backward: bytes.
         extra: bytes of others' keys and values at once; for ``tree`` of others' results.
         imbalance: work of the busiest rank over the mean.
-        compute, wire, packing: seconds of the forward for computing, for moving alone, and for packing what is sent.
+        calls: of a kernel, in the forward, at most; the backward has as many.
+        compute, wire, packing: seconds of the forward for computing with these calls, for moving alone, and for packing what is
+            sent.
         seconds: of the forward; ``backward``: of the backward.
     """
 
@@ -43,6 +45,7 @@ class Estimate:
     sent_backward: int
     extra: int
     imbalance: float
+    calls: int
     compute: float
     wire: float
     packing: float
@@ -133,8 +136,13 @@ def _estimate(
     packing, packing_back = 2 * (most["sent"] + dealt.packed) / device.memory, 2 * dealt.packed_backward / device.memory
     packing_back += 2 * (most["sent_backward"] + most["received_backward"]) / device.memory
     back = max(most["received_backward"], most["sent_backward"]) / device.wire(ranks * parts)
+    calls = np.ones(steps, dtype=np.int64)
+    for each in volumes:
+        calls[: len(each.calls)] = np.maximum(calls[: len(each.calls)], each.calls.max(1))
+    computing = forward * work + device.call * calls
+    forward, backward = float(computing.sum()), backward + device.call * int(calls.sum())
     if prefetch:
-        busy = sum(max(float(forward * part), after) for part, after in zip(work, travel[1:], strict=True))
+        busy = sum(max(float(part), after) for part, after in zip(computing, travel[1:], strict=True))
         busy_back = max(backward, back)
     else:
         busy, busy_back = forward + sum(travel), backward + back
@@ -150,6 +158,7 @@ def _estimate(
         sent_backward=most["sent_backward"] + dealt.backward,
         extra=most["extra"] + dealt.forward,
         imbalance=imbalance(pairs),
+        calls=int(calls.sum()),
         compute=forward,
         wire=sum(travel) + heads_wire,
         packing=packing,
@@ -186,12 +195,12 @@ def estimate_tree(relation: Relation, shards: Shards, device: Device, itemsize: 
     size = relation.problem
     received, back = tree_traffic(size, shards.ranks, itemsize)
     pairs = _pairs_of_keys(relation, shards)
-    forward, backward = _compute(size, int(pairs.max()), device, itemsize)
+    forward, backward = (part + device.call for part in _compute(size, int(pairs.max()), device, itemsize))
     wire = received / device.wire(shards.ranks) + 2 * device.latency if shards.ranks > 1 else 0.0
     wire_back = back / device.wire(shards.ranks) + device.latency if shards.ranks > 1 else 0.0
     rows = (shards.ranks - 1) * size.q_len * size.heads
     return Estimate(
-        "tree", shards.order, 1, rows, rows, received, received, back, back, received, imbalance(pairs), forward, wire, 0.0,
+        "tree", shards.order, 1, rows, rows, received, received, back, back, received, imbalance(pairs), 1, forward, wire, 0.0,
         forward + wire, backward + wire_back,
     )  # fmt: skip
 

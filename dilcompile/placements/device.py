@@ -21,6 +21,7 @@ class Device:
         bandwidth: bytes that a rank receives in a second, while it sends as many, from ranks of its node.
         network: the same from ranks of other nodes.
         latency: seconds that an exchange takes beside its bytes.
+        call: seconds that a call of a kernel takes beside its arithmetic, its launch and the merging of its results.
         memory: bytes that are read or written in a second where operands are packed.
         node: ranks of a node.
         source: where the numbers come from.
@@ -30,6 +31,7 @@ class Device:
     bandwidth: float
     network: float
     latency: float
+    call: float
     memory: float
     node: int
     source: str
@@ -68,18 +70,18 @@ _HBM = "0.8 of the memory bandwidth of the datasheet"
 # Not measured here, but for what sources say; ``dilcompile.distributed.calibrate`` measures.
 DEVICES: dict[str, Device] = {
     "h100": Device(
-        592e12, 450e9, 50e9, 20e-6, 2.7e12, 8,
+        592e12, 450e9, 50e9, 20e-6, 10e-6, 2.7e12, 8,
         f"{_FA3}; NVLink 4, 900 GB/s both ways (NVIDIA H100 datasheet); {_HBM}, 3.35 TB/s; 400 Gb/s network",
     ),
     "h200": Device(
-        592e12, 450e9, 50e9, 20e-6, 3.8e12, 8,
+        592e12, 450e9, 50e9, 20e-6, 10e-6, 3.8e12, 8,
         f"as h100: {_FA3}; NVLink 4 (NVIDIA H200 datasheet); {_HBM}, 4.8 TB/s; 400 Gb/s network",
     ),
     "a100": Device(
-        184e12, 300e9, 25e9, 20e-6, 1.6e12, 8,
+        184e12, 300e9, 25e9, 20e-6, 10e-6, 1.6e12, 8,
         f"{_FA2}; NVLink 3, 600 GB/s both ways (NVIDIA A100 datasheet); {_HBM}, 2.0 TB/s; 200 Gb/s network",
     ),
-    "cpu": Device(1e11, 2e9, 1e9, 100e-6, 1e10, 1, "assumed: a few cores, gloo over a 10 Gb/s network"),
+    "cpu": Device(1e11, 2e9, 1e9, 100e-6, 10e-6, 1e10, 1, "assumed: a few cores, gloo over a 10 Gb/s network"),
 }  # fmt: skip
 
 

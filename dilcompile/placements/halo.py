@@ -54,6 +54,7 @@ def schedule(relation: Relation, shards: Shards, rank: int, documents: bool = Fa
     return local_first(relation, shards, rank, _exchange(relation, shards))
 
 
+@lru_cache(maxsize=32)
 def volume(relation: Relation, shards: Shards, documents: bool = False) -> Volume:
     """See ``Placement``."""
     return of_one_exchange(_halos(relation, shards), shards)

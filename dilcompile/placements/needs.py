@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-import numpy as np
-import numpy.typing as npt
-
 from dilcompile.placements.rows import Rows
 from dilcompile.placements.schedule import RankSchedule, Step, Transfer
 from dilcompile.placements.shards import Shards
@@ -37,10 +34,10 @@ def needed(relation: Relation, shards: Shards) -> tuple[tuple[Rows, ...], ...]:
 
 
 def _needed(relation: Relation, shards: Shards, rank: int, alike: Sequence[Sequence[int]]) -> tuple[Rows, ...]:
-    runs, keys = shards.runs(rank), dict[int, Parts]()
-    for heads in alike:
-        parts = disjoint(part for run in runs for part in relation.keys_needed(run.positions, heads[0]))
-        keys.update(dict.fromkeys(heads, parts))
+    keys, first = dict[int, Parts](), [heads[0] for heads in alike]
+    by_run = [relation.keys_needed_by_heads(run.positions, first) for run in shards.runs(rank)]
+    for heads, *of_runs in zip(alike, *by_run, strict=True):
+        keys.update(dict.fromkeys(heads, disjoint(part for parts in of_runs for part in parts)))
     return by_heads((head, keys[head]) for head in range(relation.problem.kv_heads))
 
 
@@ -55,21 +52,6 @@ def by_heads(keys: Iterable[tuple[int, Parts]]) -> tuple[Rows, ...]:
         else:
             found.append(Rows((head, head + 1), parts))
     return tuple(found)
-
-
-def holders(rows: Iterable[Rows], shards: Shards) -> npt.NDArray[np.bool_]:
-    """Which ranks hold any of the rows, bool [ranks]."""
-    found = np.zeros(shards.ranks, dtype=np.bool_)
-    for part in {part for each in rows for part in each.positions}:
-        if shards.order == "striped":
-            few = part.positions()[: shards.ranks]
-            found[np.arange(few.start, few.stop, few.step, dtype=np.int64) % shards.ranks] = True
-            continue
-        # A step no longer than a piece leaves none out.
-        last = part.positions()[-1]
-        each = np.arange(part.start, last + 1, part.step if part.step > shards.piece else shards.piece, dtype=np.int64)
-        found[[shards.holder(number) for number in {*(each // shards.piece).tolist(), last // shards.piece}]] = True
-    return found
 
 
 def split(rows: Sequence[Rows], shards: Shards) -> ByPeer:

@@ -12,11 +12,12 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from dilcompile.placements.needs import holders, local, needed, shares
+from dilcompile.placements.needs import local, needed, shares
 from dilcompile.placements.schedule import RankSchedule, Step, Transfer
 from dilcompile.placements.shards import Shards
+from dilcompile.placements.spread import Spread
 from dilcompile.placements.unfit import anywhere, data_chosen
-from dilcompile.placements.volume import Volume, held
+from dilcompile.placements.volume import Volume, held, num_runs
 from dilcompile.relation import Relation
 
 RESENDS = True
@@ -51,13 +52,16 @@ def volume(relation: Relation, shards: Shards, documents: bool = False) -> Volum
     apart = np.array((0, *_distances(relation, shards)), dtype=np.int64)[:, None]
     source, target = (ranks - apart) % shards.ranks, (ranks + apart) % shards.ranks
     moved = apart > 0
-    return Volume(moved * seen[ranks, source] * sizes[source], moved * seen[target, ranks] * sizes)
+    calls = num_runs(shards) ** 2 * (~moved | seen[ranks, source])
+    return Volume(moved * seen[ranks, source] * sizes[source], moved * seen[target, ranks] * sizes, calls)
 
 
 @lru_cache(maxsize=16)
 def _seen(relation: Relation, shards: Shards) -> npt.NDArray[np.bool_]:
     """Whether a rank (row) reads keys of another (column)."""
-    return np.stack([holders(rows, shards) for rows in needed(relation, shards)])
+    return np.stack(
+        [Spread.of(part for each in rows for part in each.positions).holders(shards) for rows in needed(relation, shards)]
+    )
 
 
 @lru_cache(maxsize=16)

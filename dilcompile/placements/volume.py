@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd
 
 import numpy as np
 
 from dilcompile.placements.rows import Rows
 from dilcompile.placements.shards import Shards
+from dilcompile.placements.spread import Spread
 from dilcompile.progression import Positions, Progression
 
 
@@ -19,38 +19,42 @@ class Volume:
 
     Args:
         received, sent: int64 [steps, ranks]; as many steps as the schedules have.
+        calls: int64 [steps, ranks]: about how often a step calls the kernel. That a mask leaves some out is not looked at.
     """
 
     received: Positions
     sent: Positions
+    calls: Positions
 
 
 def of_one_exchange(wanted: Sequence[Sequence[Rows]], shards: Shards) -> Volume:
     """Where each rank receives in step 1 what it wants, but for what it holds itself; step 0 moves nothing."""
-    received, sent = np.zeros((2, 2, shards.ranks), dtype=np.int64)
+    received, sent, calls = np.zeros((3, 2, shards.ranks), dtype=np.int64)
+    runs = num_runs(shards)
+    calls[0] = runs * runs
+    # Many ranks ask for the same.
+    asked = dict[Progression, int]()
     for rank, rows in enumerate(wanted):
+        parts, heads = [], []
         for each in rows:
-            heads = each.kv_heads[1] - each.kv_heads[0]
+            number = each.kv_heads[1] - each.kv_heads[0]
             for part in each.positions:
-                holders, counts = _by_holder(part, shards)
-                there = holders != rank
-                received[1, rank] += heads * counts[there].sum()
-                np.add.at(sent[1], holders[there], heads * counts[there])
+                asked[part] = asked.get(part, 0) + number
+                parts.append(part)
+                heads.append(number)
+        spread, weights = Spread.of(parts), np.array(heads, dtype=np.int64)
+        own = weights @ spread.held_by(rank, shards)
+        received[1, rank] = weights @ spread.size - own
+        sent[1, rank] = -own
+        calls[1, rank] = runs * spread.stretches(rank, shards)
+    sent[1] += Spread.of(asked).by_rank(np.fromiter(asked.values(), np.int64, len(asked)), shards)
     steps = 2 if received.any() else 1
-    return Volume(received[:steps], sent[:steps])
+    return Volume(received[:steps], sent[:steps], calls[:steps])
 
 
-def _by_holder(part: Progression, shards: Shards) -> tuple[Positions, Positions]:
-    """Ranks, and how many of the positions they hold; a rank may come twice."""
-    size = len(part)
-    if shards.order == "striped":
-        cycle = shards.ranks // gcd(part.step, shards.ranks)
-        first = np.arange(min(cycle, size), dtype=np.int64)
-        return (part.start + first * part.step) % shards.ranks, (size - first + cycle - 1) // cycle
-    numbers = np.arange(part.start // shards.piece, part.positions()[-1] // shards.piece + 1, dtype=np.int64)
-    ends = np.append(numbers, numbers[-1] + 1) * shards.piece
-    before = np.clip(-((part.start - ends) // part.step), 0, size)
-    return shards.holders(numbers * shards.piece), np.diff(before)
+def num_runs(shards: Shards) -> int:
+    """Runs of positions that a rank holds: each meets each stretch of keys in a call of its own."""
+    return 2 if shards.order == "zigzag" else 1
 
 
 def held(kv_heads: int, shards: Shards) -> Positions:
