@@ -112,7 +112,7 @@ def _inductor(mode: str | None, telling: Telling) -> Inner:
     patches, innermost = _patches(mode), _innermost(telling)
 
     def inductor(gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        compiled = compile_fx(gm, list(example_inputs), innermost, config_patches=patches)
+        compiled = compile_fx(gm, list(example_inputs), inner_compile=innermost, config_patches=patches)
         assert callable(compiled)
         return compiled
 

@@ -257,7 +257,7 @@ def test_the_mode_is_inductors(mode: str | None, monkeypatch: pytest.MonkeyPatch
     """Inductor gets the settings that torch.compile gives it for a mode, and the graph with its attention."""
     seen = []
 
-    def compile_fx(gm: Any, example_inputs: Any, config_patches: Any) -> Any:
+    def compile_fx(gm: Any, example_inputs: Any, inner_compile: Any, config_patches: Any) -> Any:
         seen.append((config_patches, sum("dilcompile.attention" in str(node.target) for node in gm.graph.nodes)))
         return gm.forward
 

@@ -376,7 +376,7 @@ def with_batch_rows_joined(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def without_the_lse_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole, "_with_lse_gradient", lambda laid, op, lse, grad_lse, grads: grads)
+    monkeypatch.setattr(whole, "_with_lse_gradient", lambda laid, op, lse, grad_lse, grads, *_: grads)
 
 
 def with_heads_and_rows_of_the_lse_swapped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,11 +191,9 @@ def test_more_branches_than_heads() -> None:
 
 
 def test_dropout_under_sharding() -> None:
+    """Ranks drop the pairs that one rank does."""
     rule = {"apply": {"form": "dense"}, "shard": {"mesh": "cp"}}
-    assert findings(rule, mesh={"cp": {"size": 2}}, sites=[site(), site(index=1, dropout_p=0.1)]) == [
-        "error: rule r0 shards model.layers.0.self_attn: it can't be sharded: it drops out attention with p=0.1: "
-        "the ranks would drop other pairs than one rank does; set the dropout of attention to 0"
-    ]
+    assert findings(rule, mesh={"cp": {"size": 2}}, sites=[site(), site(index=1, dropout_p=0.1)]) == []
 
 
 def test_rules_of_one_axis_hold_the_tokens_in_one_order() -> None:

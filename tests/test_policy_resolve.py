@@ -256,14 +256,11 @@ def test_what_has_no_effect_is_said() -> None:
     made = policy(
         {
             "apply": {"form": "dense"},
-            "shard": {"mesh": "cp", "overlap": "off"},
             "fallback": {"shape": "error"},
         },
-        mesh={"cp": {"size": 8}},
         defaults={"numerics": {"tolerance": {"rel_l2": 1e-3}}, "fallback": {"quality": "warn"}},
     )
     assert decide(made, site()).notes == (
-        "shard.overlap: off has no effect in this version: keys of the next step travel while this one computes",
         "numerics.tolerance: has no effect while numerics.check is off",
         "fallback.quality: has no effect while numerics.check is off",
         "fallback.shape: error has no effect in this version",
