@@ -32,7 +32,7 @@ from dilcompile.report import GraphReport
 
 APPLY = {"form": "dilated", "segments": [32, 96], "rates": [1, 3], "offset": "own"}
 # Fewer than there are: each is a partition.
-SHARES = (1.0, 0.1, 0.0)
+SHARES = (0.5, 0.1, 0.0)
 
 
 def one_layer():
