@@ -26,7 +26,7 @@ Pair = tuple[GraphModule, GraphModule]
 Partition = Callable[..., Pair]
 
 REUSES: tuple[Reuse, ...] = ("off", "within_layer", "across_layers")
-# Of the bytes that a partition saves at its fastest, the rung before. Less saved is not less at the peak: all is needed in the end.
+# Of the bytes that a partition saves at its fastest, the rung before. Less saved is not always less at the peak.
 SHARES = (0.75, 0.5, 0.25, 0.1, 0.05, 0.0)
 
 
