@@ -26,7 +26,7 @@ _BY_ELEMENT = (
     "sigmoid sigmoid_backward silu silu_backward sin sqrt sub tanh tanh_backward threshold_backward"
 ).split()
 # Of these the digits are the same however the result lies in memory.
-_EXACT = ("add", "copy_", "div", "mul", "neg", "sub")
+_EXACT = ("add", "copy_", "div", "mul", "neg", "sub", "attention", "attention_backward")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class OutForm:
     @property
     def anywhere(self) -> bool:
         """Are the digits the same whatever the strides of the result?"""
-        return _name(self.op) in _EXACT or self.op.namespace == "dilcompile"
+        return _name(self.op) in _EXACT
 
     def write(self, node: Node, places: Sequence[Node], workspace: Node | None) -> None:
         """Make a node write to places."""

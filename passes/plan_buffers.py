@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from dilcompile.memory import Buffer, BufferPlan, plan_buffers
-from dilcompile.passes.lifetimes import Lifetimes, lifetimes_of, makers
+from dilcompile.passes.lifetimes import Lifetimes, lifetimes_of, makers, travels
 from dilcompile.passes.out_forms import out_form, workspace_form
 from dilcompile.passes.provenance import module_path
 from dilcompile.passes.shared_buffers import Layout, expression, share
@@ -64,7 +64,11 @@ def plan_graph(gm: GraphModule, *, within_module: bool = False, workspace: Works
     lifetimes, symbols = lifetimes_of(gm), _symbols(gm)
     live = {buffer.name for buffer in lifetimes.buffers}
     forms = [(node, out_form(node), made) for node, made in makers(gm)]
-    planned = [(node, form, made) for node, form, made in forms if form is not None and all(name in live for name, _ in made)]
+    planned = [
+        (node, form, made)
+        for node, form, made in forms
+        if form is not None and all(name in live and not lifetimes.lost(node) for name, _ in made)
+    ]
     homes = share(planned, lifetimes)
     workspaces = _workspaces(gm, lifetimes, workspace, symbols)
     inputs = _Inputs(gm)
@@ -130,14 +134,17 @@ def _workspaces(gm: GraphModule, lifetimes: Lifetimes, workspace: Workspaces, sy
     steps, hints = {name: step for step, name in enumerate(lifetimes.nodes)}, {symbol: hint for _, symbol, hint in symbols}
     found: dict[str, Buffer] = {}
     for node in gm.graph.nodes:
-        if node.name not in steps or workspace_form(node) is None:
+        if node.name not in steps or workspace_form(node) is None or lifetimes.lost(node):
             continue
         args, kwargs = map_arg((node.args, node.kwargs), lambda held: held.meta.get("val"))
         size = workspace(node.target, args, kwargs)
         hint, step = int(sympy.sympify(size).subs(hints)), steps[node.name]
         if hint:
             device = str(node.all_input_nodes[0].meta["val"].device)
-            found[node.name] = Buffer(f"{node.name}.workspace", size, step, step, hint, device, module=module_path(node))
+            own = Buffer(f"{node.name}.workspace", size, step, step, hint, device, module=module_path(node))
+            if travels(node):
+                own = replace(own, end=lifetimes.arrivals[node.name], lane="communication", role="send")
+            found[node.name] = own
     return found
 
 
