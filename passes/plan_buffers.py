@@ -6,7 +6,7 @@ outlives the graph (outputs, saved tensors) and what an operator without an ``ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -23,6 +23,8 @@ from dilcompile.passes.provenance import module_path
 from dilcompile.passes.shared_buffers import Layout, expression, share
 
 aten = torch.ops.aten
+# Memory without content, and how it is turned.
+_UNWRITTEN = (aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default, aten.permute.default, aten.transpose.int)
 Workspaces: TypeAlias = "Callable[[object, Sequence[Any], Mapping[str, Any]], int | sympy.Expr]"
 # (number of the input, symbol, its hint)
 Symbols: TypeAlias = "tuple[tuple[int, sympy.Symbol, int], ...]"
@@ -67,27 +69,53 @@ def plan_graph(gm: GraphModule, *, within_module: bool = False, workspace: Works
     planned = [
         (node, form, made)
         for node, form, made in forms
-        if form is not None and all(name in live and not lifetimes.lost(node) for name, _ in made)
+        if form is not None and not lifetimes.lost(node) and _has_places(made, live)
     ]
-    homes = share(planned, lifetimes)
+    homes = share([(node, form, [one for one in made if one[0] in live]) for node, form, made in planned], lifetimes)
     workspaces = _workspaces(gm, lifetimes, workspace, symbols)
     inputs = _Inputs(gm)
     for node, form, made in planned:
-        places = [inputs.add(homes.layouts[name], value) for name, value in made]
+        places = [inputs.add(homes.layouts[name], value) if name in live else _empty(node, value) for name, value in made]
         if made[0][0] in homes.slices:
             _fill(node, places[0], homes.slices[made[0][0]], inputs)
             continue
         own = workspaces.get(node.name)
         form.write(node, places, None if own is None or not form.workspace else inputs.add(_bytes(own)))
     _with_workspaces(gm, workspaces, inputs)
+    erased = _without_unused(gm)
     gm.graph.lint()
     gm.recompile()
-    placed = {name for _, _, made in planned for name, _ in made}
+    placed = {name for _, _, made in planned for name, _ in made}.union(erased)
     elsewhere = tuple(buffer for buffer in lifetimes.buffers if buffer.name not in placed)
     buffers = [*homes.buffers.values(), *workspaces.values()]
     plan = plan_buffers(buffers, within_module=within_module)
     found = replace(lifetimes, buffers=[*buffers, *elsewhere])
     return PlannedGraph(gm, plan, tuple(inputs.layouts), tuple((n, symbol) for n, symbol, _ in symbols), found, elsewhere)
+
+
+def _has_places(made: Sequence[tuple[str, Tensor]], live: Container[str]) -> bool:
+    """Is some result planned, and the others', which outlive the graph, of a known size?"""
+    known = all(name in live or all(isinstance(side, int) for side in value.shape) for name, value in made)
+    return known and any(name in live for name, _ in made)
+
+
+def _empty(node: Node, value: Tensor) -> Node:
+    """Memory for a result that outlives the graph, beside others of its operator that are planned."""
+    with node.graph.inserting_before(node):
+        said: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
+        made = node.graph.call_function(aten.empty_strided.default, (list(value.shape), list(value.stride())), said)
+    made.meta["val"] = value
+    return made
+
+
+def _without_unused(gm: GraphModule) -> list[str]:
+    """Erase the memory that only a copy was to be written to which now has a place, and views of it; the names."""
+    found = []
+    for node in reversed(gm.graph.nodes):
+        if node.target in _UNWRITTEN and not node.users:
+            found.append(node.name)
+            gm.graph.erase_node(node)
+    return found
 
 
 class _Inputs:
