@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.graph import _BoxedCodeGen
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from dilcompile.decision import Decision, MemoryUse
 from dilcompile.lowering import out_forms, workspaces
@@ -62,7 +63,7 @@ def planned(
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-    out_forms.register()
+    _with_forms()
     pool = _SHARED if memory.pool == "shared" else ArenaPool(keeps=memory.pool == "private", apart=memory.pool == "private")
 
     def placing(direction: Direction) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
@@ -87,6 +88,16 @@ def planned(
         partition_fn=min_cut_rematerialization_partition if climb is None else climb.split,
     )
     return lambda gm, example_inputs: compiler(gm, list(example_inputs))
+
+
+def _with_forms() -> None:
+    """See that operators have their forms."""
+    out_forms.register()
+    if hasattr(torch.ops.dilcompile, "attend_step"):
+        # Loaded for sharded graphs alone, and by now it has been.
+        from dilcompile.lowering.distributed import out_forms as sharded
+
+        sharded.register()
 
 
 def _boxed(gm: GraphModule) -> Callable[..., Any]:
@@ -195,7 +206,14 @@ class PlannedCall:
     def _buffer(self, layout: Layout, plan: BufferPlan, lease: Lease, lengths: Mapping[sympy.Symbol, int]) -> Tensor:
         arena, offset = plan.places[layout.buffer]
         memory, unit = lease.arenas[arena][offset:], layout.dtype.itemsize
+        if plan.arenas[arena].lane == "communication":
+            memory = _apart(memory)
         return layout.of(memory[: memory.numel() // unit * unit], lengths)
+
+
+def _apart(memory: Tensor) -> Tensor:
+    """The same bytes as a storage of its own, which holds the other: a wait knows by the storage for what it waits."""
+    return from_dlpack(to_dlpack(memory))
 
 
 class _Poisoned(Interpreter):

@@ -26,6 +26,11 @@ def bytes_of(target: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         by_name = {name: value for name, value in kwargs.items() if name != "bias_grad"}
         given, asked = backward_operands(args[4:], kwargs.get("bias_grad", True), by_name)
         return _of_attention(given, backward=True, bias_grad=asked)
+    if getattr(target, "namespace", "") == "_c10d_functional":
+        # Loaded for sharded graphs alone.
+        from dilcompile.lowering.distributed.start import message_bytes
+
+        return sympy.sympify(message_bytes(target, args))
     return sympy.Integer(0)
 
 

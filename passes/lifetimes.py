@@ -1,7 +1,12 @@
 """When each buffer of a graph is live: which node makes its memory, which is the last to read it, through views too.
 
 Read off an ATen graph with fake values (what AOTAutograd gives the inner compiler: a forward, a backward, or one for inference).
-A step is a node that computes; views take none.
+A step is a node that computes, or that waits for what travels; views take none.
+
+Note [Under way]
+A collective ends at its wait, not where its node does: until then others write its result. It is live from the collective to its
+last reader, and at least to the wait. The same is true of what it reads, unless it packs that first, as ours do: then the message
+is a workspace from the collective to the wait. What is never waited for in the graph is under way to its end.
 """
 
 from __future__ import annotations
@@ -19,10 +24,17 @@ from dilcompile.memory.buffer import Role
 from dilcompile.passes.provenance import module_path
 
 _OURS = "dilcompile::"
+_WAIT = "_c10d_functional::wait_tensor"
 # What gives back the memory of its argument, though its schema doesn't say so.
-_SAME = ("_c10d_functional::wait_tensor", "aten::_unsafe_view")
+_SAME = (_WAIT, "aten::_unsafe_view")
 # What travels while other nodes compute.
-_SENT = ("_c10d_functional::", "dilcompile::exchange", "dilcompile::return_gradients")
+_SENT = ("_c10d_functional::",)
+# Of these, what reads its operands no more when it has started.
+_PACKED = (
+    "_c10d_functional::dilcompile_exchange",
+    "_c10d_functional::dilcompile_exchange_equal",
+    "_c10d_functional::dilcompile_gather",
+)
 
 
 @dataclass
@@ -37,6 +49,7 @@ class Lifetimes:
         given: of ``held`` what was there before, from step 0 to its last reader.
         outputs: for each output of the graph the name of what holds its memory; None for what is no tensor.
         memory: the names of the buffers in which the value of a node lies, by the node's name; views have those of their source.
+        arrivals: of each buffer that travels: the step that waits for it. Missing: nothing in the graph does.
     """
 
     buffers: list[Buffer] = field(default_factory=list)
@@ -46,11 +59,16 @@ class Lifetimes:
     given: list[Buffer] = field(default_factory=list)
     outputs: tuple[str | None, ...] = ()
     memory: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    arrivals: dict[str, int] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
-        """How many nodes compute."""
+        """How many nodes compute or wait."""
         return len(self.nodes)
+
+    def lost(self, node: Node) -> bool:
+        """Is the node a collective that nothing in the graph waits for?"""
+        return travels(node) and node.name not in self.arrivals
 
 
 @dataclass
@@ -74,7 +92,8 @@ def lifetimes_of(gm: GraphModule, *, ours_only: bool = False) -> Lifetimes:
     walk = _Walk()
     for node in gm.graph.nodes:
         walk.visit(node)
-    found = Lifetimes(nodes=tuple(walk.nodes), outputs=tuple(walk.outputs), memory=walk.memory())
+    walk.land()
+    found = Lifetimes(nodes=tuple(walk.nodes), outputs=tuple(walk.outputs), memory=walk.memory(), arrivals=walk.arrivals)
     for storage in walk.storages.values():
         if ours_only and not _is_ours(storage.node):
             continue
@@ -105,6 +124,9 @@ class _Walk:
         self.nodes: list[str] = []
         self.storages: dict[int, _Storage] = {}
         self.outputs: list[str | None] = []
+        self.arrivals: dict[str, int] = {}
+        # By the result of a collective: what travels with it.
+        self._under_way: dict[int, tuple[int, ...]] = {}
         self._of_node: dict[Node, tuple[int, ...]] = {}
         self._numbers = 0
 
@@ -132,11 +154,29 @@ class _Walk:
             return
         if _is_view(node):
             self._of_node[node] = self._viewed(node)
+            if _operator(node) == _WAIT:
+                self._wait(read)
+                self.nodes.append(node.name)
             return
         for key in read:
             self.storages[key].end = self.step
-        self._of_node[node] = self._made(node, held=False)
+        made = self._of_node[node] = self._made(node, held=False)
+        if travels(node):
+            sent = () if _operator(node) in _PACKED else tuple(read)
+            self._under_way.update((key, (key, *sent)) for key in made)
         self.nodes.append(node.name)
+
+    def _wait(self, read: Sequence[int]) -> None:
+        for key in read:
+            for other in self._under_way.pop(key, (key,)):
+                self.storages[other].end = self.step
+            self.arrivals.setdefault(self.storages[key].name, self.step)
+
+    def land(self) -> None:
+        """The graph ends, and what nothing waits for is still under way."""
+        for keys in self._under_way.values():
+            for key in keys:
+                self.storages[key].end = max(0, self.step - 1)
 
     def _viewed(self, node: Node) -> tuple[int, ...]:
         source = self._of_node.get(node.all_input_nodes[0], ())
@@ -212,15 +252,20 @@ def _storage_ids(node: Node) -> list[int]:
     return [value.untyped_storage()._cdata for value in _tensors(node.meta.get("val"))]
 
 
+def travels(node: Node) -> bool:
+    """Does others' work go on in the node's result until a wait?"""
+    return _operator(node).startswith(_SENT)
+
+
 def _is_ours(node: Node) -> bool:
     return _operator(node).startswith((_OURS, *_SENT))
 
 
 def _role(node: Node) -> Role:
     operator = _operator(node)
-    if operator.startswith(_SENT):
+    if travels(node) and not operator.endswith("return_gradients"):
         return "receive"
-    if operator.endswith("_backward"):
+    if operator.endswith(("_backward", "return_gradients")):
         return "gradient"
     return "output" if operator.startswith(_OURS) else "workspace"
 
@@ -235,7 +280,7 @@ def _buffer(storage: _Storage) -> Buffer:
         end=storage.end,
         hint=storage.hint,
         device=str(value.device),
-        lane="communication" if _operator(node).startswith(_SENT) else "compute",
+        lane="communication" if travels(node) else "compute",
         role=_role(node),
         module=module_path(node),
     )

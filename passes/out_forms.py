@@ -26,7 +26,7 @@ _BY_ELEMENT = (
     "sigmoid sigmoid_backward silu silu_backward sin sqrt sub tanh tanh_backward threshold_backward"
 ).split()
 # Of these the digits are the same however the result lies in memory.
-_EXACT = ("add", "copy_", "div", "mul", "neg", "sub")
+_EXACT = ("add", "copy_", "div", "mul", "neg", "sub", "attention", "attention_backward")
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,13 @@ class OutForm:
         op: called in place of the operator.
         names: of its ``out`` operands; none: the place is the first operand, and the source the second.
         workspace: there is an operand ``workspace``.
+        source: where there are no names: which operand of the operator is the source.
     """
 
     op: torch._ops.OpOverload
     names: tuple[str, ...] = ()
     workspace: bool = False
+    source: int = 0
 
     @property
     def by_element(self) -> bool:
@@ -51,13 +53,13 @@ class OutForm:
     @property
     def anywhere(self) -> bool:
         """Are the digits the same whatever the strides of the result?"""
-        return _name(self.op) in _EXACT or self.op.namespace == "dilcompile"
+        return _name(self.op) in _EXACT
 
     def write(self, node: Node, places: Sequence[Node], workspace: Node | None) -> None:
         """Make a node write to places."""
         node.target = self.op
         if not self.names:
-            node.args, node.kwargs = (places[0], node.args[0]), {}
+            node.args, node.kwargs = (places[0], node.args[self.source]), {}
             return
         given = {} if workspace is None else {"workspace": workspace}
         node.kwargs = {**node.kwargs, **dict(zip(self.names, places, strict=True)), **given}
@@ -83,6 +85,8 @@ def workspace_form(node: Node) -> torch._ops.OpOverload | None:
 def _of_operator(op: torch._ops.OpOverload) -> OutForm | None:
     if op in _COPIES:
         return OutForm(aten.copy_.default)
+    if op is aten.copy.default:
+        return OutForm(aten.copy_.default, source=1)
     if op in _SCALARS:
         return OutForm(_SCALARS[op], ("out",))
     own = [(argument.name, str(argument.type)) for argument in op._schema.arguments]

@@ -6,7 +6,7 @@ outlives the graph (outputs, saved tensors) and what an operator without an ``ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -17,12 +17,14 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from dilcompile.memory import Buffer, BufferPlan, plan_buffers
-from dilcompile.passes.lifetimes import Lifetimes, lifetimes_of, makers
+from dilcompile.passes.lifetimes import Lifetimes, lifetimes_of, makers, travels
 from dilcompile.passes.out_forms import out_form, workspace_form
 from dilcompile.passes.provenance import module_path
 from dilcompile.passes.shared_buffers import Layout, expression, share
 
 aten = torch.ops.aten
+# Memory without content, and how it is turned.
+_UNWRITTEN = (aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default, aten.permute.default, aten.transpose.int)
 Workspaces: TypeAlias = "Callable[[object, Sequence[Any], Mapping[str, Any]], int | sympy.Expr]"
 # (number of the input, symbol, its hint)
 Symbols: TypeAlias = "tuple[tuple[int, sympy.Symbol, int], ...]"
@@ -64,26 +66,56 @@ def plan_graph(gm: GraphModule, *, within_module: bool = False, workspace: Works
     lifetimes, symbols = lifetimes_of(gm), _symbols(gm)
     live = {buffer.name for buffer in lifetimes.buffers}
     forms = [(node, out_form(node), made) for node, made in makers(gm)]
-    planned = [(node, form, made) for node, form, made in forms if form is not None and all(name in live for name, _ in made)]
-    homes = share(planned, lifetimes)
+    planned = [
+        (node, form, made)
+        for node, form, made in forms
+        if form is not None and not lifetimes.lost(node) and _has_places(made, live)
+    ]
+    homes = share([(node, form, [one for one in made if one[0] in live]) for node, form, made in planned], lifetimes)
     workspaces = _workspaces(gm, lifetimes, workspace, symbols)
     inputs = _Inputs(gm)
     for node, form, made in planned:
-        places = [inputs.add(homes.layouts[name], value) for name, value in made]
+        places = [inputs.add(homes.layouts[name], value) if name in live else _empty(node, value) for name, value in made]
         if made[0][0] in homes.slices:
             _fill(node, places[0], homes.slices[made[0][0]], inputs)
             continue
         own = workspaces.get(node.name)
         form.write(node, places, None if own is None or not form.workspace else inputs.add(_bytes(own)))
     _with_workspaces(gm, workspaces, inputs)
+    erased = _without_unused(gm)
     gm.graph.lint()
     gm.recompile()
-    placed = {name for _, _, made in planned for name, _ in made}
+    placed = {name for _, _, made in planned for name, _ in made}.union(erased)
     elsewhere = tuple(buffer for buffer in lifetimes.buffers if buffer.name not in placed)
     buffers = [*homes.buffers.values(), *workspaces.values()]
     plan = plan_buffers(buffers, within_module=within_module)
     found = replace(lifetimes, buffers=[*buffers, *elsewhere])
     return PlannedGraph(gm, plan, tuple(inputs.layouts), tuple((n, symbol) for n, symbol, _ in symbols), found, elsewhere)
+
+
+def _has_places(made: Sequence[tuple[str, Tensor]], live: Container[str]) -> bool:
+    """Is some result planned, and the others', which outlive the graph, of a known size?"""
+    known = all(name in live or all(isinstance(side, int) for side in value.shape) for name, value in made)
+    return known and any(name in live for name, _ in made)
+
+
+def _empty(node: Node, value: Tensor) -> Node:
+    """Memory for a result that outlives the graph, beside others of its operator that are planned."""
+    with node.graph.inserting_before(node):
+        said: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
+        made = node.graph.call_function(aten.empty_strided.default, (list(value.shape), list(value.stride())), said)
+    made.meta["val"] = value
+    return made
+
+
+def _without_unused(gm: GraphModule) -> list[str]:
+    """Erase the memory that only a copy was to be written to which now has a place, and views of it; the names."""
+    found = []
+    for node in reversed(gm.graph.nodes):
+        if node.target in _UNWRITTEN and not node.users:
+            found.append(node.name)
+            gm.graph.erase_node(node)
+    return found
 
 
 class _Inputs:
@@ -130,14 +162,17 @@ def _workspaces(gm: GraphModule, lifetimes: Lifetimes, workspace: Workspaces, sy
     steps, hints = {name: step for step, name in enumerate(lifetimes.nodes)}, {symbol: hint for _, symbol, hint in symbols}
     found: dict[str, Buffer] = {}
     for node in gm.graph.nodes:
-        if node.name not in steps or workspace_form(node) is None:
+        if node.name not in steps or workspace_form(node) is None or lifetimes.lost(node):
             continue
         args, kwargs = map_arg((node.args, node.kwargs), lambda held: held.meta.get("val"))
         size = workspace(node.target, args, kwargs)
         hint, step = int(sympy.sympify(size).subs(hints)), steps[node.name]
         if hint:
             device = str(node.all_input_nodes[0].meta["val"].device)
-            found[node.name] = Buffer(f"{node.name}.workspace", size, step, step, hint, device, module=module_path(node))
+            own = Buffer(f"{node.name}.workspace", size, step, step, hint, device, module=module_path(node))
+            if travels(node):
+                own = replace(own, end=lifetimes.arrivals[node.name], lane="communication", role="send")
+            found[node.name] = own
     return found
 
 

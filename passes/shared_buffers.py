@@ -214,7 +214,10 @@ def _under(operand: Node, node: Node, homes: Homes, lifetimes: Lifetimes) -> Lay
     """The layout of what an operand lies in, if that is all of a planned buffer."""
     held = lifetimes.memory.get(operand.name, ())
     found = homes.layouts.get(held[0]) if len(held) == 1 else None
-    return found if found is not None and found.offset == 0 and found.buffer in homes.buffers else None
+    if found is None or found.offset != 0 or found.buffer not in homes.buffers:
+        return None
+    # What stays in the communication lane is what travels.
+    return found if homes.buffers[found.buffer].lane == "compute" else None
 
 
 def _alike(operand: Node, value: Tensor, node: Node, lifetimes: Lifetimes) -> bool:

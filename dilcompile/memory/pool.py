@@ -85,12 +85,11 @@ class ArenaPool:
         classes = tuple(size_class(size) for _, size in sizes)
         captured = any(_captures(device) for device, _ in place)
         taken = (classes, Lease(self._made(place, classes))) if captured else self._take(place, classes)
-        try:
-            yield taken[1]
-        finally:
-            if self.keeps and not captured:
-                with self._lock:
-                    self._free.setdefault(place, []).append(taken)
+        # A call that fails may leave something under way, which writes to its arenas still: they are not kept.
+        yield taken[1]
+        if self.keeps and not captured:
+            with self._lock:
+                self._free.setdefault(place, []).append(taken)
 
     def _take(self, place: _Place, classes: _Sizes) -> tuple[_Sizes, Lease]:
         with self._lock:

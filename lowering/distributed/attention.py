@@ -144,7 +144,7 @@ class _Sharded(torch.autograd.Function):
         dealt = (q, k, v) if axis is None else _to_parts(q, k, v, axis, spec)
         ready = plan.plan_of(spec, dealt[1], dealt[2])
         out, lse, kept = _forward_steps(ready, dealt, rest[:-1], spec)
-        out = empty_output(dealt[0], out.shape[3]).copy_(out)
+        out = out.to(q.dtype)
         ctx.save_for_backward(*dealt, out, lse, *rest[:-1], *kept)
         ctx.spec, ctx.keeps = spec, [x is not None for x in kept]
         ctx.set_materialize_grads(False)

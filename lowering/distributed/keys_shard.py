@@ -5,38 +5,46 @@ from __future__ import annotations
 from torch import Tensor
 
 from dilcompile.errors import PlacementError
-from dilcompile.lowering.call import Call, Held, empty_output
+from dilcompile.lowering.call import Call, Held, Room
 from dilcompile.lowering.distributed import meshes, plan
 from dilcompile.lowering.distributed.plan import Sizes
 from dilcompile.lowering.distributed.spec import Spec
-from dilcompile.lowering.distributed.step import Upstream, wide_dtype
+from dilcompile.lowering.distributed.step import Upstream, result, wide_dtype
 from dilcompile.lowering.merge import merge_into
 from dilcompile.placements.shards import Shards
 from dilcompile.progression import Progression
 from dilcompile.relation import Relation
 
+# Nothing was there before.
+_NOWHERE = Room()
+
 Masks = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, masks: Masks, spec: Spec, rank: int | None = None) -> tuple[Tensor, Tensor]:
-    """Out and LSE over the keys of a rank, this one by default."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, masks: Masks, spec: Spec, rank: int | None = None, room: Room = _NOWHERE
+) -> tuple[Tensor, Tensor]:
+    """Out and LSE over the keys of a rank, this one by default; into the results of the room, where there is one."""
     from dilcompile.lowering.select import select
 
-    wide = wide_dtype(q)
-    out = empty_output(q, int(v.shape[3]), wide).zero_()
-    lse = q.new_full(q.shape[:3], -float("inf"), dtype=wide)
+    wide, results = wide_dtype(q), room.results or (None, None)
+    out = result(results[0], q, int(v.shape[3]), wide).zero_()
+    lse = (q.new_empty(q.shape[:3], dtype=wide) if results[1] is None else results[1]).fill_(-float("inf"))
     for _, call in _calls(q, k, v, masks, spec, rank):
         merge_into(out, lse, *select(call, spec.kernel).forward(call), fresh=False)
     return out, lse
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, masks: Masks, upstream: Upstream, spec: Spec, rank: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, masks: Masks, upstream: Upstream, spec: Spec, rank: int | None = None, room: Room = _NOWHERE
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a rank adds to the gradient of q, and the gradients of its keys and values."""
     from dilcompile.lowering.select import select
 
-    grad_q, grad_k, grad_v = (empty_output(x, int(x.shape[3]), wide_dtype(q)).zero_() for x in (q, k, v))
+    results = room.results or (None,) * 3
+    grad_q, grad_k, grad_v = (
+        result(into, x, int(x.shape[3]), wide_dtype(q)).zero_() for into, x in zip(results, (q, k, v), strict=True)
+    )
     for places, call in _calls(q, k, v, masks, spec, rank):
         kernel = select(call, spec.kernel, backward=True)
         found = kernel.backward(call, upstream.out, upstream.lse, upstream.grad_out, upstream.grad_lse)

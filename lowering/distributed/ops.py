@@ -15,23 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dilcompile.lowering.call import empty_output
-from dilcompile.lowering.distributed import cuts, keys_shard, meshes, rows
-from dilcompile.lowering.distributed import exchange as wire
-from dilcompile.lowering.distributed import step as _step
-from dilcompile.lowering.distributed.exchange import Errand
-from dilcompile.lowering.distributed.plan import Plan, here, plan_of
-from dilcompile.lowering.distributed.spec import parse_spec
-from dilcompile.lowering.distributed.step import Operands, Upstream, wide_dtype
-from dilcompile.lowering.merge import merge_into
-from dilcompile.placements.schedule import Transfer
+from dilcompile.lowering.call import Room, empty_output
+from dilcompile.lowering.distributed import compute, meshes, start
+from dilcompile.lowering.distributed.plan import plan_of
+from dilcompile.lowering.distributed.step import wide_dtype
 
 _COLLECTIVE = "_c10d_functional::dilcompile"
-
-
-def _splits(plan: Plan, transfers: tuple[Transfer, ...]) -> list[int]:
-    counts = {transfer.peer: plan.elements(transfer.count) for transfer in transfers}
-    return [counts.get(rank, 0) for rank in range(plan.sizes.ranks)]
+# Nothing was there before.
+_NOWHERE = Room()
 
 
 @torch.library.custom_op(
@@ -51,15 +42,7 @@ def exchange(k: Tensor, v: Tensor, after: Tensor | None, spec: str, step: int, b
     Returns:
         flat, in k's dtype: what other ranks send, keys and values beside one another, see ``rows``.
     """
-    plan = plan_of(spec, k, v)
-    at = here(plan.spec)
-    own = plan.step(at, step)
-    message = k.new_empty(plan.elements(own.rows_sent))
-    rows.pack(message, k, v, own.sends, plan.runs(at))
-    out = k.new_empty(plan.receives(step))
-    errand = Errand(plan.spec.site, f"step {step}, keys and values", "backward" if backward else "forward")
-    wire.all_to_all(plan.spec.axis, out, message, _splits(plan, own.receives), _splits(plan, own.sends), errand)
-    return out
+    return start.exchange(_NOWHERE, k, v, after, spec, step, backward)
 
 
 @exchange.register_fake
@@ -80,13 +63,7 @@ def return_gradients(grads: Tensor, k: Tensor, v: Tensor, spec: str, step: int) 
     Returns:
         flat: the gradients of the rows that this rank sent in this step.
     """
-    plan = plan_of(spec, k, v)
-    own = plan.step(here(plan.spec), step)
-    message = grads[: plan.elements(own.rows_received)].clone()
-    out = grads.new_empty(plan.sends(step))
-    errand = Errand(plan.spec.site, f"step {step}, gradients of keys and values", "backward")
-    wire.all_to_all(plan.spec.axis, out, message, _splits(plan, own.sends), _splits(plan, own.receives), errand)
-    return out
+    return start.return_gradients(_NOWHERE, grads, k, v, spec, step)
 
 
 @return_gradients.register_fake
@@ -101,11 +78,7 @@ def _(grads: Tensor, k: Tensor, v: Tensor, spec: str, step: int) -> Tensor:
 )
 def add_returned(grad_k: Tensor, grad_v: Tensor, returned: Tensor, spec: str, step: int) -> tuple[Tensor, Tensor]:
     """The gradients of own keys and values with what has come back for the rows sent in a step."""
-    plan = plan_of(spec, grad_k, grad_v)
-    at = here(plan.spec)
-    sum_k, sum_v = (empty_output(x, x.shape[3]).copy_(x) for x in (grad_k, grad_v))
-    rows.add(returned, sum_k, sum_v, plan.step(at, step).sends, plan.runs(at))
-    return sum_k, sum_v
+    return compute.sums(_NOWHERE, grad_k, grad_v, returned, spec, step)
 
 
 @add_returned.register_fake
@@ -148,10 +121,8 @@ def attend_step(
     Returns:
         out and lse up to this step.
     """
-    plan = plan_of(spec, k, v)
-    cuts.check(plan.spec, key_padding)
-    given = Operands(q, k, v, key_padding, documents, row_limits, dropout_seed)
-    return _step.forward(plan, here(plan.spec), step, given, received, out, lse)
+    masks = (key_padding, documents, row_limits, dropout_seed)
+    return compute.step(_NOWHERE, out, lse, q, k, v, *masks, received, started, spec, step)
 
 
 @attend_step.register_fake
@@ -209,11 +180,8 @@ def attend_step_backward(
         gradients of q [B, H, n, D]; of k and v, empty where no rank attends to own keys in this step; of ``received``, flat,
         empty where nothing is received.
     """
-    plan = plan_of(spec, k, v)
-    given = Operands(q, k, v, key_padding, documents, row_limits, dropout_seed)
-    found = _step.backward(plan, here(plan.spec), step, given, received, Upstream(out, lse, grad_out, grad_lse))
-    grad_k, grad_v, grad_received = (q.new_empty(0, dtype=given.wide) if x is None else x for x in found[1:])
-    return found[0], grad_k, grad_v, grad_received
+    upstream, masks = (grad_out, grad_lse, out, lse), (key_padding, documents, row_limits, dropout_seed)
+    return compute.step_backward(_NOWHERE, *upstream, returning, q, k, v, *masks, received, started, spec, step)
 
 
 @attend_step_backward.register_fake
@@ -247,11 +215,7 @@ def _(
 )
 def gather(x: Tensor, axis: str, spec: str, what: str, backward: bool) -> Tensor:
     """Start to gather equal tensors of the ranks of a mesh axis: [ranks, *x.shape]."""
-    at = meshes.axis_of(axis)
-    message = x.clone(memory_format=torch.contiguous_format).flatten()
-    out = x.new_empty((at.size, *x.shape))
-    wire.all_gather(axis, out.flatten(), message, Errand(parse_spec(spec).site, what, "backward" if backward else "forward"))
-    return out
+    return start.gather(_NOWHERE, x, axis, spec, what, backward)
 
 
 @gather.register_fake
@@ -264,12 +228,7 @@ def _(x: Tensor, axis: str, spec: str, what: str, backward: bool) -> Tensor:
 )
 def exchange_equal(x: Tensor, axis: str, spec: str, what: str, backward: bool) -> Tensor:
     """Start an all-to-all over a mesh axis: ``x[i]`` goes to rank i, and what came from rank i is ``result[i]``."""
-    message = x.clone(memory_format=torch.contiguous_format).flatten()
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    each = [message.numel() // x.shape[0]] * x.shape[0]
-    errand = Errand(parse_spec(spec).site, what, "backward" if backward else "forward")
-    wire.all_to_all(axis, out.flatten(), message, each, each, errand)
-    return out
+    return start.exchange_equal(_NOWHERE, x, axis, spec, what, backward)
 
 
 @exchange_equal.register_fake
@@ -294,7 +253,7 @@ def attend_shard(
     spec: str,
 ) -> tuple[Tensor, Tensor]:
     """Queries that all ranks have attend to the keys of this one: out and LSE, float32 (float64 for float64)."""
-    return keys_shard.forward(q, k, v, (key_padding, documents, row_limits, dropout_seed), parse_spec(spec))
+    return compute.shard(_NOWHERE, q, k, v, key_padding, documents, row_limits, dropout_seed, spec)
 
 
 @attend_shard.register_fake
@@ -323,7 +282,7 @@ def attend_shard_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's summand of the gradient of q, and the gradients of its keys and values, all in the wide dtype."""
     masks = (key_padding, documents, row_limits, dropout_seed)
-    return keys_shard.backward(q, k, v, masks, Upstream(out, lse, grad_out, grad_lse), parse_spec(spec))
+    return compute.shard_backward(_NOWHERE, grad_out, grad_lse, out, lse, q, k, v, *masks, spec)
 
 
 @attend_shard_backward.register_fake
@@ -337,10 +296,7 @@ def _(
 @torch.library.custom_op("dilcompile::merge_parts", mutates_args=(), schema="(Tensor outs, Tensor lses) -> (Tensor, Tensor)")
 def merge_parts(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """One out and LSE from those over disjoint keys, [P, B, H, Sq, Dv] and [P, B, H, Sq]."""
-    out, lse = empty_output(outs[0], outs.shape[4]).copy_(outs[0]), lses[0].clone()
-    for part, part_lse in zip(outs[1:], lses[1:], strict=True):
-        merge_into(out, lse, part, part_lse, fresh=False)
-    return out, lse
+    return compute.merge(_NOWHERE, outs, lses)
 
 
 @merge_parts.register_fake

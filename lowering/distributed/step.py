@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dilcompile.lowering.call import Call, Held, Kernel, empty_output
+from dilcompile.lowering.call import Call, Held, Kernel, Room, empty_output
 from dilcompile.lowering.distributed import rows
 from dilcompile.lowering.distributed.plan import Plan, Where
 from dilcompile.lowering.merge import merge_into
@@ -16,6 +16,9 @@ from dilcompile.lowering.selection import select_blocks
 from dilcompile.placements.shards import Run
 from dilcompile.progression import Progression
 from dilcompile.relation import Problem
+
+# Nothing was there before.
+_NOWHERE = Room()
 
 
 @dataclass(frozen=True)
@@ -48,23 +51,41 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def result(given: Tensor | None, like: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory for a result [B, H, n, dim]: what is given, or as ``empty_output`` makes it."""
+    return empty_output(like, dim, dtype) if given is None else given
+
+
 def forward(
-    plan: Plan, at: Where, number: int, given: Operands, received: Tensor | None, out: Tensor | None, lse: Tensor | None
+    plan: Plan,
+    at: Where,
+    number: int,
+    given: Operands,
+    received: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
+    room: Room = _NOWHERE,
 ) -> tuple[Tensor, Tensor]:
     """Attend to the keys of a step and merge with the steps before.
 
     Args:
         received: the flat message of this step.
         out, lse: of the steps before, [B, H, n, Dv] and [B, H, n] in ``wide``; None in the first.
+        room: holds the results.
 
     Returns:
         out and lse of all steps up to this; places without a token, and rows that saw no key: 0 and -inf.
     """
-    if out is None or lse is None:
-        out = empty_output(given.q, int(given.v.shape[3]), given.wide).zero_()
-        lse = given.q.new_full(given.q.shape[:3], -torch.inf, dtype=given.wide)
+    before = None if out is None or lse is None else (out, lse)
+    results = room.results or (None, None)
+    out = result(results[0], given.q, int(given.v.shape[3]), given.wide)
+    lse = given.q.new_empty(given.q.shape[:3], dtype=given.wide) if results[1] is None else results[1]
+    if before is None:
+        out.zero_()
+        lse.fill_(-torch.inf)
     else:
-        out, lse = out.clone(), lse.clone()
+        out.copy_(before[0])
+        lse.copy_(before[1])
     for run, keys in meetings(plan, at, number, given.k, given.v, received):
         call, index = _call(plan, at, given, run, keys.part)
         merge_into(out[index], lse[index], *_kernel(plan, call, backward=False).forward(call), fresh=False)
@@ -82,21 +103,27 @@ class Upstream:
 
 
 def backward(
-    plan: Plan, at: Where, number: int, given: Operands, received: Tensor | None, upstream: Upstream
+    plan: Plan, at: Where, number: int, given: Operands, received: Tensor | None, upstream: Upstream, room: Room = _NOWHERE
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """What one step adds to the gradients, in ``wide``.
 
     A key's share of a row's softmax is made from the LSE of the whole row, so steps need nothing of one another.
 
+    Args:
+        room: holds the results.
+
     Returns:
         gradients of q; of k and v where some rank attends to own keys in this step; and of the received rows, laid out as they.
     """
-    wide = given.wide
-    grad_q = empty_output(given.q, int(given.q.shape[3]), wide).zero_()
-    grad_k, grad_v = None, None
+    wide, results = given.wide, room.results or (None,) * 4
+    grad_q = result(results[0], given.q, int(given.q.shape[3]), wide).zero_()
+    grad_k, grad_v, grad_received = None, None, None
     if plan.attends_own(number):
-        grad_k, grad_v = (empty_output(x, int(x.shape[3]), wide).zero_() for x in (given.k, given.v))
-    grad_received = None if received is None else received.new_zeros(received.shape, dtype=wide)
+        grad_k, grad_v = (
+            result(into, x, int(x.shape[3]), wide).zero_() for into, x in zip(results[1:3], (given.k, given.v), strict=True)
+        )
+    if received is not None:
+        grad_received = (received.new_empty(received.shape, dtype=wide) if results[3] is None else results[3]).zero_()
     grads = meetings(plan, at, number, grad_k, grad_v, grad_received)
     for (run, keys), (_, into) in zip(meetings(plan, at, number, given.k, given.v, received), grads, strict=True):
         call, index = _call(plan, at, given, run, keys.part)

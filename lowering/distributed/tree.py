@@ -53,7 +53,7 @@ class _Tree(torch.autograd.Function):
                 ops.gather(x, said.axis, spec, what, False) for x, what in ((out, "partial outputs"), (lse, "partial LSE"))
             ]
             out, lse = ops.merge_parts(*(wait(x) for x in started))
-        out = empty_output(q, out.shape[3]).copy_(out)
+        out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse, *rest[:-1])
         ctx.spec = spec
         ctx.set_materialize_grads(False)
