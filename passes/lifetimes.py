@@ -212,13 +212,18 @@ def _storage_ids(node: Node) -> list[int]:
     return [value.untyped_storage()._cdata for value in _tensors(node.meta.get("val"))]
 
 
+def is_sent(node: Node) -> bool:
+    """Does the node's work go on while others compute?"""
+    return _operator(node).startswith(_SENT)
+
+
 def _is_ours(node: Node) -> bool:
     return _operator(node).startswith((_OURS, *_SENT))
 
 
 def _role(node: Node) -> Role:
     operator = _operator(node)
-    if operator.startswith(_SENT):
+    if is_sent(node):
         return "receive"
     if operator.endswith("_backward"):
         return "gradient"
@@ -235,7 +240,7 @@ def _buffer(storage: _Storage) -> Buffer:
         end=storage.end,
         hint=storage.hint,
         device=str(value.device),
-        lane="communication" if _operator(node).startswith(_SENT) else "compute",
+        lane="communication" if is_sent(node) else "compute",
         role=_role(node),
         module=module_path(node),
     )
