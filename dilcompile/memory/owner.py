@@ -32,10 +32,8 @@ def is_last_owner(tensors: Sequence[Tensor], size: int, strides: Sequence[tuple[
     storage = tensors[0].untyped_storage()
     if storage.nbytes() < size or any(tensor.untyped_storage()._cdata != storage._cdata for tensor in tensors):
         return False
-    # The memory is known to the tensors and to ``storage``; each of them to both sequences, and to nothing of C++ besides.
+    # The memory is known to the tensors and to ``storage``; each of them to both sequences.
     if torch._C._storage_Use_Count(storage._cdata) > len(tensors) + 1 or _references(tensors) > _ONE + 1:
-        return False
-    if any(tensor._use_count() > 1 for tensor in tensors):
         return False
     return all(tensor.stride() == stride for tensor, stride in zip(tensors, strides, strict=True))
 

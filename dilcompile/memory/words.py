@@ -49,7 +49,7 @@ def cells(memory: GraphMemory) -> tuple[str, ...]:
         size_text(plan.without_reuse),
         size_text(memory.by_caching),
         "" if counted else " + ".join(map(size_text, memory.classes)),
-        f"{size_text(most_live(memory.donated))} ({len(memory.donated)})" if memory.donated else "",
+        f"{size_text(most_live(memory.donated))} ({len(memory.donated)})" if memory.donated else size_text(0),
         f"{size_text(memory.elsewhere_bytes)} ({len(memory.elsewhere)})" if memory.elsewhere else "",
         size_text(memory.given),
         size_text(memory.kept_bytes),
