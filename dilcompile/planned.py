@@ -19,10 +19,12 @@ from dilcompile.decision import Decision, MemoryUse
 from dilcompile.lowering import out_forms, workspaces
 from dilcompile.memory import Buffer, BufferPlan
 from dilcompile.memory.account import Direction, GraphMemory, Planner, Runs
+from dilcompile.memory.owner import bytes_in, is_last_owner
 from dilcompile.memory.packing import most_live
-from dilcompile.memory.pool import ArenaPool, Lease, size_class
+from dilcompile.memory.pool import ArenaPool, Lease, arena_size
 from dilcompile.memory.watch import Watch
 from dilcompile.passes.climb import Climb
+from dilcompile.passes.donated import donated_numbers
 from dilcompile.passes.lifetimes import Lifetimes
 from dilcompile.passes.plan_buffers import PlannedGraph, plan_graph
 from dilcompile.passes.shared_buffers import Layout, at
@@ -73,7 +75,10 @@ def planned(
             reuse = memory.reuse if climb is None or climb.taken is None else climb.taken.reuse
             if reuse == "off":
                 return _boxed(gm)
-            call = PlannedCall(plan_graph(gm, within_module=reuse == "within_layer", workspace=workspaces.bytes_of), pool)
+            donated = donated_numbers() if direction == "backward" else ()
+            within = reuse == "within_layer"
+            graph = plan_graph(gm, within_module=within, workspace=workspaces.bytes_of, donated=donated)
+            call = PlannedCall(graph, pool)
             if tell is not None:
                 tell(call, direction)
             return call
@@ -120,12 +125,13 @@ def account_of(
     elsewhere: Sequence[Buffer] = (),
     *,
     planner: Planner = "dilcompile",
+    keeps: bool = True,
     runs: Runs | None = None,
 ) -> GraphMemory:
     """The account of a graph."""
     given = sum(buffer.hint for buffer in lifetimes.given)
     beside, kept = tuple(elsewhere), tuple(lifetimes.kept)
-    return GraphMemory(graph, direction, plan, beside, kept, given, lifetimes.steps, planner, runs)
+    return GraphMemory(graph, direction, plan, beside, kept, given, lifetimes.steps, planner, keeps, runs)
 
 
 class PlannedCall:
@@ -149,10 +155,12 @@ class PlannedCall:
         """Run the graph once."""
         lengths = {symbol: int(args[number]) for number, symbol in self.planned.symbols}
         plan = self._plan_at(lengths)
-        with self.pool.lease([(torch.device(arena.device), arena.peak) for arena in plan.arenas]) as lease:
-            values = [*args, *self._buffers(plan, lease, lengths)]
+        asked = [(torch.device(arena.device), arena.peak) for arena in plan.arenas]
+        with self.pool.lease(asked, plan.varies) as lease:
+            given, instead = self._given(plan, args, lengths)
+            values = [*args, *self._buffers(plan, lease, given, lengths)]
             args.clear()
-            result = self._run(plan, lease, values)
+            result = self._run(plan, lease, given, values, instead)
             self.runs.calls += 1
             self.runs.lease_hits += lease.kept
         if self.after is not None:
@@ -162,16 +170,33 @@ class PlannedCall:
     def account(self, graph: str, direction: Direction) -> GraphMemory:
         """What the plan comes to at the lengths of the example, and what calls came to so far."""
         found, runs = self.planned.lifetimes, replace(self.runs) if self.runs.calls else None
-        return account_of(graph, direction, self.planned.plan, found, self.planned.elsewhere, runs=runs)
+        return account_of(graph, direction, self.planned.plan, found, self.planned.elsewhere, keeps=self.pool.keeps, runs=runs)
 
-    def _run(self, plan: BufferPlan, lease: Lease, values: list[Any]) -> Any:
+    def _given(self, plan: BufferPlan, args: Sequence[Any], lengths: Mapping[sympy.Symbol, int]) -> tuple[list[Tensor], int]:
+        """The memory of saved tensors in which buffers lie, and where others may still see it other memory; the bytes of that."""
+        found, instead = [], 0
+        for inside, arena in zip(self.planned.donated, plan.donated, strict=True):
+            assert arena.inside is not None, "it is that of an input"
+            tensors = [args[number] for number, _ in inside.inputs]
+            strides = [tuple(at(size, lengths) for size in seen.stride) for _, seen in inside.inputs]
+            if is_last_owner(tensors, arena.inside.hint, strides):
+                found.append(bytes_in(tensors[0]))
+            else:
+                self.runs.refused += 1
+                instead += arena.inside.hint
+                found.append(torch.empty(arena.inside.hint, dtype=torch.uint8, device=arena.device))
+        return found, instead
+
+    def _run(self, plan: BufferPlan, lease: Lease, given: list[Tensor], values: list[Any], instead: int) -> Any:
         if self._by_step:
-            return _Poisoned(self.planned, plan, lease.arenas).boxed_run(values)
+            return _Poisoned(self.planned, plan, [*lease.arenas, *given]).boxed_run(values)
+        # What lies in it holds it as long as it is needed.
+        given.clear()
         if self.after is not None and not self.runs.calls:
             # Someone listens: the first call is watched.
             with Watch([*values, *lease.arenas]) as watch:
                 result = self.planned.gm.forward(values)
-            self.runs.measured = plan.peak + watch.most
+            self.runs.measured = plan.peak + instead + watch.most
             return result
         return self.planned.gm.forward(values)
 
@@ -181,7 +206,8 @@ class PlannedCall:
         Operators' own temporary memory is not in it.
         """
         lengths = lengths or {}
-        arenas = sum(size_class(arena.peak) for arena in self._plan_at(lengths).arenas)
+        plan = self._plan_at(lengths)
+        arenas = sum(arena_size(arena.peak, self.pool.keeps or plan.varies) for arena in plan.arenas)
         others = [*self.planned.elsewhere, *self.planned.lifetimes.kept]
         return arenas + most_live([replace(other, hint=at(other.size, lengths)) for other in others])
 
@@ -194,21 +220,31 @@ class PlannedCall:
             self.runs.plans += 1
         return self._plans[key]
 
-    def _buffers(self, plan: BufferPlan, lease: Lease, lengths: Mapping[sympy.Symbol, int]) -> list[Tensor]:
-        """The graph's further inputs; made once for an arena."""
-        key = (self._number, *lengths.values())
+    def _buffers(
+        self, plan: BufferPlan, lease: Lease, given: Sequence[Tensor], lengths: Mapping[sympy.Symbol, int]
+    ) -> list[Tensor]:
+        """The graph's further inputs; those in an arena are made once for it."""
+        key, arenas = (self._number, *lengths.values()), len(lease.arenas)
+        placed = [(layout, *plan.places[layout.buffer]) for layout in self.planned.layouts]
         if key not in lease.views:
             while len(lease.views) >= _MOST_LENGTHS:
                 lease.views.pop(next(iter(lease.views)))
-            lease.views[key] = [self._buffer(layout, plan, lease, lengths) for layout in self.planned.layouts]
-        return lease.views[key]
+            apart = [arena.lane == "communication" for arena in plan.arenas]
+            lease.views[key] = [
+                _buffer(layout, lease.arenas[number], offset, lengths, apart[number])
+                for layout, number, offset in placed
+                if number < arenas
+            ]
+        views = iter(lease.views[key])
+        return [
+            next(views) if number < arenas else _buffer(layout, given[number - arenas], offset, lengths)
+            for layout, number, offset in placed
+        ]
 
-    def _buffer(self, layout: Layout, plan: BufferPlan, lease: Lease, lengths: Mapping[sympy.Symbol, int]) -> Tensor:
-        arena, offset = plan.places[layout.buffer]
-        memory, unit = lease.arenas[arena][offset:], layout.dtype.itemsize
-        if plan.arenas[arena].lane == "communication":
-            memory = _apart(memory)
-        return layout.of(memory[: memory.numel() // unit * unit], lengths)
+
+def _buffer(layout: Layout, memory: Tensor, offset: int, lengths: Mapping[sympy.Symbol, int], apart: bool = False) -> Tensor:
+    memory, unit = _apart(memory[offset:]) if apart else memory[offset:], layout.dtype.itemsize
+    return layout.of(memory[: memory.numel() // unit * unit], lengths)
 
 
 def _apart(memory: Tensor) -> Tensor:
@@ -219,10 +255,10 @@ def _apart(memory: Tensor) -> Tensor:
 class _Poisoned(Interpreter):
     """Node by node; memory is filled with NaN before any buffer has it, and again when the last reader is through."""
 
-    def __init__(self, planned: PlannedGraph, plan: BufferPlan, arenas: Sequence[Tensor]) -> None:
+    def __init__(self, planned: PlannedGraph, plan: BufferPlan, memories: Sequence[Tensor]) -> None:
         super().__init__(planned.gm)
-        self._ends = _ranges_by_last_reader(planned, plan, arenas)
-        for arena in arenas:
+        self._ends = _ranges_by_last_reader(planned, plan, memories)
+        for arena in memories[: len(plan.arenas)]:
             arena.fill_(_POISON)
 
     def run_node(self, n: Node) -> Any:
@@ -233,10 +269,13 @@ class _Poisoned(Interpreter):
         return result
 
 
-def _ranges_by_last_reader(planned: PlannedGraph, plan: BufferPlan, arenas: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+def _ranges_by_last_reader(planned: PlannedGraph, plan: BufferPlan, memories: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """What is filled after which node: each buffer, and donated memory unless its last reader writes the first buffer there."""
     found: dict[str, list[Tensor]] = {}
-    for number, arena in enumerate(plan.arenas):
+    nodes = planned.lifetimes.nodes
+    for memory, arena in zip(memories, (*plan.arenas, *plan.donated), strict=True):
+        if arena.inside is not None and all(buffer.begin > arena.inside.end for buffer in arena.buffers):
+            found.setdefault(nodes[arena.inside.end], []).append(memory)
         for buffer, offset in zip(arena.buffers, arena.offsets, strict=True):
-            reader = planned.lifetimes.nodes[buffer.end]
-            found.setdefault(reader, []).append(arenas[number][offset : offset + buffer.hint])
+            found.setdefault(nodes[buffer.end], []).append(memory[offset : offset + buffer.hint])
     return found

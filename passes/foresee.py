@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from torch.fx import GraphModule, Node
@@ -12,6 +12,7 @@ from dilcompile.errors import BudgetError
 from dilcompile.memory.buffer import Buffer
 from dilcompile.memory.step import Phase, Reuse, Step
 from dilcompile.passes.copies import copied
+from dilcompile.passes.donated import donated_between
 from dilcompile.passes.lifetimes import Lifetimes, lifetimes_of
 from dilcompile.passes.plan_buffers import Workspaces, plan_graph, without
 from dilcompile.passes.provenance import module_path, source_line
@@ -56,9 +57,10 @@ def foresee(
         else:
             found.append(replace(buffer, role="saved", end=ahead + ends.get(buffer.name, last - ahead)))
     found.extend(_shifted(buffer, ahead) for buffer in (*second.buffers, *second.kept))
-    backwards = _phase(backward, second, reuse, workspace, ahead, last)
+    backwards = _phase(backward, second, reuse, workspace, ahead, last, donated_between(forward, backward, num_outputs))
     placed = frozenset(_BACKWARD + name for name in backwards.placed)
-    return Step(tuple(found), (_phase(forward, first, reuse, workspace, 0, ahead - 1), replace(backwards, placed=placed)))
+    backwards = replace(backwards, placed=placed, held=_held(forward, first, backwards))
+    return Step(tuple(found), (_phase(forward, first, reuse, workspace, 0, ahead - 1), backwards))
 
 
 def _refuse_unknown_sizes(gm: GraphModule) -> None:
@@ -70,14 +72,33 @@ def _refuse_unknown_sizes(gm: GraphModule) -> None:
             )
 
 
-def _phase(gm: GraphModule, lifetimes: Lifetimes, reuse: Reuse, workspace: Workspaces, begin: int, end: int) -> Phase:
+def _phase(
+    gm: GraphModule,
+    lifetimes: Lifetimes,
+    reuse: Reuse,
+    workspace: Workspaces,
+    begin: int,
+    end: int,
+    donated: Collection[int] = (),
+) -> Phase:
     """With the arenas that the graph would get."""
     if reuse == "off":
         return Phase(begin, end)
-    planned = plan_graph(copied(gm), within_module=reuse == "within_layer", workspace=workspace)
+    planned = plan_graph(copied(gm), within_module=reuse == "within_layer", workspace=workspace, donated=donated)
     elsewhere = {buffer.name for buffer in planned.elsewhere}
     placed = frozenset(buffer.name for buffer in lifetimes.buffers if buffer.name not in elsewhere)
     return Phase(begin, end, planned.plan, placed)
+
+
+def _held(forward: GraphModule, first: Lifetimes, backwards: Phase) -> dict[str, int]:
+    """For each buffer that the forward hands over and in which others lie then, the last step of those."""
+    plan = backwards.plan
+    arenas = {} if plan is None else {arena.inside.name: arena for arena in plan.donated if arena.inside is not None}
+    return {
+        buffer: backwards.begin + max(other.end for other in arenas[result.name].buffers)
+        for result, buffer in zip(_results(forward), first.outputs, strict=True)
+        if buffer is not None and result is not None and result.name in arenas
+    }
 
 
 def _shifted(buffer: Buffer, steps: int) -> Buffer:

@@ -6,7 +6,7 @@ outlives the graph (outputs, saved tensors) and what an operator without an ``ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -17,10 +17,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from dilcompile.memory import Buffer, BufferPlan, plan_buffers
+from dilcompile.memory.donate import Donated, donate
+from dilcompile.passes.donated import donated_memory
 from dilcompile.passes.lifetimes import Lifetimes, lifetimes_of, makers, travels
 from dilcompile.passes.out_forms import out_form, workspace_form
 from dilcompile.passes.provenance import module_path
-from dilcompile.passes.shared_buffers import Layout, expression, share
+from dilcompile.passes.shared_buffers import Layout, expression, layout, share
 
 aten = torch.ops.aten
 # Memory without content, and how it is turned.
@@ -36,6 +38,17 @@ def without(target: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> i
 
 
 @dataclass(frozen=True)
+class Inside:
+    """Inputs that share the memory in which buffers lie.
+
+    Args:
+        inputs: their numbers, and how the graph sees each.
+    """
+
+    inputs: tuple[tuple[int, Layout], ...]
+
+
+@dataclass(frozen=True)
 class PlannedGraph:
     """A graph that takes its buffers as further inputs.
 
@@ -46,6 +59,7 @@ class PlannedGraph:
         symbols: (number of an input, symbol) of the inputs that are lengths.
         lifetimes: of all buffers of the graph, as it is planned.
         elsewhere: the buffers that are not planned, because their operator has no ``out`` form that makes no copy.
+        donated: the inputs in whose memory buffers lie, one for each of ``plan.donated``.
     """
 
     gm: GraphModule
@@ -54,14 +68,18 @@ class PlannedGraph:
     symbols: tuple[tuple[int, sympy.Symbol], ...]
     lifetimes: Lifetimes
     elsewhere: tuple[Buffer, ...]
+    donated: tuple[Inside, ...] = ()
 
 
-def plan_graph(gm: GraphModule, *, within_module: bool = False, workspace: Workspaces = without) -> PlannedGraph:
+def plan_graph(
+    gm: GraphModule, *, within_module: bool = False, workspace: Workspaces = without, donated: Collection[int] = ()
+) -> PlannedGraph:
     """Plan the buffers of an ATen graph with fake values and rewrite it, in place, to use them.
 
     Args:
         within_module: see ``plan_buffers``.
         workspace: bytes that a call of an operator needs besides its results, from its target and operands.
+        donated: the numbers of the inputs that nobody reads after the graph.
     """
     lifetimes, symbols = lifetimes_of(gm), _symbols(gm)
     live = {buffer.name for buffer in lifetimes.buffers}
@@ -73,6 +91,9 @@ def plan_graph(gm: GraphModule, *, within_module: bool = False, workspace: Works
     ]
     homes = share([(node, form, [one for one in made if one[0] in live]) for node, form, made in planned], lifetimes)
     workspaces = _workspaces(gm, lifetimes, workspace, symbols)
+    # Memory of one module is not for others where modules share none.
+    pieces = [] if within_module else donated_memory(gm, donated, planned, homes, lifetimes)
+    inside = _layouts_of(gm, pieces)
     inputs = _Inputs(gm)
     for node, form, made in planned:
         places = [inputs.add(homes.layouts[name], value) if name in live else _empty(node, value) for name, value in made]
@@ -88,9 +109,13 @@ def plan_graph(gm: GraphModule, *, within_module: bool = False, workspace: Works
     placed = {name for _, _, made in planned for name, _ in made}.union(erased)
     elsewhere = tuple(buffer for buffer in lifetimes.buffers if buffer.name not in placed)
     buffers = [*homes.buffers.values(), *workspaces.values()]
-    plan = plan_buffers(buffers, within_module=within_module)
+    held, left = donate(buffers, pieces, (*elsewhere, *lifetimes.kept))
+    plan = replace(plan_buffers(left, within_module=within_module), donated=tuple(arena for arena in held if arena.buffers))
+    plan.verify()
     found = replace(lifetimes, buffers=[*buffers, *elsewhere])
-    return PlannedGraph(gm, plan, tuple(inputs.layouts), tuple((n, symbol) for n, symbol, _ in symbols), found, elsewhere)
+    lengths = tuple((n, symbol) for n, symbol, _ in symbols)
+    used = tuple(one for one, arena in zip(inside, held, strict=True) if arena.buffers)
+    return PlannedGraph(gm, plan, tuple(inputs.layouts), lengths, found, elsewhere, used)
 
 
 def _has_places(made: Sequence[tuple[str, Tensor]], live: Container[str]) -> bool:
@@ -135,6 +160,14 @@ class _Inputs:
             self._last.meta["val"] = value
         self.layouts.append(layout)
         return self._last
+
+
+def _layouts_of(gm: GraphModule, pieces: Sequence[Donated]) -> list[Inside]:
+    nodes = gm.graph.find_nodes(op="placeholder")
+    return [
+        Inside(tuple((number, layout(piece.memory.name, nodes[number].meta["val"])) for number in piece.inputs))
+        for piece in pieces
+    ]
 
 
 def _fill(cat: Node, place: Node, slices: Mapping[int, Layout], inputs: _Inputs) -> None:

@@ -66,7 +66,7 @@ def share(made: Sequence[Made], lifetimes: Lifetimes) -> Homes:
     live = {buffer.name: buffer for buffer in lifetimes.buffers}
     homes = Homes(
         {name: live[name] for _, _, results in made for name, _ in results},
-        {name: _layout(name, value) for _, _, results in made for name, value in results},
+        {name: layout(name, value) for _, _, results in made for name, value in results},
     )
     makers = {name: (node, form) for node, form, results in made for name, _ in results}
     for node, _, results in made:
@@ -199,7 +199,7 @@ def _overwrite(made: Sequence[Made], homes: Homes, lifetimes: Lifetimes) -> None
         own = homes.layouts[name]
         for operand in node.all_input_nodes:
             under = _under(operand, node, homes, lifetimes)
-            if under is None or under.buffer == name or not _alike(operand, value, node, lifetimes):
+            if under is None or under.buffer == name or not alike(operand, value, node, lifetimes):
                 continue
             below = homes.buffers[under.buffer]
             if below.end != steps[node.name] or not same(below.size, homes.buffers[name].size):
@@ -220,8 +220,8 @@ def _under(operand: Node, node: Node, homes: Homes, lifetimes: Lifetimes) -> Lay
     return found if homes.buffers[found.buffer].lane == "compute" else None
 
 
-def _alike(operand: Node, value: Tensor, node: Node, lifetimes: Lifetimes) -> bool:
-    """Does each operand in that memory have the elements at the places at which the result has them?"""
+def alike(operand: Node, value: Tensor, node: Node, lifetimes: Lifetimes) -> bool:
+    """Does each operand in the memory of this one have the elements at the places at which the result has them?"""
     memory = lifetimes.memory[operand.name]
     for other in node.all_input_nodes:
         if lifetimes.memory.get(other.name) != memory:
@@ -235,7 +235,8 @@ def _alike(operand: Node, value: Tensor, node: Node, lifetimes: Lifetimes) -> bo
     return True
 
 
-def _layout(name: str, value: Tensor) -> Layout:
+def layout(name: str, value: Tensor) -> Layout:
+    """How a tensor is laid out that has a buffer for itself."""
     return Layout(name, value.dtype, *(tuple(map(expression, sizes)) for sizes in (value.shape, value.stride())))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,22 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 @pytest.fixture(autouse=True)
 def _plain_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every planned graph that is made."""
+    from dilcompile.planned import PlannedCall
+
+    found: list[Any] = []
+    begin = PlannedCall.__init__
+
+    def spied(self: Any, *args: Any) -> None:
+        begin(self, *args)
+        found.append(self)
+
+    monkeypatch.setattr(PlannedCall, "__init__", spied)
+    return found
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

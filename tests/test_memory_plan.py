@@ -160,8 +160,8 @@ def test_the_words_say_what_the_plan_comes_to():
     told = dict(zip(re.split(r"\s{2,}", head), re.split(r"\s{2,}", row), strict=False))
     assert told == {
         "graph": "0 forward", "steps": "8", "buffers": "3", "planned": "12 KiB", "live at once": "12 KiB", "ratio": "1.000",
-        "without reuse": "20 KiB", "caching allocator": "2 MiB", "size classes": "12 KiB", "elsewhere": "64 B (1)",
-        "given": "2 KiB", "kept": "0 B",
+        "without reuse": "20 KiB", "caching allocator": "2 MiB", "size classes": "12 KiB", "over saved": "0 B",
+        "elsewhere": "64 B (1)", "given": "2 KiB", "kept": "0 B",
     }  # fmt: skip
     assert memory.live(8) == [4096, 4096, 12288, 8192, 8192, 8192, 8192, 8192]
     assert memory.live(2) == [12288, 8192]

@@ -133,7 +133,9 @@ def test_sizes_grow_with_the_length_and_with_it_alone(run: Any) -> None:
     short, long = graphs(), graphs("--length", "24000")
     assert [graph["direction"] for graph in short] == ["forward", "backward"]
     for one, other in zip(short, long, strict=True):
-        assert (one["steps"], one["buffers"]) == (other["steps"], other["buffers"])
+        assert one["steps"] == other["steps"]
+        # Where gradients of weights are most of what is held, fewer buffers lie in saved tensors.
+        assert one["buffers"] + one["over_saved"]["buffers"] == other["buffers"] + other["over_saved"]["buffers"]
         assert 20 < other["planned"] / one["planned"] <= 1000, "workspaces and gradients of weights grow less"
         assert other["live_at_once"] <= other["planned"] <= 1.05 * other["live_at_once"]
         assert other["planned"] <= other["without_reuse"]

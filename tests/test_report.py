@@ -352,7 +352,7 @@ MEMORY = closed({
     "graph": {"type": "string"}, "direction": {"enum": ["inference", "forward", "backward"]},
     "planner": {"enum": ["dilcompile", "inductor"]}, "ratio": {"type": "number"},
     **dict.fromkeys(("steps", "buffers", "planned", "live_at_once", "without_reuse", "caching_allocator", "given", "kept", "predicted"), COUNT),
-    "elsewhere": closed({"buffers": COUNT, "live_at_once": COUNT}),
+    **dict.fromkeys(("over_saved", "elsewhere"), closed({"buffers": COUNT, "live_at_once": COUNT})),
     "arenas": {"type": "array", "items": closed({
         **_ARENA_KEYS, "module": {"type": "string"}, **dict.fromkeys(("buffers", "planned", "live_at_once", "size_class"), COUNT),
     })},
@@ -361,13 +361,13 @@ MEMORY = closed({
         **dict.fromkeys(("bytes", "offset", "begin", "end"), COUNT),
     })},
     "runs": {"anyOf": [{"type": "null"}, closed({
-        **dict.fromkeys(("calls", "plans", "lease_hits"), COUNT), "measured": {"anyOf": [{"type": "null"}, COUNT]},
+        **dict.fromkeys(("calls", "plans", "lease_hits", "refused"), COUNT), "measured": {"anyOf": [{"type": "null"}, COUNT]},
     })]},
 })  # fmt: skip
 # Written out by hand: a change of the keys must change VERSION and this.
 REPORT_SCHEMA = closed({
     "schema": {"const": "dilcompile.report"},
-    "version": {"const": 7},
+    "version": {"const": 8},
     "policy": {"type": "string"},
     "graphs": {"type": "array", "items": closed({
         "graph": {"type": "string"},

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from dilcompile.memory.buffer import Buffer
 from dilcompile.memory.packing import most_live
 from dilcompile.memory.plan import Arena, BufferPlan
-from dilcompile.memory.pool import size_class
+from dilcompile.memory.pool import arena_size
 from dilcompile.memory.replay import reserved_by_caching
 
 Direction = Literal["inference", "forward", "backward"]
@@ -27,18 +27,21 @@ class Runs:
         calls: how many.
         plans: how often offsets were worked out; all other calls found those of an earlier one at the same lengths.
         lease_hits: how often arenas of the size classes were there already.
+        refused: how often a saved tensor in which buffers were to lie could still be seen by others: they got other memory.
         measured: the peak of all that the graph made in its first call, in bytes, or None if it was not measured.
     """
 
     calls: int = 0
     plans: int = 0
     lease_hits: int = 0
+    refused: int = 0
     measured: int | None = None
 
     def __str__(self) -> str:
         calls = f"{self.calls:,} call{'' if self.calls == 1 else 's'}"
         plans = f"{self.plans:,} planned, {max(0, self.calls - self.plans):,} by the plan of an earlier one"
-        return f"{calls}: {plans}; arenas found in {self.lease_hits:,}, made in {self.calls - self.lease_hits:,}"
+        refused = f"; {self.refused:,} saved tensors not free to lie in" if self.refused else ""
+        return f"{calls}: {plans}; arenas found in {self.lease_hits:,}, made in {self.calls - self.lease_hits:,}{refused}"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class GraphMemory:
         kept: outputs and what is saved for the backward, which stay behind.
         given: bytes of inputs, parameters and what an earlier graph saved among them, which were there before.
         steps: how many nodes compute.
+        keeps: arenas are kept for later calls.
         runs: None: it has not run.
     """
 
@@ -63,6 +67,7 @@ class GraphMemory:
     given: int = 0
     steps: int = 0
     planner: Planner = "dilcompile"
+    keeps: bool = True
     runs: Runs | None = field(default=None, compare=False)
 
     @property
@@ -72,7 +77,7 @@ class GraphMemory:
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
-        """All that are planned."""
+        """All that lie in arenas."""
         return tuple(buffer for arena in self.plan.arenas for buffer in arena.buffers)
 
     @cached_property
@@ -88,8 +93,13 @@ class GraphMemory:
 
     @property
     def classes(self) -> tuple[int, ...]:
-        """The bytes that are asked for, one an arena: its size class."""
-        return tuple(size_class(arena.peak) for arena in self.plan.arenas)
+        """The bytes that are asked for, one an arena: its size class, or its own size where no other call may have it."""
+        return tuple(arena_size(arena.peak, self.keeps or self.plan.varies) for arena in self.plan.arenas)
+
+    @property
+    def donated(self) -> tuple[Buffer, ...]:
+        """What lies in saved tensors that are dead; no arena has it."""
+        return tuple(buffer for arena in self.plan.donated for buffer in arena.buffers)
 
     @property
     def predicted(self) -> int:
@@ -141,6 +151,7 @@ class GraphMemory:
             "ratio": self.ratio,
             "without_reuse": self.plan.without_reuse,
             "caching_allocator": self.by_caching,
+            "over_saved": {"buffers": len(self.donated), "live_at_once": most_live(self.donated)},
             "elsewhere": {"buffers": len(self.elsewhere), "live_at_once": self.elsewhere_bytes},
             "given": self.given,
             "kept": self.kept_bytes,

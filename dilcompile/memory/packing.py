@@ -8,6 +8,7 @@ sizes that are live in one step, which no packing can beat.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from dilcompile.memory.buffer import Buffer, aligned
@@ -18,6 +19,31 @@ FEW = 12
 _MOST_PLACEMENTS = 4_000
 # How many buffers may be placed again where there are more: some hundredths of a second.
 _MOST_REPACKED = 4_000
+
+
+@dataclass
+class Bytes:
+    """How many bytes are held in each of a number of steps."""
+
+    steps: int
+    at: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.at = [0] * self.steps
+
+    def add(self, begin: int, end: int, size: int) -> None:
+        """So many more from one step to another, both included."""
+        for step in range(begin, end + 1):
+            self.at[step] += size
+
+    def within(self, begin: int, end: int) -> int:
+        """The most in these steps."""
+        return max(self.at[begin : end + 1], default=0)
+
+    @property
+    def most(self) -> int:
+        """The most in any step."""
+        return max(self.at, default=0)
 
 
 def most_live(buffers: Sequence[Buffer]) -> int:
@@ -92,11 +118,11 @@ def _placed(buffers: Sequence[Buffer], order: Sequence[int], neighbours: Sequenc
     offsets: list[int | None] = [None] * len(buffers)
     for i in order:
         taken = sorted((at, at + buffers[j].hint) for j in neighbours[i] if (at := offsets[j]) is not None)
-        offsets[i] = _gap(buffers[i], taken, tightest)
+        offsets[i] = gap(buffers[i], taken, tightest)
     return tuple(offset for offset in offsets if offset is not None)
 
 
-def _gap(buffer: Buffer, taken: Sequence[tuple[int, int]], tightest: bool) -> int:
+def gap(buffer: Buffer, taken: Sequence[tuple[int, int]], tightest: bool) -> int:
     """Where the buffer fits between the ranges ``taken``, ascending; behind all of them if nowhere."""
     best, room, end = None, None, 0
     for start, stop in taken:
@@ -141,7 +167,7 @@ def _searched(buffers: Sequence[Buffer], neighbours: Sequence[Sequence[int]], be
             if tries > _MOST_PLACEMENTS or least <= bound:
                 return
             taken = sorted((at, at + buffers[j].hint) for j in neighbours[i] if (at := offsets[j]) is not None)
-            at = _gap(buffers[i], taken, tightest=False)
+            at = gap(buffers[i], taken, tightest=False)
             if max(top, at + buffers[i].hint) < least:
                 offsets[i] = at
                 place(left - {i}, max(top, at + buffers[i].hint))

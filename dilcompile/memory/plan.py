@@ -29,6 +29,7 @@ class Arena:
         buffers: from the lowest up, at the hints.
         below: for each buffer the numbers of those that it lies on.
         module: whose buffers these are; empty for those of all modules.
+        inside: what was given to the graph, and in which these buffers lie when it is dead; None: the memory is the plan's.
     """
 
     device: str
@@ -36,6 +37,7 @@ class Arena:
     buffers: tuple[Buffer, ...]
     below: tuple[tuple[int, ...], ...]
     module: str = ""
+    inside: Buffer | None = None
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -53,6 +55,11 @@ class Arena:
     def peak(self) -> int:
         """Bytes of the arena, at the hints."""
         return peak(self.buffers, self.offsets)
+
+    @property
+    def varies(self) -> bool:
+        """Does its size depend on lengths that are known only when the graph runs?"""
+        return not all(isinstance(buffer.size, int) or buffer.size.is_number for buffer in self.buffers)
 
     @property
     def most_live(self) -> int:
@@ -75,20 +82,31 @@ class Arena:
 
     def at(self, lengths: Mapping[sympy.Symbol, int]) -> Arena:
         """The same stacking where the symbols have these values: its hints are then the sizes."""
-        sizes = [int(sympy.sympify(buffer.size).subs(lengths)) for buffer in self.buffers]
-        return replace(self, buffers=tuple(replace(b, hint=size) for b, size in zip(self.buffers, sizes, strict=True)))
+        inside = None if self.inside is None else _at(self.inside, lengths)
+        return replace(self, buffers=tuple(_at(buffer, lengths) for buffer in self.buffers), inside=inside)
 
 
 @dataclass(frozen=True)
 class BufferPlan:
-    """All arenas of a graph. Equal buffers give equal plans; a plan can be pickled."""
+    """All arenas of a graph. Equal buffers give equal plans; a plan can be pickled.
+
+    Args:
+        arenas: memory that is made for a call.
+        donated: memory that a call is given and that is dead before any of these buffers begins. Peaks and sums are without it.
+    """
 
     arenas: Arenas
+    donated: Arenas = ()
 
     @property
     def peak(self) -> int:
         """Bytes of all arenas together, at the hints."""
         return sum(arena.peak for arena in self.arenas)
+
+    @property
+    def varies(self) -> bool:
+        """Does the size of any arena depend on lengths that are known only when the graph runs?"""
+        return any(arena.varies for arena in self.arenas)
 
     @property
     def most_live(self) -> int:
@@ -102,30 +120,35 @@ class BufferPlan:
 
     @cached_property
     def places(self) -> Mapping[str, tuple[int, int]]:
-        """(number of the arena, offset in bytes) of each buffer by its name, at the hints."""
+        """(number of the arena, offset in bytes) of each buffer by its name, at the hints; donated ones count on."""
         return {
             buffer.name: (number, offset)
-            for number, arena in enumerate(self.arenas)
+            for number, arena in enumerate((*self.arenas, *self.donated))
             for buffer, offset in zip(arena.buffers, arena.offsets, strict=True)
         }
 
     def at(self, lengths: Mapping[sympy.Symbol, int]) -> BufferPlan:
         """The same stacking at other lengths."""
-        return BufferPlan(tuple(arena.at(lengths) for arena in self.arenas))
+        return BufferPlan(*(tuple(arena.at(lengths) for arena in arenas) for arenas in (self.arenas, self.donated)))
 
     def fitted(self, lengths: Mapping[sympy.Symbol, int]) -> BufferPlan:
         """The plan at other lengths: the same stacking, but arenas that it makes more than 5 % too large are packed anew."""
-        return BufferPlan(tuple(_fitted(arena.at(lengths)) for arena in self.arenas))
+        there = self.at(lengths)
+        return replace(there, arenas=tuple(map(_fitted, there.arenas)))
 
     def verify(self) -> None:
-        """Check that no two buffers that are live together overlap.
+        """Check that no two buffers that are live together overlap, and that all are within donated memory that they lie in.
 
         Raises:
             AssertionError: naming two that do.
         """
-        for arena in self.arenas:
+        for arena in (*self.arenas, *self.donated):
             found = overlaps(arena.buffers, arena.offsets)
             assert found is None, f"buffers {found[0]} and {found[1]} of {arena.device}, {arena.lane}, overlap" if found else ""
+            if arena.inside is not None and arena.buffers:
+                first = min(arena.buffers, key=lambda buffer: buffer.begin)
+                assert arena.peak <= arena.inside.hint, f"more lies in {arena.inside.name} than it holds"
+                assert first.begin >= arena.inside.end, f"buffer {first.name} lies in {arena.inside.name} before that is dead"
 
 
 def plan_buffers(
@@ -150,21 +173,29 @@ def plan_buffers(
     by_arena: dict[tuple[str, Lane, str], list[Buffer]] = {}
     for buffer in buffers:
         by_arena.setdefault((buffer.device, buffer.lane, buffer.module if within_module else ""), []).append(buffer)
-    arenas = [_stacked(*kind, own, packing(own)) for kind, own in sorted(by_arena.items())]
+    arenas = [stacked(*kind, own, packing(own)) for kind, own in sorted(by_arena.items())]
     plan = BufferPlan(tuple(arenas))
     plan.verify()
     return plan
 
 
+def _at(buffer: Buffer, lengths: Mapping[sympy.Symbol, int]) -> Buffer:
+    size = buffer.size
+    return replace(buffer, hint=size if isinstance(size, int) else int(sympy.sympify(size).subs(lengths)))
+
+
 def _fitted(arena: Arena) -> Arena:
     if arena.peak <= _LOOSE * arena.most_live:
         return arena
-    anew = _stacked(arena.device, arena.lane, arena.module, arena.buffers, pack(arena.buffers))
+    anew = stacked(arena.device, arena.lane, arena.module, arena.buffers, pack(arena.buffers))
     return anew if anew.peak < arena.peak else arena
 
 
-def _stacked(device: str, lane: Lane, module: str, buffers: Sequence[Buffer], offsets: Sequence[int]) -> Arena:
-    """What lies on what. A buffer of no bytes at its hint may have some at another length: it is ordered like all others."""
+def stacked(device: str, lane: Lane, module: str, buffers: Sequence[Buffer], offsets: Sequence[int]) -> Arena:
+    """The arena of these buffers: what lies on what.
+
+    A buffer of no bytes at its hint may have some at another length: it is ordered like all others.
+    """
     order = sorted(range(len(buffers)), key=lambda i: (offsets[i], offsets[i] + buffers[i].hint, i))
     below: list[tuple[int, ...]] = []
     for n, i in enumerate(order):

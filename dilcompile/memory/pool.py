@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dilcompile.memory.buffer import aligned
+
 # Of a size class, in bytes.
 _LEAST = 1 << 12
 
@@ -23,6 +25,15 @@ def size_class(size: int) -> int:
         return _LEAST
     unit = 1 << ((size - 1).bit_length() - 3)
     return -(-size // unit) * unit
+
+
+def arena_size(size: int, again: bool) -> int:
+    """The bytes that are asked for, for an arena of this size.
+
+    Args:
+        again: a later call may have the arena, or need one of another size: the size class. Otherwise no more than is needed.
+    """
+    return size_class(size) if again else aligned(size)
 
 
 @dataclass
@@ -59,7 +70,7 @@ class ArenaPool:
 
     Two calls in flight (nested, of two threads, on two streams) never have the same arena: it is taken out while a call has it.
     An arena goes back to the stream whose work used it and is given to that stream alone, so that a later call comes behind that
-    work. A call gets the smallest arenas that hold its size classes; where larger ones are made, smaller ones that wait are given
+    work. A call gets the smallest arenas that hold what it asks for; where larger ones are made, smaller ones that wait are given
     up: what is kept is what the largest call needs.
 
     While a CUDA graph is captured, arenas are the capture's own: the graph writes to them whenever it is replayed, so they are
@@ -79,10 +90,14 @@ class ArenaPool:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
-    def lease(self, sizes: Sequence[tuple[torch.device, int]]) -> Iterator[Lease]:
-        """Arenas of at least these sizes in bytes, for one call."""
+    def lease(self, sizes: Sequence[tuple[torch.device, int]], varies: bool = False) -> Iterator[Lease]:
+        """Arenas of at least these sizes in bytes, for one call.
+
+        Args:
+            varies: the next call may ask for other sizes.
+        """
         place = tuple((device, _stream(device)) for device, _ in sizes)
-        classes = tuple(size_class(size) for _, size in sizes)
+        classes = tuple(arena_size(size, self.keeps or varies) for _, size in sizes)
         captured = any(_captures(device) for device, _ in place)
         taken = (classes, Lease(self._made(place, classes))) if captured else self._take(place, classes)
         # A call that fails may leave something under way, which writes to its arenas still: they are not kept.

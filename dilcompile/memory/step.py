@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import sympy
@@ -11,7 +11,7 @@ import sympy
 from dilcompile.memory.buffer import Buffer
 from dilcompile.memory.packing import most_live
 from dilcompile.memory.plan import Arena, BufferPlan
-from dilcompile.memory.pool import size_class
+from dilcompile.memory.pool import arena_size
 from dilcompile.memory.replay import reserved_by_caching
 
 Reuse = Literal["off", "within_layer", "across_layers"]
@@ -24,13 +24,15 @@ class Phase:
     Args:
         begin, end: its first and last step on the line of the whole step.
         plan: the arenas of its buffers; None: none is planned.
-        placed: names of the step's buffers that lie in these arenas.
+        placed: names of the step's buffers that lie in these arenas, or in saved tensors that are dead.
+        held: names of those saved tensors, and the last step of what lies in them.
     """
 
     begin: int
     end: int
     plan: BufferPlan | None = None
     placed: frozenset[str] = frozenset()
+    held: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,16 @@ class Step:
         """
         placed = frozenset().union(*(phase.placed for phase in self.phases))
         last = max(phase.end for phase in self.phases)
-        found = [buffer for buffer in self.buffers if buffer.name not in placed]
+        held = {name: end for phase in self.phases for name, end in phase.held.items()}
+        found = [
+            replace(buffer, end=max(buffer.end, held.get(buffer.name, 0))) for buffer in self.buffers if buffer.name not in placed
+        ]
         for number, (phase, arena) in enumerate(self.arenas):
-            size, (begin, end) = size_class(arena.peak), (0, last) if keeps else (phase.begin, phase.end)
+            assert phase.plan is not None, "the arena is its plan's"
+            size, (begin, end) = (
+                arena_size(arena.peak, keeps or phase.plan.varies),
+                (0, last) if keeps else (phase.begin, phase.end),
+            )
             found.append(Buffer(f"arena {number}", size, begin, end, size, arena.device, arena.lane, module=arena.module))
         return tuple(found)
 

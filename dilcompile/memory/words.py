@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from dilcompile.memory.account import GraphMemory
 from dilcompile.memory.buffer import Buffer
+from dilcompile.memory.packing import most_live
 from dilcompile.memory.timeline import buffer_text, size_text
 
 HEADINGS = (
@@ -18,6 +19,7 @@ HEADINGS = (
     "without reuse",
     "caching allocator",
     "size classes",
+    "over saved",
     "elsewhere",
     "given",
     "kept",
@@ -25,7 +27,8 @@ HEADINGS = (
 READING = (
     "planned: the peak of all arenas; live at once: the most bytes that a step needs, which no plan can beat; ratio: of the two",
     "without reuse: each buffer in a place of its own; caching allocator: what torch's would reserve, replayed",
-    "size classes: what is asked for, an arena each; elsewhere: live at once of what operators without a place to write to make",
+    "size classes: what is asked for, an arena each; over saved: live at once of what lies in dead saved tensors, in no arena",
+    "elsewhere: live at once of what operators without a place to write to make",
     "given: inputs, with parameters and saved tensors; kept: outputs, with what is saved; both outlive the graph: never planned",
 )
 _WIDE, _TALL = 64, 6
@@ -46,6 +49,7 @@ def cells(memory: GraphMemory) -> tuple[str, ...]:
         size_text(plan.without_reuse),
         size_text(memory.by_caching),
         "" if counted else " + ".join(map(size_text, memory.classes)),
+        f"{size_text(most_live(memory.donated))} ({len(memory.donated)})" if memory.donated else size_text(0),
         f"{size_text(memory.elsewhere_bytes)} ({len(memory.elsewhere)})" if memory.elsewhere else "",
         size_text(memory.given),
         size_text(memory.kept_bytes),

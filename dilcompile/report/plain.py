@@ -19,7 +19,7 @@ from dilcompile.report.totals import totals_of
 from dilcompile.site import AttentionSite, MaskSpec, Miss
 
 SCHEMA = "dilcompile.report"
-VERSION = 7
+VERSION = 8
 
 
 def plain(report: Record) -> dict[str, Any]:
