@@ -125,7 +125,8 @@ def four_ranks() -> Iterator[None]:
 def touched(planned: PlannedGraph) -> list[str]:
     """Writes to memory that travels, or that came and is still to be read, found by a walk over the planned graph alone."""
     places, inputs = planned.plan.places, {}
-    sizes = {buffer.name: buffer.hint for arena in planned.plan.arenas for buffer in arena.buffers}
+    held = (*planned.plan.arenas, *planned.plan.donated)
+    sizes = {buffer.name: buffer.hint for arena in held for buffer in arena.buffers}
     layouts = iter(planned.layouts)
     nodes = list(planned.gm.graph.nodes)
     order = {node: number for number, node in enumerate(nodes)}
