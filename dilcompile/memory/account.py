@@ -27,15 +27,15 @@ class Runs:
         calls: how many.
         plans: how often offsets were worked out; all other calls found those of an earlier one at the same lengths.
         lease_hits: how often arenas of the size classes were there already.
-        refused: how often a saved tensor in which buffers were to lie could still be seen by others: they got other memory.
         measured: the peak of all that the graph made in its first call, in bytes, or None if it was not measured.
+        refused: how often a saved tensor in which buffers were to lie could still be seen by others: they got other memory.
     """
 
     calls: int = 0
     plans: int = 0
     lease_hits: int = 0
-    refused: int = 0
     measured: int | None = None
+    refused: int = 0
 
     def __str__(self) -> str:
         calls = f"{self.calls:,} call{'' if self.calls == 1 else 's'}"
