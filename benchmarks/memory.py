@@ -33,6 +33,7 @@ from dilcompile.memory_plan import memory_plan
 from dilcompile.policy import Policy
 
 APPLY = {"form": "dilated", "segments": [256, 1024, 4096], "rates": [1, 4, 16], "offset": "own"}
+WAYS = ("unplanned", "planned", "budget")
 # An arena, or a pool of Inductor's, in the code that it writes.
 _POOL = re.compile(r"^\s*(pool\d+) = empty_strided_\w+\(\((\d+),? ?\), \(1,? ?\), torch\.uint8", re.M)
 _EMPTY = re.compile(r"^\s*\w+ = empty_strided_\w+\(", re.M)
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=32768, help="the plan's")
     parser.add_argument("--run", type=int, default=1024, help="of the runs that are timed and measured")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=0.68, help="of the unplanned peak, for the third way to run")
     parser.add_argument("--pictures", type=Path, help="folder to draw the plans in")
     parser.add_argument(
         "--inductor", action="store_true", help="measure peaks beside Inductor's, with and without memory_planning"
@@ -59,13 +61,12 @@ def main() -> None:
         _beside_inductor(model, args.run)
         return
     _planned(model, args)
-    _measured(model, args)
-    _timed(model, args)
+    _timed(model, args, _measured(model, args))
 
 
-def _policy(memory: bool, pool: str = "private") -> dict[str, Any]:
-    use = {"memory": {"pool": pool, "reuse": "across_layers"}} if memory else {}
-    return {"version": 1, "rules": [{"apply": APPLY, **use}]}
+def _policy(memory: bool, pool: str = "private", budget: int | None = None) -> dict[str, Any]:
+    use = {"pool": pool, "reuse": "across_layers", **({} if budget is None else {"budget": budget})} if memory else {}
+    return {"version": 1, "defaults": {"memory": use} if use else {}, "rules": [{"apply": APPLY}]}
 
 
 def _inputs(length: int) -> dict[str, Any]:
@@ -106,14 +107,16 @@ def _forward(compiled: Callable[..., Any], length: int) -> torch.Tensor:
     return loss
 
 
-def _measured(model: torch.nn.Module, args: argparse.Namespace) -> None:
-    """The most bytes that torch's allocator has given out in a training step, and what is held between its passes.
+def _measured(model: torch.nn.Module, args: argparse.Namespace) -> int:
+    """The most bytes that torch's allocator has given out in a training step, and what is held between its passes; the budget.
 
-    The native kernel's own scratch memory is in the planned figure, where it is part of the arenas, and not in the other one.
+    The native kernel's own scratch memory is in the planned figures, where it is part of the arenas, and not in the other one.
     """
     row: dict[str, float] = {"length": args.run}
-    for name, plan in (("unplanned", False), ("planned", True)):
-        compiled = _compiled(model, "aot_eager", _policy(plan, pool="default"))
+    budget = 0
+    for name in WAYS:
+        torch._dynamo.reset()
+        compiled = _compiled(model, "aot_eager", _policy(name != "unplanned", "default", budget if name == "budget" else None))
         _step(compiled, model, args.run)
         model.zero_grad()
         found = measured(partial(_forward, compiled, args.run))
@@ -121,13 +124,18 @@ def _measured(model: torch.nn.Module, args: argparse.Namespace) -> None:
         del found
         _, whole = measured(partial(_step, compiled, model, args.run))
         row[f"{name}_peak_bytes"] = whole.peak
-    row["peak_planned_over_unplanned"] = row["planned_peak_bytes"] / row["unplanned_peak_bytes"]
+        row[f"{name}_peak_over_unplanned"] = whole.peak / row["unplanned_peak_bytes"]
+        budget = budget or int(args.budget * whole.peak)
+        del compiled
     print(json.dumps(row), flush=True)
+    return budget
 
 
-def _timed(model: torch.nn.Module, args: argparse.Namespace) -> None:
-    """Planned and unplanned steps in turns."""
-    runs = {name: _compiled(model, "aot_eager", _policy(name == "planned")) for name in ("unplanned", "planned")}
+def _timed(model: torch.nn.Module, args: argparse.Namespace, budget: int) -> None:
+    """Steps of each way in turns."""
+    torch._dynamo.reset()
+    policies = {name: _policy(name != "unplanned", "private", budget if name == "budget" else None) for name in WAYS}
+    runs = {name: _compiled(model, "aot_eager", policy) for name, policy in policies.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(args.repeats + 1):
         for name, compiled in runs.items():
@@ -136,7 +144,8 @@ def _timed(model: torch.nn.Module, args: argparse.Namespace) -> None:
             if turn:
                 times[name].append(time.perf_counter() - start)
     seconds = {name: statistics.median(taken) for name, taken in times.items()}
-    print(json.dumps({"length": args.run, **seconds, "planned_over_unplanned": seconds["planned"] / seconds["unplanned"]}))
+    ratios = {f"{name}_over_unplanned": taken / seconds["unplanned"] for name, taken in seconds.items()}
+    print(json.dumps({"length": args.run, **seconds, **ratios}))
 
 
 def _beside_inductor(model: torch.nn.Module, length: int) -> None:

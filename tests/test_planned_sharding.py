@@ -199,9 +199,10 @@ def test_a_ring_has_two_receive_buffers_which_layers_share(four_ranks: None, mon
     (views,) = (lease.views[key] for key in lease.views if key[0] == call._number)
     number = next(n for n, arena in enumerate(backward.plan.arenas) if arena.lane == "communication")
     arena = lease.arenas[number]
-    travelling = [
-        view for view, layout in zip(views, backward.layouts, strict=True) if backward.plan.places[layout.buffer][0] == number
-    ]
+    places = [backward.plan.places[layout.buffer][0] for layout in backward.layouts]
+    # What lies in saved tensors has no view of an arena.
+    places = [place for place in places if place < len(backward.plan.arenas)]
+    travelling = [view for view, place in zip(views, places, strict=True) if place == number]
     assert len({view.untyped_storage()._cdata for view in travelling}) == len(travelling) == 18
     assert all(0 <= view.data_ptr() - arena.data_ptr() < arena.numel() for view in travelling)
 
