@@ -404,7 +404,7 @@ REPORT_SCHEMA = closed({
 }) | {"$defs": {"blocks": BLOCKS}}  # fmt: skip
 
 
-def test_json_has_the_keys_of_version_7() -> None:
+def test_json_has_the_keys_of_version_8() -> None:
     blocks = BlockSparse(64, {"local": {}})
     along = BlockSparse(16, {"near": {"radius": 2}}, order="hilbert", grid=(16, 16))
     verdicts = (
