@@ -94,7 +94,7 @@ class Ahead {
   void begin(const int32_t* rows, int64_t count, int64_t steps) { rows_ = rows, count_ = count, steps_ = steps, step_ = fetched_ = 0; }
 
   void step() {
-    int64_t until = count_ * ++step_ / steps_;
+    int64_t until = std::min(count_, count_ * ++step_ / steps_);
     for (; fetched_ < until; ++fetched_) fetch(keys_, rows_[fetched_]), fetch(values_, rows_[fetched_]);
   }
 
