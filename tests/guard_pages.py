@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dilcompile.lowering import call as calls
 from dilcompile.lowering import native, ops, triton
 from dilcompile.lowering.call import Call, Held, form_of, problem_of, relation_of
 from dilcompile.lowering.select import KERNELS
@@ -141,7 +142,8 @@ def guard_what_is_written(at_end: bool) -> None:
         batch, heads, rows, _ = q.shape
         return guarded((batch, rows, heads, v_dim), dtype or q.dtype, at_end).transpose(1, 2)
 
-    native.empty_output = triton.empty_output = empty_output  # type: ignore[attr-defined]
+    # Where kernels get it from, see ``output_of``.
+    calls.empty_output = empty_output
 
 
 def with_more_keys_than_there_are() -> None:
