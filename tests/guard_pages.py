@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dilcompile.lowering import call as calls
-from dilcompile.lowering import native, ops, triton
+from dilcompile.lowering import native, ops
 from dilcompile.lowering.call import Call, Held, form_of, problem_of, relation_of
 from dilcompile.lowering.select import KERNELS
 from dilcompile.lowering.triton.bound import Bound
