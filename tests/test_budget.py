@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_said_with_what_is_missing_and_the_largest_buffers(
     assert "refused: the graph is on a CPU, whose memory is the host's" in text
     assert "parameters and other inputs of the graph are not counted" in text
     assert text.split("the largest buffers at the peak: ")[1].count(" bytes)") == 3
-    assert "of model.layers." in text
+    assert "of model.layers.0.mlp" in text
 
 
 def test_the_budget_of_a_rule_is_that_of_its_modules(tmp_path):
@@ -262,7 +262,9 @@ def on(device, *parts):
                 tensor.fake_device = torch.device(device)
 
 
-def test_saved_tensors_wait_in_host_memory_where_nothing_else_fits():
+def test_saved_tensors_wait_in_host_memory_where_nothing_else_fits(monkeypatch):
+    # What this one saves can all be moved; others save parts of tensors, which stay.
+    monkeypatch.setattr(climb, "SHARES", (0.1, 0.0))
     gm, inputs, options = joint_of(256)
     on("cuda:0", gm)
 
@@ -276,7 +278,7 @@ def test_saved_tensors_wait_in_host_memory_where_nothing_else_fits():
     offloaded = [rung for rung in tried if rung.offload]
     before = min((rung for rung in tried if not rung.offload), key=lambda rung: rung.peak)
     assert [rung.offload for rung in offloaded[:-1]] == [2**i for i in range(len(offloaded) - 1)]
-    assert offloaded[-1].saved < before.saved
+    assert offloaded[-1].saved == 0
     least = min(offloaded, key=lambda rung: rung.peak)
     assert least.peak < before.peak
     made, (forward, backward) = climbed(least.peak)

@@ -83,7 +83,8 @@ def test_the_numbers_are_those_of_the_unplanned_graph(name, poison, calls, monke
         plan = call.planned.plan
         assert plan.most_live <= plan.peak <= 1.05 * plan.most_live
         donated = sum(buffer.hint for arena in plan.donated for buffer in arena.buffers)
-        assert plan.peak <= (plan.without_reuse + donated) / 2
+        # What BERT's forward keeps for its backward, which is most of it, is not planned.
+        assert plan.peak <= (plan.without_reuse + donated) / (2.5 if name == "bert" else 3)
 
 
 def test_gradients_are_written_where_the_fused_projection_has_them(calls):
