@@ -95,21 +95,7 @@ _OPERANDS = (
 @torch.library.custom_op(
     "dilcompile::attend_step", mutates_args=(), schema=f"(Tensor? out, Tensor? lse, {_OPERANDS}) -> (Tensor, Tensor)"
 )
-def attend_step(
-    out: Tensor | None,
-    lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_padding: Tensor | None,
-    documents: Tensor | None,
-    row_limits: Tensor | None,
-    dropout_seed: Tensor | None,
-    received: Tensor | None,
-    started: Tensor | None,
-    spec: str,
-    step: int,
-) -> tuple[Tensor, Tensor]:
+def attend_step(*operands: Any) -> tuple[Tensor, Tensor]:
     """The rank's queries attend to the keys of a step, merged with the steps before.
 
     Args:
@@ -121,26 +107,11 @@ def attend_step(
     Returns:
         out and lse up to this step.
     """
-    masks = (key_padding, documents, row_limits, dropout_seed)
-    return compute.step(_NOWHERE, out, lse, q, k, v, *masks, received, started, spec, step)
+    return compute.step(_NOWHERE, *operands)
 
 
 @attend_step.register_fake
-def _(
-    out: Tensor | None,
-    lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_padding: Tensor | None,
-    documents: Tensor | None,
-    row_limits: Tensor | None,
-    dropout_seed: Tensor | None,
-    received: Tensor | None,
-    started: Tensor | None,
-    spec: str,
-    step: int,
-) -> tuple[Tensor, Tensor]:
+def _(out: Tensor | None, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return empty_output(q, v.shape[3], wide_dtype(q)), q.new_empty(q.shape[:3], dtype=wide_dtype(q))
 
 
@@ -152,24 +123,7 @@ def _(
         "-> (Tensor, Tensor, Tensor, Tensor)"
     ),
 )
-def attend_step_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    returning: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_padding: Tensor | None,
-    documents: Tensor | None,
-    row_limits: Tensor | None,
-    dropout_seed: Tensor | None,
-    received: Tensor | None,
-    started: Tensor | None,
-    spec: str,
-    step: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attend_step_backward(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a step adds to the gradients, float32 (float64 for float64).
 
     Args:
@@ -180,29 +134,13 @@ def attend_step_backward(
         gradients of q [B, H, n, D]; of k and v, empty where no rank attends to own keys in this step; of ``received``, flat,
         empty where nothing is received.
     """
-    upstream, masks = (grad_out, grad_lse, out, lse), (key_padding, documents, row_limits, dropout_seed)
-    return compute.step_backward(_NOWHERE, *upstream, returning, q, k, v, *masks, received, started, spec, step)
+    return compute.step_backward(_NOWHERE, *operands)
 
 
 @attend_step_backward.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    returning: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_padding: Tensor | None,
-    documents: Tensor | None,
-    row_limits: Tensor | None,
-    dropout_seed: Tensor | None,
-    received: Tensor | None,
-    started: Tensor | None,
-    spec: str,
-    step: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v = operands[5:8]
+    received, _, spec, step = operands[-4:]
     dtype = wide_dtype(q)
     own = plan_of(spec, k, v).attends_own(step)
     grad_k, grad_v = (empty_output(x, x.shape[3], dtype) if own else q.new_empty(0, dtype=dtype) for x in (k, v))
@@ -242,18 +180,9 @@ _SHARD = (
 
 
 @torch.library.custom_op("dilcompile::attend_shard", mutates_args=(), schema=f"({_SHARD}) -> (Tensor, Tensor)")
-def attend_shard(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_padding: Tensor | None,
-    documents: Tensor | None,
-    row_limits: Tensor | None,
-    dropout_seed: Tensor | None,
-    spec: str,
-) -> tuple[Tensor, Tensor]:
+def attend_shard(*operands: Any) -> tuple[Tensor, Tensor]:
     """Queries that all ranks have attend to the keys of this one: out and LSE, float32 (float64 for float64)."""
-    return compute.shard(_NOWHERE, q, k, v, key_padding, documents, row_limits, dropout_seed, spec)
+    return compute.shard(_NOWHERE, *operands)
 
 
 @attend_shard.register_fake
@@ -266,23 +195,9 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     mutates_args=(),
     schema=f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_SHARD}) -> (Tensor, Tensor, Tensor)",
 )
-def attend_shard_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_padding: Tensor | None,
-    documents: Tensor | None,
-    row_limits: Tensor | None,
-    dropout_seed: Tensor | None,
-    spec: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def attend_shard_backward(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's summand of the gradient of q, and the gradients of its keys and values, all in the wide dtype."""
-    masks = (key_padding, documents, row_limits, dropout_seed)
-    return compute.shard_backward(_NOWHERE, grad_out, grad_lse, out, lse, q, k, v, *masks, spec)
+    return compute.shard_backward(_NOWHERE, *operands)
 
 
 @attend_shard_backward.register_fake
