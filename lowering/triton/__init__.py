@@ -149,7 +149,9 @@ def _kept(bound: Bound) -> Tensor | None:
 
 def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
     """See ``Kernel``."""
-    from dilcompile.lowering.triton.gradients import gradient_of_keys, gradient_of_queries, row_sums
+    from dilcompile.lowering.triton.key_gradient import gradient_of_keys
+    from dilcompile.lowering.triton.query_gradient import gradient_of_queries
+    from dilcompile.lowering.triton.softmax import row_sums
 
     grad_q, grad_k, grad_v = (output_of(call, number, x, x.shape[-1]) for number, x in enumerate((call.q, call.k, call.v)))
     if lse.numel() == 0 or call.k.numel() == 0:

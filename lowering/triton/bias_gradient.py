@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dilcompile.lowering.triton.gradients import gradient_of_scores, weights_of_queries
+from dilcompile.lowering.triton.key_gradient import gradient_of_scores, weights_of_queries
 from dilcompile.lowering.triton.listed import step_of, steps_of
 from dilcompile.lowering.triton.scores import (
     bias_of_tile,

@@ -210,7 +210,9 @@ def compile_case(case: Case, tile: Tile | None = None) -> Resources:
     from dilcompile.lowering.triton.attend import attention
     from dilcompile.lowering.triton.bias_gradient import gradient_of_bias
     from dilcompile.lowering.triton.decode import decode, join, kept_range
-    from dilcompile.lowering.triton.gradients import gradient_of_keys, gradient_of_queries, row_sums
+    from dilcompile.lowering.triton.key_gradient import gradient_of_keys
+    from dilcompile.lowering.triton.query_gradient import gradient_of_queries
+    from dilcompile.lowering.triton.softmax import row_sums
 
     kernels = {
         "forward": attention, "sums": row_sums, "queries": gradient_of_queries, "keys": gradient_of_keys,
