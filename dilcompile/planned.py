@@ -20,8 +20,7 @@ from dilcompile.lowering import out_forms, workspaces
 from dilcompile.memory import Buffer, BufferPlan
 from dilcompile.memory.account import Direction, GraphMemory, Planner, Runs
 from dilcompile.memory.owner import bytes_in, is_last_owner
-from dilcompile.memory.packing import most_live
-from dilcompile.memory.pool import ArenaPool, Lease, arena_size
+from dilcompile.memory.pool import ArenaPool, Lease
 from dilcompile.memory.watch import Watch
 from dilcompile.passes.climb import Climb
 from dilcompile.passes.donated import donated_numbers
@@ -199,17 +198,6 @@ class PlannedCall:
             self.runs.measured = plan.peak + instead + watch.most
             return result
         return self.planned.gm.forward(values)
-
-    def predicted_peak(self, lengths: Mapping[sympy.Symbol, int] | None = None) -> int:
-        """Bytes that a call needs at most above what there was before: its arenas, what lies elsewhere, and what it gives back.
-
-        Operators' own temporary memory is not in it.
-        """
-        lengths = lengths or {}
-        plan = self._plan_at(lengths)
-        arenas = sum(arena_size(arena.peak, self.pool.keeps or plan.varies) for arena in plan.arenas)
-        others = [*self.planned.elsewhere, *self.planned.lifetimes.kept]
-        return arenas + most_live([replace(other, hint=at(other.size, lengths)) for other in others])
 
     def _plan_at(self, lengths: Mapping[sympy.Symbol, int]) -> BufferPlan:
         key = tuple(lengths.values())

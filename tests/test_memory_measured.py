@@ -62,7 +62,7 @@ def test_the_predicted_peak_is_the_measured_one(name, monkeypatch):
         there, others = sum(buffer.hint for buffer in dying), [*call.planned.elsewhere, *call.planned.lifetimes.kept]
         assert len(arenas) == 1
         assert found.allocations.count(arenas[0]) == 1
-        assert call.predicted_peak() == arenas[0] + most_live(others) > arenas[0]
+        assert call.account("0", "forward").predicted == arenas[0] + most_live(others) > arenas[0]
         # A number that an operator makes a tensor of is its own.
         assert found.peak - (arenas[0] + most_live([*others, *dying]) - there) in (0, 8)
         assert found.left == sum(buffer.hint for buffer in call.planned.lifetimes.kept) - there

@@ -50,15 +50,11 @@ def inspect(
 
 def _report(model: str, policy: str | None, html: Path | None) -> Report:
     from dilcompile.cli.model import load_example, users_code
-    from dilcompile.errors import DilcompileError
+    from dilcompile.cli.page import check_page
     from dilcompile.inspect import explain
     from dilcompile.policy import Policy
-    from dilcompile.report.file import check_path
 
-    if html is not None:
-        check_path(html)
-        if html.suffix.lower() != ".html":
-            raise DilcompileError(f"--html {html}: name it .html; --json prints the JSON")
+    check_page(html)
     loaded = Policy.load(policy)
     example = load_example(model, "MODULE:FUNCTION")
     with users_code(f"MODULE:FUNCTION {model}: calling the model"):

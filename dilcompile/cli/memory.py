@@ -16,16 +16,13 @@ def planned_memory(model: str, policy: str | None, length: int | None, train: bo
         DilcompileError: if the policy or a path is wrong, or the model can't be made or traced.
     """
     from dilcompile.cli.model import load_example, users_code
-    from dilcompile.errors import DilcompileError
+    from dilcompile.cli.page import check_page
     from dilcompile.memory_plan import memory_plan
     from dilcompile.policy import Policy
-    from dilcompile.report.file import check_path, replace_file
+    from dilcompile.report.file import replace_file
     from dilcompile.report.memory import memory_page
 
-    if html is not None:
-        check_path(html)
-        if html.suffix.lower() != ".html":
-            raise DilcompileError(f"--html {html}: name it .html; --json prints the JSON")
+    check_page(html)
     loaded = Policy.load(policy)
     example = load_example(model, "MODULE:FUNCTION")
     with users_code(f"MODULE:FUNCTION {model}: calling the model"):
