@@ -147,5 +147,7 @@ def at_length(args: Any, kwargs: Any, old: int, new: int) -> Any:
 
     found = tree_map_only(Tensor, resized, (args, dict(kwargs)))
     if not changed and old != new:
-        raise DilcompileError(f"--length: no input of the example has a size of {old}, the length of its attention")
+        raise DilcompileError(
+            f"--length: no input of the example has a size of {old}, the length of its attention; leave --length out"
+        )
     return found

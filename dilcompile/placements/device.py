@@ -55,7 +55,7 @@ class Device:
         try:
             held = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
-            raise DilcompileError(f"{path}: no device can be read from it: {error}") from error
+            raise DilcompileError(f"{path}: no device can be read from it ({error}); write it with Device.save") from error
         if not isinstance(held, dict) or sorted(held) != sorted(names):
             raise DilcompileError(f"{path}: a device has exactly the keys {', '.join(names)}; write it with Device.save")
         wrong = [name for name in names[:-1] if not (isinstance(held[name], (int, float)) and held[name] > 0)]
