@@ -166,6 +166,8 @@ def _beside_inductor(model: torch.nn.Module, length: int) -> None:
             with fresh_cache(), torch._inductor.config.patch(memory_planning=pools):
                 call = partial(_step if trains else _inference, _compiled(model, inner, policy), model, length)
                 _, codes = run_and_get_code(call)
+                # Else the measured step gives back these gradients while it makes its own, or is not seen to.
+                model.zero_grad()
                 row = {
                     "way": name,
                     "call": "step" if trains else "no_grad",

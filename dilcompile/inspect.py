@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import linecache
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from dilcompile.report import GraphReport, Report
 
 _CALL = "def call(*args, **kwargs):\n    return model(*args, **kwargs)\n"
 _FILE = "<dilcompile.explain>"
+_NO_LIMIT = 1 << 30
 
 Found = TypeVar("Found")
 Results: TypeAlias = "tuple[Mark | None, ...]"
@@ -195,6 +197,8 @@ def _own_code(model: Callable[..., Any]) -> Callable[..., Any]:
         own.__kwdefaults__ = model.__kwdefaults__
         return own
     scope: dict[str, Any] = {"model": model}
+    # Code without a source Dynamo calls from a frame of torch's, on which all such compilations would be cached, up to its limit.
+    linecache.cache[_FILE] = (len(_CALL), None, _CALL.splitlines(keepends=True), _FILE)
     exec(compile(_CALL, _FILE, "exec"), scope)
     call: Callable[..., Any] = scope["call"]
     return call
@@ -212,7 +216,9 @@ def _undisturbed(model: Callable[..., Any]) -> Iterator[None]:
     """Buffers and random state afterwards are what they were."""
     buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
     before = [buffer.detach().clone() for buffer in buffers]
-    with torch.random.fork_rng(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+    # Where frames share their caches, those that are full are still looked at.
+    unlimited = {"recompile_limit": _NO_LIMIT, "accumulated_recompile_limit": _NO_LIMIT}
+    with torch.random.fork_rng(), torch._dynamo.config.patch(automatic_dynamic_shapes=False, **unlimited):
         try:
             yield
         finally:

@@ -91,8 +91,7 @@ def plan_graph(
     ]
     homes = share([(node, form, [one for one in made if one[0] in live]) for node, form, made in planned], lifetimes)
     workspaces = _workspaces(gm, lifetimes, workspace, symbols)
-    # Memory of one module is not for others where modules share none.
-    pieces = [] if within_module else donated_memory(gm, donated, planned, homes, lifetimes)
+    pieces = donated_memory(gm, donated, planned, homes, lifetimes)
     inside = _layouts_of(gm, pieces)
     inputs = _Inputs(gm)
     for node, form, made in planned:
@@ -109,7 +108,7 @@ def plan_graph(
     placed = {name for _, _, made in planned for name, _ in made}.union(erased)
     elsewhere = tuple(buffer for buffer in lifetimes.buffers if buffer.name not in placed)
     buffers = [*homes.buffers.values(), *workspaces.values()]
-    held, left = donate(buffers, pieces, (*elsewhere, *lifetimes.kept))
+    held, left = donate(buffers, pieces, (*elsewhere, *lifetimes.kept), within_module=within_module)
     plan = replace(plan_buffers(left, within_module=within_module), donated=tuple(arena for arena in held if arena.buffers))
     plan.verify()
     found = replace(lifetimes, buffers=[*buffers, *elsewhere])

@@ -120,6 +120,14 @@ def test_memory_is_not_held_where_that_would_be_the_most():
         assert names(donate([buffer], [memory], others)[0]) == [taken]
 
 
+def test_memory_of_a_module_is_for_its_own_buffers_where_modules_share_none():
+    memories = [Donated(Buffer(name, 100, 0, 3, 100, module=name)) for name in ("a", "b")]
+    buffers = [Buffer("x", 80, 4, 5, 80, module="b"), Buffer("y", 80, 6, 7, 80, module="c")]
+    assert names(donate(buffers, memories)[0]) == [{"x", "y"}, set()]
+    arenas, left = donate(buffers, memories, within_module=True)
+    assert (names(arenas), left) == ([set(), {"x"}], buffers[1:])
+
+
 def trained(batch=8):
     return made("gpt2"), torch.randint(0, 50, (batch, LENGTH), generator=torch.Generator().manual_seed(0))
 
@@ -137,6 +145,17 @@ def test_a_planned_step_needs_no_more_than_an_unplanned_one(calls):
     assert backward.planned.plan.donated
     assert backward.runs.refused == 0
     assert peaks[1] <= peaks[0]
+
+
+@pytest.mark.parametrize("reuse", ["within_layer", "across_layers"])
+def test_layers_use_the_memory_of_others_only_where_the_policy_says_so(reuse, calls):
+    model, tokens = trained(batch=2)
+    expected, found = (step(compiled_by(model, **use), model, tokens) for use in ({}, {"reuse": reuse}))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    backward = calls[1].planned.plan
+    pairs = {(arena.inside.module, buffer.module) for arena in backward.donated for buffer in arena.buffers}
+    assert len({saved for saved, _ in pairs}) > 2, "several modules' memory is used"
+    assert any(saved != module for saved, module in pairs) == (reuse == "across_layers")
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -237,6 +237,13 @@ def test_a_graph_break_is_noted_with_its_reason() -> None:
     assert "torch.compiler.disable" in note
 
 
+def test_a_process_explains_as_many_models_as_it_likes() -> None:
+    """More than Dynamo compiles of one function, and as many by name."""
+    for _ in range(10):
+        report = dilcompile.explain(Stack(), torch.randn(1, 8, 32), policy=WINDOW)
+        assert [site.module for site in report.sites] == ["layers.0", "layers.1"]
+
+
 def test_a_function_is_explained_as_it_is_compiled() -> None:
     """Module paths don't depend on who looks."""
     model, x = Stack(), torch.randn(2, 16, 32)

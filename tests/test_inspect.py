@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import subprocess
@@ -195,6 +196,8 @@ def test_compilations_before_and_after_are_not_affected(broken: bool) -> None:
         assert [site.q_len for site in dilcompile.explain(model, x(length), policy=WINDOW).sites] == [length, length]
     compiled(x())
     assert len(compilations) == own
+    if broken and "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+        return
     # Dynamo still compiles: the explanations did not use up its limit on recompilations.
     compiled(x(20))
     assert len(compilations) > own

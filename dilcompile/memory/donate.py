@@ -32,12 +32,13 @@ class Donated:
 
 
 def donate(
-    buffers: Sequence[Buffer], donated: Sequence[Donated], others: Sequence[Buffer] = ()
+    buffers: Sequence[Buffer], donated: Sequence[Donated], others: Sequence[Buffer] = (), *, within_module: bool = False
 ) -> tuple[tuple[Arena, ...], list[Buffer]]:
     """Place buffers in donated memory, largest first, each where memory is held for the fewest bytes and steps more.
 
     Args:
         others: what else is live beside the arenas.
+        within_module: memory is for buffers of the module that saved it alone.
 
     Returns:
         For each donated memory, in order, the buffers in it (which fit at every length), and those that are left for arenas.
@@ -48,7 +49,7 @@ def donate(
         held.add(other.begin, other.end, other.hint)
     most, regions, left = held.most, [_Region(one) for one in donated], []
     for buffer in sorted(buffers, key=lambda b: (-b.hint, b.begin, b.name)):
-        fitting = [region for region in regions if region.may(buffer)]
+        fitting = [region for region in regions if region.may(buffer) and (not within_module or region.is_of(buffer.module))]
         fitting.sort(key=lambda region: (region.longer(buffer), region.one.memory.hint))
         for region in fitting:
             size, until = region.one.memory.hint, region.until
@@ -82,6 +83,10 @@ class _Region:
         kind = buffer.device == memory.device and buffer.lane == memory.lane and buffer.hint > 0
         dead = buffer.begin > memory.end or (buffer.begin == memory.end and buffer.name in self.one.over)
         return kind and dead and buffer.hint <= memory.hint and at_most(buffer.size, memory.size)
+
+    def is_of(self, module: str) -> bool:
+        """Did this module save it?"""
+        return self.one.memory.module == module
 
     def longer(self, buffer: Buffer) -> int:
         """Bytes times steps for which it is held more with this buffer."""

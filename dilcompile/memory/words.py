@@ -86,6 +86,8 @@ def largest_lines(memory: GraphMemory, number: int) -> list[str]:
     """The largest buffers; those that differ in name, module and steps alone share a line."""
     alike: dict[tuple[int, str, str], list[tuple[Buffer, int]]] = {}
     for _, buffer, offset in memory.largest(len(memory.buffers)):
+        if not buffer.hint:
+            break
         alike.setdefault((buffer.hint, buffer.role, buffer.device), []).append((buffer, offset))
     lines = []
     for held in list(alike.values())[:number]:

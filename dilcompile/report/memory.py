@@ -19,13 +19,12 @@ def memory_page(graphs: Sequence[GraphMemory], title: str) -> str:
 
 
 def memory_section(graphs: Sequence[GraphMemory]) -> str:
-    """The part of a page; empty where nothing is planned."""
+    """The part of a page below its heading; empty where nothing is planned."""
     if not graphs:
         return ""
     head = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
     rows = "\n".join(f"<tr>{''.join(f'<td class=nowrap>{escape(cell)}</td>' for cell in cells(graph))}</tr>" for graph in graphs)
     parts = [
-        "<h2>Memory</h2>",
         f'<div class=frame><table class="memory">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>',
         *(f"<p><b>{escape(graph.name)}</b> {escape(ran(graph))}</p>" for graph in graphs if graph.runs is not None),
         f"<div class=patterns>{''.join(_figures(graphs))}</div>",

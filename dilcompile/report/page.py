@@ -27,7 +27,7 @@ def page(report: Record) -> str:
         _table(rows) if rows else f"<p>No attention was found in {_graphs(report)}.</p>",
         *(_section(section) for section in sections(report, grouped(rows))),
         _patterns(patterns_of(report)),
-        memory_section(report.memory),
+        *(["<h2>Memory</h2>", memory_section(report.memory)] if report.memory else []),
         _reading(totals),
         _details("Policy", report.policy),
         _details("Seconds of each step, by graph", _seconds(report)),
@@ -77,7 +77,7 @@ def _row(row: Row) -> str:
             held = f"{escape(lines[0])}{bar}{_lines(lines[1:], first=False)}"
         elif heading == "becomes" and row.reason and not row.asked:
             held = f'<span class="tag refused">{escape(lines[0])}</span>{_lines(lines[1:], first=False)}'
-        kind = {"becomes": "form", "mask": "mask"}.get(heading, "nowrap")
+        kind = {"attention": "attention", "becomes": "form", "mask": "mask"}.get(heading, "nowrap")
         cells.append(f'<td class="{kind}">{held}</td>')
     return f"<tr>{''.join(cells)}</tr>"
 

@@ -25,7 +25,8 @@ th, td { text-align: left; vertical-align: top; padding: .55rem .8rem; border-to
 thead th { border-top: 0; color: var(--soft); font-weight: 500; white-space: nowrap; }
 td { font-variant-numeric: tabular-nums; } td.nowrap, td.nowrap small { white-space: nowrap; }
 td small { display: block; }
-td.form { min-width: 16rem; max-width: 24rem; } td.mask { min-width: 11rem; }
+td.form { min-width: 14rem; max-width: 24rem; } td.mask { min-width: 8rem; } td.attention { min-width: 12rem; }
+.memory thead th { white-space: normal; vertical-align: bottom; } .memory th, .memory td { padding-inline: .5rem; }
 .tag { border: 1px solid currentColor; border-radius: 99px; padding: 0 .55rem; font-size: .85em; white-space: nowrap; }
 .exact { color: var(--exact); } .approximate { color: var(--approximate); } .unchanged { color: var(--unchanged); }
 .refused { color: var(--refused); }
@@ -35,10 +36,11 @@ ul { list-style: none; margin: 0; padding: 0; } li { padding: .5rem .8rem; borde
 li:first-child { border-top: 0; } .cure::before { content: "→ "; }
 details { margin-top: 1rem; } summary { cursor: pointer; color: var(--soft); }
 pre { overflow-x: auto; padding: .8rem; margin: .5rem 0 0; }
-.patterns { display: flex; flex-wrap: wrap; gap: .8rem; align-items: flex-start; }
+.patterns { display: flex; flex-wrap: wrap; gap: .8rem; align-items: flex-start; margin: .8rem 0; }
+.patterns > details { flex-basis: 100%; min-width: 0; margin: 0; }
 figure { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .7rem; margin: 0; max-width: 100%;
   overflow-x: auto; }
-figure .pictures { display: flex; flex-wrap: wrap; gap: .6rem; }
+figure svg { display: block; } figure .pictures { display: flex; flex-wrap: wrap; gap: .6rem; }
 figcaption { max-width: 30rem; padding: .3rem .4rem 0; overflow-wrap: anywhere; }
 """.strip()
 
