@@ -19,7 +19,7 @@ from dilcompile.passes import climb
 LENGTH = 192
 DILATED, DENSE = str(Dilated(segments=(32, 96), rates=(1, 3), offset="own")), str(Dense())
 FORWARD, BACKWARD = torch.ops.dilcompile.attention, torch.ops.dilcompile.attention_backward
-SHARES = (1.0, 0.5, 0.25, 0.0)
+SHARES = (1.0, 0.5, 0.3, 0.25, 0.0)
 # Query heads, key heads, form, causal, shape of the bias.
 CASES = {
     "a head for each thread": (4, 4, DILATED, True, None),
