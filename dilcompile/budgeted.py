@@ -89,7 +89,7 @@ class Budgeted:
 
         ladder = Ladder(self.bounds, self.memory.pool != "default")
         partition, plans = min_cut_rematerialization_partition, self.name != "inductor"
-        return Climb(ladder, self.graph, self.memory.reuse, partition, plans, workspaces.bytes_of)
+        return Climb(ladder, self.graph, self.memory.reuse, partition, plans, workspaces.of_share)
 
     def _inductor(self, climb: Climb) -> Callable[[GraphModule, Sequence[Any]], Compiled]:
         from torch._inductor import config

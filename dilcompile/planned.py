@@ -71,12 +71,13 @@ def planned(
         def place(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
             if climb is not None and direction == "inference":
                 climb.infer(gm)
-            reuse = memory.reuse if climb is None or climb.taken is None else climb.taken.reuse
+            taken = None if climb is None else climb.taken
+            reuse, share = (memory.reuse, 1.0) if taken is None else (taken.reuse, taken.workspaces)
             if reuse == "off":
                 return _boxed(gm)
             donated = donated_numbers() if direction == "backward" else ()
             within = reuse == "within_layer"
-            graph = plan_graph(gm, within_module=within, workspace=workspaces.bytes_of, donated=donated)
+            graph = plan_graph(gm, within_module=within, workspace=workspaces.of_share(share), donated=donated)
             call = PlannedCall(graph, pool)
             if tell is not None:
                 tell(call, direction)

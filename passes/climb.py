@@ -20,7 +20,7 @@ from dilcompile.memory.step import Reuse, Step
 from dilcompile.passes.copies import copied
 from dilcompile.passes.foresee import foresee
 from dilcompile.passes.offload import offload, offloadable
-from dilcompile.passes.plan_buffers import Workspaces, without
+from dilcompile.passes.plan_buffers import Workspaces, without, workspaces_of
 
 Pair = tuple[GraphModule, GraphModule]
 Partition = Callable[..., Pair]
@@ -28,6 +28,12 @@ Partition = Callable[..., Pair]
 REUSES: tuple[Reuse, ...] = ("off", "within_layer", "across_layers")
 # Of the bytes that a partition saves at its fastest, the rung before. Less saved is not always less at the peak.
 SHARES = (0.75, 0.5, 0.25, 0.1, 0.05, 0.0)
+# Of the workspaces with which operators are fastest; 0 is the least with which they allocate nothing.
+WORKSPACES = (0.5, 0.25, 0.125, 0.0)
+
+
+def _without(share: float) -> Workspaces:
+    return without
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Climb:
         reuse: as the policy says; the first rung.
         partition: what the inner compiler takes without a budget.
         arenas: buffers can be planned: the graph runs operator by operator.
-        workspace: see ``plan_graph``.
+        workspace: see ``plan_graph``; of a share of what operators want.
     """
 
     ladder: Ladder
@@ -58,7 +64,7 @@ class Climb:
     reuse: Reuse
     partition: Partition
     arenas: bool = True
-    workspace: Workspaces = without
+    workspace: Callable[[float], Workspaces] = _without
     taken: Rung | None = None
     report: BudgetReport | None = None
     _step: Step | None = None
@@ -81,7 +87,7 @@ class Climb:
         Raises:
             BudgetError: if no rung keeps all bounds.
         """
-        self._first_fit(self._reuses(gm, None, None))
+        self._first_fit(self._inferring(gm))
 
     def check(self, lengths: Mapping[sympy.Symbol, int]) -> None:
         """Is the budget kept at other lengths, too, in the way that was chosen?
@@ -127,7 +133,18 @@ class Climb:
             attempt = self._attempt(best.rung.reuse, *parts, outputs, share)
             best = self._better(best, attempt)
             yield attempt
+        for attempt in self._smaller(best, outputs):
+            best = self._better(best, attempt)
+            yield attempt
         yield from self._offloads(best, joint, inputs, outputs, options)
+
+    def _inferring(self, gm: GraphModule) -> Iterator[_Attempt]:
+        best: _Attempt | None = None
+        for attempt in self._reuses(gm, None, None):
+            best = self._better(best, attempt)
+            yield attempt
+        assert best is not None, "there is a first one"
+        yield from self._smaller(best, None)
 
     def _reuses(self, forward: GraphModule, backward: GraphModule | None, outputs: int | None) -> Iterator[_Attempt]:
         reuses = REUSES[REUSES.index(self.reuse) :] if self.arenas else REUSES[:1]
@@ -141,13 +158,32 @@ class Climb:
         backward: GraphModule | None,
         outputs: int | None,
         share: float | None = None,
+        workspaces: float = 1.0,
         offloaded: int = 0,
     ) -> _Attempt:
-        step = foresee(forward, backward, outputs, reuse, self.workspace)
-        return _Attempt(self.ladder.predicted(step, reuse, share, offloaded), step, forward, backward)
+        step = foresee(forward, backward, outputs, reuse, self.workspace(workspaces))
+        return _Attempt(self.ladder.predicted(step, reuse, share, workspaces, offloaded), step, forward, backward)
 
     def _better(self, best: _Attempt | None, attempt: _Attempt) -> _Attempt:
         return attempt if best is None or self.ladder.excess(attempt.rung) < self.ladder.excess(best.rung) else best
+
+    def _smaller(self, best: _Attempt, outputs: int | None) -> Iterator[_Attempt]:
+        """The same graphs with less memory for operators, where they are given any: each share that changes something."""
+        if not self.arenas:
+            return
+        graphs = [best.forward, *([] if best.backward is None else [best.backward])]
+        # Operators of graphs that are not planned make their own memory, which is not counted.
+        reuse = REUSES[-1] if best.rung.reuse == "off" else best.rung.reuse
+        before = self._workspace_bytes(graphs, 1.0)
+        for share in WORKSPACES:
+            now = self._workspace_bytes(graphs, share)
+            if now == before:
+                continue
+            before = now
+            yield self._attempt(reuse, best.forward, best.backward, outputs, best.rung.recompute, share)
+
+    def _workspace_bytes(self, graphs: Sequence[GraphModule], share: float) -> int:
+        return sum(buffer.hint for gm in graphs for buffer in workspaces_of(gm, self.workspace(share)))
 
     def _offloads(
         self, best: _Attempt, joint: GraphModule, inputs: Sequence[Any], outputs: int, options: dict[str, Any]
@@ -162,7 +198,8 @@ class Climb:
         while True:
             forward, backward = copied(best.forward), copied(best.backward)
             offload(forward, backward, found[:number])
-            yield self._attempt(best.rung.reuse, forward, backward, outputs, best.rung.recompute, min(number, len(found)))
+            moved, rung = min(number, len(found)), best.rung
+            yield self._attempt(rung.reuse, forward, backward, outputs, rung.recompute, rung.workspaces, moved)
             if number >= len(found):
                 return
             number *= 2

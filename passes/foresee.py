@@ -46,21 +46,25 @@ def foresee(
     ahead = max(1, first.steps)
     if backward is None:
         kept = [replace(buffer, role="output") for buffer in first.kept]
-        return Step((*first.buffers, *kept), (_phase(forward, first, reuse, workspace, 0, ahead - 1),))
+        only, own = _phase(forward, first, reuse, workspace, 0, ahead - 1)
+        return Step((*first.buffers, *own, *kept), (only,))
     second = lifetimes_of(backward)
     last = ahead + max(1, second.steps) - 1
     ends = _last_reads(forward, first, second)
-    found = list(first.buffers)
+    forwards, own = _phase(forward, first, reuse, workspace, 0, ahead - 1)
+    found = [*first.buffers, *own]
     for buffer in first.kept:
         if buffer.name in model_outputs:
             found.append(replace(buffer, role="output", end=last))
         else:
             found.append(replace(buffer, role="saved", end=ahead + ends.get(buffer.name, last - ahead)))
+    donated = donated_between(forward, backward, num_outputs)
+    backwards, own = _phase(backward, second, reuse, workspace, ahead, last, donated)
     found.extend(_shifted(buffer, ahead) for buffer in (*second.buffers, *second.kept))
-    backwards = _phase(backward, second, reuse, workspace, ahead, last, donated_between(forward, backward, num_outputs))
+    found.extend(replace(_shifted(buffer, ahead), role=buffer.role) for buffer in own)
     placed = frozenset(_BACKWARD + name for name in backwards.placed)
     backwards = replace(backwards, placed=placed, held=_held(forward, first, backwards))
-    return Step(tuple(found), (_phase(forward, first, reuse, workspace, 0, ahead - 1), backwards))
+    return Step(tuple(found), (forwards, backwards))
 
 
 def _refuse_unknown_sizes(gm: GraphModule) -> None:
@@ -80,14 +84,14 @@ def _phase(
     begin: int,
     end: int,
     donated: Collection[int] = (),
-) -> Phase:
-    """With the arenas that the graph would get."""
+) -> tuple[Phase, tuple[Buffer, ...]]:
+    """With the arenas that the graph would get, and the workspaces in them; without a plan operators make their own."""
     if reuse == "off":
-        return Phase(begin, end)
+        return Phase(begin, end), ()
     planned = plan_graph(copied(gm), within_module=reuse == "within_layer", workspace=workspace, donated=donated)
     elsewhere = {buffer.name for buffer in planned.elsewhere}
-    placed = frozenset(buffer.name for buffer in lifetimes.buffers if buffer.name not in elsewhere)
-    return Phase(begin, end, planned.plan, placed)
+    placed = frozenset(buffer.name for buffer in (*lifetimes.buffers, *planned.workspaces) if buffer.name not in elsewhere)
+    return Phase(begin, end, planned.plan, placed), planned.workspaces
 
 
 def _held(forward: GraphModule, first: Lifetimes, backwards: Phase) -> dict[str, int]:

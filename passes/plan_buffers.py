@@ -60,6 +60,7 @@ class PlannedGraph:
         lifetimes: of all buffers of the graph, as it is planned.
         elsewhere: the buffers that are not planned, because their operator has no ``out`` form that makes no copy.
         donated: the inputs in whose memory buffers lie, one for each of ``plan.donated``.
+        workspaces: those of the planned buffers that operators have besides their results.
     """
 
     gm: GraphModule
@@ -69,6 +70,7 @@ class PlannedGraph:
     lifetimes: Lifetimes
     elsewhere: tuple[Buffer, ...]
     donated: tuple[Inside, ...] = ()
+    workspaces: tuple[Buffer, ...] = ()
 
 
 def plan_graph(
@@ -114,7 +116,12 @@ def plan_graph(
     found = replace(lifetimes, buffers=[*buffers, *elsewhere])
     lengths = tuple((n, symbol) for n, symbol, _ in symbols)
     used = tuple(one for one, arena in zip(inside, held, strict=True) if arena.buffers)
-    return PlannedGraph(gm, plan, tuple(inputs.layouts), lengths, found, elsewhere, used)
+    return PlannedGraph(gm, plan, tuple(inputs.layouts), lengths, found, elsewhere, used, tuple(workspaces.values()))
+
+
+def workspaces_of(gm: GraphModule, workspace: Workspaces) -> tuple[Buffer, ...]:
+    """Those that a plan of the graph, which stays as it is, would have."""
+    return tuple(_workspaces(gm, lifetimes_of(gm), workspace, _symbols(gm)).values())
 
 
 def _has_places(made: Sequence[tuple[str, Tensor]], live: Container[str]) -> bool:

@@ -62,6 +62,8 @@ def refused(run) -> BudgetError:
 @pytest.fixture(autouse=True)
 def few_shares(monkeypatch):
     monkeypatch.setattr(climb, "SHARES", SHARES)
+    # See test_smaller_workspaces.
+    monkeypatch.setattr(climb, "WORKSPACES", ())
 
 
 def graph_of(path):

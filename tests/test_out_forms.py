@@ -94,9 +94,11 @@ def test_the_size_of_a_workspace_holds_for_every_length():
     """An expression over a length, which becomes the number that the library says; sums of keys' gradients grow with it."""
     length = sympy.Symbol("s0", positive=True, integer=True)
     sizes = [0, 1, 3, 2, 4, 2, length, length, 16, 16, -1, 0, 0, 0, 0, 1, 0, 0]
-    said = WorkspaceBytes(*sizes)
-    assert said.free_symbols == {length}
-    there = [int(said.subs({length: at})) for at in (96, 192)]
-    assert there == [int(WorkspaceBytes(*(at if size is length else size for size in sizes))) for at in (96, 192)]
-    # 4 key heads over 3 threads: 3 parts of each, with a row of 32 float32 for each key.
-    assert there[1] - there[0] == 4 * 3 * 96 * 32 * 4
+    # 4 key heads over 3 threads: 3 parts of each, with a row of 32 float32 for each key; at least one, and the sum of those before it.
+    for share, sums in ((1.0, 4 * 3), (0.0, 2)):
+        said = WorkspaceBytes(sympy.Rational(share), *sizes)
+        assert said.free_symbols == {length}
+        there = [int(said.subs({length: at})) for at in (96, 192)]
+        known = [[at if size is length else size for size in sizes] for at in (96, 192)]
+        assert there == [int(WorkspaceBytes(sympy.Rational(share), *found)) for found in known]
+        assert there[1] - there[0] == sums * 96 * 32 * 4

@@ -44,6 +44,7 @@ class Rung:
     Args:
         reuse: see ``MemoryUse``.
         recompute: share of the saved bytes that the partition may save, from 1 to 0; None: what autograd saves.
+        workspaces: share of the workspaces with which operators are fastest, from 1 to 0.
         offload: how many saved tensors wait in host memory.
         forward, backward: most bytes live in each; backward None: there is none.
         peak: most bytes of the whole step, arenas included.
@@ -54,6 +55,7 @@ class Rung:
 
     reuse: Reuse
     recompute: float | None = None
+    workspaces: float = 1.0
     offload: int = 0
     forward: int = 0
     backward: int | None = None
@@ -66,6 +68,7 @@ class Rung:
     def name(self) -> str:
         """``reuse off``, ``recompute 0.5, reuse across_layers`` ..."""
         words = [f"offload {self.offload}"] if self.offload else []
+        words += [f"workspaces {self.workspaces:g}"] if self.workspaces < 1 else []
         words += [] if self.recompute is None else [f"recompute {self.recompute:g}"]
         return ", ".join([*words, f"reuse {self.reuse}"])
 
@@ -114,7 +117,9 @@ class Ladder:
     keeps: bool
     tried: list[Rung] = field(default_factory=list)
 
-    def predicted(self, step: Step, reuse: Reuse, recompute: float | None = None, offload: int = 0) -> Rung:
+    def predicted(
+        self, step: Step, reuse: Reuse, recompute: float | None = None, workspaces: float = 1.0, offload: int = 0
+    ) -> Rung:
         """A rung with what it needs; it counts as tried."""
         allocated = step.allocated(self.keeps)
         by_phase = [bytes_of(within(allocated, phase)) for phase in step.phases]
@@ -122,6 +127,7 @@ class Ladder:
         rung = Rung(
             reuse=reuse,
             recompute=recompute,
+            workspaces=workspaces,
             offload=offload,
             forward=by_phase[0],
             backward=by_phase[1] if len(by_phase) > 1 else None,

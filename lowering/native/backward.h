@@ -247,18 +247,28 @@ class Backward {
   }
 };
 
-// Zeroed sums for one key head, or a part of it: [k_rows] rows of head_dim + v_dim.
+// Sums for one key head, or a part of it: [k_rows] rows of head_dim + v_dim.
 template <class T>
 struct HeadSums {
   Buffer<T> rows;
-  KeySums<T> into;
 
-  explicit HeadSums(const Call& call) {
+  static int64_t size(const Call& call) { return whole_lines(count(call) * int64_t(sizeof(T))); }
+
+  explicit HeadSums(const Call& call) { rows.take(count(call)); }
+
+  // Set to zero.
+  KeySums<T> begin(const Call& call) const {
     int64_t row = call.head_dim + call.v_dim;
-    rows.take(call.k_rows * row);
     std::fill_n(+rows, call.k_rows * row, T(0));
-    into = {+rows, rows + call.head_dim, row, row};
+    return {+rows, rows + call.head_dim, row, row};
   }
+
+  void add(const Call& call, const HeadSums& other) const {
+    for (int64_t i = 0; i < count(call); ++i) rows[i] += other.rows[i];
+  }
+
+ private:
+  static int64_t count(const Call& call) { return call.k_rows * (call.head_dim + call.v_dim); }
 };
 
 // The rows of one key head in the gradients.
@@ -267,19 +277,6 @@ KeySums<X> grads_of_head(const Call& call, int64_t head) {
   int64_t b = head / call.kv_heads, h = head % call.kv_heads;
   return {static_cast<X*>(call.grad_k.data) + b * call.grad_k.batch + h * call.grad_k.head,
           static_cast<X*>(call.grad_v.data) + b * call.grad_v.batch + h * call.grad_v.head, call.grad_k.row, call.grad_v.row};
-}
-
-// The parts' sums of one head, added up in their order.
-template <class Y, class T>
-void write_key_grads(const Call& call, int64_t head, const std::unique_ptr<HeadSums<T>>* parts, int64_t count) {
-  KeySums<Y> to = grads_of_head<Y>(call, head);
-  int64_t row = call.head_dim + call.v_dim;
-  for (int64_t k = 0; k < call.k_rows; ++k)
-    for (int64_t d = 0; d < row; ++d) {
-      T sum = 0;
-      for (int64_t p = 0; p < count; ++p) sum += parts[p]->rows[k * row + d];
-      put(d < call.head_dim ? to.keys + k * to.key_row + d : to.values + k * to.value_row + d - call.head_dim, sum);
-    }
 }
 
 // Rows of the bias's gradient that several key heads add to.
@@ -301,7 +298,12 @@ struct SharedBias {
   explicit SharedBias(const Call& call)
       : heads(call.grad_bias.head ? call.heads / call.kv_heads : 1), keys(call.grad_bias.key ? call.k_len : 1) {
     numbers.take(heads * keys);
+  }
+
+  // Set to zero.
+  double* begin() const {
     std::fill_n(+numbers, heads * keys, 0.0);
+    return +numbers;
   }
 };
 
@@ -346,97 +348,136 @@ bool sums_in_place(const Call& call, int64_t parts) {
   return in_sums_dtype<X>(call) && parts == 1;
 }
 
-// Memory for the sums of keys: of each part, or where there is one a head of each worker, which has one at a time.
+// Is the bias's gradient one row for all queries, which each task sums by itself?
+inline bool sums_bias(const Call& call) { return call.grad_bias.data && call.grad_bias.row == 0; }
+
+// A task is a part of a key head. Sums of keys are the task's, or where a head has one part the worker's, which has one at a time.
 template <class X>
-int64_t num_key_sums(const Call& call, int64_t heads, int64_t parts) {
-  if (sums_in_place<X>(call, parts)) return 0;
-  return parts == 1 ? call.threads : heads * parts;
+Demand backward_demand(const Call& call, int64_t worker) {
+  int64_t heads = heads_together(call), parts = parts_of_head(call, heads);
+  int64_t keys = sums_in_place<X>(call, parts) ? 0 : HeadSums<typename Score<X>::T>::size(call);
+  int64_t bias = sums_bias(call) ? SharedBias::size(call) : 0;
+  return {worker + (parts == 1 ? keys : 0), bias + (parts == 1 ? 0 : keys), call.threads, heads * parts, parts};
 }
 
-template <class T>
-int64_t key_sum_size(const Call& call) {
-  return whole_lines(call.k_rows * (call.head_dim + call.v_dim) * int64_t(sizeof(T)));
-}
-
-// Bytes of all that `backward_of_heads` needs beside its workers.
-template <class X>
-int64_t key_sums_size(const Call& call) {
-  int64_t heads = heads_together(call), parts = parts_of_head(call, heads), shared = 0;
-  if (call.grad_bias.data && call.grad_bias.row == 0) shared = heads * parts * SharedBias::size(call);
-  return num_key_sums<X>(call, heads, parts) * key_sum_size<typename Score<X>::T>(call) + shared;
-}
-
-// The key heads from `first` to before `last`. A key head is one worker's; where heads are too few for the threads each is
-// split into parts with sums of their own, every part taking each `parts`-th span.
+// The gradients of key heads. A key head is one worker's; where heads are too few for the threads each is split into parts with
+// sums of their own, every part taking each `parts`-th span. Sums are added in the order of the parts, however many are held.
 template <class X, class Worker>
-void backward_of_heads(const Call& call, const std::vector<std::vector<Span>>& of_head, int64_t first, int64_t last) {
+class HeadsBackward {
   typedef typename Score<X>::T T;
-  const Square& grad_bias = call.grad_bias;
-  int64_t heads = last - first, parts = parts_of_head(call, heads);
-  std::vector<std::unique_ptr<HeadSums<T>>> sums(static_cast<size_t>(heads * parts));
-  std::vector<std::unique_ptr<SharedBias>> shared(static_cast<size_t>(heads * parts));
-  auto write = [&](int64_t head, const std::unique_ptr<HeadSums<T>>* from) {
-    if (in_sums_dtype<X>(call)) {
-      write_key_grads<T>(call, head, from, parts);
-    } else {
-      write_key_grads<X>(call, head, from, parts);
+
+ public:
+  explicit HeadsBackward(const Call& call)
+      : call_(call),
+        heads_(heads_together(call)),
+        parts_(parts_of_head(call, heads_)),
+        of_head_(static_cast<size_t>(call.batch * call.kv_heads)),
+        workers_(call),
+        at_once_(arranged(call, backward_demand<X>(call, workers_.size()))),
+        keys_(sums_in_place<X>(call, parts_) ? 0 : size_t(parts_ == 1 ? at_once_.workers : at_once_.tasks)),
+        bias_(sums_bias(call) ? size_t(at_once_.tasks) : 0) {
+    workers_.grow(at_once_.workers);
+    // Sums are made by the threads that need them, at places that are known before.
+    for (auto& held : keys_) held.place = workspace->take(HeadSums<T>::size(call));
+    for (auto& held : bias_) held.place = workspace->take(SharedBias::size(call));
+    for (const Span& span : spans_of(call, rows_of_span(call, heads_)))
+      of_head_[size_t(span.batch * call.kv_heads + span.kv_head)].push_back(span);
+  }
+
+  void run() {
+    int64_t group = std::max<int64_t>(1, at_once_.tasks / parts_);
+    for (int64_t first = 0; first < int64_t(of_head_.size()); first += heads_)
+      for (int64_t head = 0; head < heads_; head += group) run(first + head, std::min(group, heads_ - head));
+  }
+
+ private:
+  // Made when it is first used, at its place or, where that is null, somewhere.
+  template <class Sums>
+  struct Held {
+    void* place = nullptr;
+    std::unique_ptr<Sums> sums;
+
+    Sums& made(const Call& call) {
+      if (!sums) {
+        Workspace given(place, Sums::size(call));
+        Within within(given);
+        sums = std::make_unique<Sums>(call);
+      }
+      return *sums;
     }
   };
-  const int64_t size = key_sum_size<T>(call), num_sums = num_key_sums<X>(call, heads, parts), size_shared = SharedBias::size(call);
-  // Sums are made by the threads that need them, at places that are known before.
-  std::vector<void*> room(static_cast<size_t>(num_sums)), room_shared(static_cast<size_t>(heads * parts));
-  const bool shares = grad_bias.data && grad_bias.row == 0;
-  // The next heads have the same workspace.
-  Workspace rest = workspace ? *workspace : Workspace(nullptr, 0);
-  Within within(rest);
-  for (void*& place : room) place = rest.take(size);
-  for (void*& place : room_shared) place = shares ? rest.take(size_shared) : nullptr;
-  deal_out<Worker>(call, heads * parts, [&](Worker& worker, int64_t i) {
-    int64_t head = first + i / parts;
-    std::unique_ptr<HeadSums<T>>& own = sums[size_t(i)];
-    KeySums<T> into;
-    if (sums_in_place<X>(call, parts)) {
-      into = grads_of_head<T>(call, head);
-      for (int64_t k = 0; k < call.k_rows; ++k) {
-        std::fill_n(into.keys + k * into.key_row, call.head_dim, T(0));
-        std::fill_n(into.values + k * into.value_row, call.v_dim, T(0));
-      }
-    } else {
-      Workspace given(room[size_t(parts == 1 ? this_worker() : i)], size);
-      Within within(given);
-      own = std::make_unique<HeadSums<T>>(call);
-      into = own->into;
-    }
-    BiasSums<T> bias{nullptr, nullptr, grad_bias.head, grad_bias.row, grad_bias.key};
-    if (shares) {
-      Workspace given(room_shared[size_t(i)], size_shared);
-      Within within(given);
-      shared[size_t(i)] = std::make_unique<SharedBias>(call);
-      const SharedBias& held = *shared[size_t(i)];
-      bias = {nullptr, +held.numbers, held.heads > 1 ? held.keys : 0, 0, held.keys > 1};
-    } else if (grad_bias.data) {
-      bias.rows = bias_grads_of_head<T>(call, head);
-    }
-    const std::vector<Span>& spans = of_head[size_t(head)];
-    for (size_t n = size_t(i % parts); n < spans.size(); n += size_t(parts)) worker.run(spans[n], into, bias);
-    if (own && parts == 1) {
-      write(head, &own);
-      own.reset();
-    }
-  });
-  for (int64_t i = 0; i < heads * parts; ++i)
-    if (shared[size_t(i)]) add_bias_grads<T>(call, first + i / parts, *shared[size_t(i)]);
-  if (parts == 1) return;
-  for (int64_t head = 0; head < heads; ++head) write(first + head, &sums[size_t(head * parts)]);
-}
 
-template <class X, class Worker>
-void backward_by(const Call& call) {
-  int64_t heads = call.batch * call.kv_heads, together = heads_together(call);
-  std::vector<std::vector<Span>> of_head(static_cast<size_t>(heads));
-  for (const Span& span : spans_of(call, rows_of_span(call, together)))
-    of_head[size_t(span.batch * call.kv_heads + span.kv_head)].push_back(span);
-  for (int64_t head = 0; head < heads; head += together) backward_of_heads<X, Worker>(call, of_head, head, head + together);
-}
+  const Call& call_;
+  int64_t heads_, parts_;
+  std::vector<std::vector<Span>> of_head_;
+  Workers<Worker> workers_;
+  Arrangement at_once_;
+  std::vector<Held<HeadSums<T>>> keys_;
+  std::vector<Held<SharedBias>> bias_;
+
+  // As many heads as have all their parts open at once, or one in several rounds.
+  void run(int64_t first, int64_t heads) {
+    int64_t tasks = heads * parts_, open = 0;
+    for (int64_t done = 0, count; done < tasks; done += count) {
+      for (int64_t i = 1; i < open; ++i) keys_[0].sums->add(call_, *keys_[size_t(i)].sums);
+      int64_t before = open > 0;
+      count = std::min(at_once_.tasks - before, tasks - done), open = before + count;
+      workers_.deal_out(count, [&](Worker& worker, int64_t i) { compute(worker, first, done + i, before + i); });
+      for (int64_t i = before; i < open && !bias_.empty(); ++i)
+        add_bias_grads<T>(call_, first + (done + i - before) / parts_, *bias_[size_t(i)].sums);
+    }
+    if (parts_ == 1) return;
+    for (int64_t head = 0; head < heads; ++head) write(first + head, head * parts_, std::min(open, parts_));
+  }
+
+  // The part `task` of the heads from `first` on, with the sums of this number.
+  void compute(Worker& worker, int64_t first, int64_t task, int64_t number) {
+    int64_t head = first + task / parts_, keys = parts_ == 1 ? this_worker() : number;
+    const std::vector<Span>& spans = of_head_[size_t(head)];
+    KeySums<T> into = keys_.empty() ? cleared_grads(head) : keys_[size_t(keys)].made(call_).begin(call_);
+    BiasSums<T> bias = bias_sums(head, number);
+    for (size_t n = size_t(task % parts_); n < spans.size(); n += size_t(parts_)) worker.run(spans[n], into, bias);
+    if (!keys_.empty() && parts_ == 1) write(head, keys, 1);
+  }
+
+  KeySums<T> cleared_grads(int64_t head) {
+    KeySums<T> found = grads_of_head<T>(call_, head);
+    for (int64_t k = 0; k < call_.k_rows; ++k) {
+      std::fill_n(found.keys + k * found.key_row, call_.head_dim, T(0));
+      std::fill_n(found.values + k * found.value_row, call_.v_dim, T(0));
+    }
+    return found;
+  }
+
+  BiasSums<T> bias_sums(int64_t head, int64_t number) {
+    const Square& grad = call_.grad_bias;
+    if (!grad.data) return {nullptr, nullptr, 0, 0, 0};
+    if (bias_.empty()) return {bias_grads_of_head<T>(call_, head), nullptr, grad.head, grad.row, grad.key};
+    const SharedBias& held = bias_[size_t(number)].made(call_);
+    return {nullptr, held.begin(), held.heads > 1 ? held.keys : 0, 0, held.keys > 1};
+  }
+
+  // The gradients of one head from `count` sums of its parts, in their order.
+  void write(int64_t head, int64_t first, int64_t count) {
+    if (in_sums_dtype<X>(call_)) {
+      write_as<T>(grads_of_head<T>(call_, head), first, count);
+    } else {
+      write_as<X>(grads_of_head<X>(call_, head), first, count);
+    }
+  }
+
+  template <class Y>
+  void write_as(const KeySums<Y>& to, int64_t first, int64_t count) {
+    int64_t row = call_.head_dim + call_.v_dim;
+    std::vector<const T*> parts;
+    for (int64_t p = 0; p < count; ++p) parts.push_back(+keys_[size_t(first + p)].sums->rows);
+    for (int64_t k = 0; k < call_.k_rows; ++k)
+      for (int64_t d = 0; d < row; ++d) {
+        T sum = 0;
+        for (const T* part : parts) sum += part[k * row + d];
+        put(d < call_.head_dim ? to.keys + k * to.key_row + d : to.values + k * to.value_row + d - call_.head_dim, sum);
+      }
+  }
+};
 
 }  // namespace dil

@@ -98,9 +98,13 @@ class Library:
         """Fill ``grad_q``, ``grad_k`` and ``grad_v``; add to ``grad_bias``."""
         _checked(self._backward, call)
 
-    def workspace(self, call: CallStruct, backward: bool) -> int:
-        """Bytes of the workspace in which a call finds all its memory; its operands are not read, only which there are."""
-        return int(self._workspace(ctypes.byref(call), int(backward)))
+    def workspace(self, call: CallStruct, backward: bool, share: float) -> int:
+        """Bytes of a workspace in which a call finds all its memory; its operands are not read, only which there are.
+
+        Args:
+            share: of what the fastest arrangement takes, from 1 to 0. With less of it less is done at once, with the same result.
+        """
+        return int(self._workspace(ctypes.byref(call), int(backward), c_double(share)))
 
 
 def _checked(entry: Callable[[object], int], call: CallStruct) -> None:

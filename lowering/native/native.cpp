@@ -7,12 +7,17 @@
 
 namespace dil {
 
+// A span holds nothing.
+inline Demand forward_demand(const Call& call, int64_t worker) { return {worker, 0, call.threads, call.threads}; }
+
 template <class Worker>
 void forward_by(const Call& call) {
   std::vector<Span> spans = spans_of(call, rows_of_span(call, call.batch * call.kv_heads));
   // Later spans have more keys under a causal mask: they go first.
   std::reverse(spans.begin(), spans.end());
-  deal_out<Worker>(call, int64_t(spans.size()), [&](Worker& worker, int64_t i) { worker.run(spans[size_t(i)]); });
+  Workers<Worker> workers(call);
+  workers.grow(arranged(call, forward_demand(call, workers.size())).workers);
+  workers.deal_out(int64_t(spans.size()), [&](Worker& worker, int64_t i) { worker.run(spans[size_t(i)]); });
 }
 
 template <class Worker>
@@ -51,16 +56,18 @@ template <class X>
 void backward(const Call& call) {
   Workspace given(call.workspace, call.workspace_size);
   Within within(given);
-  with_backward<X>(call, [&](auto worker) { backward_by<X, typename decltype(worker)::Type>(call); });
+  with_backward<X>(call, [&](auto worker) { HeadsBackward<X, typename decltype(worker)::Type>(call).run(); });
 }
 
-// A line more, because memory may begin inside one.
 template <class X>
-int64_t workspace_size(const Call& call, bool backward) {
+Demand demand_of(const Call& call, bool backward) {
   if (!backward)
-    return kLine + with_forward<X>(call, [&](auto worker) { return workers_size<typename decltype(worker)::Type>(call); });
-  int64_t workers = with_backward<X>(call, [&](auto worker) { return workers_size<typename decltype(worker)::Type>(call); });
-  return kLine + workers + key_sums_size<X>(call);
+    return with_forward<X>(call, [&](auto worker) {
+      return forward_demand(call, worker_size<typename decltype(worker)::Type>(call));
+    });
+  return with_backward<X>(call, [&](auto worker) {
+    return backward_demand<X>(call, worker_size<typename decltype(worker)::Type>(call));
+  });
 }
 
 }  // namespace dil
@@ -84,10 +91,11 @@ int dilcompile_forward(const dil::Call* call) {
 int dilcompile_backward(const dil::Call* call) {
   return guarded([&] { dil::backward<DILCOMPILE_ELEMENT>(*call); });
 }
-// Bytes; 0 where even one worker finds no memory.
-int64_t dilcompile_workspace(const dil::Call* call, int64_t backward) {
+// Bytes of the largest arrangement that takes at most a share (1 to 0) of what the fastest takes, or of the least that there is; 0
+// where even one worker finds no memory.
+int64_t dilcompile_workspace(const dil::Call* call, int64_t backward, double share) {
   int64_t found = 0;
-  guarded([&] { found = dil::workspace_size<DILCOMPILE_ELEMENT>(*call, backward != 0); });
+  guarded([&] { found = dil::demand_of<DILCOMPILE_ELEMENT>(*call, backward != 0).size_of(share); });
   return found;
 }
 }

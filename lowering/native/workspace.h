@@ -1,4 +1,5 @@
-// Memory that was there before a call. What it has no room for is allocated, so that a smaller one costs time and nothing else.
+// Memory that was there before a call. In a smaller one less is done at once (see `Arrangement`), which costs time and nothing else;
+// what even the least arrangement has no room for is allocated.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,7 @@
-"""How large a workspace a call has to be given for the library to allocate nothing else but lists of positions."""
+"""How large a workspace a call has to be given for the library to allocate nothing else but lists of positions.
+
+That of the fastest arrangement, or a share of it: then fewer threads work, on fewer heads at once, with the same result.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,20 @@ class WorkspaceBytes(sympy.Function):  # type: ignore[misc]
     is_nonnegative = True
 
     @classmethod
-    def eval(cls, *sizes: sympy.Expr) -> sympy.Integer | None:
+    def eval(cls, share: sympy.Rational, *sizes: sympy.Expr) -> sympy.Integer | None:
         """What the library says, where every size is a number."""
-        return sympy.Integer(_asked(*map(int, sizes))) if all(size.is_Integer for size in sizes) else None
+        return sympy.Integer(_asked(float(share), *map(int, sizes))) if all(size.is_Integer for size in sizes) else None
 
 
 def workspace_bytes(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softcap: float | None, dropout_p: float, backward: bool, bias_grad: bool
-) -> sympy.Expr:
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softcap: float | None, dropout_p: float, backward: bool,
+    bias_grad: bool, share: float = 1.0,
+) -> sympy.Expr:  # fmt: skip
     """Of an attention by as many threads as torch has now.
 
     Args:
         q, k, v, bias: see ``Call``; they may hold no data, and have sizes that are symbols.
+        share: from 1 to 0: at most this of what the fastest arrangement takes, but no less than the least takes.
     """
     batch, heads, rows, dim = q.shape
     # The bias and, as strides, along which of its dims it has more than one number.
@@ -43,11 +48,13 @@ def workspace_bytes(
         batch, heads, k.shape[1], rows, k.shape[2], dim, v.shape[3],
         dtype, *along, int(bias_grad), int(softcap is not None), int(dropout_p > 0),
     )  # fmt: skip
-    return WorkspaceBytes(*(size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size) for size in sizes))
+    expressions = (size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size) for size in sizes)
+    return WorkspaceBytes(sympy.Rational(share), *expressions)
 
 
 def _asked(
-    dtype: int, backward: int, threads: int, batch: int, heads: int, kv_heads: int, rows: int, keys: int, dim: int, v_dim: int,
+    share: float, dtype: int, backward: int, threads: int,
+    batch: int, heads: int, kv_heads: int, rows: int, keys: int, dim: int, v_dim: int,
     bias: int, of_batch: int, of_head: int, of_row: int, of_key: int, bias_grad: int, capped: int, drops: int,
 ) -> int:  # fmt: skip
     built = library(_DTYPES[dtype])
@@ -61,4 +68,4 @@ def _asked(
         struct.bias, struct.bias_dtype = square, bias
         if backward and bias_grad:
             struct.grad_bias = square
-    return built.workspace(struct, bool(backward))
+    return built.workspace(struct, bool(backward), share)
