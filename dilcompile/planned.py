@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
@@ -146,6 +147,8 @@ class PlannedCall:
         self.runs = Runs()
         # Called after each call.
         self.after: Callable[[], None] | None = None
+        # A parameter that it was called with, with whose module its arenas go.
+        self._owner: weakref.ref[Tensor] | None = None
         self._by_step = os.environ.get(POISON) == "1"
         if not self._by_step:
             planned.gm.graph.set_codegen(_BoxedCodeGen())
@@ -155,6 +158,7 @@ class PlannedCall:
         """Run the graph once."""
         lengths = {symbol: int(args[number]) for number, symbol in self.planned.symbols}
         plan = self._plan_at(lengths)
+        self._keep_while_there(args)
         asked = [(torch.device(arena.device), arena.peak) for arena in plan.arenas]
         with self.pool.lease(asked, plan.varies) as lease:
             given, instead = self._given(plan, args, lengths)
@@ -166,6 +170,14 @@ class PlannedCall:
         if self.after is not None:
             self.after()
         return result
+
+    def _keep_while_there(self, args: Sequence[Any]) -> None:
+        if not self.pool.keeps or (self._owner is not None and self._owner() is not None):
+            return
+        owner = next((arg for arg in args if isinstance(arg, torch.nn.Parameter)), None)
+        if owner is not None:
+            self._owner = weakref.ref(owner)
+            self.pool.keep_while(owner)
 
     def account(self, graph: str, direction: Direction) -> GraphMemory:
         """What the plan comes to at the lengths of the example, and what calls came to so far."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeGuard
 
 import sympy
 import torch
@@ -154,17 +155,25 @@ class _Walk:
             return
         if _is_view(node):
             self._of_node[node] = self._viewed(node)
+            if _writes(node):
+                self._read(read)
+                self.nodes.append(node.name)
             if _operator(node) == _WAIT:
                 self._wait(read)
                 self.nodes.append(node.name)
             return
-        for key in read:
-            self.storages[key].end = self.step
-        made = self._of_node[node] = self._made(node, held=False)
+        self._read(read)
+        made = self._made(node, held=False)
+        # A tensor of another layout holds its parts, which its operands may be, and says nothing of them.
+        self._of_node[node] = (*made, *read) if _has_parts(node) else made
         if travels(node):
             sent = () if _operator(node) in _PACKED else tuple(read)
             self._under_way.update((key, (key, *sent)) for key in made)
         self.nodes.append(node.name)
+
+    def _read(self, keys: Sequence[int]) -> None:
+        for key in keys:
+            self.storages[key].end = self.step
 
     def _wait(self, read: Sequence[int]) -> None:
         for key in read:
@@ -209,20 +218,32 @@ def _named(node: Node) -> Iterator[tuple[str, Tensor]]:
 
 
 def _hint(size: int | torch.SymInt) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    """The size at the example; 0 where data decides it."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    return 0 if size.node.hint is None else int(size.node.hint)
 
 
 def _tensors(value: object) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [item for item in value if isinstance(item, Tensor)] if isinstance(value, (tuple, list)) else []
+    items = value if isinstance(value, (tuple, list)) else (value,)
+    return [item for item in items if _has_storage(item)]
+
+
+def _has_storage(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.layout is torch.strided
+
+
+def _has_parts(node: Node) -> bool:
+    value = node.meta.get("val")
+    items = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(item, Tensor) and not _has_storage(item) for item in items)
 
 
 def _elements(node: Node) -> Sequence[int]:
     """Which elements of a tuple are tensors."""
     value = node.meta.get("val")
     assert isinstance(value, (tuple, list)), "getitem takes an element of a tuple"
-    return [number for number, item in enumerate(value) if isinstance(item, Tensor)]
+    return [number for number, item in enumerate(value) if _has_storage(item)]
 
 
 def _is_getitem(node: Node) -> bool:
@@ -235,11 +256,19 @@ def _operator(node: Node) -> str:
 
 def _is_view(node: Node) -> bool:
     """Does the node give memory that is there already?"""
-    if _is_getitem(node) or _operator(node) in _SAME:
+    if _is_getitem(node):
+        # An operator that runs another one may not say what it returns: its elements do.
+        return "val" in node.all_input_nodes[0].meta
+    if _operator(node) in _SAME:
         return True
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     return any(returned.alias_info is not None for returned in node.target._schema.returns) or _shares_memory(node)
+
+
+def _writes(node: Node) -> bool:
+    """Does the operator change an operand, so that it is more than a view?"""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _shares_memory(node: Node) -> bool:

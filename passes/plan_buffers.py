@@ -27,6 +27,8 @@ from dilcompile.passes.shared_buffers import Layout, expression, layout, share
 aten = torch.ops.aten
 # Memory without content, and how it is turned.
 _UNWRITTEN = (aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default, aten.permute.default, aten.transpose.int)
+# What takes an offset that counts from the begin of its operand's memory.
+_ABSOLUTE = (aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
 Workspaces: TypeAlias = "Callable[[object, Sequence[Any], Mapping[str, Any]], int | sympy.Expr]"
 # (number of the input, symbol, its hint)
 Symbols: TypeAlias = "tuple[tuple[int, sympy.Symbol, int], ...]"
@@ -84,7 +86,7 @@ def plan_graph(
         donated: the numbers of the inputs that nobody reads after the graph.
     """
     lifetimes, symbols = lifetimes_of(gm), _symbols(gm)
-    live = {buffer.name for buffer in lifetimes.buffers}
+    live = {buffer.name for buffer in lifetimes.buffers} - _by_place(gm, lifetimes) - _of_unknown_size(gm, symbols)
     forms = [(node, out_form(node), made) for node, made in makers(gm)]
     planned = [
         (node, form, made)
@@ -107,7 +109,7 @@ def plan_graph(
     erased = _without_unused(gm)
     gm.graph.lint()
     gm.recompile()
-    placed = {name for _, _, made in planned for name, _ in made}.union(erased)
+    placed = {name for _, _, made in planned for name, _ in made if name in live}.union(erased)
     elsewhere = tuple(buffer for buffer in lifetimes.buffers if buffer.name not in placed)
     buffers = [*homes.buffers.values(), *workspaces.values()]
     held, left = donate(buffers, pieces, (*elsewhere, *lifetimes.kept), within_module=within_module)
@@ -122,6 +124,29 @@ def plan_graph(
 def workspaces_of(gm: GraphModule, workspace: Workspaces) -> tuple[Buffer, ...]:
     """Those that a plan of the graph, which stays as it is, would have."""
     return tuple(_workspaces(gm, lifetimes_of(gm), workspace, _symbols(gm)).values())
+
+
+def _by_place(gm: GraphModule, lifetimes: Lifetimes) -> set[str]:
+    """Buffers whose readers count places from the begin of the memory, which in an arena is not theirs.
+
+    Operators that run graphs or other operators may do so inside.
+    """
+    found: set[str] = set()
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and (node.target in _ABSOLUTE or isinstance(node.target, torch._ops.HigherOrderOperator)):
+            found.update(name for operand in node.all_input_nodes for name in lifetimes.memory.get(operand.name, ()))
+    return found
+
+
+def _of_unknown_size(gm: GraphModule, symbols: Symbols) -> set[str]:
+    """Buffers whose sizes or strides are not known before the graph runs."""
+    known = {symbol for _, symbol, _ in symbols}
+    return {name for _, made in makers(gm) for name, value in made if not _free(value) <= known}
+
+
+def _free(value: Tensor) -> set[sympy.Symbol]:
+    sizes = (*value.shape, *value.stride(), value.storage_offset())
+    return set().union(*(size.node.expr.free_symbols for size in sizes if isinstance(size, torch.SymInt)))
 
 
 def _has_places(made: Sequence[tuple[str, Tensor]], live: Container[str]) -> bool:
@@ -204,8 +229,10 @@ def _workspaces(gm: GraphModule, lifetimes: Lifetimes, workspace: Workspaces, sy
         if node.name not in steps or workspace_form(node) is None or lifetimes.lost(node):
             continue
         args, kwargs = map_arg((node.args, node.kwargs), lambda held: held.meta.get("val"))
-        size = workspace(node.target, args, kwargs)
-        hint, step = int(sympy.sympify(size).subs(hints)), steps[node.name]
+        size = sympy.sympify(workspace(node.target, args, kwargs))
+        if not size.free_symbols <= hints.keys():
+            continue
+        hint, step = int(size.subs(hints)), steps[node.name]
         if hint:
             device = str(node.all_input_nodes[0].meta["val"].device)
             own = Buffer(f"{node.name}.workspace", size, step, step, hint, device, module=module_path(node))
@@ -231,4 +258,5 @@ def _symbols(gm: GraphModule) -> Symbols:
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     values = [(number, node.meta.get("val")) for number, node in enumerate(inputs)]
     found = [(number, value.node.expr, value.node.hint) for number, value in values if isinstance(value, torch.SymInt)]
-    return tuple((number, expr, int(hint)) for number, expr, hint in found if isinstance(expr, sympy.Symbol))
+    # Data decides a length without a hint.
+    return tuple((number, expr, int(hint)) for number, expr, hint in found if isinstance(expr, sympy.Symbol) and hint is not None)

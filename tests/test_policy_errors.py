@@ -104,6 +104,7 @@ IN_RULE = {
     "shard: {}": "shard: key 'mesh' is missing",
     "shard: {mesh: 3, method: ring}": "shard.mesh: expected text or a list of them, got 3",
     "memory: {budget: 6GB}": "memory.budget: '6GB' is not a size such as '6GiB' (units: B, KiB, MiB, GiB, TiB)",
+    "memory: {budget: 0B}": "memory.budget: '0B' is less than a byte",
     "memory: {budget: true}": "memory.budget: expected a number of bytes or a size such as '6GiB', got true",
     "numerics: {tolerance: {rel_l2: .inf}}": "numerics.tolerance.rel_l2: expected a finite number, got inf",
     "numerics: {tolerance: {rel_l2: 0}}": "numerics.tolerance.rel_l2: expected a number above 0, got 0",

@@ -74,7 +74,7 @@ def peak(buffers: Sequence[Buffer], offsets: Offsets) -> int:
 
 def pack(buffers: Sequence[Buffer]) -> Offsets:
     """The offset of each buffer in one arena: the best of all orders and fits, at their hints. Deterministic."""
-    neighbours = _neighbours(buffers)
+    neighbours = meeting(buffers)
     bound, best = most_live(buffers), None
     for key in _ORDERS:
         order = sorted(range(len(buffers)), key=lambda i: (*key(buffers[i]), i))
@@ -100,7 +100,7 @@ _ORDERS: tuple[Callable[[Buffer], tuple[int, ...]], ...] = (
 )
 
 
-def _neighbours(buffers: Sequence[Buffer]) -> list[list[int]]:
+def meeting(buffers: Sequence[Buffer]) -> list[list[int]]:
     """For each buffer those that it meets, by a sweep over the steps."""
     found: list[list[int]] = [[] for _ in buffers]
     live: list[int] = []

@@ -14,7 +14,7 @@ from functools import cached_property
 import sympy
 
 from dilcompile.memory.buffer import Buffer, Lane, aligned
-from dilcompile.memory.packing import most_live, overlaps, pack, peak, without_reuse
+from dilcompile.memory.packing import meeting, most_live, overlaps, pack, peak, without_reuse
 
 Arenas = tuple["Arena", ...]
 # Of the lower bound: an arena that is larger is packed again.
@@ -197,7 +197,6 @@ def stacked(device: str, lane: Lane, module: str, buffers: Sequence[Buffer], off
     A buffer of no bytes at its hint may have some at another length: it is ordered like all others.
     """
     order = sorted(range(len(buffers)), key=lambda i: (offsets[i], offsets[i] + buffers[i].hint, i))
-    below: list[tuple[int, ...]] = []
-    for n, i in enumerate(order):
-        below.append(tuple(m for m in range(n) if buffers[order[m]].meets(buffers[i])))
-    return Arena(device, lane, tuple(buffers[i] for i in order), tuple(below), module)
+    ordered = [buffers[i] for i in order]
+    below = (tuple(sorted(m for m in met if m < n)) for n, met in enumerate(meeting(ordered)))
+    return Arena(device, lane, tuple(ordered), tuple(below), module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -76,6 +77,8 @@ class ArenaPool:
     While a CUDA graph is captured, arenas are the capture's own: the graph writes to them whenever it is replayed, so they are
     neither taken from the kept ones nor kept.
 
+    Dynamo holds what it compiled for a module that is gone, so arenas are given up when the parameters are that calls came with.
+
     Args:
         keeps: keep arenas for the next call; otherwise torch's allocator has them back after each.
         apart: on CUDA they come from a ``torch.cuda.MemPool`` of this pool, whose segments nothing else uses, and which the
@@ -87,7 +90,10 @@ class ArenaPool:
     counts: Counts = field(default_factory=Counts)
     _free: dict[_Place, list[tuple[_Sizes, Lease]]] = field(default_factory=dict)
     _mem_pools: dict[torch.device, torch.cuda.MemPool] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _owners: int = 0
+    _orphaned: bool = False
+    # What gives up arenas may run wherever Python collects garbage: in the middle of what follows, too.
+    _lock: threading.RLock = field(default_factory=threading.RLock)
 
     @contextmanager
     def lease(self, sizes: Sequence[tuple[torch.device, int]], varies: bool = False) -> Iterator[Lease]:
@@ -102,9 +108,25 @@ class ArenaPool:
         taken = (classes, Lease(self._made(place, classes))) if captured else self._take(place, classes)
         # A call that fails may leave something under way, which writes to its arenas still: they are not kept.
         yield taken[1]
-        if self.keeps and not captured:
-            with self._lock:
+        if captured:
+            return
+        with self._lock:
+            if self.keeps and not self._orphaned:
                 self._free.setdefault(place, []).append(taken)
+
+    def keep_while(self, owner: Tensor) -> None:
+        """Keep arenas as long as this tensor, or another one that was given here, lives."""
+        with self._lock:
+            self._owners, self._orphaned = self._owners + 1, False
+        # The owner must not hold the pool.
+        weakref.finalize(owner, _lose, weakref.ref(self)).atexit = False
+
+    def _lost(self) -> None:
+        with self._lock:
+            self._owners -= 1
+            if not self._owners:
+                self._orphaned = True
+                self.clear()
 
     def _take(self, place: _Place, classes: _Sizes) -> tuple[_Sizes, Lease]:
         with self._lock:
@@ -153,6 +175,12 @@ class ArenaPool:
         """Give back the arenas that wait."""
         with self._lock:
             self._free.clear()
+
+
+def _lose(pool: weakref.ref[ArenaPool]) -> None:
+    found = pool()
+    if found is not None:
+        found._lost()
 
 
 def _within(classes: _Sizes, others: _Sizes) -> bool:

@@ -50,7 +50,7 @@ class Step:
 
     def at(self, lengths: Mapping[sympy.Symbol, int]) -> Step:
         """The same step where the symbols of the sizes have these values."""
-        phases = (phase if phase.plan is None else replace(phase, plan=phase.plan.at(lengths)) for phase in self.phases)
+        phases = (phase if phase.plan is None else replace(phase, plan=phase.plan.fitted(lengths)) for phase in self.phases)
         # Many buffers have one size.
         sizes = {size: int(sympy.sympify(size).subs(lengths)) for size in {buffer.size for buffer in self.buffers}}
         return Step(tuple(replace(buffer, hint=sizes[buffer.size]) for buffer in self.buffers), tuple(phases))

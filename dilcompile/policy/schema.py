@@ -29,14 +29,17 @@ def num_bytes(size: int | str) -> int:
     """``"6GiB"`` as a number of bytes.
 
     Raises:
-        ValueError: if the text is not a number and a unit.
+        ValueError: if the text is not a number and a unit, or less than a byte.
     """
     match = re.fullmatch(SIZE, size) if isinstance(size, str) else None
     if isinstance(size, int):
         return size
     if match is None:
         raise ValueError(f"{size!r} is not a size such as '6GiB' (units: {', '.join(UNITS)})")
-    return int(float(match[1]) * UNITS[match[2]])
+    found = int(float(match[1]) * UNITS[match[2]])
+    if not found:
+        raise ValueError(f"{size!r} is less than a byte")
+    return found
 
 
 class _Match(Section):
