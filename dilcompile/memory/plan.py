@@ -7,7 +7,7 @@ become, without another search; only how tight the packing is may change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,13 +21,32 @@ Arenas = tuple["Arena", ...]
 _LOOSE = 1.05
 
 
+class Above(sympy.Function):  # type: ignore[misc]
+    """The offset of what lies on these ends: the largest, rounded up to the alignment, which comes first; a number as soon as all are.
+
+    ``Max`` and ``ceiling`` would compare all pairs of ends, in terms that grow with every buffer below.
+    """
+
+    is_integer = True
+    is_nonnegative = True
+
+    @classmethod
+    def eval(cls, alignment: sympy.Integer, *ends: sympy.Expr) -> sympy.Integer | None:
+        """Where every end is a number."""
+        return (
+            sympy.Integer(aligned(max(map(int, ends), default=0), int(alignment)))
+            if all(end.is_Integer for end in ends)
+            else None
+        )
+
+
 @dataclass(frozen=True)
 class Arena:
     """The memory of one lane on one device.
 
     Args:
         buffers: from the lowest up, at the hints.
-        below: for each buffer the numbers of those that it lies on.
+        below: for each buffer the numbers of those that it lies on, without those on which others of these lie.
         module: whose buffers these are; empty for those of all modules.
         inside: what was given to the graph, and in which these buffers lie when it is dead; None: the memory is the plan's.
     """
@@ -75,9 +94,8 @@ class Arena:
         """The offsets as expressions over the symbols of the sizes."""
         found: list[sympy.Expr] = []
         for i, buffer in enumerate(self.buffers):
-            unit = sympy.Integer(buffer.alignment)
-            ends = [unit * sympy.ceiling((found[j] + sympy.sympify(self.buffers[j].size)) / unit) for j in self.below[i]]
-            found.append(sympy.Max(0, *ends))
+            ends = [found[j] + sympy.sympify(self.buffers[j].size) for j in self.below[i]]
+            found.append(Above(sympy.Integer(buffer.alignment), *ends))
         return tuple(found)
 
     def at(self, lengths: Mapping[sympy.Symbol, int]) -> Arena:
@@ -198,5 +216,16 @@ def stacked(device: str, lane: Lane, module: str, buffers: Sequence[Buffer], off
     """
     order = sorted(range(len(buffers)), key=lambda i: (offsets[i], offsets[i] + buffers[i].hint, i))
     ordered = [buffers[i] for i in order]
-    below = (tuple(sorted(m for m in met if m < n)) for n, met in enumerate(meeting(ordered)))
-    return Arena(device, lane, tuple(ordered), tuple(below), module)
+    lower = [{m for m in met if m < n} for n, met in enumerate(meeting(ordered))]
+    return Arena(device, lane, tuple(ordered), tuple(_uppermost(own, lower) for own in lower), module)
+
+
+def _uppermost(own: Collection[int], lower: Sequence[Collection[int]]) -> tuple[int, ...]:
+    """Of the buffers below one those that no other of them lies on: the end of that is no lower, whatever the lengths become."""
+    found: list[int] = []
+    covered: set[int] = set()
+    for j in sorted(own, reverse=True):
+        if j not in covered:
+            found.append(j)
+            covered.update(lower[j])
+    return tuple(reversed(found))
