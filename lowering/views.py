@@ -38,11 +38,11 @@ _LSE_COLUMNS = 8
 
 
 def workspace_bytes(call: Call, engine: Engine, backward: bool, share: float, grad_lse: bool) -> int:
-    """See ``Kernel``; a share below 1 makes chunks smaller, down to one batch row of one key head."""
+    """See ``Kernel``; a share below 1 makes the forward's chunks smaller, down to one batch row of one key head."""
     problem = call.problem
     needs = _Needs(call, backward, _LSE_COLUMNS if grad_lse and not engine.takes_grad_lse else 0)
     full = needs.of_chunk(*_chunk(call, problem.batch))
-    return needs.of_call(grad_lse) + max(needs.of_chunk(1, 1), int(full * share))
+    return needs.of_call(grad_lse) + (full if backward else max(needs.of_chunk(1, 1), int(full * share)))
 
 
 def forward(call: Call, engine: Engine) -> tuple[Tensor, Tensor]:
@@ -61,32 +61,47 @@ def backward(call: Call, engine: Engine, out: Tensor, lse: Tensor, grad_out: Ten
     joint = _Joint(space.dense_rows(out), lse, space.dense_rows(grad_out), grad_lse)
     call = replace(call, q=space.dense_rows(call.q), k=space.dense_rows(call.k), v=space.dense_rows(call.v))
     bias = None if call.bias is None or not call.bias_grad else bias_gradient_of(call, call.bias)
-    grads = [output_of(call, number, x, x.shape[-1]).zero_() for number, x in enumerate((call.q, call.k, call.v))]
-    if call.merge_grad == "detach":
+    if call.merge_grad == "exact":
+        grads = _joint_gradients(call, engine, joint, None, bias, space)
+    else:
         # The LSE is no part of the merge: its gradient is the exact one.
+        grads = _no_gradients(call)
         _add_gradients(call, engine, replace(joint, grad_lse=None), grads, bias, space, detached=True)
         if grad_lse is not None:
             only_lse = replace(joint, grad_out=_zeros(space, joint.grad_out.shape, joint.grad_out.dtype, joint.grad_out.device))
-            _add_joint_gradients(call, engine, only_lse, grads, bias, space)
-    else:
-        _add_joint_gradients(call, engine, joint, grads, bias, space)
+            _joint_gradients(call, engine, only_lse, grads, bias, space)
     return grads[0], grads[1], grads[2], None if bias is None or call.bias is None else bias.to(call.bias.dtype)
 
 
-def _add_joint_gradients(
-    call: Call, engine: Engine, joint: _Joint, grads: list[Tensor], bias: Tensor | None, space: Space
-) -> None:
-    if joint.grad_lse is None or (engine.takes_grad_lse and call.merge_grad == "exact"):
+def _no_gradients(call: Call) -> list[Tensor]:
+    """Zeros where the gradients of q, k and v are to lie."""
+    return [output_of(call, number, x, x.shape[-1]).zero_() for number, x in enumerate((call.q, call.k, call.v))]
+
+
+def _joint_gradients(
+    call: Call, engine: Engine, joint: _Joint, before: list[Tensor] | None, bias: Tensor | None, space: Space
+) -> list[Tensor]:
+    """The gradients from the joint output, added to those before."""
+    wider = joint.grad_lse is not None and not engine.takes_grad_lse
+    if before is None and not wider:
+        grads = _no_gradients(call)
         _add_gradients(call, engine, joint, grads, bias, space)
-        return
-    # In one pass of its own, as wide as its operands, and rounded as often.
+        return grads
     with space.again():
-        if not engine.takes_grad_lse:
-            call, joint = _with_lse_as_head_dim(call, joint, space)
-        more = [_zeros(space, x.shape, grad.dtype, x.device) for x, grad in zip((call.q, call.k, call.v), grads, strict=True)]
-        _add_gradients(call, engine, joint, more, bias, space)
+        more = _gradients_apart(call, engine, joint, bias, space)
+        grads = _no_gradients(call) if before is None else before
         for grad, other in zip(grads, more, strict=True):
             grad.add_(other[..., : grad.shape[-1]])
+    return grads
+
+
+def _gradients_apart(call: Call, engine: Engine, joint: _Joint, bias: Tensor | None, space: Space) -> list[Tensor]:
+    """The same in memory of their own, with more columns where the engine takes no gradient of the LSE."""
+    if not engine.takes_grad_lse:
+        call, joint = _with_lse_as_head_dim(call, joint, space)
+    grads = [_zeros(space, x.shape, call.out_dtype, x.device) for x in (call.q, call.k, call.v)]
+    _add_gradients(call, engine, joint, grads, bias, space)
+    return grads
 
 
 def _add_gradients(
@@ -222,9 +237,8 @@ def _documents(call: Call) -> Iterator[tuple[Relation, slice, slice, slice]]:
 def _chunks(call: Call, batch: slice, needs: _Needs, left: int | None) -> Iterator[tuple[slice, slice]]:
     """Batch rows and key heads in portions; left: bytes of the workspace, None where there is none."""
     heads, rows = _chunk(call, batch.stop - batch.start)
-    # The gradient of a bias is added up portion by portion: other portions would round otherwise.
-    fixed = left is None or (needs.backward and call.bias is not None and call.bias_grad)
-    while not fixed and left is not None and rows * heads > 1 and needs.of_chunk(heads, rows) > left:
+    # Gradients are added up in the order of the portions' blocks: of other portions they would be rounded otherwise.
+    while not needs.backward and left is not None and rows * heads > 1 and needs.of_chunk(heads, rows) > left:
         heads, rows = (heads, -(-rows // 2)) if rows > 1 else (-(-heads // 2), 1)
     for b in range(batch.start, batch.stop, rows):
         for head in range(0, call.problem.kv_heads, heads):
