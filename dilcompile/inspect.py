@@ -217,7 +217,7 @@ def _undisturbed(model: Callable[..., Any]) -> Iterator[None]:
     buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
     before = [buffer.detach().clone() for buffer in buffers]
     # Where frames share their caches, those that are full are still looked at.
-    unlimited = {"recompile_limit": _NO_LIMIT, "accumulated_recompile_limit": _NO_LIMIT}
+    unlimited: dict[str, Any] = {"recompile_limit": _NO_LIMIT, "accumulated_recompile_limit": _NO_LIMIT}
     with torch.random.fork_rng(), torch._dynamo.config.patch(automatic_dynamic_shapes=False, **unlimited):
         try:
             yield

@@ -40,11 +40,7 @@ FORMS: list[Form] = [
 UNION = Union(
     (
         {"form": "dilated", "segments": [8, 16], "rates": [1, 2]},
-        {
-            "form": "block_sparse",
-            "block": [32, 16],
-            "pattern": {"any": [{"global": {"columns": 1}}, {"random": {"blocks": 1, "by_head": True}}]},
-        },
+        {"form": "block_sparse", "block": [32, 16], "pattern": {"any": [{"global": {"columns": 1}}, {"random": {"blocks": 1, "by_head": True}}]}},
         {"form": "sliding_window", "window": 7, "sinks": 1},
     )
 )

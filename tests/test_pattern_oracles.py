@@ -167,9 +167,7 @@ def check(form: BlockSparse, site: Problem) -> None:
         assert np.array_equal(again.starts, lists.starts)
         # A row has the blocks that it has among others: a decode step, a rank's part.
         last = replace(site, q_offset=site.q_offset + site.q_len - 1, q_len=1)
-        assert torch.equal(
-            listed(blocks_of(form, last).lists(head, blocks_of(form, last).grid), form, last).some & limits(last), wanted[-1:]
-        )
+        assert torch.equal(listed(blocks_of(form, last).lists(head, blocks_of(form, last).grid), form, last).some & limits(last), wanted[-1:])
         if not held.pattern.by_head:
             assert torch.equal(asked(form, site, head), asked(form, site, 0))
         total += int(wanted.sum())
@@ -202,9 +200,7 @@ def test_values_of_one_give_one(name: str) -> None:
         out, lse = run(q, k, torch.ones_like(k), form, None, Setting(site.heads, site.kv_heads, site.q_len, site.k_len, *mask))
         seen = torch.stack([(asked(form, site, head) & limits(site)).any(-1) for head in range(site.heads)])
         # float32: one rounding for each of up to 150 weights, and of their sum.
-        torch.testing.assert_close(
-            out, seen[None, ..., None].float().expand_as(out), rtol=0, atol=150 * torch.finfo(torch.float32).eps
-        )
+        torch.testing.assert_close(out, seen[None, ..., None].float().expand_as(out), rtol=0, atol=150 * torch.finfo(torch.float32).eps)
         assert torch.equal(lse.isfinite(), seen[None])
 
     drawn()
@@ -306,11 +302,7 @@ def _no_causality(patch: pytest.MonkeyPatch) -> None:
 
 def _one_key_too_far(patch: pytest.MonkeyPatch) -> None:
     full = Grid.full
-    patch.setattr(
-        Grid,
-        "full",
-        lambda self, rows, columns: full(replace(self, right=None if self.right is None else self.right + 1), rows, columns),
-    )
+    patch.setattr(Grid, "full", lambda self, rows, columns: full(replace(self, right=None if self.right is None else self.right + 1), rows, columns))
 
 
 def _no_left_limit(patch: pytest.MonkeyPatch) -> None:

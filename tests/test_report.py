@@ -463,9 +463,7 @@ def memory() -> tuple[GraphMemory, ...]:
     buffers = [Buffer("mul", 4096, 0, 1, 4096, module="layers.0"), Buffer("<b>", 8192, 1, 2, 8192, role="gradient")]
     kept = (Buffer("out", 512, 0, 2, 512),)
     forward = GraphMemory("0/0", "forward", plan_buffers(buffers[:1]), steps=3)
-    backward = GraphMemory(
-        "0/0", "backward", plan_buffers(buffers), kept=kept, given=640, steps=3, runs=Runs(2, 1, 1, measured=12800)
-    )
+    backward = GraphMemory("0/0", "backward", plan_buffers(buffers), kept=kept, given=640, steps=3, runs=Runs(2, 1, 1, measured=12800))
     return forward, backward
 
 

@@ -284,8 +284,5 @@ def test_a_union_with_blocks_has_a_picture_of_each_kind_of_head() -> None:
     union = Union(({"form": "dilated", "segments": [64, 256], "rates": [1, 4]}, PARTS[3]))
     (pattern,) = report(decided(union, heads=2, kv_heads=2, q_len=512, k_len=512)).patterns
     drawn = list(pattern.pictures())
-    assert [heads for heads, _ in drawn] == [
-        "head 0; heads differ in the offset alone",
-        "head 1; heads differ in the offset alone",
-    ]
+    assert [heads for heads, _ in drawn] == ["head 0; heads differ in the offset alone", "head 1; heads differ in the offset alone"]
     assert all(cells.unit == "pair" for _, cells in drawn)

@@ -321,10 +321,7 @@ def test_options_that_do_not_fit_say_so(name: str) -> None:
 PLAIN = Problem(1, 4, 4, 64, 64, 8, 8)
 GRID = BlockSparse(16, {"local": {"before": 1}}, order="hilbert", grid=(8, 8))
 SIZES: dict[str, tuple[Problem, str]] = {
-    "length": (
-        Problem(1, 4, 4, 65, 65, 8, 8),
-        "the sequence has 65 tokens, the grid [8, 8] 64; give the grid of the model's tokens",
-    ),
+    "length": (Problem(1, 4, 4, 65, 65, 8, 8), "the sequence has 65 tokens, the grid [8, 8] 64; give the grid of the model's tokens"),
     "cross": (Problem(1, 4, 4, 64, 32, 8, 8), "64 queries from position 0 on and 32 keys are not the tokens of one grid [8, 8]"),
     "offset": (Problem(1, 4, 4, 64, 64, 8, 8, q_offset=3), "64 queries from position 3 on"),
     "causal": (Problem(1, 4, 4, 64, 64, 8, 8, is_causal=True), "a causal mask or a window runs along the sequence, which order"),
@@ -342,10 +339,7 @@ def test_sizes_and_masks_that_do_not_fit_say_so(name: str) -> None:
 
 
 MASKS: dict[str, tuple[MaskSpec, str]] = {
-    "causal": (
-        MaskSpec(causal=True),
-        "its mask (causal) runs along the sequence, which order 'hilbert' leaves; take order 'none'",
-    ),
+    "causal": (MaskSpec(causal=True), "its mask (causal) runs along the sequence, which order 'hilbert' leaves; take order 'none'"),
     "window": (MaskSpec(left=3), "its mask (window)"),
     "rows": (MaskSpec(by_row=(ByRow("chunk", "q // 4 == k // 4"),)), "its mask (chunk)"),
     "documents": (MaskSpec(documents=True), "its sequences are packed documents, not one grid [8, 8] of tokens"),

@@ -93,9 +93,7 @@ def assert_near(curve: Curve, radius: tuple[int, ...], q_block: int, k_block: in
 
 @settings(max_examples=80, deadline=None)
 @given(curves(), st.lists(st.integers(0, 4), min_size=3, max_size=3), st.integers(1, 20), st.integers(1, 20))
-def test_near_blocks_hold_a_near_pair_each_and_none_is_missed(
-    curve: Curve, radius: list[int], q_block: int, k_block: int
-) -> None:
+def test_near_blocks_hold_a_near_pair_each_and_none_is_missed(curve: Curve, radius: list[int], q_block: int, k_block: int) -> None:
     reach = tuple(radius[: len(curve.grid)])
     assert_near(curve, reach, q_block, k_block)
     found, pairs = fullness(curve, reach, q_block, k_block), oracles.near_pairs(curve, list(reach))

@@ -67,9 +67,7 @@ def test_pairs_are_those_of_the_parts(parts: list[dict[str, Any]], again: bool, 
 @pytest.mark.parametrize("order", [0, 1])
 def test_the_order_of_parts_does_not_matter(order: int) -> None:
     parts = (DILATED, BLOCKS) if order else (BLOCKS, DILATED)
-    assert Union(parts).relation(Problem(1, 4, 2, 40, 40, 8, 8)) == Union((DILATED, BLOCKS)).relation(
-        Problem(1, 4, 2, 40, 40, 8, 8)
-    )
+    assert Union(parts).relation(Problem(1, 4, 2, 40, 40, 8, 8)) == Union((DILATED, BLOCKS)).relation(Problem(1, 4, 2, 40, 40, 8, 8))
 
 
 BAD = """version: 1
