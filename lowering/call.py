@@ -12,6 +12,7 @@ from torch import Tensor
 from dilcompile.forms import Dilated, Form, parse_form
 from dilcompile.lowering.pairs import Pairs
 from dilcompile.lowering.selection import Selection
+from dilcompile.lowering.space import NOWHERE, Space
 from dilcompile.progression import Progression
 from dilcompile.relation import Problem, Relation
 
@@ -44,6 +45,10 @@ class Room:
 
     results: tuple[Tensor | None, ...] = ()
     workspace: Tensor | None = None
+
+    def space(self) -> Space:
+        """The workspace, nothing of it taken."""
+        return Space(self.workspace)
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,10 @@ class Call:
         """The dtype of out and of the gradients of q, k and v: q's; ``score_dtype`` where other parts are added."""
         return self.q.dtype if self.held is None else self.score_dtype
 
+    def space(self) -> Space:
+        """The workspace of its room, nothing of it taken."""
+        return NOWHERE if self.room is None else self.room.space()
+
 
 class Kernel(Protocol):
     """Who computes a call on one device. Modules of this folder satisfy it.
@@ -145,6 +154,17 @@ class Kernel(Protocol):
 
     def supports(self, call: Call, backward: bool) -> str | None:
         """Why this kernel can't compute the call (its forward, or its backward), or None."""
+
+    def workspace_bytes(self, call: Call, backward: bool, share: float = 1.0, grad_lse: bool = False) -> int:
+        """Bytes that it takes of the workspace of the call's room (``Call.space``), at most; 0: it takes none.
+
+        Results never lie in a workspace.
+
+        Args:
+            call: tensors hold no data, and there is no room.
+            grad_lse: the backward is given a gradient of the LSE.
+            share: from 1 to 0: with at most this part of what makes it fastest, where it can do with less.
+        """
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         """out [B, H, Sq, Dv] in ``out_dtype``, laid out [B, Sq, H, Dv]; lse [B, H, Sq] contiguous in ``score_dtype``."""

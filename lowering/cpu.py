@@ -66,6 +66,11 @@ def supports(call: Call, backward: bool) -> str | None:
     return None
 
 
+def workspace_bytes(call: Call, backward: bool, share: float = 1.0, grad_lse: bool = False) -> int:
+    """See ``Kernel``."""
+    return views.workspace_bytes(call, _engine(call, bias_is_mask=not (backward and call.bias_grad)), backward, share, grad_lse)
+
+
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """See ``Kernel``."""
     return views.forward(call, _engine(call, bias_is_mask=True))

@@ -74,6 +74,11 @@ def _of_band(call: Call) -> str | None:
     return "a window" if limits != (None, 0) else f"causal attention starts at key position {size.q_offset}, not at 0"
 
 
+def workspace_bytes(call: Call, backward: bool, share: float = 1.0, grad_lse: bool = False) -> int:
+    """See ``Kernel``."""
+    return 0
+
+
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """See ``Kernel``."""
     return whole.forward(call, Cudnn())

@@ -83,6 +83,11 @@ def _of_band(call: Call) -> str | None:
     return None if limits == (None, None) or limits[1] == 0 else "a window that does not end at the query"
 
 
+def workspace_bytes(call: Call, backward: bool, share: float = 1.0, grad_lse: bool = False) -> int:
+    """See ``Kernel``."""
+    return 0
+
+
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """See ``Kernel``."""
     return whole.forward(call, AtenEfficient())

@@ -102,6 +102,11 @@ def supports(call: Call, backward: bool) -> str | None:
     return aten_flash.refusal(call, backward, _LARGEST_HEAD) or needs_math(call)
 
 
+def workspace_bytes(call: Call, backward: bool, share: float = 1.0, grad_lse: bool = False) -> int:
+    """See ``Kernel``."""
+    return views.workspace_bytes(call, CudaFlashEngine(), backward, share, grad_lse)
+
+
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """See ``Kernel``."""
     return views.forward(call, CudaFlashEngine())

@@ -24,6 +24,11 @@ def supports(call: Call, backward: bool) -> str | None:
     return aten_flash.refusal(call, backward) or whole.beyond_whole(call)
 
 
+def workspace_bytes(call: Call, backward: bool, share: float = 1.0, grad_lse: bool = False) -> int:
+    """See ``Kernel``."""
+    return 0
+
+
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """See ``Kernel``."""
     return whole.forward(call, AtenFlash())

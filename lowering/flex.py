@@ -120,6 +120,11 @@ def _of_cpu(backward: bool) -> str | None:
     return None
 
 
+def workspace_bytes(call: Call, backward: bool, share: float = 1.0, grad_lse: bool = False) -> int:
+    """See ``Kernel``."""
+    return 0
+
+
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """See ``Kernel``. On a CPU the LSE, which compiled FlexAttention does not give there, is computed beside it."""
     with _plainly(call.q.device):

@@ -23,7 +23,7 @@ from dilcompile.lowering.call import (
     relation_of,
 )
 from dilcompile.lowering.pairs import Pairs
-from dilcompile.lowering.selection import Selection, adaptive_blocks, select_blocks
+from dilcompile.lowering.selection import Selection, adaptive_blocks, select_blocks, unchosen
 from dilcompile.relation import Problem, Relation
 
 _OPERANDS = (
@@ -203,13 +203,30 @@ def positive_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _call(given: Operands, bias_grad: bool = True) -> Call:
+    q, k = given.q, given.k
+    first = given.q_offset if given.q_start is None else given.q_offset + int(given.q_start)
+    keys = k.shape[2] if given.k_len is None else given.k_len
+    operands.check_masks(q, keys, given.key_padding, given.documents, given.bias, given.row_limits)
+    call, form = _bound(given, bias_grad, first), form_of(given.form)
+    _refuse_to_select(call.relation, given.documents is not None, given.pages is not None)
+    chooses = adaptive_blocks(call.relation) is not None
+    along = token_order.chosen_from(form, q, k, given.key_padding) if chooses else (q, k, given.key_padding)
+    lists = _given(given.block_columns, given.block_counts)
+    return replace(call, selection=select_blocks(call.relation, *along, given.scale, given.softcap, lists))
+
+
+def outline(given: Operands, bias_grad: bool) -> Call:
+    """The call of operands that may hold no data, without what only data says: which blocks are chosen, and ``q_start``."""
+    call = _bound(given._replace(scale=positive_scale(given.scale, given.q.dtype)[0]), bias_grad, given.q_offset)
+    return call if adaptive_blocks(call.relation) is None else replace(call, selection=unchosen(given.q))
+
+
+def _bound(given: Operands, bias_grad: bool, first: int) -> Call:
+    """The operands and the relation, with the first query at this position; no blocks are chosen."""
     q, k, v, softcap, dropout_p = given.q, given.k, given.v, given.softcap, given.dropout_p
     pages, k_len = given.pages, given.k_len
-    first = given.q_offset if given.q_start is None else given.q_offset + int(given.q_start)
     assert (pages is None) == (k_len is None), "pages and k_len, the length in positions, come together"
     assert pages is None or k_len is None or k_len <= pages.shape[1] * k.shape[2], "the pages hold fewer than k_len positions"
-    keys = k.shape[2] if k_len is None else k_len
-    operands.check_masks(q, keys, given.key_padding, given.documents, given.bias, given.row_limits)
     problem = problem_of(q, k, v, given.is_causal, given.window_left, given.window_right, first, k_len)
     formula = None
     if given.pairs is not None:
@@ -217,17 +234,11 @@ def _call(given: Operands, bias_grad: bool = True) -> Call:
         assert given.key_terms is not None, "a formula over pairs needs its keys' terms"
         formula = Pairs(given.pairs, given.row_terms, given.key_terms)
     form = form_of(given.form)
-    relation = relation_of(form, problem)
-    _refuse_to_select(relation, given.documents is not None, pages is not None)
-    chooses = adaptive_blocks(relation) is not None
-    along = token_order.chosen_from(form, q, k, given.key_padding) if chooses else (q, k, given.key_padding)
-    lists = _given(given.block_columns, given.block_counts)
     return Call(
-        q, k, v, given.key_padding, given.documents, given.bias, given.dropout_seed, relation, given.scale, softcap, dropout_p,
-        merge_grad(form), given.row_limits, formula, given.flat, given.narrow, bias_grad, pages,
+        q, k, v, given.key_padding, given.documents, given.bias, given.dropout_seed, relation_of(form, problem), given.scale,
+        softcap, dropout_p, merge_grad(form), given.row_limits, formula, given.flat, given.narrow, bias_grad, pages,
         # In q's own dtype is exact where scores are not wider.
         given.exact_lse or q.dtype in (torch.float32, torch.float64),
-        select_blocks(relation, *along, given.scale, softcap, lists),
     )  # fmt: skip
 
 

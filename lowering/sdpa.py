@@ -38,6 +38,11 @@ def supports(call: Call, backward: bool) -> str | None:
     return f"the tensors are on {call.q.device}, not on a CPU"
 
 
+def workspace_bytes(call: Call, backward: bool, share: float = 1.0, grad_lse: bool = False) -> int:
+    """See ``Kernel``."""
+    return 0
+
+
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """See ``Kernel``."""
     q, k, v = (dense_rows(x) for x in (call.q, call.k, call.v))

@@ -77,6 +77,15 @@ def select(call: Call, name: str | None = None, backward: bool = False) -> Kerne
     return _tuned(KERNELS[name], call, backward)
 
 
+def foreseen(call: Call, name: str | None, backward: bool) -> list[Kernel]:
+    """Those of which one will compute, as far as operands say that hold no data: no clock is asked, and no number is checked."""
+    if name is not None:
+        return [KERNELS[name]] if name in KERNELS and refusal(KERNELS[name], call, backward) is None else []
+    able = [kernel for kernel in _in_order(call) if _first_choice(kernel, call) and refusal(kernel, call, backward) is None]
+    rivals = [KERNELS[name] for name in RIVALS.get(call.q.device.type, ())]
+    return [kernel for kernel in able if kernel in rivals] or able[:1]
+
+
 def _fastest(call: Call, backward: bool) -> Kernel:
     """The first able and trusted kernel, or where kernels are timed the fastest of those."""
     rivals = [KERNELS[name] for name in RIVALS.get(call.q.device.type, ())]

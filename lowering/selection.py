@@ -73,6 +73,12 @@ class Selection(NamedTuple):
         return self.pairs(problem, q_block, k_block) / max(1, every)
 
 
+def unchosen(q: Tensor) -> Selection:
+    """Lists that say nothing, for a call of operands that hold no data."""
+    none = q.new_empty((1, 1, 0, 0), dtype=torch.int32)
+    return Selection(none, none[..., 0])
+
+
 @torch.no_grad()
 def select_blocks(
     relation: Relation,

@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dilcompile.lowering.call import Call, Gradients, bias_gradient_of, dense_rows, empty_output, lse_of, output_of
+from dilcompile.lowering.call import Call, Gradients, bias_gradient_of, lse_of, output_of
 from dilcompile.lowering.engines import Engine, Part, Upstream
-from dilcompile.lowering.merge import merge_into
+from dilcompile.lowering.merge import merge_into, merging_bytes
 from dilcompile.lowering.pieces import Piece, Plan, plan
 from dilcompile.lowering.row_masks import row_masks
+from dilcompile.lowering.space import Space, bytes_of
 from dilcompile.lowering.strided import (
     Block,
     Operand,
@@ -36,45 +37,83 @@ _CHUNK_BYTES, _SMALL_CHUNK_BYTES = 1 << 24, 1 << 21
 _LSE_COLUMNS = 8
 
 
+def workspace_bytes(call: Call, engine: Engine, backward: bool, share: float, grad_lse: bool) -> int:
+    """See ``Kernel``; a share below 1 makes the forward's chunks smaller, down to one batch row of one key head."""
+    problem = call.problem
+    needs = _Needs(call, backward, _LSE_COLUMNS if grad_lse and not engine.takes_grad_lse else 0)
+    full = needs.of_chunk(*_chunk(call, problem.batch))
+    return needs.of_call(grad_lse) + (full if backward else max(needs.of_chunk(1, 1), int(full * share)))
+
+
 def forward(call: Call, engine: Engine) -> tuple[Tensor, Tensor]:
     """See ``Kernel.forward``; ``engine`` computes the blocks."""
-    call = replace(call, q=dense_rows(call.q), k=dense_rows(call.k), v=dense_rows(call.v))
+    space = call.space()
+    call = replace(call, q=space.dense_rows(call.q), k=space.dense_rows(call.k), v=space.dense_rows(call.v))
     out, lse = output_of(call, 0, call.q, call.problem.v_dim), lse_of(call)
-    for region in _regions(call):
-        _forward_region(call, engine, region, region.planned(), region.rows(out), region.rows(lse))
+    for region in _regions(call, _Needs(call, backward=False), space):
+        _forward_region(call, engine, region, region.planned(), region.rows(out), region.rows(lse), space)
     return out, lse
 
 
 def backward(call: Call, engine: Engine, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
     """See ``Kernel.backward``; ``engine`` computes the blocks."""
-    joint = _Joint(dense_rows(out), lse, dense_rows(grad_out), grad_lse)
-    call = replace(call, q=dense_rows(call.q), k=dense_rows(call.k), v=dense_rows(call.v))
-    head_dim, v_dim = call.q.shape[-1], call.v.shape[-1]
-    if call.merge_grad == "detach":
-        # The LSE is no part of the merge: its gradient is the exact one.
-        grads, bias = _gradients(call, engine, replace(joint, grad_lse=None), detached=True)
-        if grad_lse is not None:
-            only_lse = replace(joint, grad_out=torch.zeros_like(joint.grad_out))
-            # The room holds the first ones.
-            more, more_bias = _joint_gradients(replace(call, room=None), engine, only_lse)
-            grads = [grad + other[..., : grad.shape[-1]] for grad, other in zip(grads, more, strict=True)]
-            bias = None if bias is None or more_bias is None else bias + more_bias
-    else:
-        grads, bias = _joint_gradients(call, engine, joint)
-    grad_bias = None if bias is None or call.bias is None else bias.to(call.bias.dtype)
-    return grads[0][..., :head_dim], grads[1][..., :head_dim], grads[2][..., :v_dim], grad_bias
-
-
-def _joint_gradients(call: Call, engine: Engine, joint: _Joint) -> tuple[list[Tensor], Tensor | None]:
-    if joint.grad_lse is not None and not engine.takes_grad_lse:
-        call, joint = _with_lse_as_head_dim(call, joint)
-    return _gradients(call, engine, joint, detached=False)
-
-
-def _gradients(call: Call, engine: Engine, joint: _Joint, detached: bool) -> tuple[list[Tensor], Tensor | None]:
+    space = call.space()
+    joint = _Joint(space.dense_rows(out), lse, space.dense_rows(grad_out), grad_lse)
+    call = replace(call, q=space.dense_rows(call.q), k=space.dense_rows(call.k), v=space.dense_rows(call.v))
     bias = None if call.bias is None or not call.bias_grad else bias_gradient_of(call, call.bias)
-    grads = [output_of(call, number, x, x.shape[-1]).zero_() for number, x in enumerate((call.q, call.k, call.v))]
-    for region in _regions(call):
+    if call.merge_grad == "exact":
+        grads = _joint_gradients(call, engine, joint, None, bias, space)
+    else:
+        # The LSE is no part of the merge: its gradient is the exact one.
+        grads = _no_gradients(call)
+        _add_gradients(call, engine, replace(joint, grad_lse=None), grads, bias, space, detached=True)
+        if grad_lse is not None:
+            only_lse = replace(joint, grad_out=_zeros(space, joint.grad_out.shape, joint.grad_out.dtype, joint.grad_out.device))
+            _joint_gradients(call, engine, only_lse, grads, bias, space)
+    return grads[0], grads[1], grads[2], None if bias is None or call.bias is None else bias.to(call.bias.dtype)
+
+
+def _no_gradients(call: Call) -> list[Tensor]:
+    """Zeros where the gradients of q, k and v are to lie."""
+    return [output_of(call, number, x, x.shape[-1]).zero_() for number, x in enumerate((call.q, call.k, call.v))]
+
+
+def _joint_gradients(
+    call: Call, engine: Engine, joint: _Joint, before: list[Tensor] | None, bias: Tensor | None, space: Space
+) -> list[Tensor]:
+    """The gradients from the joint output, added to those before."""
+    wider = joint.grad_lse is not None and not engine.takes_grad_lse
+    if before is None and not wider:
+        grads = _no_gradients(call)
+        _add_gradients(call, engine, joint, grads, bias, space)
+        return grads
+    with space.again():
+        more = _gradients_apart(call, engine, joint, bias, space)
+        grads = _no_gradients(call) if before is None else before
+        for grad, other in zip(grads, more, strict=True):
+            grad.add_(other[..., : grad.shape[-1]])
+    return grads
+
+
+def _gradients_apart(call: Call, engine: Engine, joint: _Joint, bias: Tensor | None, space: Space) -> list[Tensor]:
+    """The same in memory of their own, with more columns where the engine takes no gradient of the LSE."""
+    if not engine.takes_grad_lse:
+        call, joint = _with_lse_as_head_dim(call, joint, space)
+    grads = [_zeros(space, x.shape, call.out_dtype, x.device) for x in (call.q, call.k, call.v)]
+    _add_gradients(call, engine, joint, grads, bias, space)
+    return grads
+
+
+def _add_gradients(
+    call: Call,
+    engine: Engine,
+    joint: _Joint,
+    grads: list[Tensor],
+    bias: Tensor | None,
+    space: Space,
+    detached: bool = False,
+) -> None:
+    for region in _regions(call, _Needs(call, backward=True), space):
         here = _Joint(
             region.rows(joint.out),
             region.rows(joint.lse),
@@ -82,10 +121,56 @@ def _gradients(call: Call, engine: Engine, joint: _Joint, detached: bool) -> tup
             None if joint.grad_lse is None else region.rows(joint.grad_lse),
         )
         if detached:
-            _backward_detached(call, engine, region, here, grads, bias)
+            _backward_detached(call, engine, region, here, grads, bias, space)
         else:
-            _backward_region(call, engine, region, region.planned(), here, grads, bias)
-    return grads, bias
+            _backward_region(call, engine, region, region.planned(), here, grads, bias, space)
+
+
+def _zeros(space: Space, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return space.heads_inside(shape, dtype, device).zero_()
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What a call, and a chunk of it, takes of a workspace.
+
+    Args:
+        columns: head columns more than the call has, see Note [LSE gradient].
+    """
+
+    call: Call
+    backward: bool
+    columns: int = 0
+
+    def of_chunk(self, heads: int, batch: int) -> int:
+        """Of so many key heads and batch rows: accumulators, and what a merge or a detached branch holds."""
+        call, size, wide = self.call, self.call.problem, self.call.score_dtype
+        half, by_row = call.q.dtype != wide, (batch, heads * size.group, size.q_len)
+        forward = bytes_of(((*by_row, size.v_dim), wide)) if half else 0
+        forward += merging_bytes(by_row, size.v_dim, call.q.dtype, wide)
+        if not self.backward:
+            return forward
+        k_dim, v_dim = size.head_dim + self.columns, size.v_dim + self.columns
+        by_key = (batch, heads, size.k_len)
+        sums = bytes_of(((*by_row, k_dim), wide), ((*by_key, k_dim), wide), ((*by_key, v_dim), wide)) if half else 0
+        if call.merge_grad == "exact":
+            return sums
+        branch = ((*by_row, size.v_dim), call.q.dtype)
+        return sums + forward + bytes_of(branch, branch, (by_row, wide), (by_row, wide), (by_row, call.q.dtype))
+
+    def of_call(self, grad_lse: bool) -> int:
+        """Of all of it: copies with dense rows, and what a gradient of the LSE is given besides."""
+        call, size = self.call, self.call.problem
+        held = [(tuple(x.shape), x.dtype) for x in (call.q, call.k, call.v) if x.stride(-1) != 1]
+        if not self.backward or not grad_lse:
+            return bytes_of(*held)
+        rows = ((size.batch, size.heads, size.q_len, size.v_dim + self.columns), call.q.dtype)
+        wider = [((*x.shape[:3], x.shape[3] + self.columns), x.dtype) for x in (call.q, call.k, call.v)]
+        if self.columns:
+            held += [*wider, *wider, rows, rows]
+        if call.merge_grad == "detach":
+            held += [rows] if self.columns else [*wider, rows]
+        return bytes_of(*held)
 
 
 @dataclass(frozen=True)
@@ -124,9 +209,9 @@ class _Joint:
     grad_lse: Tensor | None
 
 
-def _regions(call: Call) -> Iterator[_Region]:
+def _regions(call: Call, needs: _Needs, space: Space) -> Iterator[_Region]:
     for relation, batch, query_rows, keys in _documents(call):
-        for rows, heads in _chunks(call, batch):
+        for rows, heads in _chunks(call, batch, needs, space.left):
             yield _Region(relation, rows, heads, query_rows, keys)
 
 
@@ -149,23 +234,32 @@ def _documents(call: Call) -> Iterator[tuple[Relation, slice, slice, slice]]:
                 yield relation, batch, rows, slice(start, stop)
 
 
-def _chunks(call: Call, batch: slice) -> Iterator[tuple[slice, slice]]:
-    """Batch rows and key heads in portions whose accumulators stay small, but that keep all threads busy.
+def _chunks(call: Call, batch: slice, needs: _Needs, left: int | None) -> Iterator[tuple[slice, slice]]:
+    """Batch rows and key heads in portions; left: bytes of the workspace, None where there is none."""
+    heads, rows = _chunk(call, batch.stop - batch.start)
+    # Gradients are added up in the order of the portions' blocks: of other portions they would be rounded otherwise.
+    while not needs.backward and left is not None and rows * heads > 1 and needs.of_chunk(heads, rows) > left:
+        heads, rows = (heads, -(-rows // 2)) if rows > 1 else (-(-heads // 2), 1)
+    for b in range(batch.start, batch.stop, rows):
+        for head in range(0, call.problem.kv_heads, heads):
+            yield (
+                slice(b, min(batch.stop, b + rows)),
+                slice(head, min(call.problem.kv_heads, head + heads)),
+            )
+
+
+def _chunk(call: Call, batch: int) -> tuple[int, int]:
+    """How many key heads and batch rows of ``batch`` keep accumulators small, but all threads busy.
 
     Half-precision portions are smaller: beside the output of a piece they need it in float32 and the op's packed keys and values.
     """
     problem, half = call.problem, call.q.dtype != call.score_dtype
     row = problem.group * problem.q_len * problem.v_dim * call.score_dtype.itemsize
-    whole = row * problem.kv_heads * (batch.stop - batch.start)
+    whole = row * problem.kv_heads * batch
     limit = min(_CHUNK_BYTES, max(_SMALL_CHUNK_BYTES // (2 if half else 1), whole // (8 if half else 4)))
     heads = min(problem.kv_heads, max(1 if half else torch.get_num_threads(), limit // max(1, row)))
     rows = max(1, limit // max(1, row * heads)) if heads == problem.kv_heads else 1
-    for b in range(batch.start, batch.stop, rows):
-        for head in range(0, problem.kv_heads, heads):
-            yield (
-                slice(b, min(batch.stop, b + rows)),
-                slice(head, min(problem.kv_heads, head + heads)),
-            )
+    return heads, min(rows, max(1, batch))
 
 
 def _part(call: Call, region: _Region) -> Part:
@@ -197,14 +291,19 @@ def _blocks(part: Part, piece: Piece, extra: list[Operand]) -> Iterator[Block]:
     return blocks(piece, part.q.tensor.shape[0], operands, apart=piece.exclusive)
 
 
-def _forward_region(call: Call, engine: Engine, region: _Region, planned: Plan, out: Tensor, lse: Tensor) -> None:
+def _forward_region(call: Call, engine: Engine, region: _Region, planned: Plan, out: Tensor, lse: Tensor, space: Space) -> None:
+    with space.again():
+        _merge_pieces(call, engine, region, planned, out, lse, space)
+
+
+def _merge_pieces(call: Call, engine: Engine, region: _Region, planned: Plan, out: Tensor, lse: Tensor, space: Space) -> None:
     part, group = _part(call, region), call.problem.group
     if part.row_masks is not None and part.row_masks.sees_nothing:
         out.zero_()
         lse.fill_(-torch.inf)
         return
     own_dtype = out.dtype == call.score_dtype
-    total = out if own_dtype else empty_output(out, out.shape[-1], call.score_dtype)
+    total = out if own_dtype else space.heads_inside(out.shape, call.score_dtype, out.device)
     lse.fill_(-torch.inf)
     # With padding or masks by row a piece may find no key for a row, so nothing counts as written before.
     all_written = planned.covers and part.padding is None and part.row_masks is None
@@ -216,7 +315,7 @@ def _forward_region(call: Call, engine: Engine, region: _Region, planned: Plan, 
             into, lse_into = block.view(totals), block.view(lses)
             for result in engine.forward(part, block):
                 at = result.cut[:3]
-                merge_into(into[at], lse_into[at], result.out, result.lse, piece.fresh and all_written)
+                merge_into(into[at], lse_into[at], result.out, result.lse, piece.fresh and all_written, space)
     if not own_dtype:
         out.copy_(total)
 
@@ -229,6 +328,21 @@ def _backward_region(
     joint: _Joint,
     grads: list[Tensor],
     grad_bias: Tensor | None,
+    space: Space,
+) -> None:
+    with space.again():
+        _add_pieces(call, engine, region, planned, joint, grads, grad_bias, space)
+
+
+def _add_pieces(
+    call: Call,
+    engine: Engine,
+    region: _Region,
+    planned: Plan,
+    joint: _Joint,
+    grads: list[Tensor],
+    grad_bias: Tensor | None,
+    space: Space,
 ) -> None:
     part, group = _part(call, region), call.problem.group
     if part.row_masks is not None and part.row_masks.sees_nothing:
@@ -242,7 +356,7 @@ def _backward_region(
     )
     targets = [region.rows(grads[0]), region.key_rows(grads[1]), region.key_rows(grads[2])]
     exact = call.q.dtype == call.score_dtype
-    totals = targets if exact else [torch.zeros_like(x, dtype=call.score_dtype) for x in targets]
+    totals = targets if exact else [_zeros(space, x.shape, call.score_dtype, x.device) for x in targets]
     sums = [row_operand(totals[0], group), key_operand(totals[1]), key_operand(totals[2])]
     if grad_bias is not None:
         expanded = grad_bias.expand(call.problem.batch, call.problem.heads, call.problem.q_len, call.problem.k_len)
@@ -260,25 +374,41 @@ def _backward_region(
 
 
 def _backward_detached(
-    call: Call, engine: Engine, region: _Region, joint: _Joint, grads: list[Tensor], grad_bias: Tensor | None
+    call: Call,
+    engine: Engine,
+    region: _Region,
+    joint: _Joint,
+    grads: list[Tensor],
+    grad_bias: Tensor | None,
+    space: Space,
 ) -> None:
     """The branches' weights in the merge as constants: each branch has its own output, LSE and share of the gradient."""
     whole = region.planned()
     for term in range(len(region.relation.terms)):
         planned = Plan(tuple(piece for piece in whole.pieces if piece.term == term), covers=False)
-        out = empty_output(joint.out, joint.out.shape[-1])
-        lse = torch.empty_like(joint.lse)
-        _forward_region(call, engine, region, planned, out, lse)
-        weight = (lse - joint.lse).exp().nan_to_num_(nan=0.0)[..., None].to(out.dtype)
-        alone = _Joint(out, lse, joint.grad_out * weight, None)
-        _backward_region(call, engine, region, planned, alone, grads, grad_bias)
+        with space.again():
+            out = space.heads_inside(joint.out.shape, joint.out.dtype, joint.out.device)
+            lse = space.like(joint.lse)
+            _forward_region(call, engine, region, planned, out, lse, space)
+            weight = torch.sub(lse, joint.lse, out=space.like(lse)).exp_().nan_to_num_(nan=0.0)
+            weight = space.like(weight, out.dtype).copy_(weight)[..., None]
+            grad_out = space.heads_inside(out.shape, out.dtype, out.device)
+            alone = _Joint(out, lse, torch.mul(joint.grad_out, weight, out=grad_out), None)
+            _backward_region(call, engine, region, planned, alone, grads, grad_bias, space)
 
 
-def _with_lse_as_head_dim(call: Call, joint: _Joint) -> tuple[Call, _Joint]:
+def _with_lse_as_head_dim(call: Call, joint: _Joint, space: Space) -> tuple[Call, _Joint]:
     """Put the LSE gradient where a flash op takes it: see Note [LSE gradient]."""
     assert joint.grad_lse is not None
-    q, k, v = (torch.nn.functional.pad(x, (0, _LSE_COLUMNS)) for x in (call.q, call.k, call.v))
-    out, grad_out = (torch.nn.functional.pad(x, (0, _LSE_COLUMNS)) for x in (joint.out, joint.grad_out))
+    q, k, v, out, grad_out = (_padded(x, space) for x in (call.q, call.k, call.v, joint.out, joint.grad_out))
     out[..., -1] = -1
-    grad_out[..., -1] = joint.grad_lse.to(grad_out.dtype)
+    grad_out[..., -1] = joint.grad_lse
     return replace(call, q=q, k=k, v=v), _Joint(out, joint.lse, grad_out, None)
+
+
+def _padded(x: Tensor, space: Space) -> Tensor:
+    """``x`` with columns of zeros."""
+    found = space.take((*x.shape[:3], x.shape[3] + _LSE_COLUMNS), x.dtype, x.device)
+    found[..., : x.shape[3]] = x
+    found[..., x.shape[3] :] = 0
+    return found

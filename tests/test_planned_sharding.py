@@ -19,10 +19,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import dilcompile.planned
-from dilcompile.lowering import workspaces
+from dilcompile.lowering import native, workspaces
+from dilcompile.lowering.call import Call
 from dilcompile.lowering.distributed import meshes, ops, out_forms
+from dilcompile.lowering.distributed import step as attention_step
 from dilcompile.lowering.distributed.exchange import wait
 from dilcompile.lowering.distributed.spec import Spec
+from dilcompile.memory.measure import measured
 from dilcompile.memory.pool import ArenaPool
 from dilcompile.passes import lifetimes
 from dilcompile.passes.plan_buffers import PlannedGraph, plan_graph
@@ -108,6 +111,74 @@ def test_the_numbers_over_two_ranks_are_those_of_unplanned_graphs() -> None:
         assert found.pop("ulysses, planned") == [{"receive": 8, "send": 8}, {"receive": 8, "send": 8}]
         assert len(found) == 9
         assert not any(found.values()), found
+
+
+# What an operator may ask an allocator for: scalars, and positions of a few rows.
+FEW = 512
+
+
+class Inside:
+    """What the steps of sharded attention allocate besides results that have no place, and what their kernels are given."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.allocated: list[int] = []
+        self.steps = self.kernels = self.short = 0
+        for name in ("forward", "backward"):
+            patch.setattr(attention_step, name, self._counted(getattr(attention_step, name)))
+            patch.setattr(native, name, self._given(getattr(native, name), name == "backward"))
+
+    def _counted(self, run: Any) -> Any:
+        def counting(*operands: Any) -> Any:
+            *_, room = operands
+            found, seen = measured(lambda: run(*operands))
+            made = [x.nbytes for x, place in zip(found, room.results, strict=True) if place is None and x is not None]
+            for size in made:
+                assert size in seen.allocations
+            left = list(seen.allocations)
+            for size in made:
+                left.remove(size)
+            self.steps += 1
+            self.allocated += [size for size in left if size > FEW]
+            return found
+
+        return counting
+
+    def _given(self, run: Any, backward: bool) -> Any:
+        def given(call: Call, *upstream: Any) -> Any:
+            workspace = None if call.room is None else call.room.workspace
+            self.kernels += 1
+            self.short += workspace is None or workspace.numel() < native.workspace_bytes(call, backward)
+            return run(call, *upstream)
+
+        return given
+
+
+def inside_steps(rank: int, cases: list[tuple[str, str, str]]) -> dict[str, Any]:
+    """Of each case, in a second call: how many steps and kernels there were, what was allocated, and how many kernels lacked room."""
+    found: dict[str, Any] = {}
+    for method, order, dtype in cases:
+        model = made().to(getattr(torch, dtype))
+        # Runs of as many rows as the kernel that computes most calls wants.
+        inputs = torch.randn(2, 2, 2 * native.LEAST_ROWS, DIM, dtype=getattr(torch, dtype))
+        run = compiled(model, 2, method, order, MEMORY)
+        step(run, model, inputs[0])
+        with pytest.MonkeyPatch.context() as patch:
+            inside = Inside(patch)
+            step(run, model, inputs[1])
+        found[f"{method} of {dtype}"] = (inside.steps, inside.kernels, inside.allocated, inside.short)
+    return found
+
+
+def test_a_planned_step_allocates_nothing_inside_its_operator() -> None:
+    """Neither a kernel's results for a part of the keys, nor what they are merged and added with, nor rows that are put together."""
+    cases = [("ring", "zigzag", "float32"), ("ring", "contiguous", "bfloat16"), ("gather_needed", "contiguous", "bfloat16")]
+    for found in over_ranks({"cp": 2}, inside_steps, cases, patience=400.0):
+        kernels = {case: count for case, (_, count, *_) in found.items()}
+        # Under a causal mask the first of contiguous shards attends to its own keys alone.
+        assert all(count >= 4 for count in kernels.values()), found
+        # Two steps of two layers, forward and backward.
+        assert found == {case: (8, count, [], 0) for case, count in kernels.items()}
+        assert len(found) == 3
 
 
 @pytest.fixture

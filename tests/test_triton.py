@@ -42,6 +42,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
         "triton_interpreted_blocks.py",
         "triton_interpreted_parts.py",
         "triton_interpreted_tiles.py",
+        "triton_interpreted_workspaces.py",
         "triton_decode_interpreted.py",
         "triton_tuning_interpreted.py",
         "triton_decode_interpreted_bias.py",

@@ -116,12 +116,18 @@ class GraphMemory:
         """The most bytes that are live at once of what is not planned."""
         return most_live(self.elsewhere)
 
+    @property
+    def num_buffers(self) -> int:
+        """How many buffers have a byte."""
+        return sum(buffer.hint > 0 for buffer in self.buffers)
+
     def largest(self, number: int = 5) -> list[tuple[Arena, Buffer, int]]:
-        """The largest buffers with their arena and offset."""
+        """The largest buffers with their arena and offset; of those without a byte there is nothing to see."""
         placed = [
             (arena, buffer, offset)
             for arena in self.plan.arenas
             for buffer, offset in zip(arena.buffers, arena.offsets, strict=True)
+            if buffer.hint
         ]
         return sorted(placed, key=lambda one: (-one[1].hint, one[1].begin, one[1].name))[:number]
 
@@ -145,7 +151,7 @@ class GraphMemory:
             "direction": self.direction,
             "planner": self.planner,
             "steps": self.steps,
-            "buffers": len(self.buffers),
+            "buffers": self.num_buffers,
             "planned": self.plan.peak,
             "live_at_once": self.plan.most_live,
             "ratio": self.ratio,

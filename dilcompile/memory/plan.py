@@ -22,9 +22,10 @@ _LOOSE = 1.05
 
 
 class Above(sympy.Function):  # type: ignore[misc]
-    """The offset of what lies on these ends: the largest, rounded up to the alignment, which comes first; a number as soon as all are.
+    """The offset of what lies on these ends: the largest, rounded up to the alignment (the first argument).
 
-    ``Max`` and ``ceiling`` would compare all pairs of ends, in terms that grow with every buffer below.
+    A number as soon as all ends are. ``Max`` and ``ceiling`` would compare all pairs of ends, in terms that grow with every buffer
+    below.
     """
 
     is_integer = True

@@ -115,7 +115,7 @@ def within(buffers: Sequence[Buffer], phase: Phase) -> list[Buffer]:
 
 
 def at_peak(buffers: Sequence[Buffer]) -> list[Buffer]:
-    """Those that are live in the step that has most bytes, largest first."""
+    """Those of any byte that are live in the step that has most bytes, largest first."""
     changes: dict[int, int] = {}
     for buffer in buffers:
         changes[buffer.begin] = changes.get(buffer.begin, 0) + buffer.hint
@@ -125,5 +125,5 @@ def at_peak(buffers: Sequence[Buffer]) -> list[Buffer]:
         live += changes[step]
         if live > most:
             most, peak = live, step
-    found = [buffer for buffer in buffers if buffer.begin <= peak <= buffer.end]
+    found = [buffer for buffer in buffers if buffer.hint and buffer.begin <= peak <= buffer.end]
     return sorted(found, key=lambda buffer: (-buffer.hint, buffer.begin, buffer.name))

@@ -42,7 +42,7 @@ def cells(memory: GraphMemory) -> tuple[str, ...]:
     return (
         memory.name,
         f"{memory.steps:,}",
-        f"{len(memory.buffers):,}",
+        f"{memory.num_buffers:,}",
         "by Inductor" if counted else size_text(plan.peak),
         size_text(plan.most_live),
         "" if counted else f"{memory.ratio:.3f}",

@@ -117,6 +117,7 @@ def merge(room: Room, outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     results = room.results or (None, None)
     out = result(results[0], outs[0], outs.shape[4], outs.dtype).copy_(outs[0])
     lse = lses[0].clone() if results[1] is None else results[1].copy_(lses[0])
+    space = room.space()
     for part, part_lse in zip(outs[1:], lses[1:], strict=True):
-        merge_into(out, lse, part, part_lse, fresh=False)
+        merge_into(out, lse, part, part_lse, fresh=False, space=space)
     return out, lse

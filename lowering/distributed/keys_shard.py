@@ -9,7 +9,7 @@ from dilcompile.lowering.call import Call, Held, Room
 from dilcompile.lowering.distributed import meshes, plan
 from dilcompile.lowering.distributed.plan import Sizes
 from dilcompile.lowering.distributed.spec import Spec
-from dilcompile.lowering.distributed.step import Upstream, result, wide_dtype
+from dilcompile.lowering.distributed.step import Upstream, add, result, wide_dtype, with_results
 from dilcompile.lowering.merge import merge_into
 from dilcompile.placements.shards import Shards
 from dilcompile.progression import Progression
@@ -30,8 +30,11 @@ def forward(
     wide, results = wide_dtype(q), room.results or (None, None)
     out = result(results[0], q, int(v.shape[3]), wide).zero_()
     lse = (q.new_empty(q.shape[:3], dtype=wide) if results[1] is None else results[1]).fill_(-float("inf"))
-    for _, call in _calls(q, k, v, masks, spec, rank):
-        merge_into(out, lse, *select(call, spec.kernel).forward(call), fresh=False)
+    space = room.space()
+    for _, call in calls(q, k, v, masks, spec, rank):
+        with space.again():
+            found = select(call, spec.kernel).forward(with_results(call, space, backward=False))
+            merge_into(out, lse, *found, fresh=False, space=space)
     return out, lse
 
 
@@ -45,12 +48,14 @@ def backward(
     grad_q, grad_k, grad_v = (
         result(into, x, int(x.shape[3]), wide_dtype(q)).zero_() for into, x in zip(results, (q, k, v), strict=True)
     )
-    for places, call in _calls(q, k, v, masks, spec, rank):
+    space = room.space()
+    for places, call in calls(q, k, v, masks, spec, rank):
         kernel = select(call, spec.kernel, backward=True)
-        found = kernel.backward(call, upstream.out, upstream.lse, upstream.grad_out, upstream.grad_lse)
-        grad_q += found[0]
-        grad_k[:, :, places] += found[1]
-        grad_v[:, :, places] += found[2]
+        with space.again():
+            call = with_results(call, space, backward=True)
+            found = kernel.backward(call, upstream.out, upstream.lse, upstream.grad_out, upstream.grad_lse)
+            for total, grad in zip((grad_q, grad_k[:, :, places], grad_v[:, :, places]), found[:3], strict=True):
+                add(total, grad, space)
     return grad_q, grad_k, grad_v
 
 
@@ -67,7 +72,7 @@ def shards_of(k: Tensor, spec: Spec) -> Shards:
     return shards
 
 
-def _calls(q: Tensor, k: Tensor, v: Tensor, masks: Masks, spec: Spec, rank: int | None) -> list[tuple[slice, Call]]:
+def calls(q: Tensor, k: Tensor, v: Tensor, masks: Masks, spec: Spec, rank: int | None) -> list[tuple[slice, Call]]:
     """The attention of the queries to each run of a rank's keys, with its places."""
     key_padding, documents, row_limits, dropout_seed = masks
     shards = shards_of(k, spec)

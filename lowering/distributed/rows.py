@@ -13,6 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from dilcompile.lowering.space import Space
 from dilcompile.placements.rows import Rows
 from dilcompile.placements.schedule import Transfer
 from dilcompile.placements.shards import Run
@@ -100,8 +101,8 @@ class Stretch:
             piece.v.copy_(self.part.v[:, :, which])
 
 
-def stretches(found: Iterable[Part]) -> list[Stretch]:
-    """The parts with those put together that continue one another, as one branch's keys do from rank to rank."""
+def stretches(found: Iterable[Part], space: Space) -> list[Stretch]:
+    """The parts with those put together, in the space, that continue one another, as one branch's keys do from rank to rank."""
     classes: dict[tuple[tuple[int, int], int, int], list[Part]] = {}
     for part in found:
         step = part.positions.step
@@ -111,10 +112,10 @@ def stretches(found: Iterable[Part]) -> list[Stretch]:
         chain: list[Part] = []
         for part in sorted(parts_of_class, key=lambda each: each.positions.start):
             if chain and part.positions.start != _behind(chain[-1].positions):
-                made.append(_together(chain))
+                made.append(_together(chain, space))
                 chain = []
             chain.append(part)
-        made.append(_together(chain))
+        made.append(_together(chain, space))
     return made
 
 
@@ -122,15 +123,21 @@ def _behind(positions: Progression) -> int:
     return positions.positions()[-1] + positions.step
 
 
-def _together(chain: list[Part]) -> Stretch:
+def _together(chain: list[Part], space: Space) -> Stretch:
     first, last = chain[0], chain[-1]
     if len(chain) == 1:
         return Stretch(first)
     positions = Progression(first.positions.start, _behind(last.positions), first.positions.step)
-    k, v = (torch.cat(x, 2) for x in ([part.k for part in chain], [part.v for part in chain]))
+    k, v = (_joined(x, len(positions), space) for x in ([part.k for part in chain], [part.v for part in chain]))
     stops = list(accumulate(len(part.positions) for part in chain))
     which = (slice(stop - len(part.positions), stop) for part, stop in zip(chain, stops, strict=True))
     return Stretch(Part(first.kv_heads, positions, k, v), tuple(zip(chain, which, strict=True)))
+
+
+def _joined(found: list[Tensor], count: int, space: Space) -> Tensor:
+    """Rows of tensors one after the other."""
+    batch, heads, _, dim = found[0].shape
+    return torch.cat(found, 2, out=space.take((batch, heads, count, dim), found[0].dtype, found[0].device))
 
 
 def pack(message: Tensor, k: Tensor, v: Tensor, transfers: Sequence[Transfer], runs: Sequence[Run]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from dilcompile.lowering.distributed import rows
 from dilcompile.lowering.distributed.plan import Plan, Where
 from dilcompile.lowering.merge import merge_into
 from dilcompile.lowering.selection import select_blocks
+from dilcompile.lowering.space import NOWHERE, Space
 from dilcompile.placements.shards import Run
 from dilcompile.progression import Progression
 from dilcompile.relation import Problem
@@ -71,7 +72,7 @@ def forward(
     Args:
         received: the flat message of this step.
         out, lse: of the steps before, [B, H, n, Dv] and [B, H, n] in ``wide``; None in the first.
-        room: holds the results.
+        room: holds the results, and what is needed besides (``needs.py``).
 
     Returns:
         out and lse of all steps up to this; places without a token, and rows that saw no key: 0 and -inf.
@@ -86,9 +87,12 @@ def forward(
     else:
         out.copy_(before[0])
         lse.copy_(before[1])
-    for run, keys in meetings(plan, at, number, given.k, given.v, received):
-        call, index = _call(plan, at, given, run, keys.part)
-        merge_into(out[index], lse[index], *_kernel(plan, call, backward=False).forward(call), fresh=False)
+    space = room.space()
+    for run, keys in meetings(plan, at, number, given.k, given.v, received, space):
+        with space.again():
+            call, index = _call(plan, at, given, run, keys.part, space)
+            found = _kernel(plan, call, backward=False).forward(with_results(call, space, backward=False))
+            merge_into(out[index], lse[index], *found, fresh=False, space=space)
     return out, lse
 
 
@@ -110,7 +114,7 @@ def backward(
     A key's share of a row's softmax is made from the LSE of the whole row, so steps need nothing of one another.
 
     Args:
-        room: holds the results.
+        room: holds the results, and what is needed besides (``needs.py``).
 
     Returns:
         gradients of q; of k and v where some rank attends to own keys in this step; and of the received rows, laid out as they.
@@ -124,18 +128,46 @@ def backward(
         )
     if received is not None:
         grad_received = (received.new_empty(received.shape, dtype=wide) if results[3] is None else results[3]).zero_()
-    grads = meetings(plan, at, number, grad_k, grad_v, grad_received)
-    for (run, keys), (_, into) in zip(meetings(plan, at, number, given.k, given.v, received), grads, strict=True):
-        call, index = _call(plan, at, given, run, keys.part)
-        grad_lse = None if upstream.grad_lse is None else upstream.grad_lse[index]
-        found = _kernel(plan, call, backward=True).backward(
-            call, upstream.out[index], upstream.lse[index], upstream.grad_out[index], grad_lse
-        )
-        grad_q[index] += found[0]
-        into.part.k.add_(found[1])
-        into.part.v.add_(found[2])
+    space = room.space()
+    grads = meetings(plan, at, number, grad_k, grad_v, grad_received, space)
+    for (run, keys), (_, into) in zip(meetings(plan, at, number, given.k, given.v, received, space), grads, strict=True):
+        with space.again():
+            call, index = _call(plan, at, given, run, keys.part, space)
+            kernel = _kernel(plan, call, backward=True)
+            lse = space.contiguous(upstream.lse[index])
+            grad_lse = None if upstream.grad_lse is None else space.contiguous(upstream.grad_lse[index])
+            call = with_results(call, space, backward=True)
+            found = kernel.backward(call, upstream.out[index], lse, upstream.grad_out[index], grad_lse)
+            for target, grad in zip((grad_q[index], into.part.k, into.part.v), found[:3], strict=True):
+                add(target, grad, space)
         into.write_back()
     return grad_q, grad_k, grad_v, grad_received
+
+
+def result_shapes(call: Call, backward: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Of what a kernel returns but the gradient of a bias, which no step has."""
+    if backward:
+        return [(tuple(x.shape), call.out_dtype) for x in (call.q, call.k, call.v)]
+    rows = tuple(call.q.shape[:3])
+    return [((*rows, call.v.shape[3]), call.out_dtype), (rows, call.score_dtype)]
+
+
+def with_results(call: Call, space: Space, backward: bool) -> Call:
+    """The call with memory for its results, and a workspace: what is left of the space. Itself where there is none."""
+    if space.rest() is None:
+        return call
+    device = call.q.device
+    results = tuple(
+        space.heads_inside(shape, dtype, device) if len(shape) == 4 else space.take(shape, dtype, device)
+        for shape, dtype in result_shapes(call, backward)
+    )
+    return replace(call, room=Room(results, space.rest()))
+
+
+def add(total: Tensor, part: Tensor, space: Space) -> None:
+    """Add what a kernel returned, which may be of a narrower dtype."""
+    with space.again():
+        total += part if part.dtype == total.dtype else space.like(part, total.dtype).copy_(part)
 
 
 def _kernel(plan: Plan, call: Call, backward: bool) -> Kernel:
@@ -145,11 +177,11 @@ def _kernel(plan: Plan, call: Call, backward: bool) -> Kernel:
 
 
 def meetings(
-    plan: Plan, at: Where, number: int, k: Tensor | None, v: Tensor | None, received: Tensor | None
+    plan: Plan, at: Where, number: int, k: Tensor | None, v: Tensor | None, received: Tensor | None, space: Space = NOWHERE
 ) -> Iterator[tuple[Run, rows.Stretch]]:
     """Each run of own rows with each stretch of the step's keys that some of its rows may see: the calls of the step.
 
-    Rows that are received once, and so are few, are put together to stretches that go over several ranks.
+    Rows that are received once, and so are few, are put together to stretches that go over several ranks, which lie in the space.
     """
     step, runs, sizes = plan.step(at, number), plan.runs(at), plan.sizes
     found: list[rows.Stretch] = []
@@ -157,7 +189,7 @@ def meetings(
         found += map(rows.Stretch, rows.own(k, v, step.local, runs))
     if received is not None:
         came = rows.parts(received, step.receives, sizes.batch, sizes.head_dim, sizes.v_dim)
-        found += map(rows.Stretch, came) if plan.resends else rows.stretches(came)
+        found += map(rows.Stretch, came) if plan.resends else rows.stretches(came, space)
     for keys in found:
         for run in runs:
             if _may_meet(plan.relations[at.part].problem, run.positions, keys.part.positions):
@@ -172,7 +204,18 @@ def _may_meet(problem: Problem, queries: Progression, keys: Progression) -> bool
     return near_enough and (problem.right is None or low - last <= problem.right)
 
 
-def _call(plan: Plan, at: Where, given: Operands, run: Run, part: rows.Part) -> tuple[Call, tuple[slice, slice, slice]]:
+def _call(
+    plan: Plan, at: Where, given: Operands, run: Run, part: rows.Part, space: Space
+) -> tuple[Call, tuple[slice, slice, slice]]:
+    """``call_of``, with its blocks chosen where the data does that."""
+    call, index = call_of(plan, at, given, run, part, space)
+    chosen = select_blocks(call.relation, call.q, call.k, call.key_padding, call.scale, call.softcap)
+    return replace(call, selection=chosen), index
+
+
+def call_of(
+    plan: Plan, at: Where, given: Operands, run: Run, part: rows.Part, space: Space = NOWHERE
+) -> tuple[Call, tuple[slice, slice, slice]]:
     """The attention of the rows of a run to a part of the keys, and where those rows lie.
 
     Where that is the whole sequence, in order, every kernel can have it.
@@ -184,11 +227,10 @@ def _call(plan: Plan, at: Where, given: Operands, run: Run, part: rows.Part) -> 
     whole, first_head = Progression(0, plan.shards.length), at.part * plan.heads + heads.start
     alone = run.positions == part.positions == whole and not (first_head and spec.dropout_p)
     relation = plan.relation(at.part, part.kv_heads, len(run.positions))
-    selection = select_blocks(relation, given.q[index], part.k, given.key_padding, spec.scale, spec.softcap)
     call = Call(
         given.q[index], part.k, part.v, given.key_padding, given.documents, None, given.dropout_seed,
         relation, spec.scale, spec.softcap, spec.dropout_p,
-        row_limits=None if given.row_limits is None else given.row_limits[:, :, places],
-        held=None if alone else Held(run.positions, part.positions, first_head), selection=selection,
+        row_limits=None if given.row_limits is None else space.contiguous(given.row_limits[:, :, places]),
+        held=None if alone else Held(run.positions, part.positions, first_head),
     )  # fmt: skip
     return call, index

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from dilcompile.lowering import digest
-from dilcompile.lowering.call import Call, Gradients, dense_rows, lse_of, output_of
+from dilcompile.lowering.call import Call, Gradients, lse_of, output_of
+from dilcompile.lowering.space import NOWHERE, Space, bytes_of
 from dilcompile.lowering.triton import split, tiles
-from dilcompile.lowering.triton.bound import Bound, arch, bind, folded, head_block, interpreting
+from dilcompile.lowering.triton.bound import Bound, arch, bind, folded, head_block, interpreting, mask_shapes
 from dilcompile.lowering.triton.config import Pass
 from dilcompile.lowering.triton.plan import held, map_of, plan_of_few, unplannable
 from dilcompile.lowering.union import beyond_union
@@ -70,6 +71,24 @@ def supports(call: Call, backward: bool) -> str | None:
     return beyond_union(call, backward) or unplannable(call.relation, call.held)
 
 
+def workspace_bytes(call: Call, backward: bool, share: float = 1.0, grad_lse: bool = False) -> int:
+    """See ``Kernel``; it needs all of it."""
+    size, wide = call.problem, call.score_dtype
+    taken = [(tuple(x.shape), x.dtype) for x in (call.q, call.k, call.v) if x.stride(-1) != 1]
+    taken += mask_shapes(call)
+    if not backward:
+        if call.pages is None and (call.held is not None or not split.is_decode(size)):
+            return bytes_of(*taken)
+        taken += [(shape, wide) for shape in _parts(call, split.most_parts(call.relation, _programs_at_once(call.q.device)))]
+        taken += [] if call.key_padding is None else [((size.batch, 2), torch.int32)]
+        return bytes_of(*taken)
+    by_row = ((size.batch, size.heads, size.q_len), wide)
+    taken += [by_row] * (1 if call.bias is None else 2)
+    if call.bias is not None and call.bias_grad and call.bias.dim() and call.bias.shape[-1] > 1:
+        taken.append(_summed(call, call.bias))
+    return bytes_of(*taken)
+
+
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """See ``Kernel``."""
     from dilcompile.lowering.triton.attend import attention as kernel
@@ -81,10 +100,11 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     # Only the decode kernel reads pages, whatever the number of queries.
     if call.pages is not None or (call.held is None and split.is_decode(size)):
         return _decode(call, out, lse)
-    bound = bind(call)
+    space = call.space()
+    bound = bind(call, space)
     tile = bound.tile("forward")
     plan = bound.plan(tile.own // bound.pack, tile.other)
-    q, k, v = (dense_rows(x) for x in (call.q, call.k, call.v))
+    q, k, v = (space.dense_rows(x) for x in (call.q, call.k, call.v))
     strides, fold = folded(q, k, v, out)
     described = tile.described and bound.describable(plan, k, v)
     with _current(q.device), _scratch(described, q.device):
@@ -102,21 +122,21 @@ def _decode(call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """The forward of few query rows: parts of the keys each on their own, then joined."""
     from dilcompile.lowering.triton.decode import decode, join
 
-    size = call.problem
-    bound = bind(call)
+    size, space = call.problem, call.space()
+    bound = bind(call, space)
     bound = bound if bound.by_head else replace(bound, pack=split.packed(size))
     tile = bound.tile("decode", split.rows_of_tile(size, bound.pack))
     plan = held(plan_of_few(call.relation, tile.own // bound.pack, call.documents is not None, call.q.device))
     parts = split.parts_of(call.relation, plan, tile, _programs_at_once(call.q.device))
-    sums, tops, totals = (lse.new_empty((parts, *lse.shape, *last)) for last in ((size.v_dim,), (), ()))
-    q, k, v = (dense_rows(x) for x in (call.q, call.k, call.v))
-    pages = None if call.pages is None else call.pages.contiguous()
+    sums, tops, totals = (space.take(shape, lse.dtype, lse.device) for shape in _parts(call, parts))
+    q, k, v = (space.dense_rows(x) for x in (call.q, call.k, call.v))
+    pages = None if call.pages is None else space.contiguous(call.pages)
     tiles, heads, batch = bound.grid(plan.queries)
     strides, fold = folded(q, k, v)
     with _current(q.device):
         decode[(tiles * parts, heads, batch)](
             q, k, v, sums, tops, totals, *plan.tables, plan.queries.tiles, plan.patterns,
-            *bound.masks, bound.bias, bound.seed, _kept(bound), pages,
+            *bound.masks, bound.bias, bound.seed, _kept(bound, space), pages,
             *strides, *bound.mask_strides, *bound.bias_strides,
             0 if pages is None else pages.stride(0), k.shape[0], *bound.sizes(plan, plan.queries), parts, **bound.switches(plan),
             PAGE_SIZE=1 if pages is None else k.shape[2], BLOCK_M=tile.own, BLOCK_N=tile.other, FOLD=fold,
@@ -131,14 +151,14 @@ def _decode(call: Call, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _kept(bound: Bound) -> Tensor | None:
+def _kept(bound: Bound, space: Space) -> Tensor | None:
     """int32 [B, 2]: where the keys that padding keeps begin and end."""
     from dilcompile.lowering.triton.decode import kept_range
 
     call = bound.call
     if call.key_padding is None:
         return None
-    kept = call.key_padding.new_empty((call.problem.batch, 2), dtype=torch.int32)
+    kept = space.take((call.problem.batch, 2), torch.int32, call.q.device)
     padding, tile = call.key_padding.view(torch.uint8), bound.tile("kept")
     with _current(kept.device):
         kept_range[(call.problem.batch,)](
@@ -156,17 +176,19 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
     grad_q, grad_k, grad_v = (output_of(call, number, x, x.shape[-1]) for number, x in enumerate((call.q, call.k, call.v)))
     if lse.numel() == 0 or call.k.numel() == 0:
         return grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), None if call.bias is None else torch.zeros_like(call.bias)
-    bound, size = bind(call), call.problem
-    q, k, v, out, grad_out = (dense_rows(x) for x in (call.q, call.k, call.v, out, grad_out))
-    lse, delta = lse.contiguous(), torch.empty_like(lse, memory_format=torch.contiguous_format)
+    space, size = call.space(), call.problem
+    bound = bind(call, space)
+    q, k, v, out, grad_out = (space.dense_rows(x) for x in (call.q, call.k, call.v, out, grad_out))
+    lse, delta = space.contiguous(lse), space.like(lse)
+    grad_lse = None if grad_lse is None else space.contiguous(grad_lse)
     block, tile = head_block(size.v_dim), bound.tile("sums")
     strides, fold = folded(out, grad_out)
     with _current(q.device):
         row_sums[(-(-size.q_len // tile.own), size.heads, size.batch)](
-            out, grad_out, None if grad_lse is None else grad_lse.contiguous(), delta, *strides,
+            out, grad_out, grad_lse, delta, *strides,
             size.q_len, size.heads, V_DIM=size.v_dim, BLOCK_DV=block, BLOCK_M=tile.own, FOLD=fold, **tile.options,
         )  # fmt: skip
-        rest = _rest_of_lse(bound, q, k, v, out, lse)
+        rest = _rest_of_lse(bound, q, k, v, out, lse, space)
         tile = bound.tile("queries")
         strides, fold = folded(q, k, v, grad_out, grad_q)
         plan = bound.plan(tile.own // bound.pack, tile.other)
@@ -189,17 +211,17 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
             *bound.sizes(plan, plan.keys), call.scale, **bound.switches(plan), BLOCK_M=tile.other, BLOCK_N=tile.own, FOLD=fold,
             **tile.options,
         )  # fmt: skip
-        grad_bias = None if rest is None else _gradient_of_bias(bound, (q, k, v, grad_out, lse, rest, delta), grad_lse)
+        grad_bias = None if rest is None else _gradient_of_bias(bound, (q, k, v, grad_out, lse, rest, delta), grad_lse, space)
     return grad_q, grad_k, grad_v, grad_bias
 
 
-def _rest_of_lse(bound: Bound, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Tensor | None:
+def _rest_of_lse(bound: Bound, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, space: Space) -> Tensor | None:
     """[B, H, Sq] to be added to the LSE of rows that a bias hides whole with a large finite number; None without a bias."""
     from dilcompile.lowering.triton.attend import attention as kernel
 
     if bound.bias is None:
         return None
-    rest, tile = torch.zeros_like(lse), bound.tile("forward")
+    rest, tile = space.like(lse).zero_(), bound.tile("forward")
     plan = bound.plan(tile.own // bound.pack, tile.other)
     strides, fold = folded(q, k, v, out)
     kernel[bound.grid(plan.queries)](
@@ -211,7 +233,7 @@ def _rest_of_lse(bound: Bound, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse
     return rest
 
 
-def _gradient_of_bias(bound: Bound, operands: tuple[Tensor, ...], grad_lse: Tensor | None) -> Tensor | None:
+def _gradient_of_bias(bound: Bound, operands: tuple[Tensor, ...], grad_lse: Tensor | None, space: Space) -> Tensor | None:
     """The gradient of the bias, None where it is not asked for; operands: q, k, v, grad_out, lse, rest, delta."""
     from dilcompile.lowering.triton.bias_gradient import gradient_of_bias
 
@@ -219,15 +241,12 @@ def _gradient_of_bias(bound: Bound, operands: tuple[Tensor, ...], grad_lse: Tens
     if call.bias is None or not call.bias_grad:
         return None
     shape = (1,) * (4 - call.bias.dim()) + tuple(call.bias.shape)
-    batch, heads, rows, columns = shape
-    if columns == 1:
+    if shape[3] == 1:
         # A number of a row moves its LSE and nothing else.
         of_rows = torch.zeros_like(lse) if grad_lse is None else grad_lse.masked_fill(lse == -torch.inf, 0)
         return of_rows[..., None].sum_to_size(call.bias.shape).to(call.bias.dtype)
-    if rows == 1:
-        # Each head and batch row by itself: a number a key, which then is summed where the bias is shared.
-        batch, heads = size.batch, size.heads
-    grad = q.new_empty((batch, heads, rows, size.k_len), dtype=call.score_dtype if rows == 1 else call.bias.dtype)
+    (batch, heads, rows, _), dtype = _summed(call, call.bias)
+    grad = space.take((batch, heads, rows, size.k_len), dtype, q.device)
     tile, tiles, there, first_row = bound.tile("bias"), None, None, 0
     if bound.blocks is not None and rows == 1:
         tile = tile.along(bound.blocks.grid.k_block, bound.blocks.grid.q_block)
@@ -249,14 +268,34 @@ def _gradient_of_bias(bound: Bound, operands: tuple[Tensor, ...], grad_lse: Tens
         *counts, size.heads // heads, size.batch // batch, *bound.factors(), *plan.places, *map_strides, first_row, **switches,
         BLOCK_M=tile.other, BLOCK_N=tile.own, FOLD=fold, **tile.options,
     )  # fmt: skip
-    return grad.sum_to_size(shape).view(call.bias.shape).to(call.bias.dtype)
+    found = grad.sum_to_size(shape).view(call.bias.shape).to(call.bias.dtype)
+    # Results never lie in a workspace.
+    return found.clone() if found.data_ptr() == grad.data_ptr() and call.room is not None else found
+
+
+def _summed(call: Call, bias: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of the sums of the gradient of a bias with more than one column.
+
+    With a number a key each head and batch row is by itself, and then summed where the bias is shared.
+    """
+    shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+    if shape[2] > 1:
+        return (*shape[:3], call.problem.k_len), bias.dtype
+    return (call.problem.batch, call.problem.heads, 1, call.problem.k_len), call.score_dtype
+
+
+def _parts(call: Call, parts: int) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the sums, maxima and totals of so many parts of the keys."""
+    size = call.problem
+    rows = (parts, size.batch, size.heads, size.q_len)
+    return (*rows, size.v_dim), rows, rows
 
 
 def tune(call: Call, backward: bool) -> None:
     """Find the fastest tiles for calls of this kind, where the user asks for it (``tiles.OPTION``)."""
     if tiles.is_off() or call.pages is not None or (call.held is None and split.is_decode(call.problem)):
         return
-    bound = bind(call)
+    bound = bind(call, NOWHERE)
     kinds = [bound.kind(step) for step in (_BACKWARD if backward else _FORWARD)]
     made_from = fingerprint(call) or "interpreted"
     tiles.tune(sys.modules[__name__], call, backward, {kind: bound.table(kind) for kind in kinds}, made_from)

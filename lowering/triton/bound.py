@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dilcompile.generators import Blocks
 from dilcompile.lowering.call import Call, Held
+from dilcompile.lowering.space import NOWHERE, Space
 from dilcompile.lowering.triton import tiles
 from dilcompile.lowering.triton.config import INTERPRETED, Masks, Pass, Tile, tile_of
 from dilcompile.lowering.triton.lists import blocks_of
@@ -157,8 +158,8 @@ class Bound:
         }  # fmt: skip
 
 
-def bind(call: Call) -> Bound:
-    """The call with the operands of its masks as kernels read them; nothing is planned yet."""
+def bind(call: Call, space: Space = NOWHERE) -> Bound:
+    """The call with the operands of its masks as kernels read them, made in the space; nothing is planned yet."""
     size = call.problem
     blocks = blocks_of(call.relation)
     # Query heads of one tile walk one list.
@@ -167,10 +168,10 @@ def bind(call: Call) -> Bound:
     starts = ends = limits = padding = None
     document_batch = limit_batch = 0
     if call.documents is not None and size.k_len:
-        starts, ends = _runs(call.documents)
+        starts, ends = _runs(call.documents, space)
         document_batch = size.k_len if starts.shape[0] > 1 else 0
     if call.row_limits is not None:
-        limits = call.row_limits.clamp(0, size.k_len).to(torch.int32).contiguous()
+        limits = _limits(call.row_limits, size.k_len, space)
         limit_batch = size.q_len if limits.shape[1] > 1 else 0
     if call.key_padding is not None:
         padding = call.key_padding.view(torch.uint8)
@@ -187,15 +188,40 @@ def _strides_over_pairs(bias: Tensor, size: Problem) -> tuple[int, ...]:
     return tuple(0 if count == 1 else stride for count, stride in zip(over.shape, over.stride(), strict=True))
 
 
-def _runs(documents: Tensor) -> tuple[Tensor, Tensor]:
+def mask_shapes(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """What ``bind`` takes of a space."""
+    found: list[tuple[tuple[int, ...], torch.dtype]] = []
+    if call.documents is not None and call.problem.k_len:
+        shape = tuple(call.documents.shape)
+        found += [(shape, torch.int32)] * 3 + [(shape, torch.int64), (shape, torch.bool), (shape[1:], torch.int32)]
+    if call.row_limits is not None:
+        found += [(tuple(call.row_limits.shape), dtype) for dtype in (torch.int32, call.row_limits.dtype)]
+    return found
+
+
+def _limits(limits: Tensor, k_len: int, space: Space) -> Tensor:
+    found = space.like(limits, torch.int32)
+    with space.again():
+        return found.copy_(torch.clamp(limits, 0, k_len, out=space.like(limits)))
+
+
+def _runs(documents: Tensor, space: Space) -> tuple[Tensor, Tensor]:
     """For each key position the first of its document, and the first behind it: int32 [B or 1, Sk]."""
-    count = documents.shape[1]
-    position = torch.arange(count, dtype=torch.int32, device=documents.device).expand(documents.shape)
-    changes = documents[:, 1:] != documents[:, :-1]
-    edge = changes.new_ones((documents.shape[0], 1))
-    starts = torch.where(torch.cat([edge, changes], 1), position, 0).cummax(1).values
-    closes = torch.where(torch.cat([changes, edge], 1), position + 1, count)
-    return starts.contiguous(), closes.flip(1).cummin(1).values.flip(1).contiguous()
+    count, device = documents.shape[1], documents.device
+    starts, ends = space.like(documents, torch.int32), space.like(documents, torch.int32)
+    with space.again():
+        inner, first = space.like(documents, torch.bool), space.like(documents, torch.int64)
+        behind, position = space.like(documents, torch.int32), space.take((count,), torch.int32, device)
+        torch.arange(count, out=position)
+        inner[:, :1] = False
+        torch.eq(documents[:, 1:], documents[:, :-1], out=inner[:, 1:])
+        behind.copy_(position).masked_fill_(inner, 0)
+        torch.cummax(behind, 1, out=(starts, first))
+        # Where a document starts: the position behind its last one.
+        first.copy_(starts)
+        behind.zero_().scatter_reduce_(1, first, position.add_(1).expand(documents.shape), "amax")
+        torch.gather(behind, 1, first, out=ends)
+    return starts, ends
 
 
 def _masks(call: Call, bias_by: BiasBy) -> Masks:

@@ -48,3 +48,12 @@ def parts_of(relation: Relation, plan: Plan, tile: Tile, wanted: int) -> int:
     keys = most_keys(relation, plan.counted) if plan.lists is None else plan.lists.most_positions
     most = keys // max(_LEAST_KEYS_OF_PART, tile.other)
     return max(1, min(-(-wanted // programs), most, _MOST_PARTS))
+
+
+def most_parts(relation: Relation, wanted: int) -> int:
+    """No call of these sizes is split into more parts, whatever its tiles are and wherever its queries stand."""
+    size = relation.problem
+    programs = max(1, size.heads // packed(size) * size.batch)
+    # Of blocks the last one may stick out.
+    keys = max(2, len(relation.terms)) * size.k_len
+    return max(1, min(-(-wanted // programs), keys // _LEAST_KEYS_OF_PART, _MOST_PARTS))
