@@ -107,6 +107,19 @@ def test_a_plan_holds_at_every_length(buffers, length):
         assert [int(e.subs({symbol: length})) for e in planned.expressions()] == list(arena.offsets)
 
 
+def test_expressions_of_many_buffers_are_as_many_terms():
+    symbol, number = sympy.Symbol("s", positive=True, integer=True), 400
+    sizes = [symbol * (7 * i % 64 + 1) * 4 if i % 3 else symbol**2 + i for i in range(number)]
+    hints = [int(size.subs(symbol, 128)) for size in sizes]
+    buffers = [Buffer(f"b{i}", sizes[i], i * 37 % number, i * 37 % number + i % 20, hints[i]) for i in range(number)]
+    (planned,) = plan_buffers(buffers).arenas
+    expressions = planned.expressions()
+    # Each names the buffers right below it and no more: those share what is below them.
+    assert sum(len(expression.args) for expression in expressions) < 4 * number
+    for length in (1, 77, 4096):
+        assert [int(e.subs(symbol, length)) for e in expressions] == list(planned.at({symbol: length}).offsets)
+
+
 def test_an_overlap_is_noticed():
     buffers = [Buffer("a", 100, 0, 2, 100), Buffer("b", 100, 2, 3, 100), Buffer("c", 100, 3, 4, 100)]
     assert overlaps(buffers, (0, 128, 0)) is None

@@ -24,8 +24,7 @@ _LOOSE = 1.05
 class Above(sympy.Function):  # type: ignore[misc]
     """The offset of what lies on these ends: the largest, rounded up to the alignment (the first argument).
 
-    A number as soon as all ends are. ``Max`` and ``ceiling`` would compare all pairs of ends, in terms that grow with every buffer
-    below.
+    A number as soon as all ends are. ``Max`` and ``ceiling`` compare all pairs, in terms that grow with each buffer.
     """
 
     is_integer = True
@@ -34,11 +33,8 @@ class Above(sympy.Function):  # type: ignore[misc]
     @classmethod
     def eval(cls, alignment: sympy.Integer, *ends: sympy.Expr) -> sympy.Integer | None:
         """Where every end is a number."""
-        return (
-            sympy.Integer(aligned(max(map(int, ends), default=0), int(alignment)))
-            if all(end.is_Integer for end in ends)
-            else None
-        )
+        known = all(end.is_Integer for end in ends)
+        return sympy.Integer(aligned(max(map(int, ends), default=0), int(alignment))) if known else None
 
 
 @dataclass(frozen=True)
