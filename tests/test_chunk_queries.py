@@ -52,7 +52,7 @@ def deberta():
 
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-MODELS = {"t5 encoder": t5, "t5": lambda: t5(T5Model, 1), "mpnet": mpnet, "deberta": deberta}
+MODELS = {"t5": lambda: t5(T5Model, 1), "mpnet": mpnet, "deberta": deberta}
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def step(run, model, inputs, seed=2):
 def least_of(run):
     """The rungs with chunks, where none keeps the budget; the last is the best of all."""
     tried = refused(run).tried
-    chunked = [rung for rung in tried if rung.chunk is not None]
+    chunked = [rung for rung in tried if rung.chunk is not None and rung.workspaces == 1]
     assert min(tried, key=lambda rung: rung.peak) is chunked[-1]
     return chunked[-1], min(rung.peak for rung in tried if rung.chunk is None)
 
@@ -338,6 +338,7 @@ WAYS = {
     "joined": lambda x: torch.cat([x[:5], x[5:] * 2]),
     "joined along keys": lambda x: torch.cat([x[:, 3:], x[:, :3]], 1),
     "padded": lambda x: pad(x[:, 2:], (1, 1)),
+    "a part of its rows": lambda x: x[torch.arange(S + 4) % S][2 : S + 2],
     "a triangle": lambda x: x.tril(1) + x.triu(2) * 3,
     "of numbers": lambda x: torch.full((S, S), 2.0) * x + torch.ones_like(x),
     "shifted": lambda x: pad(x, (0, 0, 2, 0))[1 : S + 1],
