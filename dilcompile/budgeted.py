@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch.fx import GraphModule
 
+import dilcompile.lowering.after as _registered  # noqa: F401
 from dilcompile.decision import MemoryUse
 from dilcompile.errors import BudgetError
 from dilcompile.lowering import workspaces

@@ -1,13 +1,14 @@
 """Climb the ladder of a budget: partition copies of the joint graph in one way after the other, until what is foreseen fits.
 
-Only where a tensor is kept changes from rung to rung, never what is computed: what is recomputed runs the same operators on the
-same operands, and what draws random numbers is saved.
+Where a tensor is kept changes from rung to rung, and how many queries attention takes at once, never what is computed: what is
+recomputed runs the same operators on the same operands, and what draws random numbers is saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import sympy
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from dilcompile.memory.budget import BudgetReport, Ladder, Rung
 from dilcompile.memory.step import Reuse, Step
+from dilcompile.passes.chunk_queries import chunk_queries, chunk_sizes
 from dilcompile.passes.copies import copied
 from dilcompile.passes.foresee import foresee
 from dilcompile.passes.offload import offload, offloadable
@@ -82,12 +84,14 @@ class Climb:
         return chosen.forward, chosen.backward
 
     def infer(self, gm: GraphModule) -> None:
-        """Choose for a graph without a backward, which stays as it is.
+        """Choose for a graph without a backward, and change it in place where the choice asks for that.
 
         Raises:
             BudgetError: if no rung keeps all bounds.
         """
-        self._first_fit(self._inferring(gm))
+        chosen = self._first_fit(self._inferring(gm))
+        if chosen.forward is not gm:
+            gm.graph = chosen.forward.graph
 
     def check(self, lengths: Mapping[sympy.Symbol, int]) -> None:
         """Is the budget kept at other lengths, too, in the way that was chosen?
@@ -133,6 +137,10 @@ class Climb:
             attempt = self._attempt(best.rung.reuse, *parts, outputs, share)
             best = self._better(best, attempt)
             yield attempt
+        split = partial(self._parts, inputs=inputs, share=best.rung.recompute, options=options)
+        for attempt in self._chunks(best, joint, split, outputs):
+            best = self._better(best, attempt)
+            yield attempt
         for attempt in self._smaller(best, outputs):
             best = self._better(best, attempt)
             yield attempt
@@ -144,7 +152,15 @@ class Climb:
             best = self._better(best, attempt)
             yield attempt
         assert best is not None, "there is a first one"
+        for attempt in self._chunks(best, gm, lambda chunked: (chunked, None), None):
+            best = self._better(best, attempt)
+            yield attempt
         yield from self._smaller(best, None)
+
+    def _parts(self, joint: GraphModule, inputs: Sequence[Any], share: float | None, options: dict[str, Any]) -> Pair:
+        if share is None:
+            return self.partition(joint, inputs, **options)
+        return _recomputing(joint, inputs, share, options)
 
     def _reuses(self, forward: GraphModule, backward: GraphModule | None, outputs: int | None) -> Iterator[_Attempt]:
         reuses = REUSES[REUSES.index(self.reuse) :] if self.arenas else REUSES[:1]
@@ -160,12 +176,35 @@ class Climb:
         share: float | None = None,
         workspaces: float = 1.0,
         offloaded: int = 0,
+        chunk: int | None = None,
     ) -> _Attempt:
         step = foresee(forward, backward, outputs, reuse, self.workspace(workspaces))
-        return _Attempt(self.ladder.predicted(step, reuse, share, workspaces, offloaded), step, forward, backward)
+        return _Attempt(self.ladder.predicted(step, reuse, share, workspaces, offloaded, chunk), step, forward, backward)
 
     def _better(self, best: _Attempt | None, attempt: _Attempt) -> _Attempt:
         return attempt if best is None or self.ladder.excess(attempt.rung) < self.ladder.excess(best.rung) else best
+
+    def _chunks(
+        self,
+        best: _Attempt,
+        gm: GraphModule,
+        split: Callable[[GraphModule], tuple[GraphModule, GraphModule | None]],
+        outputs: int | None,
+    ) -> Iterator[_Attempt]:
+        """Attentions with a bias over pairs take fewer and fewer queries at once, while less is needed; none if none can."""
+        for chunk in chunk_sizes(gm):
+            found = chunk_queries(gm, chunk)
+            self._whys += [why for why in found.whys if why not in self._whys]
+            if found.gm is None:
+                continue
+            forward, backward = split(found.gm)
+            if backward is not None and draws_again(forward, backward):
+                return
+            attempt = self._attempt(best.rung.reuse, forward, backward, outputs, best.rung.recompute, chunk=chunk)
+            yield attempt
+            if self._better(best, attempt) is best:
+                return
+            best = attempt
 
     def _smaller(self, best: _Attempt, outputs: int | None) -> Iterator[_Attempt]:
         """The same graphs with less memory for operators, where they are given any: each share that changes something."""
@@ -180,7 +219,8 @@ class Climb:
             if now == before:
                 continue
             before = now
-            yield self._attempt(reuse, best.forward, best.backward, outputs, best.rung.recompute, share)
+            rung = best.rung
+            yield self._attempt(reuse, best.forward, best.backward, outputs, rung.recompute, share, chunk=rung.chunk)
 
     def _workspace_bytes(self, graphs: Sequence[GraphModule], share: float) -> int:
         return sum(buffer.hint for gm in graphs for buffer in workspaces_of(gm, self.workspace(share)))
@@ -199,7 +239,7 @@ class Climb:
             forward, backward = copied(best.forward), copied(best.backward)
             offload(forward, backward, found[:number])
             moved, rung = min(number, len(found)), best.rung
-            yield self._attempt(rung.reuse, forward, backward, outputs, rung.recompute, rung.workspaces, moved)
+            yield self._attempt(rung.reuse, forward, backward, outputs, rung.recompute, rung.workspaces, moved, rung.chunk)
             if number >= len(found):
                 return
             number *= 2

@@ -9,11 +9,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Node
 
+from dilcompile.passes.along import ALONG, REDUCES, argument, dims_along
 from dilcompile.passes.atoms import same_size
 from dilcompile.passes.dim_order import dims_of
 from dilcompile.passes.normalize import CHECKPOINT
@@ -68,23 +68,6 @@ _CONSTANT = frozenset(
 _DRAWN = RANDOM | frozenset(
     "rand randn randint randint_like randperm alpha_dropout feature_dropout normal uniform exponential".split()
 )
-# Operators that act along the dims which an argument names; without it along all.
-_SUMS = dict.fromkeys(
-    "sum mean amax amin max min any all logsumexp prod var std var_mean std_mean norm linalg_vector_norm nansum nanmean median "
-    "argmax argmin count_nonzero aminmax".split(),
-    "dim",
-)
-_ALONG = {
-    **_SUMS,
-    **dict.fromkeys(
-        "softmax _softmax _safe_softmax log_softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort topk "
-        "kthvalue mode diff glu unbind split split_with_sizes chunk tensor_split select narrow slice index_select scatter "
-        "scatter_add cat concat".split(),
-        "dim",
-    ),
-    **dict.fromkeys(("flip", "roll"), "dims"),
-    "unfold": "dimension",
-}
 _SHIFTS = frozenset("slice narrow pad constant_pad_nd roll cat concat diff".split())
 _NORMS = frozenset("layer_norm native_layer_norm rms_norm _fused_rms_norm".split())
 _HARMLESS = frozenset(
@@ -118,7 +101,7 @@ def _rule(node: Node, along: SequenceAxes) -> Rule:
         return _RULES[name]
     if name in _REORDERS:
         return _reordered
-    if name in _ALONG:
+    if name in ALONG:
         return _acts_along
     if name in CONVOLUTIONS:
         return _convolution
@@ -127,15 +110,6 @@ def _rule(node: Node, along: SequenceAxes) -> Rule:
     if parse_product(node) is not None:
         return _product
     return _pointwise if is_pointwise(node) else _unknown
-
-
-def argument(node: Node, name: str) -> Any:
-    """An argument by its name in the operator's schema; None if it has no such one."""
-    for i, each in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if each.name == name:
-            default = each.default_value if each.has_default_value() else None
-            return node.args[i] if i < len(node.args) else node.kwargs.get(name, default)
-    return None
 
 
 def _unknown(node: Node, along: SequenceAxes) -> Wrong:
@@ -202,7 +176,7 @@ def _longer(node: Node, source: Node, along: SequenceAxes) -> bool:
 def _acts_along(node: Node, along: SequenceAxes) -> Wrong | None:
     name = op_name(node)
     for source in tensor_args(node):
-        hit = _dims(node, shape_of(source), _ALONG[name]) & along.dims(source)
+        hit = dims_along(node, shape_of(source)) & along.dims(source)
         if hit and not _is_identity(node, source, hit) and not _only_asserted(node):
             return _about_along(name, source)
     if name in ("cat", "concat"):
@@ -211,20 +185,11 @@ def _acts_along(node: Node, along: SequenceAxes) -> Wrong | None:
 
 
 def _about_along(name: str, source: Node) -> Wrong:
-    if name in _SUMS:
+    if name in REDUCES:
         return Wrong(f"{name} runs over the tokens of one rank alone", f"{LOSS}, or {OUTSIDE}")
     if name in _SHIFTS and not source.meta["val"].dtype.is_floating_point:
         return Wrong(f"{name} moves numbers of tokens along the sequence, and not across the edges of shards", LOSS)
     return Wrong(f"{name} acts along the sequence, of which one rank has a part", OUTSIDE)
-
-
-def _dims(node: Node, shape: tuple[Any, ...], name: str) -> frozenset[int]:
-    """The dims that an operator acts along."""
-    rank = len(shape)
-    asked = argument(node, name)
-    if asked is None or asked == []:
-        return frozenset(range(rank))
-    return frozenset(int(dim) % rank for dim in (asked if isinstance(asked, (list, tuple)) else [asked])) if rank else frozenset()
 
 
 def _is_identity(node: Node, source: Node, hit: frozenset[int]) -> bool:

@@ -46,6 +46,7 @@ class Rung:
         recompute: share of the saved bytes that the partition may save, from 1 to 0; None: what autograd saves.
         workspaces: share of the workspaces with which operators are fastest, from 1 to 0.
         offload: how many saved tensors wait in host memory.
+        chunk: how many queries attention takes at once where it has a bias over pairs; None: all.
         forward, backward: most bytes live in each; backward None: there is none.
         peak: most bytes of the whole step, arenas included.
         saved: bytes that the device holds between forward and backward, outputs not counted.
@@ -57,6 +58,7 @@ class Rung:
     recompute: float | None = None
     workspaces: float = 1.0
     offload: int = 0
+    chunk: int | None = None
     forward: int = 0
     backward: int | None = None
     peak: int = 0
@@ -69,6 +71,7 @@ class Rung:
         """``reuse off``, ``recompute 0.5, reuse across_layers`` ..."""
         words = [f"offload {self.offload}"] if self.offload else []
         words += [f"workspaces {self.workspaces:g}"] if self.workspaces < 1 else []
+        words += [] if self.chunk is None else [f"chunks of {self.chunk} queries"]
         words += [] if self.recompute is None else [f"recompute {self.recompute:g}"]
         return ", ".join([*words, f"reuse {self.reuse}"])
 
@@ -118,7 +121,13 @@ class Ladder:
     tried: list[Rung] = field(default_factory=list)
 
     def predicted(
-        self, step: Step, reuse: Reuse, recompute: float | None = None, workspaces: float = 1.0, offload: int = 0
+        self,
+        step: Step,
+        reuse: Reuse,
+        recompute: float | None = None,
+        workspaces: float = 1.0,
+        offload: int = 0,
+        chunk: int | None = None,
     ) -> Rung:
         """A rung with what it needs; it counts as tried."""
         allocated = step.allocated(self.keeps)
@@ -129,6 +138,7 @@ class Ladder:
             recompute=recompute,
             workspaces=workspaces,
             offload=offload,
+            chunk=chunk,
             forward=by_phase[0],
             backward=by_phase[1] if len(by_phase) > 1 else None,
             peak=bytes_of(allocated),

@@ -1,0 +1,45 @@
+"""Operators that act along dims which an argument names, and arguments by their name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.fx import Node
+
+from dilcompile.passes.operators import op_name
+
+# Operators that act along the dims which an argument names; without it along all.
+REDUCES = dict.fromkeys(
+    "sum mean amax amin max min any all logsumexp prod var std var_mean std_mean norm linalg_vector_norm nansum nanmean median "
+    "argmax argmin count_nonzero aminmax".split(),
+    "dim",
+)
+ALONG = {
+    **REDUCES,
+    **dict.fromkeys(
+        "softmax _softmax _safe_softmax log_softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort topk "
+        "kthvalue mode diff glu unbind split split_with_sizes chunk tensor_split select narrow slice index_select scatter "
+        "scatter_add cat concat".split(),
+        "dim",
+    ),
+    **dict.fromkeys(("flip", "roll"), "dims"),
+    "unfold": "dimension",
+}
+
+
+def argument(node: Node, name: str) -> Any:
+    """An argument by its name in the operator's schema; None if it has no such one."""
+    for i, each in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if each.name == name:
+            default = each.default_value if each.has_default_value() else None
+            return node.args[i] if i < len(node.args) else node.kwargs.get(name, default)
+    return None
+
+
+def dims_along(node: Node, shape: Sequence[Any]) -> frozenset[int]:
+    """The dims of an operand of this shape that an operator acts along."""
+    rank, asked = len(shape), argument(node, ALONG[op_name(node)])
+    if asked is None or asked == []:
+        return frozenset(range(rank))
+    return frozenset(int(dim) % rank for dim in (asked if isinstance(asked, (list, tuple)) else [asked])) if rank else frozenset()
