@@ -7,7 +7,7 @@ recomputed runs the same operators on the same operands, and what draws random n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -134,7 +134,7 @@ class Climb:
             parts = _recomputing(joint, inputs, share, options)
             if draws_again(*parts):
                 continue
-            attempt = self._attempt(best.rung.reuse, *parts, outputs, share)
+            attempt = self._attempt(replace(best.rung, recompute=share), *parts, outputs)
             best = self._better(best, attempt)
             yield attempt
         split = partial(self._parts, inputs=inputs, share=best.rung.recompute, options=options)
@@ -165,21 +165,11 @@ class Climb:
     def _reuses(self, forward: GraphModule, backward: GraphModule | None, outputs: int | None) -> Iterator[_Attempt]:
         reuses = REUSES[REUSES.index(self.reuse) :] if self.arenas else REUSES[:1]
         for reuse in reuses:
-            yield self._attempt(reuse, forward, backward, outputs)
+            yield self._attempt(Rung(reuse), forward, backward, outputs)
 
-    def _attempt(
-        self,
-        reuse: Reuse,
-        forward: GraphModule,
-        backward: GraphModule | None,
-        outputs: int | None,
-        share: float | None = None,
-        workspaces: float = 1.0,
-        offloaded: int = 0,
-        chunk: int | None = None,
-    ) -> _Attempt:
-        step = foresee(forward, backward, outputs, reuse, self.workspace(workspaces))
-        return _Attempt(self.ladder.predicted(step, reuse, share, workspaces, offloaded, chunk), step, forward, backward)
+    def _attempt(self, way: Rung, forward: GraphModule, backward: GraphModule | None, outputs: int | None) -> _Attempt:
+        step = foresee(forward, backward, outputs, way.reuse, self.workspace(way.workspaces))
+        return _Attempt(self.ladder.predicted(step, way), step, forward, backward)
 
     def _better(self, best: _Attempt | None, attempt: _Attempt) -> _Attempt:
         return attempt if best is None or self.ladder.excess(attempt.rung) < self.ladder.excess(best.rung) else best
@@ -200,7 +190,7 @@ class Climb:
             forward, backward = split(found.gm)
             if backward is not None and draws_again(forward, backward):
                 return
-            attempt = self._attempt(best.rung.reuse, forward, backward, outputs, best.rung.recompute, chunk=chunk)
+            attempt = self._attempt(replace(best.rung, chunk=chunk), forward, backward, outputs)
             yield attempt
             if self._better(best, attempt) is best:
                 return
@@ -219,8 +209,7 @@ class Climb:
             if now == before:
                 continue
             before = now
-            rung = best.rung
-            yield self._attempt(reuse, best.forward, best.backward, outputs, rung.recompute, share, chunk=rung.chunk)
+            yield self._attempt(replace(best.rung, reuse=reuse, workspaces=share), best.forward, best.backward, outputs)
 
     def _workspace_bytes(self, graphs: Sequence[GraphModule], share: float) -> int:
         return sum(buffer.hint for gm in graphs for buffer in workspaces_of(gm, self.workspace(share)))
@@ -238,8 +227,7 @@ class Climb:
         while True:
             forward, backward = copied(best.forward), copied(best.backward)
             offload(forward, backward, found[:number])
-            moved, rung = min(number, len(found)), best.rung
-            yield self._attempt(rung.reuse, forward, backward, outputs, rung.recompute, rung.workspaces, moved, rung.chunk)
+            yield self._attempt(replace(best.rung, offload=min(number, len(found))), forward, backward, outputs)
             if number >= len(found):
                 return
             number *= 2

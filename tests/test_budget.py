@@ -18,7 +18,7 @@ from dilcompile.budgeted import bounds_of
 from dilcompile.decision import Rejection
 from dilcompile.errors import BudgetError
 from dilcompile.memory import Buffer, plan_buffers
-from dilcompile.memory.budget import Bound, Ladder
+from dilcompile.memory.budget import Bound, Ladder, Rung
 from dilcompile.memory.packing import most_live
 from dilcompile.memory.step import Phase, Step, at_peak, bytes_of
 from dilcompile.passes import climb
@@ -349,7 +349,7 @@ def test_the_first_that_fits_is_taken_and_nothing_better_is_passed_over(all_draw
     made = Climb(ladder, "0", "off", partition=None)
     empty = GraphModule({}, torch.fx.Graph())
     steps = [step_of(drawn) for drawn in all_drawn]
-    attempts = (climb._Attempt(ladder.predicted(step, "off"), step, empty) for step in steps)
+    attempts = (climb._Attempt(ladder.predicted(step, Rung("off")), step, empty) for step in steps)
     peaks = [bytes_of(step.buffers) for step in steps]
     fitting = [peak for peak in peaks if peak <= most]
     if fitting:

@@ -412,7 +412,7 @@ def test_json_has_the_keys_of_version_8() -> None:
         decided(along, q_len=256, k_len=256, mask=MaskSpec()),
         replace(decided(), placement=PlacementChoice("cp", 4, "usp", "zigzag", heads_axis="heads", heads_ranks=2, why="named")),
     )  # fmt: skip
-    rung = Rung("across_layers", 0.5, 2, 70, 90, 100, 30, 40, (100, 20))
+    rung = Rung("across_layers", 0.5, 512, 0.25, 2, 70, 90, 100, 30, 40, (100, 20))
     bounds = (Bound("defaults", 100), Bound("rule far (p.yaml:2)", 20, frozenset(["model"])))
     described = report(*verdicts, budget=BudgetReport(bounds, (rung,), rung), memory=memory()).to_dict()
     assert report().to_dict()["graphs"][0]["budget"] is None

@@ -5,7 +5,7 @@ Bounds are on what a graph makes: outputs, saved tensors, gradients and all betw
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dilcompile.errors import BudgetError
 from dilcompile.memory.buffer import Buffer
@@ -44,9 +44,9 @@ class Rung:
     Args:
         reuse: see ``MemoryUse``.
         recompute: share of the saved bytes that the partition may save, from 1 to 0; None: what autograd saves.
+        chunk: how many queries attention takes at once where it has a bias over pairs; None: all.
         workspaces: share of the workspaces with which operators are fastest, from 1 to 0.
         offload: how many saved tensors wait in host memory.
-        chunk: how many queries attention takes at once where it has a bias over pairs; None: all.
         forward, backward: most bytes live in each; backward None: there is none.
         peak: most bytes of the whole step, arenas included.
         saved: bytes that the device holds between forward and backward, outputs not counted.
@@ -56,9 +56,9 @@ class Rung:
 
     reuse: Reuse
     recompute: float | None = None
+    chunk: int | None = None
     workspaces: float = 1.0
     offload: int = 0
-    chunk: int | None = None
     forward: int = 0
     backward: int | None = None
     peak: int = 0
@@ -120,25 +120,13 @@ class Ladder:
     keeps: bool
     tried: list[Rung] = field(default_factory=list)
 
-    def predicted(
-        self,
-        step: Step,
-        reuse: Reuse,
-        recompute: float | None = None,
-        workspaces: float = 1.0,
-        offload: int = 0,
-        chunk: int | None = None,
-    ) -> Rung:
+    def predicted(self, step: Step, way: Rung) -> Rung:
         """A rung with what it needs; it counts as tried."""
         allocated = step.allocated(self.keeps)
         by_phase = [bytes_of(within(allocated, phase)) for phase in step.phases]
         saved = [buffer for buffer in on_device(step.buffers) if buffer.role == "saved"]
-        rung = Rung(
-            reuse=reuse,
-            recompute=recompute,
-            workspaces=workspaces,
-            offload=offload,
-            chunk=chunk,
+        rung = replace(
+            way,
             forward=by_phase[0],
             backward=by_phase[1] if len(by_phase) > 1 else None,
             peak=bytes_of(allocated),
