@@ -381,7 +381,8 @@ REPORT_SCHEMA = closed({
                 "modules": {"anyOf": [{"type": "null"}, {"type": "array", "items": {"type": "string"}}]},
             })},
             "tried": {"type": "array", "items": closed({
-                "name": {"type": "string"}, "reuse": {"type": "string"}, "recompute": {"type": ["number", "null"]}, "offload": COUNT,
+                "name": {"type": "string"}, "reuse": {"type": "string"}, "recompute": {"type": ["number", "null"]},
+                "chunk": {"type": ["integer", "null"]}, "workspaces": {"type": "number"}, "offload": COUNT,
                 "forward": COUNT, "backward": {"type": ["integer", "null"]}, "peak": COUNT, "saved": COUNT, "arenas": COUNT,
                 "bounded": {"type": "array", "items": COUNT},
             })},

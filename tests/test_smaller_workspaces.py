@@ -197,7 +197,7 @@ def test_a_call_without_gradients_too(inner, model, calls):
 
 
 def test_without_an_operator_that_takes_a_workspace_there_is_no_such_rung(model, monkeypatch):
-    monkeypatch.setitem(APPLY, "kernel", "cpu")
+    monkeypatch.setitem(APPLY, "kernel", "reference")
     with torch.no_grad():
         run = compiled_by(model, budget=10, reuse="across_layers")
         error = refused(lambda: run(input_ids=words_of(2), use_cache=False))
