@@ -1,12 +1,10 @@
 """The forms of the operators that write into given memory: the bits of the operators, wherever results and workspaces lie."""
 
 import pytest
-import sympy
 import torch
 
 from dilcompile.forms import Dense, Dilated
 from dilcompile.lowering import ops, out_forms
-from dilcompile.lowering.native.workspace import WorkspaceBytes
 from dilcompile.lowering.workspaces import bytes_of
 
 DILATED = str(Dilated(segments=(32, 96), rates=(1, 3), offset="own"))
@@ -90,15 +88,14 @@ def test_what_takes_no_workspace_is_given_none():
     assert bytes_of(torch.ops.aten.add.Tensor, (1, 2), {}) == 0
 
 
-def test_the_size_of_a_workspace_holds_for_every_length():
-    """An expression over a length, which becomes the number that the library says; sums of keys' gradients grow with it."""
-    length = sympy.Symbol("s0", positive=True, integer=True)
-    sizes = [0, 1, 3, 2, 4, 2, length, length, 16, 16, -1, 0, 0, 0, 0, 1, 0, 0]
-    # 4 key heads over 3 threads: 3 parts of each, with a row of 32 float32 for each key; at least one, and the sum of those before it.
-    for share, sums in ((1.0, 4 * 3), (0.0, 2)):
-        said = WorkspaceBytes(sympy.Rational(share), *sizes)
-        assert said.free_symbols == {length}
-        there = [int(said.subs({length: at})) for at in (96, 192)]
-        known = [[at if size is length else size for size in sizes] for at in (96, 192)]
-        assert there == [int(WorkspaceBytes(sympy.Rational(share), *found)) for found in known]
-        assert there[1] - there[0] == sums * 96 * 32 * 4
+@pytest.mark.parametrize(("share", "sums"), [(1.0, 2 * 2 * 3), (0.0, 2)])
+def test_a_workspace_grows_with_the_sums_that_are_held(share, sums):
+    """4 key heads over 3 threads: 3 parts of each, with a row of 32 float32 for each key; at least one and that of those before."""
+    torch.set_num_threads(3)
+
+    def size(rows):
+        q, k = (torch.empty(2, heads, rows, 16, dtype=torch.bfloat16) for heads in (4, 2))
+        operands = (q, k, k, None, None, None, None, DILATED, True, None, None, 0, 0.25, None, 0.0, "native")
+        return int(bytes_of(BACKWARD.default, (q, None, q, q[..., 0].float(), *operands), {}, share))
+
+    assert size(192) - size(96) == sums * 96 * 32 * 4

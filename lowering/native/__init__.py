@@ -33,7 +33,7 @@ from dilcompile.lowering.native.build import (
     library,
     made_from,
 )
-from dilcompile.lowering.native.workspace import workspace_bytes as _bytes_of
+from dilcompile.lowering.native.workspace import workspace_bytes as workspace_bytes
 from dilcompile.lowering.selection import Selection, adaptive_blocks
 from dilcompile.lowering.union import beyond_union
 from dilcompile.progression import Positions
@@ -81,11 +81,6 @@ def _unequal_counts(relation: Relation) -> str | None:
         return None
     added = [term for index, term in enumerate(relation.terms) if index >= max(1, windows[0]) and not term.dedupe]
     return "a window whose keys count beside those of other terms" if len(windows) > 1 or added else None
-
-
-def workspace_bytes(call: Call, backward: bool, share: float = 1.0, grad_lse: bool = False) -> int:
-    """See ``Kernel``; what the library takes depends on no relation."""
-    return int(_bytes_of(call.q, call.k, call.v, call.bias, call.softcap, call.dropout_p, backward, call.bias_grad, share))
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
