@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from dilcompile.passes.along import REDUCES, argument, dims_along
+from dilcompile.passes.along import REDUCES, argument, dims_along, indexed_dims
 from dilcompile.passes.atoms import Atom, Layout, Leaves
 from dilcompile.passes.axis_rules import RULES as LAYOUT_RULES
 from dilcompile.passes.growing import Growing
 from dilcompile.passes.operators import PRODUCTS, VIEWS, full_name, indexed, is_pointwise, is_tensor, op_name, shape_of
 from dilcompile.passes.products import parse_product
-from dilcompile.passes.sequence_axes import indexed_dims
 from dilcompile.passes.shared_buffers import unviewed
 from dilcompile.site import Length
 

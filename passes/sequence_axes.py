@@ -11,9 +11,9 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-import torch
 from torch.fx import GraphModule, Node
 
+from dilcompile.passes.along import indexed_dims
 from dilcompile.passes.atoms import Atom, Layout, Leaves, same_size
 from dilcompile.passes.axes import Axes
 from dilcompile.passes.gather_facts import weight_like
@@ -295,22 +295,3 @@ def _is_cut_of_table(part: Graph, node: Node) -> bool:
     while source.op == "call_function" and op_name(source) in MOVES_ONLY and source.all_input_nodes:
         source = source.all_input_nodes[0]
     return source in part.weights or source in part.tables or source.op == "get_attr"
-
-
-def indexed_dims(node: Node, tensor: Node, indices: Sequence[object]) -> Iterator[tuple[Node, int, int]]:
-    """Of ``tensor[indices]``: (an operand, a dim of it, the dim of the result that it becomes)."""
-    given = [i for i, index in enumerate(indices) if is_tensor(index)]
-    held = [index for index in indices if is_tensor(index)]
-    if not given or any(index.meta["val"].dtype is torch.bool for index in held):  # type: ignore[attr-defined]
-        return
-    rank = max(len(shape_of(index)) for index in held)  # type: ignore[arg-type]
-    together = given == list(range(given[0], given[-1] + 1))
-    first = given[0] if together else 0
-    for index in held:
-        for back, size in enumerate(reversed(shape_of(index)), 1):  # type: ignore[arg-type]
-            if not same_size(size, 1):
-                yield index, len(shape_of(index)) - back, first + rank - back  # type: ignore[arg-type, misc]
-    rest = [dim for dim in range(len(shape_of(tensor))) if dim not in given]
-    places = [dim for dim in range(len(shape_of(node))) if not first <= dim < first + rank]
-    for dim, out in zip(rest, places, strict=True):
-        yield tensor, dim, out

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from dilcompile.passes.along import ALONG, REDUCES, argument, dims_along
+from dilcompile.passes.along import ALONG, REDUCES, argument, dims_along, indexed_dims
 from dilcompile.passes.atoms import same_size
 from dilcompile.passes.dim_order import dims_of
 from dilcompile.passes.normalize import CHECKPOINT
@@ -31,7 +31,7 @@ from dilcompile.passes.operators import (
     tensor_args,
 )
 from dilcompile.passes.products import Product, parse_product
-from dilcompile.passes.sequence_axes import COUNTED, SequenceAxes, indexed_dims
+from dilcompile.passes.sequence_axes import COUNTED, SequenceAxes
 
 POSITIONS = "pass position_ids from dilcompile.distributed.shard_inputs, which are those of the whole sequence"
 LOSS = (
