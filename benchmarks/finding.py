@@ -23,9 +23,9 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
 from dilcompile import pipeline
-from dilcompile.passes.find_sites import find_sites
-from dilcompile.passes.normalize import normalize
-from dilcompile.passes.regions import Graph, regions
+from dilcompile.passes.dialect.normalize import normalize
+from dilcompile.passes.finding.find_sites import find_sites
+from dilcompile.passes.graph.regions import Graph, regions
 
 SMALL = {"hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 4, "vocab_size": 99}
 

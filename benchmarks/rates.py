@@ -5,7 +5,7 @@
 Each is timed at three lengths in turns, in processor time of one thread; the smallest of its times counts, since only
 disturbances add to it. The shortest call
 gives the overhead, the longest the rate, the one between how far off the two are. Writes benchmarks/results/rates-cpu.json;
-DILCOMPILE_RATES may name such a file, and lowering/rates-cpu.json is the copy of it that is used without.
+DILCOMPILE_RATES may name such a file, and lowering/choice/rates-cpu.json is the copy of it that is used without.
 """
 
 from __future__ import annotations

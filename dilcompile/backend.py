@@ -19,7 +19,7 @@ from dilcompile.errors import DilcompileError, ShardingError
 from dilcompile.first_call import compared
 from dilcompile.inner import INNERS, inner_compiler, notes_on_memory
 from dilcompile.near import hint
-from dilcompile.passes.frames import compiled_frame
+from dilcompile.passes.graph.frames import compiled_frame
 from dilcompile.pipeline import rewrite_dynamo, training
 from dilcompile.placements.marks import MARKS, Mark
 from dilcompile.planned import memory_use

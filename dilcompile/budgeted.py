@@ -15,7 +15,7 @@ from dilcompile.decision import MemoryUse
 from dilcompile.errors import BudgetError
 from dilcompile.lowering import workspaces
 from dilcompile.memory.budget import Bound, BudgetReport, Ladder
-from dilcompile.passes.climb import Climb
+from dilcompile.passes.memory.climb import Climb
 from dilcompile.pipeline import training
 from dilcompile.planned import Tell, planned
 from dilcompile.policy import Policy

@@ -14,7 +14,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.fx import Node
 
 from dilcompile.errors import DilcompileError, ShardingError
-from dilcompile.passes.regions import Graph
+from dilcompile.passes.graph.regions import Graph
 from dilcompile.pipeline import rewrite_exported_graph
 from dilcompile.policy import Policy
 from dilcompile.publish import publish

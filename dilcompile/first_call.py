@@ -18,9 +18,9 @@ from torch.fx import Node
 
 from dilcompile.decision import Decision, Rejection
 from dilcompile.errors import DilcompileWarning, RewriteError
-from dilcompile.passes.draws import Values, in_float64
-from dilcompile.passes.trial import Probe, Trial
-from dilcompile.passes.validate import Finding, tried
+from dilcompile.passes.validation.draws import Values, in_float64
+from dilcompile.passes.validation.trial import Probe, Trial
+from dilcompile.passes.validation.validate import Finding, tried
 from dilcompile.pipeline import Outcome
 from dilcompile.report import GraphReport
 from dilcompile.rewriting import MISREAD, NOTE, difference

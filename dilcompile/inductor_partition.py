@@ -8,7 +8,7 @@ from typing import Any
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.fx import GraphModule
 
-from dilcompile.passes.climb import Climb
+from dilcompile.passes.memory.climb import Climb
 
 
 class Partitioner(CustomPartitionerFn):

@@ -13,7 +13,7 @@ from dilcompile.decision import MemoryUse
 from dilcompile.memory import plan_buffers
 from dilcompile.memory.account import Direction, GraphMemory
 from dilcompile.memory.budget import Bound
-from dilcompile.passes.lifetimes import lifetimes_of
+from dilcompile.passes.memory.lifetimes import lifetimes_of
 from dilcompile.planned import PlannedCall, account_of, planned
 from dilcompile.publish import Telling
 

@@ -14,13 +14,13 @@ from torch.fx import GraphModule, Node
 import dilcompile.traceable as _registered  # noqa: F401  (before Dynamo traces anything for us)
 from dilcompile.decision import Decision
 from dilcompile.errors import RewriteError, ShardingError
-from dilcompile.passes.expand_fused_layers import expand_fused_layers
-from dilcompile.passes.find_sites import find_sites
-from dilcompile.passes.match import Match
-from dilcompile.passes.normalize import NormalizeError, normalize
-from dilcompile.passes.regions import Graph, regions
-from dilcompile.passes.trial import Probe, Trial
-from dilcompile.passes.unseen import closed_bodies, like_attention, subclasses
+from dilcompile.passes.dialect.expand_fused_layers import expand_fused_layers
+from dilcompile.passes.dialect.normalize import NormalizeError, normalize
+from dilcompile.passes.finding.find_sites import find_sites
+from dilcompile.passes.finding.match import Match
+from dilcompile.passes.graph.regions import Graph, regions
+from dilcompile.passes.graph.unseen import closed_bodies, like_attention, subclasses
+from dilcompile.passes.validation.trial import Probe, Trial
 from dilcompile.placements.marks import MARKS, Mark, Marks
 from dilcompile.policy import Policy, resolve
 from dilcompile.policy.orders import faster_orders

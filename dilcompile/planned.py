@@ -23,11 +23,11 @@ from dilcompile.memory.account import Direction, GraphMemory, Planner, Runs
 from dilcompile.memory.owner import bytes_in, is_last_owner
 from dilcompile.memory.pool import ArenaPool, Lease
 from dilcompile.memory.watch import Watch
-from dilcompile.passes.climb import Climb
-from dilcompile.passes.donated import donated_numbers
-from dilcompile.passes.lifetimes import Lifetimes
-from dilcompile.passes.plan_buffers import PlannedGraph, plan_graph
-from dilcompile.passes.shared_buffers import Layout, at
+from dilcompile.passes.memory.climb import Climb
+from dilcompile.passes.memory.donated import donated_numbers
+from dilcompile.passes.memory.lifetimes import Lifetimes
+from dilcompile.passes.memory.plan_buffers import PlannedGraph, plan_graph
+from dilcompile.passes.memory.shared_buffers import Layout, at
 from dilcompile.policy import Policy
 from dilcompile.policy import memory_use as asked_memory
 from dilcompile.report import GraphReport

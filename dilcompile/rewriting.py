@@ -15,15 +15,15 @@ from torch.fx import Node
 from dilcompile.decision import Decision, Rejection
 from dilcompile.errors import DilcompileError, DilcompileWarning, RewriteError, ShardingError
 from dilcompile.forms import KeepStructure
-from dilcompile.passes.dead_code import erase_dead, unused
-from dilcompile.passes.find_sites import Findings
-from dilcompile.passes.match import Match
-from dilcompile.passes.regions import Graph
-from dilcompile.passes.rewrite import redirect, rewrite_site
-from dilcompile.passes.strict_views import relax_views
-from dilcompile.passes.trial import Probe, Trial, cut_out, probe, take_back
-from dilcompile.passes.validate import MOST_PAIRS, Finding, tried_at_random
-from dilcompile.passes.whole_sequence import Sharding
+from dilcompile.passes.finding.find_sites import Findings
+from dilcompile.passes.finding.match import Match
+from dilcompile.passes.graph.dead_code import erase_dead, unused
+from dilcompile.passes.graph.regions import Graph
+from dilcompile.passes.graph.strict_views import relax_views
+from dilcompile.passes.graph.whole_sequence import Sharding
+from dilcompile.passes.rewriting.rewrite import redirect, rewrite_site
+from dilcompile.passes.validation.trial import Probe, Trial, cut_out, probe, take_back
+from dilcompile.passes.validation.validate import MOST_PAIRS, Finding, tried_at_random
 from dilcompile.report import Verdict
 
 FUEL = "DILCOMPILE_FUEL"

@@ -11,12 +11,12 @@ from torch.fx import Node
 
 from dilcompile.decision import Decision
 from dilcompile.errors import ShardingError
-from dilcompile.passes.hazards import hazards
-from dilcompile.passes.known_rows import KnownRows
-from dilcompile.passes.operators import is_tensor, shape_of
-from dilcompile.passes.regions import Graph
-from dilcompile.passes.sequence_axes import SequenceAxes
-from dilcompile.passes.whole_sequence import Sharding
+from dilcompile.passes.graph.operators import is_tensor, shape_of
+from dilcompile.passes.graph.regions import Graph
+from dilcompile.passes.graph.whole_sequence import Sharding
+from dilcompile.passes.sequence.hazards import hazards
+from dilcompile.passes.sequence.known_rows import KnownRows
+from dilcompile.passes.sequence.sequence_axes import SequenceAxes
 from dilcompile.placements.marks import Mark, Marks, Waiting
 from dilcompile.policy import Policy
 from dilcompile.report.lengths import hint

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dilcompile.decision import Rejection
-from dilcompile.passes.frames import Frame
-from dilcompile.passes.provenance import layer_index
+from dilcompile.passes.graph.frames import Frame
+from dilcompile.passes.graph.provenance import layer_index
 from dilcompile.policy import Policy, rule_of
 from dilcompile.report import Verdict
 from dilcompile.site import AttentionSite

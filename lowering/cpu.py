@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from dilcompile.lowering import aten_cpu_flash, views
+from dilcompile.lowering import aten_cpu_flash
 from dilcompile.lowering.call import Call, Gradients
-from dilcompile.lowering.engines import (
+from dilcompile.lowering.view_path import views
+from dilcompile.lowering.view_path.engines import (
     Downstream,
     Engine,
     MathEngine,
@@ -19,7 +20,7 @@ from dilcompile.lowering.engines import (
     masked_cuts,
     needs_math,
 )
-from dilcompile.lowering.strided import Block
+from dilcompile.lowering.view_path.strided import Block
 
 TAKES_ROW_MASKS = True
 LEAST_ROWS = 1

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from dilcompile.lowering import aten_flash, digest, views
+from dilcompile.lowering import aten_flash, digest
 from dilcompile.lowering.aten_flash import AtenFlash
 from dilcompile.lowering.band import Band
 from dilcompile.lowering.call import Call, Gradients
-from dilcompile.lowering.engines import (
+from dilcompile.lowering.view_path import views
+from dilcompile.lowering.view_path.engines import (
     Downstream,
     MathEngine,
     Part,
@@ -22,8 +23,8 @@ from dilcompile.lowering.engines import (
     finite_for_backward,
     needs_math,
 )
-from dilcompile.lowering.pieces import Piece
-from dilcompile.lowering.strided import Block, Operand
+from dilcompile.lowering.view_path.pieces import Piece
+from dilcompile.lowering.view_path.strided import Block, Operand
 from dilcompile.lowering.whole import Laid
 
 TAKES_ROW_MASKS = True
@@ -93,8 +94,7 @@ def _whole(block: Block) -> tuple[slice, slice, slice, slice]:
 
 def fingerprint(call: Call) -> str | None:
     """See ``Kernel``; torch's own op, but given views, offsets and merged results."""
-    own = ("flash.py", "aten_flash.py", "views.py", "engines.py", "pieces.py", "strided.py")
-    return f"{digest.of_files(*own, 'masking.py', 'row_masks.py', 'merge.py')}, {aten_flash.origin()}"
+    return f"{digest.of_files('flash.py', 'aten_flash.py', 'view_path', 'merge.py')}, {aten_flash.origin()}"
 
 
 def supports(call: Call, backward: bool) -> str | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from dilcompile.generators import Everything
 from dilcompile.lowering import aten_cpu_flash
 from dilcompile.lowering.call import Call, Gradients, dense_rows
-from dilcompile.lowering.engines import finite_for_backward, needs_math
+from dilcompile.lowering.view_path.engines import finite_for_backward, needs_math
 from dilcompile.relation import Term
 
 TAKES_ROW_MASKS = False

@@ -5,22 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from dilcompile.errors import KernelError
-from dilcompile.lowering import (
-    contest,
-    cpu,
-    cudnn,
-    efficient,
-    flash,
-    flash_attn,
-    flash_band,
-    flex,
-    native,
-    reference,
-    sdpa,
-    triton,
-    trust,
-)
+from dilcompile.lowering import cpu, cudnn, efficient, flash, flash_attn, flash_band, flex, native, reference, sdpa, triton
 from dilcompile.lowering.call import Call, Kernel
+from dilcompile.lowering.choice import contest, trust
 from dilcompile.lowering.triton.bound import interpreting
 from dilcompile.near import hint
 

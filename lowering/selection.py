@@ -16,7 +16,7 @@ from dilcompile.blocks.lists import lists_of
 from dilcompile.blocks.patterns import Pattern
 from dilcompile.errors import FormError
 from dilcompile.generators import Blocks
-from dilcompile.lowering import probing
+from dilcompile.lowering.choice import probing
 from dilcompile.lowering.estimators import ESTIMATORS
 from dilcompile.lowering.estimators.operands import Operands, Rows, beside, reached
 from dilcompile.relation import Problem, Relation, grid_of

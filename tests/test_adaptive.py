@@ -25,8 +25,9 @@ from dilcompile.blocks.grid import Grid
 from dilcompile.errors import DilcompileError, FormError, KernelError
 from dilcompile.forms import BlockSparse
 from dilcompile.functional import Selection, attention, select_blocks
-from dilcompile.lowering import flex, native, reference, select, trust
+from dilcompile.lowering import flex, native, reference, select
 from dilcompile.lowering.call import Call, problem_of, relation_of
+from dilcompile.lowering.choice import trust
 from dilcompile.lowering.estimators import ESTIMATORS
 from dilcompile.lowering.estimators.operands import Operands, beside, reached
 from dilcompile.lowering.selection import select_blocks as choose

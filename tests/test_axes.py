@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dilcompile.passes.atoms import Atom
-from dilcompile.passes.axes import Axes
+from dilcompile.passes.axes.atoms import Atom
+from dilcompile.passes.axes.axes import Axes
 
 
 def drawn(function: Callable[..., Tensor], *shapes: str) -> str:

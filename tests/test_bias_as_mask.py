@@ -11,7 +11,8 @@ from test_kernels import SCALE, drawn, setting_of, small_tiles  # noqa: F401  (t
 from torch import Tensor
 
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
-from dilcompile.lowering import cpu, engines, ops
+from dilcompile.lowering import cpu, ops
+from dilcompile.lowering.view_path import engines
 
 BATCH, HEADS, ROWS = 2, 4, 29
 FORMS: list[Form] = [Dense(), SlidingWindow(6, sinks=2), Dilated([8, 16], [1, 2], union="set", sinks=1, local=2)]

@@ -13,8 +13,8 @@ from spellings import agree
 from torch import Tensor, nn
 
 import dilcompile
-from dilcompile.passes import bias_words, slopes
-from dilcompile.passes.bias_words import is_by_offset
+from dilcompile.passes.finding import bias_words, slopes
+from dilcompile.passes.finding.bias_words import is_by_offset
 from dilcompile.site import BiasSpec
 
 B, H, S, D = 2, 4, 9, 8

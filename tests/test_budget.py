@@ -21,11 +21,11 @@ from dilcompile.memory import Buffer, plan_buffers
 from dilcompile.memory.budget import Bound, Ladder, Rung
 from dilcompile.memory.packing import most_live
 from dilcompile.memory.step import Phase, Step, at_peak, bytes_of
-from dilcompile.passes import climb
-from dilcompile.passes.climb import Climb
-from dilcompile.passes.copies import copied
-from dilcompile.passes.foresee import foresee
-from dilcompile.passes.offload import offload, offloadable
+from dilcompile.passes.graph.copies import copied
+from dilcompile.passes.memory import climb
+from dilcompile.passes.memory.climb import Climb
+from dilcompile.passes.memory.foresee import foresee
+from dilcompile.passes.memory.offload import offload, offloadable
 from dilcompile.pipeline import UNBOUNDED
 from dilcompile.policy import Policy
 from dilcompile.report import GraphReport

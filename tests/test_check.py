@@ -21,8 +21,8 @@ import dilcompile
 from dilcompile import rewriting
 from dilcompile.decision import Decision
 from dilcompile.errors import DilcompileWarning, RewriteError
-from dilcompile.passes import validate
-from dilcompile.passes.match import Match
+from dilcompile.passes.finding.match import Match
+from dilcompile.passes.validation import validate
 
 ATTENTION = torch.ops.dilcompile.attention.default
 FORMS: dict[str, dict[str, Any]] = {

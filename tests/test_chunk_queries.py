@@ -21,13 +21,13 @@ from transformers import (
 )
 
 from dilcompile.lowering import after as _registered  # noqa: F401
-from dilcompile.passes import climb
-from dilcompile.passes.chunk_gradients import Shares, course_of
-from dilcompile.passes.chunk_queries import chunk_queries, chunk_sizes
-from dilcompile.passes.copies import copied
-from dilcompile.passes.growing import Growing, fake_mode_of, put_in_order
-from dilcompile.passes.lifetimes import lifetimes_of
-from dilcompile.passes.rows_of import Rows, RowsOf
+from dilcompile.passes.graph.copies import copied
+from dilcompile.passes.memory import climb
+from dilcompile.passes.memory.chunk_gradients import Shares, course_of
+from dilcompile.passes.memory.chunk_queries import chunk_queries, chunk_sizes
+from dilcompile.passes.memory.growing import Growing, fake_mode_of, put_in_order
+from dilcompile.passes.memory.lifetimes import lifetimes_of
+from dilcompile.passes.memory.rows_of import Rows, RowsOf
 
 LENGTH = 512
 BERT = {"vocab_size": 50, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}

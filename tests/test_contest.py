@@ -24,8 +24,9 @@ from dilcompile.decision import Decision
 from dilcompile.errors import DilcompileError, DilcompileWarning
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
 from dilcompile.functional import attention
-from dilcompile.lowering import contest, cpu, native, probing, reference, sdpa, select, trust
+from dilcompile.lowering import cpu, native, reference, sdpa, select
 from dilcompile.lowering.call import Call
+from dilcompile.lowering.choice import contest, probing, trust
 from dilcompile.report.kernels import kernel_of
 from dilcompile.report.rows import row_of
 from dilcompile.site import AttentionSite, MaskSpec
@@ -436,7 +437,7 @@ def test_a_folder_that_can_not_be_written_is_no_error(
     clocked(4, 3, 2, 1)
     monkeypatch.setenv(contest.OPTION, "disk")
     monkeypatch.setattr(contest, "folder", lambda: tmp_path / "file" / "tune")
-    with caplog.at_level(logging.INFO, "dilcompile.lowering.contest"):
+    with caplog.at_level(logging.INFO, "dilcompile.lowering.choice.contest"):
         assert select.select(dense()) is reference
     assert select.select(dense()) is reference
     assert "could not be kept" in caplog.text

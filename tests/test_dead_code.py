@@ -10,7 +10,7 @@ from finding import Call, Case, Mutation, check, double, must_be_noticed  # noqa
 from spellings import compiled
 from torch import Tensor
 
-from dilcompile.passes import dead_code
+from dilcompile.passes.graph import dead_code
 
 S = 6
 

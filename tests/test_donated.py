@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_planned_graphs import LENGTH, compiled_by, made, step
 from torch._subclasses import FakeTensor
 
-import dilcompile.passes.plan_buffers
+import dilcompile.passes.memory.plan_buffers
 import dilcompile.planned
 from dilcompile.memory import Buffer, BufferPlan
 from dilcompile.memory.donate import Donated, donate
@@ -215,12 +215,12 @@ def test_memory_that_is_taken_too_early_is_found_out(calls, monkeypatch):
     """Saved tensors that are planned to be dead before their last reader."""
     monkeypatch.setenv(dilcompile.planned.POISON, "1")
     model, tokens = trained(batch=2)
-    found = dilcompile.passes.plan_buffers.donated_memory
+    found = dilcompile.passes.memory.plan_buffers.donated_memory
 
     def early(*given):
         return [replace(one, memory=replace(one.memory, end=max(0, one.memory.end - 1))) for one in found(*given)]
 
-    monkeypatch.setattr(dilcompile.passes.plan_buffers, "donated_memory", early)
+    monkeypatch.setattr(dilcompile.passes.memory.plan_buffers, "donated_memory", early)
     gradients = step(compiled_by(model, **PLANNED), model, tokens)[1:]
     assert calls[1].planned.plan.donated
     assert any(gradient.isnan().any() for gradient in gradients)

@@ -12,7 +12,7 @@ from finding import Call, double, said  # noqa: F401  (the fixture works by bein
 from spellings import agree
 from torch import Tensor
 
-from dilcompile.passes import read_operands
+from dilcompile.passes.finding import read_operands
 
 B, H, S = 2, 3, 7
 INF = float("inf")

@@ -9,7 +9,7 @@ import torch
 from finding import Case, Mutation, check, double, must_be_noticed  # noqa: F401  (the fixture works by being here)
 from torch import Tensor
 
-from dilcompile.passes import regions
+from dilcompile.passes.graph import regions
 
 S = 6
 

@@ -16,7 +16,7 @@ from torch.export import Dim, export
 
 from dilcompile import rewrite_exported
 from dilcompile.errors import DilcompileError, PolicyError
-from dilcompile.passes.fused_layers import EXPANSIONS
+from dilcompile.passes.dialect.fused_layers import EXPANSIONS
 
 ATTENTION = torch.ops.dilcompile.attention.default
 

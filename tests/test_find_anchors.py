@@ -15,7 +15,7 @@ from finding import Call, Case, check, double  # noqa: F401  (the fixture works 
 from spellings import agree
 from torch import Tensor, nn
 
-from dilcompile.passes.spellings import SPELLINGS
+from dilcompile.passes.finding.spellings import SPELLINGS
 
 B, H, S, D = 2, 3, 7, 4
 INF = float("inf")

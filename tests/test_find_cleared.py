@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from finding import Case, Mutation, check, double, must_be_noticed  # noqa: F401  (the fixture works by being here)
 from torch import Tensor
 
-from dilcompile.passes import find_sites, read_operands, score_steps, value_path
+from dilcompile.passes.finding import find_sites, read_operands, score_steps, value_path
 from dilcompile.passes.masks import emptiness
 
 B, H, S, D = 2, 3, 7, 4

@@ -13,8 +13,8 @@ from spellings import Found, compiled, square_tensors
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from dilcompile.passes.pair_function import PairFunction
-from dilcompile.passes.spellings import flex
+from dilcompile.passes.finding.pair_function import PairFunction
+from dilcompile.passes.finding.spellings import flex
 
 B, H, S, D = 2, 4, 16, 8
 DOCUMENT = torch.tensor([[0] * 6 + [1] * 10, [0] * 11 + [1] * 5])

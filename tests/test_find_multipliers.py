@@ -12,7 +12,8 @@ from finding import Call, Case, Mutation, check, double, must_be_noticed, said  
 from spellings import WINDOW, WINDOWED, agree, compiled
 from torch import Tensor, nn
 
-from dilcompile.passes import gates, multipliers, read_operands, rewrite, score_path, score_steps, value_path
+from dilcompile.passes.finding import gates, multipliers, read_operands, score_path, score_steps, value_path
+from dilcompile.passes.rewriting import rewrite
 from dilcompile.policy import Policy
 
 B, H, S, D = 2, 4, 7, 6

@@ -15,8 +15,11 @@ import torch
 from finding import Call, Mutation, check, double, must_be_noticed  # noqa: F401  (the fixture works by being here)
 from spellings import Spelling, Written, agree, inputs_of
 
-from dilcompile.passes import axes, facts, match, mutations, rewrite, roles, score_path, score_steps, value_path
-from dilcompile.passes.spellings import exp_over_sum, flash, flex, own_sum, renormalised
+from dilcompile.passes.axes import axes
+from dilcompile.passes.finding import facts, match, roles, score_path, score_steps, value_path
+from dilcompile.passes.finding.spellings import exp_over_sum, flash, flex, own_sum, renormalised
+from dilcompile.passes.graph import mutations
+from dilcompile.passes.rewriting import rewrite
 
 
 def case(name: str, **options: Any) -> Callable[[], None]:

@@ -11,7 +11,9 @@ import torch
 from finding import Case, Mutation, check, double, must_be_noticed  # noqa: F401  (the fixture works by being here)
 from torch import Tensor, nn
 
-from dilcompile.passes import atoms, labels, mutations, products, value_path
+from dilcompile.passes.axes import atoms, labels, products
+from dilcompile.passes.finding import value_path
+from dilcompile.passes.graph import mutations
 
 B, H, S, D = 2, 3, 7, 4
 TALKING = "miss: heads are mixed by a learned product (talking heads)"

@@ -25,25 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
 from dilcompile.functional import attention
-from dilcompile.lowering import (
-    aten_flash,
-    contest,
-    cudnn,
-    efficient,
-    flash,
-    flash_attn,
-    flash_band,
-    native,
-    pieces,
-    reference,
-    select,
-    trust,
-    whole,
-)
+from dilcompile.lowering import aten_flash, cudnn, efficient, flash, flash_attn, flash_band, native, reference, select, whole
 from dilcompile.lowering.band import Band, band_of
 from dilcompile.lowering.call import Call, Held, merge_grad, problem_of, relation_of
-from dilcompile.lowering.miniature import miniature
+from dilcompile.lowering.choice import contest, trust
+from dilcompile.lowering.choice.miniature import miniature
 from dilcompile.lowering.packed import packed
+from dilcompile.lowering.view_path import pieces
 from dilcompile.progression import Progression
 from dilcompile.report import kernels
 
@@ -256,7 +244,7 @@ def test_a_triangle_is_called_causal(ops: tuple[Flash, Flash]) -> None:
 
 def test_windows_of_pieces_go_through_the_op(ops: tuple[Flash, Flash], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a causal window, nothing is left to explicit products."""
-    from dilcompile.lowering import engines
+    from dilcompile.lowering.view_path import engines
 
     def none(*arguments: object) -> Any:
         raise AssertionError("an explicit product")

@@ -31,8 +31,9 @@ from dilcompile.blocks.recut import counted_from_first_query, recut, within_reac
 from dilcompile.errors import KernelError
 from dilcompile.forms import BlockSparse, Dense, Dilated, Form, SlidingWindow
 from dilcompile.functional import attention
-from dilcompile.lowering import flex, flex_mask, select, trust
+from dilcompile.lowering import flex, flex_mask, select
 from dilcompile.lowering.call import Call
+from dilcompile.lowering.choice import trust
 from dilcompile.lowering.flex_mask import Kind
 
 BLOCKS, RECTANGULAR = FORMS[10], FORMS[11]

@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dilcompile.errors import KernelError
 from dilcompile.forms import BlockSparse
 from dilcompile.functional import Selection, attention, select_blocks
-from dilcompile.lowering import flex, flex_mask, select, trust
+from dilcompile.lowering import flex, flex_mask, select
 from dilcompile.lowering.call import Call, problem_of, relation_of
+from dilcompile.lowering.choice import trust
 from dilcompile.lowering.flex_mask import Kind
 from dilcompile.lowering.selection import select_blocks as choose
 from dilcompile.relation import Problem

@@ -20,11 +20,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from dilcompile.distributed import simulate
 from dilcompile.forms import BlockSparse, Dense, Dilated, Form, SlidingWindow
 from dilcompile.functional import attention
-from dilcompile.lowering import contest, ops
+from dilcompile.lowering import ops
+from dilcompile.lowering.choice import contest
 from dilcompile.lowering.select import KERNELS, RIVALS
 from dilcompile.lowering.triton import tiles
 from dilcompile.memory.pool import ArenaPool
-from dilcompile.passes.plan_buffers import plan_graph
+from dilcompile.passes.memory.plan_buffers import plan_graph
 from dilcompile.planned import PlannedCall
 
 pytestmark = pytest.mark.gpu

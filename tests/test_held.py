@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dilcompile import distributed, functional
 from dilcompile.forms import Union, parse_form
-from dilcompile.lowering import native, reference, select, trust
+from dilcompile.lowering import native, reference, select
 from dilcompile.lowering.call import Call, Held, relation_of
+from dilcompile.lowering.choice import trust
 from dilcompile.placements.shards import ORDERS, Shards
 from dilcompile.progression import Progression
 from dilcompile.relation import Problem

@@ -23,7 +23,7 @@ from torch._dynamo.utils import counters
 import dilcompile
 from dilcompile import PolicyError
 from dilcompile.errors import DilcompileWarning
-from dilcompile.passes.normalize import NormalizeError
+from dilcompile.passes.dialect.normalize import NormalizeError
 
 WINDOW: dict[str, Any] = {
     "version": 1,

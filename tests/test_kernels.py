@@ -18,8 +18,9 @@ from torch import Tensor
 from dilcompile.decision import KERNEL_NAMES
 from dilcompile.errors import KernelError
 from dilcompile.forms import BlockSparse, Dense, Dilated, Form, SlidingWindow, Union, parse_form
-from dilcompile.lowering import engines, ops, pieces, select, strided, views
+from dilcompile.lowering import ops, select
 from dilcompile.lowering.select import KERNELS
+from dilcompile.lowering.view_path import engines, pieces, strided, views
 from dilcompile.relation import Problem, Relation
 
 FORMS: list[Form] = [
@@ -40,7 +41,11 @@ FORMS: list[Form] = [
 UNION = Union(
     (
         {"form": "dilated", "segments": [8, 16], "rates": [1, 2]},
-        {"form": "block_sparse", "block": [32, 16], "pattern": {"any": [{"global": {"columns": 1}}, {"random": {"blocks": 1, "by_head": True}}]}},
+        {
+            "form": "block_sparse",
+            "block": [32, 16],
+            "pattern": {"any": [{"global": {"columns": 1}}, {"random": {"blocks": 1, "by_head": True}}]},
+        },
         {"form": "sliding_window", "window": 7, "sinks": 1},
     )
 )

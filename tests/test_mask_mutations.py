@@ -14,9 +14,10 @@ from spellings import agree
 from test_find_mutations import case, spelt
 
 from dilcompile.lowering import ops
-from dilcompile.passes import biases, empty_rows, read_operands, rewrite
+from dilcompile.passes.finding import read_operands
 from dilcompile.passes.masks import arithmetic, documents, emptiness, factors, hiding, interval, reader, separable, symbols, terms
 from dilcompile.passes.masks.rules import indexing, values
+from dilcompile.passes.rewriting import biases, empty_rows, rewrite
 
 
 def _negated_by_one_too_few(truth: Any) -> Any:

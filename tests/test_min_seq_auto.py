@@ -16,10 +16,10 @@ import dilcompile
 from dilcompile.decision import Decision, Rejection
 from dilcompile.errors import DilcompileError, DilcompileWarning
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
-from dilcompile.lowering import crossover as costs
-from dilcompile.lowering import rates
-from dilcompile.lowering.crossover import LONGEST, Setting, crossover
-from dilcompile.lowering.rates import Rate, rate_of
+from dilcompile.lowering.choice import crossover as costs
+from dilcompile.lowering.choice import rates
+from dilcompile.lowering.choice.crossover import LONGEST, Setting, crossover
+from dilcompile.lowering.choice.rates import Rate, rate_of
 from dilcompile.policy import Policy, resolve
 from dilcompile.policy.check import check, shadows
 from dilcompile.relation import Problem

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from dilcompile.errors import DilcompileWarning
-from dilcompile.passes.regions import Graph
+from dilcompile.passes.graph.regions import Graph
 from dilcompile.pipeline import rewrite_dynamo
 from dilcompile.policy import Policy
 

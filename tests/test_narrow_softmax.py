@@ -15,11 +15,12 @@ from torch.nn.attention.flex_attention import flex_attention
 from dilcompile.errors import KernelError
 from dilcompile.forms import Dilated
 from dilcompile.lowering import ops
-from dilcompile.passes import find_sites, match, operands, rewrite
+from dilcompile.passes.finding import find_sites, match, operands
 from dilcompile.passes.masks import emptiness
 from dilcompile.passes.masks.emptiness import Hiding, emptiness_of
 from dilcompile.passes.masks.symbols import K, Q
 from dilcompile.passes.masks.terms import Less
+from dilcompile.passes.rewriting import rewrite
 from dilcompile.policy import Policy
 
 SINGLE = torch.float32

@@ -11,11 +11,11 @@ from models import CausalAttention, SdpaAttention, Stack
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from dilcompile.passes import normalize as normalizing
-from dilcompile.passes.normalize import NormalizeError, normalize
-from dilcompile.passes.operators import op_name
-from dilcompile.passes.provenance import module_path, source_line
-from dilcompile.passes.recording import whole
+from dilcompile.passes.dialect import normalize as normalizing
+from dilcompile.passes.dialect.normalize import NormalizeError, normalize
+from dilcompile.passes.dialect.recording import whole
+from dilcompile.passes.graph.operators import op_name
+from dilcompile.passes.graph.provenance import module_path, source_line
 
 
 def normalized(model: Callable[..., Any], *args: Any, dynamic: bool | None = None) -> tuple[GraphModule, GraphModule, Any]:

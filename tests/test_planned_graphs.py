@@ -11,8 +11,8 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 
 import dilcompile.planned
 from dilcompile.memory.pool import ArenaPool, size_class
-from dilcompile.passes import lifetimes
-from dilcompile.passes.plan_buffers import plan_graph
+from dilcompile.passes.memory import lifetimes
+from dilcompile.passes.memory.plan_buffers import plan_graph
 from dilcompile.planned import PlannedCall
 
 LENGTH = 96

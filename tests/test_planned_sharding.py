@@ -27,8 +27,8 @@ from dilcompile.lowering.distributed.exchange import wait
 from dilcompile.lowering.distributed.spec import Spec
 from dilcompile.memory.measure import measured
 from dilcompile.memory.pool import ArenaPool
-from dilcompile.passes import lifetimes
-from dilcompile.passes.plan_buffers import PlannedGraph, plan_graph
+from dilcompile.passes.memory import lifetimes
+from dilcompile.passes.memory.plan_buffers import PlannedGraph, plan_graph
 from dilcompile.planned import PlannedCall
 
 LENGTH, DIM = 32, 32

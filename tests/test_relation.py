@@ -14,8 +14,8 @@ from oracles import Setting, counts
 
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
 from dilcompile.generators import Segment, Sinks, Window
-from dilcompile.lowering import pieces
-from dilcompile.lowering.pieces import plan
+from dilcompile.lowering.view_path import pieces
+from dilcompile.lowering.view_path.pieces import plan
 from dilcompile.progression import Progression, RowKeys, union_count
 from dilcompile.relation import Problem, Relation, Term
 

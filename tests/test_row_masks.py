@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dilcompile.errors import KernelError
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
-from dilcompile.lowering import ops, row_masks, select
+from dilcompile.lowering import ops, select
 from dilcompile.lowering.pairs import parse
+from dilcompile.lowering.view_path import row_masks
 
 BATCH, ROWS, KEYS = 2, 23, 31
 FORMS: list[Form] = [Dense(), SlidingWindow(6, sinks=2), Dilated([8, 16], [1, 2], union="set", sinks=1, local=2)]
@@ -201,7 +202,7 @@ def _forget_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
         limits = call.row_limits
         return made(replace(call, row_limits=torch.stack((limits[0], limits[1] + 1))), *rest)
 
-    monkeypatch.setattr("dilcompile.lowering.views.row_masks", wrong)
+    monkeypatch.setattr("dilcompile.lowering.view_path.views.row_masks", wrong)
 
 
 def _narrow_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +211,7 @@ def _narrow_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dilcompile.lowering.views.row_masks", lambda *a: None)
+    monkeypatch.setattr("dilcompile.lowering.view_path.views.row_masks", lambda *a: None)
 
 
 @pytest.mark.parametrize("mutation", [_forget_the_end, _narrow_too_much, _forget_the_masks])

@@ -15,7 +15,7 @@ from dilcompile.lowering import native, ops, out_forms, workspaces
 from dilcompile.lowering.native import build, workspace
 from dilcompile.lowering.workspaces import bytes_of
 from dilcompile.memory.measure import measured
-from dilcompile.passes import climb
+from dilcompile.passes.memory import climb
 
 LENGTH = 192
 DILATED, DENSE = str(Dilated(segments=(32, 96), rates=(1, 3), offset="own")), str(Dense())

@@ -27,12 +27,13 @@ from dilcompile.decision import Decision
 from dilcompile.errors import DilcompileError, DilcompileWarning, KernelError
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
 from dilcompile.functional import attention
-from dilcompile.lowering import native, probing, reference, select, triton, trust, verdicts
+from dilcompile.lowering import native, reference, select, triton
 from dilcompile.lowering.call import Call, problem_of, relation_of
-from dilcompile.lowering.miniature import kinds, miniature
+from dilcompile.lowering.choice import probing, trust, verdicts
+from dilcompile.lowering.choice.miniature import kinds, miniature
+from dilcompile.lowering.choice.verdicts import Verdict
 from dilcompile.lowering.triton import plan, split
 from dilcompile.lowering.triton.config import INTERPRETED
-from dilcompile.lowering.verdicts import Verdict
 from dilcompile.relation import Problem
 from dilcompile.report.kernels import kernel_of, refusal_of
 from dilcompile.report.rows import row_of
@@ -521,7 +522,7 @@ def test_a_folder_that_can_not_be_written_is_no_error(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(trust.OPTION, "disk")
     monkeypatch.setattr(verdicts, "folder", lambda: tmp_path / "file" / "trust")
-    with caplog.at_level(logging.INFO, "dilcompile.lowering.verdicts"):
+    with caplog.at_level(logging.INFO, "dilcompile.lowering.choice.verdicts"):
         attend()
     attend()
     assert checks == ["forward"]

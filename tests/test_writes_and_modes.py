@@ -12,9 +12,9 @@ from finding import Call, Case, check, double, must_be_noticed  # noqa: F401  (t
 from spellings import agree
 from torch import Tensor
 
-from dilcompile.passes import rewrite
-from dilcompile.passes.grad_modes import GradModes
-from dilcompile.passes.mutations import Mutations
+from dilcompile.passes.graph.grad_modes import GradModes
+from dilcompile.passes.graph.mutations import Mutations
+from dilcompile.passes.rewriting import rewrite
 
 NONE = "none (zero)"
 

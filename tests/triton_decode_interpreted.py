@@ -13,8 +13,9 @@ from test_kernels import FORMS, SCALE, assert_as_good_as_eager, assert_grads, dr
 from torch import Tensor
 
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
-from dilcompile.lowering import ops, triton, trust
+from dilcompile.lowering import ops, triton
 from dilcompile.lowering.call import Call, problem_of
+from dilcompile.lowering.choice import trust
 from dilcompile.lowering.triton import bound, decode, plan, split
 from dilcompile.lowering.triton.compiled import ARCHS
 from dilcompile.lowering.triton.config import Tile, tile_of

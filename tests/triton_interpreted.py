@@ -29,8 +29,9 @@ from test_kernels import (
 from torch import Tensor
 
 from dilcompile.forms import Dense, Dilated, Form, SlidingWindow
-from dilcompile.lowering import miniature, ops, triton, trust
+from dilcompile.lowering import ops, triton
 from dilcompile.lowering.call import Call
+from dilcompile.lowering.choice import miniature, trust
 from dilcompile.lowering.triton import bound, plan, split
 from dilcompile.relation import Relation, Term
 

@@ -19,8 +19,9 @@ from triton_interpreted_bias import bias_of
 from dilcompile.blocks.lists import BlockLists
 from dilcompile.forms import BlockSparse
 from dilcompile.functional import attention
-from dilcompile.lowering import ops, triton, trust
+from dilcompile.lowering import ops, triton
 from dilcompile.lowering.call import Call, problem_of
+from dilcompile.lowering.choice import trust
 from dilcompile.lowering.triton import bound, lists, plan, split
 from dilcompile.lowering.triton.config import Tile
 

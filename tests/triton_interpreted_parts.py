@@ -10,8 +10,9 @@ from test_held import FORMS, close, drawn, part_of
 from torch import Tensor
 
 from dilcompile import distributed, functional
-from dilcompile.lowering import reference, select, triton, trust
+from dilcompile.lowering import reference, select, triton
 from dilcompile.lowering.call import Call, Held
+from dilcompile.lowering.choice import trust
 from dilcompile.lowering.triton import plan
 from dilcompile.progression import Progression
 

@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dilcompile.errors import DilcompileError, DilcompileWarning
 from dilcompile.forms import Dilated
-from dilcompile.lowering import contest, miniature, probing, reference, select, triton, trust
+from dilcompile.lowering import reference, select, triton
 from dilcompile.lowering.call import Call
+from dilcompile.lowering.choice import contest, miniature, probing, trust
 from dilcompile.lowering.triton import plan, tiles
 from dilcompile.lowering.triton.config import INTERPRETED, Tile
 from dilcompile.lowering.triton.tiles import Kind

@@ -27,7 +27,7 @@ def where_faster(verdicts: Sequence[Verdict]) -> list[Verdict]:
 
 
 def _unless_slower(decision: Decision) -> Verdict:
-    from dilcompile.lowering.crossover import LONGEST, Setting, crossover
+    from dilcompile.lowering.choice.crossover import LONGEST, Setting, crossover
 
     site, problem, choice = decision.site, problem_of(decision.site), kernel_of(decision)
     if problem is None or choice.forward is None:

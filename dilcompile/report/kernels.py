@@ -166,7 +166,8 @@ def _refused(form: Form, problem: Problem, traits: _Traits, asked: str, train: b
 
 def _known() -> Hashable:
     """What a choice depends on beside the call."""
-    from dilcompile.lowering import aten_flash, contest, trust
+    from dilcompile.lowering import aten_flash
+    from dilcompile.lowering.choice import contest, trust
 
     return trust.num_known(), contest.num_known(), aten_flash.activated()
 

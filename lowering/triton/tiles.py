@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from dilcompile.errors import DilcompileWarning
-from dilcompile.lowering import contest, digest, probing, records, trust
+from dilcompile.lowering import digest
 from dilcompile.lowering.call import Call, Kernel
+from dilcompile.lowering.choice import contest, probing, records, trust
 from dilcompile.lowering.triton.config import Masks, Pass, Tile
 
 log = logging.getLogger(__name__)
@@ -208,5 +209,5 @@ def _about(kind: Kind, tried: Mapping[str, Tile], made_from: str) -> dict[str, s
         "tiles": "; ".join(tried),
         "made from": f"{made_from}, torch {torch.__version__}",
         "device": probing.device_name(kind.device),
-        "timed by": digest.of_files("contest.py"),
+        "timed by": digest.of_files("choice/contest.py"),
     }

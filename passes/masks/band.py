@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import sympy
 
-from dilcompile.passes.atoms import same_size
+from dilcompile.passes.graph.sizes import same_size
 from dilcompile.passes.masks.arithmetic import as_expr
 from dilcompile.passes.masks.symbols import INDICES, K, Lengths, Q
 from dilcompile.passes.masks.terms import Element, Expr, Ge0, Truth

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch.fx import Node
 
-from dilcompile.passes.emit import Emitter, aten
+from dilcompile.passes.graph.emit import Emitter, aten
 from dilcompile.passes.masks.read import ReadMask
 
 _CHECKED = "dilcompile_holds_0_and_1"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sympy
 from torch.fx import Node
 
-from dilcompile.passes.atoms import same_size
+from dilcompile.passes.graph.operators import op_name
+from dilcompile.passes.graph.sizes import same_size
 from dilcompile.passes.masks.arithmetic import nonzero
 from dilcompile.passes.masks.bounds import Bounds
 from dilcompile.passes.masks.emittable import emittable_number
@@ -13,7 +14,6 @@ from dilcompile.passes.masks.reader import MaskReader
 from dilcompile.passes.masks.separable import compares_labels
 from dilcompile.passes.masks.symbols import B, K, Lengths, Q
 from dilcompile.passes.masks.terms import Choice, Element, Expr, IntegerElement, Not, Number, Truth, mapped
-from dilcompile.passes.operators import op_name
 
 
 def document_of(factor: Truth, reader: MaskReader, lengths: Lengths) -> Expr | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import sympy
 
-from dilcompile.passes.atoms import same_size
+from dilcompile.passes.graph.sizes import same_size
 from dilcompile.passes.masks.arithmetic import as_expr
 from dilcompile.passes.masks.band import Band, Edge, band_of, edge_of
 from dilcompile.passes.masks.bounds import Bounds

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from dilcompile.passes.emit import Emitter, aten
+from dilcompile.passes.graph.emit import Emitter, aten
 from dilcompile.passes.masks.interval import Interval
 from dilcompile.passes.masks.read import ReadMask
 from dilcompile.passes.masks.symbols import B, K, Q

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from dilcompile.passes.graph.mutations import Mutations
+from dilcompile.passes.graph.unproven import Unproven
 from dilcompile.passes.masks.read import ReadMask
-from dilcompile.passes.mutations import Mutations
-from dilcompile.passes.unproven import Unproven
 
 
 def place_of(mask: ReadMask, output: Node, mutations: Mutations) -> Node:

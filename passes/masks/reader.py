@@ -15,12 +15,12 @@ import sympy
 import torch
 from torch.fx import Node
 
-from dilcompile.passes.atoms import same_size
+from dilcompile.passes.graph.operators import held_number, is_tensor, op_name, shape_of
+from dilcompile.passes.graph.sizes import same_size
 from dilcompile.passes.masks.arithmetic import Unreadable, as_expr, as_number, as_truth
 from dilcompile.passes.masks.rules import READ, WRAPPING
 from dilcompile.passes.masks.tables import table_formula
 from dilcompile.passes.masks.terms import Element, Expr, Given, Indices, IntegerElement, Number, Truth
-from dilcompile.passes.operators import held_number, is_tensor, op_name, shape_of
 
 
 class MaskReader:

@@ -9,12 +9,12 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from dilcompile.passes.atoms import same_size
-from dilcompile.passes.emit import Emitter, aten
+from dilcompile.passes.graph.emit import Emitter, aten
+from dilcompile.passes.graph.operators import shape_of
+from dilcompile.passes.graph.sizes import same_size
 from dilcompile.passes.masks.emittable import FLOORED, LARGEST, LEAST, REMAINDERS, quotient_of
 from dilcompile.passes.masks.symbols import B
 from dilcompile.passes.masks.terms import And, Choice, Element, Eq0, Expr, Ge0, Given, Less, Not, Number, Or, Truth
-from dilcompile.passes.operators import shape_of
 from dilcompile.site import Length
 
 

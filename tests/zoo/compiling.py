@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 from dilcompile.decision import Decision, Rejection
-from dilcompile.passes.normalize import NormalizeError, normalize
+from dilcompile.passes.dialect.normalize import NormalizeError, normalize
 from dilcompile.pipeline import rewrite_dynamo
 from dilcompile.policy import Policy
 from dilcompile.report import GraphReport

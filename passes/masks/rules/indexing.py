@@ -8,6 +8,7 @@ import sympy
 import torch
 from torch.fx import Node
 
+from dilcompile.passes.graph.operators import indexed, is_tensor, shape_of
 from dilcompile.passes.masks.arithmetic import Unreadable, as_expr, as_number
 from dilcompile.passes.masks.bounds import Bounds
 from dilcompile.passes.masks.rules.rule import Rule
@@ -18,7 +19,6 @@ from dilcompile.passes.masks.terms import (
     Number,
     Truth,
 )
-from dilcompile.passes.operators import indexed, is_tensor, shape_of
 from dilcompile.site import Length
 
 if TYPE_CHECKING:

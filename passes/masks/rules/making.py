@@ -9,7 +9,8 @@ import sympy
 import torch
 from torch.fx import Node
 
-from dilcompile.passes.atoms import same_size
+from dilcompile.passes.graph.operators import is_tensor, op_name, shape_of
+from dilcompile.passes.graph.sizes import same_size
 from dilcompile.passes.masks.arithmetic import Unreadable, as_expr, as_number, as_truth, lift, nonzero
 from dilcompile.passes.masks.rules.rule import WRAPPING, Rule
 from dilcompile.passes.masks.terms import (
@@ -23,7 +24,6 @@ from dilcompile.passes.masks.terms import (
     conjunction,
     negation,
 )
-from dilcompile.passes.operators import is_tensor, op_name, shape_of
 
 if TYPE_CHECKING:
     from dilcompile.passes.masks.reader import MaskReader

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import sympy
 from torch.fx import Node
 
-from dilcompile.passes.atoms import same_size
+from dilcompile.passes.graph.operators import VIEWS, is_tensor, shape_of
+from dilcompile.passes.graph.sizes import same_size
 from dilcompile.passes.masks.arithmetic import Unreadable, as_expr
 from dilcompile.passes.masks.bounds import Bounds
 from dilcompile.passes.masks.rules.rule import Rule
@@ -20,7 +21,6 @@ from dilcompile.passes.masks.terms import (
     Number,
     Truth,
 )
-from dilcompile.passes.operators import VIEWS, is_tensor, shape_of
 from dilcompile.site import Length
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import sympy
 import torch
 from torch.fx import Node
 
+from dilcompile.passes.graph.operators import is_tensor, op_name
 from dilcompile.passes.masks.arithmetic import Unreadable, as_expr, as_number, as_truth, compare, lift, over_cases, width
 from dilcompile.passes.masks.rules.rule import Rule, exact_arithmetic, numbers, result, sides
 from dilcompile.passes.masks.terms import (
@@ -26,7 +27,6 @@ from dilcompile.passes.masks.terms import (
     if_else,
     negation,
 )
-from dilcompile.passes.operators import is_tensor, op_name
 
 if TYPE_CHECKING:
     from dilcompile.passes.masks.reader import MaskReader

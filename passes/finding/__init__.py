@@ -1,0 +1,1 @@
+"""From a graph to its attention sites, and to misses with their reasons."""

@@ -1,0 +1,1 @@
+"""What every pass needs of a graph: its operators, regions and provenance, nodes that are inserted and removed."""

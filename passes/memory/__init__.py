@@ -1,0 +1,1 @@
+"""Lifetimes, places and budgets of the buffers of a graph."""

@@ -1,0 +1,1 @@
+"""Rewritten attention beside the original one, on trial operands."""
