@@ -35,18 +35,23 @@ def step_bytes(target: object, operands: Sequence[Any], share: float) -> int:
     ours = torch.ops.dilcompile
     if target is ours.attend_step.default:
         spec, number = operands[11:13]
-        return _most_of_step(spec, number, _facts(operands[2:9], None, share), torch.get_num_threads())
+        return _most_of_step(_alike(spec), number, _facts(operands[2:9], None, share), torch.get_num_threads())
     if target is ours.attend_step_backward.default:
         spec, number = operands[14:16]
-        return _most_of_step(spec, number, _facts(operands[5:12], operands[:2], share), torch.get_num_threads())
+        return _most_of_step(_alike(spec), number, _facts(operands[5:12], operands[:2], share), torch.get_num_threads())
     if target is ours.attend_shard.default:
-        return _most_of_shard(operands[7], _facts(operands[:7], None, share), torch.get_num_threads())
+        return _most_of_shard(_alike(operands[7]), _facts(operands[:7], None, share), torch.get_num_threads())
     if target is ours.attend_shard_backward.default:
-        return _most_of_shard(operands[11], _facts(operands[4:11], operands[:2], share), torch.get_num_threads())
+        return _most_of_shard(_alike(operands[11]), _facts(operands[4:11], operands[:2], share), torch.get_num_threads())
     if target is ours.merge_parts.default:
         outs = operands[0]
         return merging_bytes(_sizes(outs)[1:4], int(outs.shape[4]), outs.dtype, outs.dtype)
     return 0
+
+
+def _alike(text: str) -> str:
+    """The spec without its site: layers that are alike need the same, which is worked out once."""
+    return str(parse_spec(text).within(site=""))
 
 
 @dataclass(frozen=True)
