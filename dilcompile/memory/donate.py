@@ -47,7 +47,7 @@ def donate(
     held = Bytes(last + 1)
     for other in (*others, *(one.memory for one in donated)):
         held.add(other.begin, other.end, other.hint)
-    most, regions, left = held.most, [_Region(one) for one in donated], []
+    most, regions, left = held.most, [_Region(one, one.memory.end) for one in donated], []
     for buffer in sorted(buffers, key=lambda b: (-b.hint, b.begin, b.name)):
         fitting = [region for region in regions if region.may(buffer) and (not within_module or region.is_of(buffer.module))]
         fitting.sort(key=lambda region: (region.longer(buffer), region.one.memory.hint))
@@ -66,23 +66,21 @@ def donate(
 
 @dataclass
 class _Region:
-    """Donated memory with what lies in it."""
+    """Donated memory with what lies in it; ``until``: the last step in which it is held."""
 
     one: Donated
+    until: int
     buffers: list[Buffer] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
 
-    @property
-    def until(self) -> int:
-        """The last step in which it is held."""
-        return max([self.one.memory.end, *(buffer.end for buffer in self.buffers)])
-
     def may(self, buffer: Buffer) -> bool:
-        """Is the memory of the buffer's kind, large enough and dead?"""
+        """Is the memory large enough, dead and of the buffer's kind?"""
         memory = self.one.memory
-        kind = buffer.device == memory.device and buffer.lane == memory.lane and buffer.hint > 0
-        dead = buffer.begin > memory.end or (buffer.begin == memory.end and buffer.name in self.one.over)
-        return kind and dead and buffer.hint <= memory.hint and at_most(buffer.size, memory.size)
+        if not 0 < buffer.hint <= memory.hint or buffer.begin < memory.end:
+            return False
+        dead = buffer.begin > memory.end or buffer.name in self.one.over
+        kind = buffer.device == memory.device and buffer.lane == memory.lane
+        return dead and kind and at_most(buffer.size, memory.size)
 
     def is_of(self, module: str) -> bool:
         """Did this module save it?"""
@@ -101,7 +99,7 @@ class _Region:
         found = replace(self, buffers=[*self.buffers, buffer], offsets=[*self.offsets, at])
         if not found.holds():
             return False
-        self.buffers, self.offsets = found.buffers, found.offsets
+        self.buffers, self.offsets, self.until = found.buffers, found.offsets, max(self.until, buffer.end)
         return True
 
     def holds(self) -> bool:
