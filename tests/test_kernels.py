@@ -528,7 +528,7 @@ def test_choosing_a_kernel() -> None:
 
 
 def without_lse_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    def equal(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, fresh: bool) -> None:
+    def equal(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, fresh: bool, space: Any = None) -> None:
         out.copy_(part) if fresh else out.lerp_(part, 0.5)
         lse.copy_(part_lse if fresh else torch.logaddexp(lse, part_lse))
 
@@ -594,7 +594,7 @@ def without_the_joint_lse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def without_the_lse_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "_with_lse_as_head_dim", lambda call, joint: (call, replace(joint, grad_lse=None)))
+    monkeypatch.setattr(views, "_with_lse_as_head_dim", lambda call, joint, space: (call, replace(joint, grad_lse=None)))
 
 
 def with_overlapping_tiles_added_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

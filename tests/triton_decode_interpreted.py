@@ -364,7 +364,7 @@ def with_classes_not_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(bound: Any) -> Tensor:
+    def nothing(bound: Any, space: Any) -> Tensor:
         return torch.tensor([[0, 40]] * bound.call.problem.batch, dtype=torch.int32)
 
     monkeypatch.setattr(triton, "_kept", nothing)

@@ -278,12 +278,12 @@ def without_the_joint_lse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     right = bound.bind
-    monkeypatch.setattr(triton, "bind", lambda call: right(replace(call, key_padding=None)))
+    monkeypatch.setattr(triton, "bind", lambda call, space: right(replace(call, key_padding=None), space))
 
 
 def with_documents_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     right = bound._runs
-    monkeypatch.setattr(bound, "_runs", lambda documents: right(torch.zeros_like(documents)))
+    monkeypatch.setattr(bound, "_runs", lambda documents, space: right(torch.zeros_like(documents), space))
 
 
 MUTATIONS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {

@@ -289,7 +289,7 @@ def with_strides(change: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Callab
 
 def without_the_gradient_of_the_lse(monkeypatch: pytest.MonkeyPatch) -> None:
     right = triton._gradient_of_bias
-    monkeypatch.setattr(triton, "_gradient_of_bias", lambda bound, operands, grad_lse: right(bound, operands, None))
+    monkeypatch.setattr(triton, "_gradient_of_bias", lambda bound, operands, grad_lse, *rest: right(bound, operands, None, *rest))
 
 
 KEY_BIAS, PAIR_BIAS, ROW_BIAS = (1, HEADS, 1, KEYS), (BATCH, HEADS, ROWS, KEYS), (BATCH, 1, ROWS, 1)
