@@ -25,6 +25,7 @@ from dilcompile.report.lengths import hint
 
 ASSUMED = MemoryUse(pool="private", reuse="across_layers")
 _ASSUMED = "no rule says memory.reuse: planned as across_layers would be"
+_UNBOUNDED = "memory.budget changes nothing here: the report of the compiled model lists its ladder"
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,13 @@ def memory_plan(
             ) from error.__cause__
     if not found:
         raise DilcompileError("Dynamo captured nothing of this call: there is no graph to plan")
-    return MemoryPlan(tuple(found), length, _ASSUMED if assumed else "")
+    said = (_ASSUMED if assumed else "", _UNBOUNDED if _has_budget(loaded) else "")
+    return MemoryPlan(tuple(found), length, "; ".join(filter(None, said)))
+
+
+def _has_budget(policy: Policy) -> bool:
+    said = (policy.defaults.memory, *(rule.memory for rule in policy.rules))
+    return any(memory is not None and memory.budget is not None for memory in said)
 
 
 def _without_runs(policy: Policy) -> Policy:

@@ -268,7 +268,7 @@ def test_without_a_bias_over_pairs_no_chunks_are_tried():
         assert "chunks" not in str(error)
 
 
-def attention_graph(form="dense()", **more):
+def attention_graph(form="dense()", length=LENGTH, **more):
     """One call whose bias is made in the graph."""
 
     def run(q, bias):
@@ -279,7 +279,7 @@ def attention_graph(form="dense()", **more):
         )
 
     with FakeTensorMode() as mode:
-        given = mode.from_tensor(torch.randn(1, 2, LENGTH, 8)), mode.from_tensor(torch.randn(LENGTH, LENGTH))
+        given = mode.from_tensor(torch.randn(1, 2, length, 8)), mode.from_tensor(torch.randn(length, length))
         return make_fx(run, tracing_mode="fake")(*given)
 
 
@@ -310,6 +310,13 @@ def test_a_chunk_stands_where_its_queries_do(form):
     for one, other in zip(found.gm(*given), gm(*given), strict=True):
         assert one.stride() == other.stride()
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("length", "sizes"), [(257, []), (530, [256]), (700, [256]), (1024, [512, 256]), (1600, [768, 512, 256])], ids=str
+)
+def test_chunks_are_about_half_of_the_queries_and_no_size_comes_twice(length, sizes):
+    assert list(chunk_sizes(attention_graph(length=length))) == sizes
 
 
 S = 12

@@ -149,6 +149,13 @@ def test_a_policy_that_does_not_plan_is_told_of(run: Any) -> None:
     assert "no rule says memory.reuse: planned as across_layers would be\n" in found
 
 
+def test_a_budget_is_told_of_that_this_plan_does_not_keep(run: Any, folder: Path) -> None:
+    plain = (folder / "plain.yaml").read_text()
+    (folder / "bounded.yaml").write_text(plain + "\ndefaults: {memory: {budget: 1KiB}}\n")
+    found = run("planned_models:stack", "--memory", "--policy", "bounded.yaml").stdout
+    assert "memory.budget changes nothing here: the report of the compiled model lists its ladder\n" in found
+
+
 def test_breaks_are_planned_at_the_length_of_the_example(run: Any) -> None:
     found = json.loads(run("planned_models:breaking", "--memory", "--policy", "policy.yaml", "--json").stdout)
     names = [(graph["graph"], graph["direction"]) for graph in found["memory"]["graphs"]]
