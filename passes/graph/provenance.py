@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 
 from torch.fx import Node
 
@@ -41,17 +42,17 @@ def source_line(node: Node) -> str:
     return "unknown"
 
 
-def _neighbours(node: Node, reach: int = 24) -> list[Node]:
+def _neighbours(node: Node, reach: int = 24) -> Iterator[Node]:
     """The node, then the nodes around it in the graph, nearest first."""
-    found, before, after = [node], node.prev, node.next
+    yield node
+    before, after = node.prev, node.next
     for _ in range(reach):
         if before.op not in ("root", "placeholder"):
-            found.append(before)
+            yield before
             before = before.prev
         if after.op not in ("root", "output"):
-            found.append(after)
+            yield after
             after = after.next
-    return found
 
 
 def _dotted(path: str) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TypeGuard
 
 import sympy
@@ -225,8 +226,9 @@ def _hint(size: int | torch.SymInt) -> int:
 
 
 def _tensors(value: object) -> list[Tensor]:
-    items = value if isinstance(value, (tuple, list)) else (value,)
-    return [item for item in items if _has_storage(item)]
+    if isinstance(value, (tuple, list)):
+        return [item for item in value if _has_storage(item)]
+    return [value] if _has_storage(value) else []
 
 
 def _has_storage(value: object) -> TypeGuard[Tensor]:
@@ -251,7 +253,18 @@ def _is_getitem(node: Node) -> bool:
 
 
 def _operator(node: Node) -> str:
-    return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+    return _name_of(node.target) if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+@cache
+def _name_of(op: torch._ops.OpOverload) -> str:
+    return str(op._schema.name)
+
+
+@cache
+def _aliases(op: torch._ops.OpOverload) -> bool:
+    """Does the operator say that a result is memory of an operand?"""
+    return any(returned.alias_info is not None for returned in op._schema.returns)
 
 
 def _is_view(node: Node) -> bool:
@@ -263,7 +276,7 @@ def _is_view(node: Node) -> bool:
         return True
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
-    return any(returned.alias_info is not None for returned in node.target._schema.returns) or _shares_memory(node)
+    return _aliases(node.target) or _shares_memory(node)
 
 
 def _writes(node: Node) -> bool:
@@ -273,8 +286,8 @@ def _writes(node: Node) -> bool:
 
 def _shares_memory(node: Node) -> bool:
     """Did the fake operator give back memory of an input?"""
-    read = {id_of for argument in node.all_input_nodes for id_of in _storage_ids(argument)}
-    return any(id_of in read for id_of in _storage_ids(node))
+    own = _storage_ids(node)
+    return any(id_of in own for argument in node.all_input_nodes for id_of in _storage_ids(argument))
 
 
 def _storage_ids(node: Node) -> list[int]:

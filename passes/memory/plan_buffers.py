@@ -78,7 +78,7 @@ class PlannedGraph:
 def plan_graph(
     gm: GraphModule, *, within_module: bool = False, workspace: Workspaces = without, donated: Collection[int] = ()
 ) -> PlannedGraph:
-    """Plan the buffers of an ATen graph with fake values and rewrite it, in place, to use them.
+    """Plan the buffers of an ATen graph with fake values and rewrite it, in place, to use them. Its code is not written anew.
 
     Args:
         within_module: see ``plan_buffers``.
@@ -86,8 +86,9 @@ def plan_graph(
         donated: the numbers of the inputs that nobody reads after the graph.
     """
     lifetimes, symbols = lifetimes_of(gm), _symbols(gm)
-    live = {buffer.name for buffer in lifetimes.buffers} - _by_place(gm, lifetimes) - _of_unknown_size(gm, symbols)
     forms = [(node, out_form(node), made) for node, made in makers(gm)]
+    unknown = _of_unknown_size([one for _, _, made in forms for one in made], symbols)
+    live = {buffer.name for buffer in lifetimes.buffers} - _by_place(gm, lifetimes) - unknown
     planned = [
         (node, form, made)
         for node, form, made in forms
@@ -108,7 +109,6 @@ def plan_graph(
     _with_workspaces(gm, workspaces, inputs)
     erased = _without_unused(gm)
     gm.graph.lint()
-    gm.recompile()
     placed = {name for _, _, made in planned for name, _ in made if name in live}.union(erased)
     elsewhere = tuple(buffer for buffer in lifetimes.buffers if buffer.name not in placed)
     buffers = [*homes.buffers.values(), *workspaces.values()]
@@ -138,15 +138,15 @@ def _by_place(gm: GraphModule, lifetimes: Lifetimes) -> set[str]:
     return found
 
 
-def _of_unknown_size(gm: GraphModule, symbols: Symbols) -> set[str]:
+def _of_unknown_size(made: Sequence[tuple[str, Tensor]], symbols: Symbols) -> set[str]:
     """Buffers whose sizes or strides are not known before the graph runs."""
     known = {symbol for _, symbol, _ in symbols}
-    return {name for _, made in makers(gm) for name, value in made if not _free(value) <= known}
+    return {name for name, value in made if not _free(value) <= known}
 
 
 def _free(value: Tensor) -> set[sympy.Symbol]:
-    sizes = (*value.shape, *value.stride(), value.storage_offset())
-    return set().union(*(size.node.expr.free_symbols for size in sizes if isinstance(size, torch.SymInt)))
+    sizes = [size for size in (*value.shape, *value.stride(), value.storage_offset()) if type(size) is not int]
+    return set().union(*(size.node.expr.free_symbols for size in sizes))
 
 
 def _has_places(made: Sequence[tuple[str, Tensor]], live: Container[str]) -> bool:
