@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Place = tuple[str | int, ...]
 
@@ -71,7 +72,7 @@ class BudgetError(DilcompileError):
     ``tried``: each way with what it is predicted to need (``dilcompile.memory.budget.Rung``); empty where none was.
     """
 
-    def __init__(self, message: str, tried: Sequence[object] = ()) -> None:
+    def __init__(self, message: str, tried: Sequence[Any] = ()) -> None:
         self.tried = tuple(tried)
         super().__init__(message)
 

@@ -172,10 +172,15 @@ def memory_of(gm: GraphModule, example_inputs: Sequence[Any], use: MemoryUse | N
     """What planning a rewritten graph's buffers comes to, forward and backward; nothing where ``use`` is None."""
     found: list[GraphMemory] = []
     if use is not None:
-        # AOTAutograd compiles a backward when it is first called, which here never happens.
-        with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+        with lowered_at_once():
             planned(use, lambda call, direction: found.append(call.account(name, direction)))(gm, example_inputs)
     return tuple(found)
+
+
+def lowered_at_once() -> contextlib.AbstractContextManager[Any]:
+    """AOTAutograd compiles a backward with its forward, not when it is first called, which here never happens."""
+    found: contextlib.AbstractContextManager[Any] = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
+    return found
 
 
 def _compiled(model: Callable[..., Any], backend: Callable[..., Any], fullgraph: bool) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,20 +12,53 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map_only
 
+from dilcompile.budgeted import Budgeted, bounds_of
 from dilcompile.decision import MemoryUse
-from dilcompile.errors import DilcompileError
-from dilcompile.inspect import GraphBreak, Results, each_graph, explain, memory_of
-from dilcompile.memory.account import GraphMemory
+from dilcompile.errors import BudgetError, DilcompileError
+from dilcompile.inspect import GraphBreak, Results, each_graph, explain, lowered_at_once, memory_of
+from dilcompile.memory.account import Direction, GraphMemory
+from dilcompile.memory.budget import Bound, Rung
+from dilcompile.memory.timeline import size_text
 from dilcompile.memory.words import text
+from dilcompile.passes.graph.frames import compiled_frame
 from dilcompile.pipeline import rewrite_dynamo
 from dilcompile.placements.marks import Marks
-from dilcompile.planned import memory_use
+from dilcompile.planned import PlannedCall, memory_use
 from dilcompile.policy import Policy
 from dilcompile.report.lengths import hint
 
 ASSUMED = MemoryUse(pool="private", reuse="across_layers")
 _ASSUMED = "no rule says memory.reuse: planned as across_layers would be"
-_UNBOUNDED = "memory.budget changes nothing here: the report of the compiled model lists its ladder"
+
+
+@dataclass(frozen=True)
+class Climbed:
+    """The ways that were tried to keep the budgets of a graph.
+
+    Args:
+        graph: its name.
+        bounds: what must be kept.
+        tried: each way with what it is predicted to need, in order.
+        taken: that which keeps all bounds; None: none does, see ``error``.
+    """
+
+    graph: str
+    bounds: tuple[Bound, ...]
+    tried: tuple[Rung, ...]
+    taken: Rung | None
+    error: str = ""
+
+    def to_dict(self) -> dict[str, object]:
+        """As plain JSON values; sizes in bytes."""
+        bounds = [{"source": bound.source, "most": bound.most} for bound in self.bounds]
+        tried = [{"name": rung.name, **asdict(rung)} for rung in self.tried]
+        taken = None if self.taken is None else self.taken.name
+        return {"graph": self.graph, "bounds": bounds, "tried": tried, "taken": taken, "error": self.error}
+
+    def __str__(self) -> str:
+        budgets = ", ".join(f"{size_text(bound.most)} ({bound.source})" for bound in self.bounds)
+        end = f"not kept: {self.error}" if self.taken is None else f"kept by {self.taken.name}"
+        return "\n".join([f"{self.graph}: memory.budget of {budgets}", *(f"  {rung}" for rung in self.tried), f"  {end}"])
 
 
 @dataclass(frozen=True)
@@ -35,20 +68,32 @@ class MemoryPlan:
     Args:
         length: tokens of the sequence; None: as the example has them.
         assumed: what the policy leaves open and is taken for granted here; empty for nothing.
+        budgets: of the graphs that have some, how they are kept; such a graph is planned as it then runs.
     """
 
     graphs: tuple[GraphMemory, ...]
     length: int | None = None
     assumed: str = ""
+    budgets: tuple[Climbed, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """As plain JSON values."""
-        return {"length": self.length, "assumed": self.assumed, "graphs": [graph.to_dict() for graph in self.graphs]}
+        return {
+            "length": self.length,
+            "assumed": self.assumed,
+            "budgets": [climbed.to_dict() for climbed in self.budgets],
+            "graphs": [graph.to_dict() for graph in self.graphs],
+        }
+
+    @property
+    def ladders(self) -> str:
+        """How budgets are kept, in words; empty where there are none."""
+        return "\n".join(map(str, self.budgets))
 
     def __str__(self) -> str:
         tokens = "" if self.length is None else f" at {self.length:,} tokens"
         head = f"memory of {len(self.graphs)} graph{'' if len(self.graphs) == 1 else 's'}{tokens}"
-        return "\n".join([head, *([self.assumed] if self.assumed else []), "", text(self.graphs)])
+        return "\n".join([head, *filter(None, (self.assumed, self.ladders)), "", text(self.graphs)])
 
 
 def memory_plan(
@@ -78,15 +123,18 @@ def memory_plan(
     if length is not None:
         args, kwargs = at_length(args, kwargs, length_of(model, args, kwargs, loaded), length)
     found: list[GraphMemory] = []
+    budgets: list[Climbed] = []
     assumed = False
 
     def look(gm: GraphModule, example_inputs: Sequence[Any], name: str, marks: Marks) -> tuple[None, Results]:
         nonlocal assumed
         outcome = rewrite_dynamo(gm, example_inputs, loaded, name, enforce=False, marks=marks)
         use = memory_use(outcome.report, loaded)
-        plans = use is not None and use.reuse != "off"
-        assumed |= not plans
-        found.extend(memory_of(gm if outcome.gm is None else outcome.gm, example_inputs, use if plans else ASSUMED, name))
+        plans, rewritten = use is not None and use.reuse != "off", gm if outcome.gm is None else outcome.gm
+        bounds = bounds_of(loaded, outcome.report, compiled_frame().prefix)
+        graphs = _climbed(rewritten, example_inputs, use or MemoryUse(), name, bounds, budgets) if bounds else ()
+        assumed |= not plans and not graphs
+        found.extend(graphs or memory_of(rewritten, example_inputs, use if plans else ASSUMED, name))
         return None, outcome.results
 
     with contextlib.nullcontext() if train else torch.no_grad():
@@ -99,13 +147,32 @@ def memory_plan(
             ) from error.__cause__
     if not found:
         raise DilcompileError("Dynamo captured nothing of this call: there is no graph to plan")
-    said = (_ASSUMED if assumed else "", _UNBOUNDED if _has_budget(loaded) else "")
-    return MemoryPlan(tuple(found), length, "; ".join(filter(None, said)))
+    return MemoryPlan(tuple(found), length, _ASSUMED if assumed else "", tuple(budgets))
 
 
-def _has_budget(policy: Policy) -> bool:
-    said = (policy.defaults.memory, *(rule.memory for rule in policy.rules))
-    return any(memory is not None and memory.budget is not None for memory in said)
+def _climbed(
+    gm: GraphModule, example_inputs: Sequence[Any], use: MemoryUse, name: str, bounds: tuple[Bound, ...], told: list[Climbed]
+) -> tuple[GraphMemory, ...]:
+    """What planning comes to in the way that keeps the bounds; nothing where no way does, or none that plans."""
+    found: list[GraphMemory] = []
+
+    def tell(call: PlannedCall, direction: Direction) -> None:
+        found.append(call.account(name, direction))
+
+    budgeted = Budgeted("aot_eager", name, use, bounds, {}, tell, innermost=_never)
+    try:
+        with lowered_at_once():
+            budgeted(gm, example_inputs)
+    except BudgetError as error:
+        told.append(Climbed(name, bounds, error.tried, None, str(error)))
+        return ()
+    assert budgeted.report is not None, "a graph that was compiled has a report"
+    told.append(Climbed(name, bounds, budgeted.report.tried, budgeted.report.taken))
+    return tuple(found)
+
+
+def _never(*_: Any, **__: Any) -> Any:
+    raise AssertionError("Inductor has no part in this")
 
 
 def _without_runs(policy: Policy) -> Policy:

@@ -149,11 +149,43 @@ def test_a_policy_that_does_not_plan_is_told_of(run: Any) -> None:
     assert "no rule says memory.reuse: planned as across_layers would be\n" in found
 
 
-def test_a_budget_is_told_of_that_this_plan_does_not_keep(run: Any, folder: Path) -> None:
+def test_the_ladder_of_a_budget_is_shown(run: Any, folder: Path) -> None:
     plain = (folder / "plain.yaml").read_text()
-    (folder / "bounded.yaml").write_text(plain + "\ndefaults: {memory: {budget: 1KiB}}\n")
-    found = run("planned_models:stack", "--memory", "--policy", "bounded.yaml").stdout
-    assert "memory.budget changes nothing here: the report of the compiled model lists its ladder\n" in found
+
+    def planned(budget: str | int, *more: str) -> Any:
+        (folder / "bounded.yaml").write_text(f"{plain}\ndefaults: {{memory: {{budget: {budget}, reuse: across_layers}}}}\n")
+        return run("planned_models:stack", "--memory", "--policy", "bounded.yaml", *more)
+
+    (short,) = json.loads(planned("1KiB", "--json").stdout)["memory"]["budgets"]
+    assert short["taken"] is None
+    assert "defaults: memory.budget of 1 KiB is " in short["error"]
+    first, least = short["tried"][0], min(short["tried"], key=lambda rung: rung["peak"])
+    assert first["peak"] > least["peak"]
+    assert f"  not kept: {short['error']}\n" in planned("1KiB").stdout
+
+    page = folder / "bounded.html"
+    text = planned(least["peak"], "--html", str(page)).stdout
+    told = json.loads(planned(least["peak"], "--json").stdout)["memory"]
+    (kept,) = told["budgets"]
+    assert (kept["taken"], kept["error"]) == (least["name"], "")
+    assert [rung["name"] for rung in kept["tried"]] == [rung["name"] for rung in short["tried"]][: len(kept["tried"])]
+    # The graphs are planned as they then run.
+    assert sum(arena["planned"] for graph in told["graphs"] for arena in graph["arenas"]) == least["arenas"]
+    for rung in kept["tried"]:
+        assert f"  {rung['name']}: " in text
+    assert f"  kept by {kept['taken']}\n" in text
+    assert f"kept by {kept['taken']}" in page.read_text()
+
+    # The same ladder as that of the model when it is compiled.
+    model, x = importlib.import_module("planned_models").stack()
+    torch._dynamo.reset()
+    report = folder / "bounded.json.html"
+    options = {"policy": str(folder / "bounded.yaml"), "inner": "aot_eager", "report": str(report.with_suffix(".json"))}
+    torch.compile(model, backend="dilated", options=options)(x)
+    (graph,) = json.loads(report.with_suffix(".json").read_text())["graphs"]
+    assert [(rung["name"], rung["peak"]) for rung in graph["budget"]["tried"]] == [
+        (rung["name"], rung["peak"]) for rung in kept["tried"]
+    ]
 
 
 def test_breaks_are_planned_at_the_length_of_the_example(run: Any) -> None:

@@ -28,5 +28,5 @@ def planned_memory(model: str, policy: str | None, length: int | None, train: bo
     with users_code(f"MODULE:FUNCTION {model}: calling the model"):
         found = memory_plan(example.model, example.args, example.kwargs, loaded, length, train=train)
     if html is not None:
-        replace_file(html, memory_page(found.graphs, f"memory of {model} under {str(loaded).splitlines()[0]}"))
+        replace_file(html, memory_page(found.graphs, f"memory of {model} under {str(loaded).splitlines()[0]}", found.ladders))
     return found

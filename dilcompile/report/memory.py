@@ -13,9 +13,14 @@ from dilcompile.report.style import whole
 _LARGEST = 5
 
 
-def memory_page(graphs: Sequence[GraphMemory], title: str) -> str:
-    """A page of its own."""
-    return whole(title, [f"<h1>Memory</h1><p class=soft>{escape(title)}</p>", memory_section(graphs)], STYLE)
+def memory_page(graphs: Sequence[GraphMemory], title: str, ladders: str = "") -> str:
+    """A page of its own.
+
+    Args:
+        ladders: how budgets are kept, in words.
+    """
+    budgets = f"<h2>Budgets</h2><pre class=frame>{escape(ladders)}</pre>" if ladders else ""
+    return whole(title, [f"<h1>Memory</h1><p class=soft>{escape(title)}</p>", budgets, memory_section(graphs)], STYLE)
 
 
 def memory_section(graphs: Sequence[GraphMemory]) -> str:
