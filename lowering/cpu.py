@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dilcompile.lowering import aten_cpu_flash
 from dilcompile.lowering.call import Call, Gradients
-from dilcompile.lowering.view_path import views
+from dilcompile.lowering.view_path import portions, views
 from dilcompile.lowering.view_path.engines import (
     Downstream,
     Engine,
@@ -69,7 +69,9 @@ def supports(call: Call, backward: bool) -> str | None:
 
 def workspace_bytes(call: Call, backward: bool, share: float = 1.0, grad_lse: bool = False) -> int:
     """See ``Kernel``."""
-    return views.workspace_bytes(call, _engine(call, bias_is_mask=not (backward and call.bias_grad)), backward, share, grad_lse)
+    return portions.workspace_bytes(
+        call, _engine(call, bias_is_mask=not (backward and call.bias_grad)), backward, share, grad_lse
+    )
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from dilcompile.lowering import aten_flash, digest
 from dilcompile.lowering.aten_flash import AtenFlash
 from dilcompile.lowering.band import Band
 from dilcompile.lowering.call import Call, Gradients
-from dilcompile.lowering.view_path import views
+from dilcompile.lowering.view_path import portions, views
 from dilcompile.lowering.view_path.engines import (
     Downstream,
     MathEngine,
@@ -104,7 +104,7 @@ def supports(call: Call, backward: bool) -> str | None:
 
 def workspace_bytes(call: Call, backward: bool, share: float = 1.0, grad_lse: bool = False) -> int:
     """See ``Kernel``."""
-    return views.workspace_bytes(call, CudaFlashEngine(), backward, share, grad_lse)
+    return portions.workspace_bytes(call, CudaFlashEngine(), backward, share, grad_lse)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from dilcompile.errors import KernelError
 from dilcompile.forms import BlockSparse, Dense, Dilated, Form, SlidingWindow, Union, parse_form
 from dilcompile.lowering import ops, select
 from dilcompile.lowering.select import KERNELS
-from dilcompile.lowering.view_path import engines, pieces, strided, views
+from dilcompile.lowering.view_path import engines, pieces, portions, strided, views
 from dilcompile.relation import Problem, Relation
 
 FORMS: list[Form] = [
@@ -62,7 +62,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles, chunks and cuts small enough that short sequences cross their borders."""
     monkeypatch.setattr(pieces, "_NARROWEST_TILE", 2)
     monkeypatch.setattr(pieces, "_WIDEST_TILE", 4)
-    monkeypatch.setattr(views, "_CHUNK_BYTES", 10_000)
+    monkeypatch.setattr(portions, "_CHUNK_BYTES", 10_000)
     monkeypatch.setattr(engines, "_PAIRS_AT_ONCE", 2000)
     pieces.plan.cache_clear()
     yield

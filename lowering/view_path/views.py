@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from dilcompile.lowering.call import Call, Gradients, bias_gradient_of, lse_of, output_of
-from dilcompile.lowering.merge import merge_into, merging_bytes
-from dilcompile.lowering.space import Space, bytes_of
+from dilcompile.lowering.merge import merge_into
+from dilcompile.lowering.space import Space
 from dilcompile.lowering.view_path.engines import Engine, Part, Upstream
 from dilcompile.lowering.view_path.pieces import Piece, Plan, plan
+from dilcompile.lowering.view_path.portions import LSE_COLUMNS, Needs, portions
 from dilcompile.lowering.view_path.row_masks import row_masks
 from dilcompile.lowering.view_path.strided import (
     Block,
@@ -33,25 +34,15 @@ from dilcompile.lowering.view_path.strided import (
 )
 from dilcompile.relation import Relation
 
-_CHUNK_BYTES, _SMALL_CHUNK_BYTES = 1 << 24, 1 << 21
-_LSE_COLUMNS = 8
-
-
-def workspace_bytes(call: Call, engine: Engine, backward: bool, share: float, grad_lse: bool) -> int:
-    """See ``Kernel``; a share below 1 makes the forward's chunks smaller, down to one batch row of one key head."""
-    problem = call.problem
-    needs = _Needs(call, backward, _LSE_COLUMNS if grad_lse and not engine.takes_grad_lse else 0)
-    full = needs.of_chunk(*_chunk(call, problem.batch))
-    return needs.of_call(grad_lse) + (full if backward else max(needs.of_chunk(1, 1), int(full * share)))
-
 
 def forward(call: Call, engine: Engine) -> tuple[Tensor, Tensor]:
     """See ``Kernel.forward``; ``engine`` computes the blocks."""
     space = call.space()
     call = replace(call, q=space.dense_rows(call.q), k=space.dense_rows(call.k), v=space.dense_rows(call.v))
     out, lse = output_of(call, 0, call.q, call.problem.v_dim), lse_of(call)
-    for region in _regions(call, _Needs(call, backward=False), space):
-        _forward_region(call, engine, region, region.planned(), region.rows(out), region.rows(lse), space)
+    for region in _regions(call, Needs(call, backward=False), space):
+        with space.again():
+            _merge_pieces(call, engine, region, region.planned(), region.rows(out), region.rows(lse), space)
     return out, lse
 
 
@@ -113,7 +104,7 @@ def _add_gradients(
     space: Space,
     detached: bool = False,
 ) -> None:
-    for region in _regions(call, _Needs(call, backward=True), space):
+    for region in _regions(call, Needs(call, backward=True), space):
         here = _Joint(
             region.rows(joint.out),
             region.rows(joint.lse),
@@ -123,54 +114,12 @@ def _add_gradients(
         if detached:
             _backward_detached(call, engine, region, here, grads, bias, space)
         else:
-            _backward_region(call, engine, region, region.planned(), here, grads, bias, space)
+            with space.again():
+                _add_pieces(call, engine, region, region.planned(), here, grads, bias, space)
 
 
 def _zeros(space: Space, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     return space.heads_inside(shape, dtype, device).zero_()
-
-
-@dataclass(frozen=True)
-class _Needs:
-    """What a call, and a chunk of it, takes of a workspace.
-
-    Args:
-        columns: head columns more than the call has, see Note [LSE gradient].
-    """
-
-    call: Call
-    backward: bool
-    columns: int = 0
-
-    def of_chunk(self, heads: int, batch: int) -> int:
-        """Of so many key heads and batch rows: accumulators, and what a merge or a detached branch holds."""
-        call, size, wide = self.call, self.call.problem, self.call.score_dtype
-        half, by_row = call.q.dtype != wide, (batch, heads * size.group, size.q_len)
-        forward = bytes_of(((*by_row, size.v_dim), wide)) if half else 0
-        forward += merging_bytes(by_row, size.v_dim, call.q.dtype, wide)
-        if not self.backward:
-            return forward
-        k_dim, v_dim = size.head_dim + self.columns, size.v_dim + self.columns
-        by_key = (batch, heads, size.k_len)
-        sums = bytes_of(((*by_row, k_dim), wide), ((*by_key, k_dim), wide), ((*by_key, v_dim), wide)) if half else 0
-        if call.merge_grad == "exact":
-            return sums
-        branch = ((*by_row, size.v_dim), call.q.dtype)
-        return sums + forward + bytes_of(branch, branch, (by_row, wide), (by_row, wide), (by_row, call.q.dtype))
-
-    def of_call(self, grad_lse: bool) -> int:
-        """Of all of it: copies with dense rows, and what a gradient of the LSE is given besides."""
-        call, size = self.call, self.call.problem
-        held = [(tuple(x.shape), x.dtype) for x in (call.q, call.k, call.v) if x.stride(-1) != 1]
-        if not self.backward or not grad_lse:
-            return bytes_of(*held)
-        rows = ((size.batch, size.heads, size.q_len, size.v_dim + self.columns), call.q.dtype)
-        wider = [((*x.shape[:3], x.shape[3] + self.columns), x.dtype) for x in (call.q, call.k, call.v)]
-        if self.columns:
-            held += [*wider, *wider, rows, rows]
-        if call.merge_grad == "detach":
-            held += [rows] if self.columns else [*wider, rows]
-        return bytes_of(*held)
 
 
 @dataclass(frozen=True)
@@ -209,9 +158,9 @@ class _Joint:
     grad_lse: Tensor | None
 
 
-def _regions(call: Call, needs: _Needs, space: Space) -> Iterator[_Region]:
+def _regions(call: Call, needs: Needs, space: Space) -> Iterator[_Region]:
     for relation, batch, query_rows, keys in _documents(call):
-        for rows, heads in _chunks(call, batch, needs, space.left):
+        for rows, heads in portions(call, batch, needs, space.left):
             yield _Region(relation, rows, heads, query_rows, keys)
 
 
@@ -232,34 +181,6 @@ def _documents(call: Call) -> Iterator[tuple[Relation, slice, slice, slice]]:
                 relation = call.relation.at(last - first, stop - start, first - start)
                 rows = slice(first - problem.q_offset, last - problem.q_offset)
                 yield relation, batch, rows, slice(start, stop)
-
-
-def _chunks(call: Call, batch: slice, needs: _Needs, left: int | None) -> Iterator[tuple[slice, slice]]:
-    """Batch rows and key heads in portions; left: bytes of the workspace, None where there is none."""
-    heads, rows = _chunk(call, batch.stop - batch.start)
-    # Gradients are added up in the order of the portions' blocks: of other portions they would be rounded otherwise.
-    while not needs.backward and left is not None and rows * heads > 1 and needs.of_chunk(heads, rows) > left:
-        heads, rows = (heads, -(-rows // 2)) if rows > 1 else (-(-heads // 2), 1)
-    for b in range(batch.start, batch.stop, rows):
-        for head in range(0, call.problem.kv_heads, heads):
-            yield (
-                slice(b, min(batch.stop, b + rows)),
-                slice(head, min(call.problem.kv_heads, head + heads)),
-            )
-
-
-def _chunk(call: Call, batch: int) -> tuple[int, int]:
-    """How many key heads and batch rows of ``batch`` keep accumulators small, but all threads busy.
-
-    Half-precision portions are smaller: beside the output of a piece they need it in float32 and the op's packed keys and values.
-    """
-    problem, half = call.problem, call.q.dtype != call.score_dtype
-    row = problem.group * problem.q_len * problem.v_dim * call.score_dtype.itemsize
-    whole = row * problem.kv_heads * batch
-    limit = min(_CHUNK_BYTES, max(_SMALL_CHUNK_BYTES // (2 if half else 1), whole // (8 if half else 4)))
-    heads = min(problem.kv_heads, max(1 if half else torch.get_num_threads(), limit // max(1, row)))
-    rows = max(1, limit // max(1, row * heads)) if heads == problem.kv_heads else 1
-    return heads, min(rows, max(1, batch))
 
 
 def _part(call: Call, region: _Region) -> Part:
@@ -291,11 +212,6 @@ def _blocks(part: Part, piece: Piece, extra: list[Operand]) -> Iterator[Block]:
     return blocks(piece, part.q.tensor.shape[0], operands, apart=piece.exclusive)
 
 
-def _forward_region(call: Call, engine: Engine, region: _Region, planned: Plan, out: Tensor, lse: Tensor, space: Space) -> None:
-    with space.again():
-        _merge_pieces(call, engine, region, planned, out, lse, space)
-
-
 def _merge_pieces(call: Call, engine: Engine, region: _Region, planned: Plan, out: Tensor, lse: Tensor, space: Space) -> None:
     part, group = _part(call, region), call.problem.group
     if part.row_masks is not None and part.row_masks.sees_nothing:
@@ -318,20 +234,6 @@ def _merge_pieces(call: Call, engine: Engine, region: _Region, planned: Plan, ou
                 merge_into(into[at], lse_into[at], result.out, result.lse, piece.fresh and all_written, space)
     if not own_dtype:
         out.copy_(total)
-
-
-def _backward_region(
-    call: Call,
-    engine: Engine,
-    region: _Region,
-    planned: Plan,
-    joint: _Joint,
-    grads: list[Tensor],
-    grad_bias: Tensor | None,
-    space: Space,
-) -> None:
-    with space.again():
-        _add_pieces(call, engine, region, planned, joint, grads, grad_bias, space)
 
 
 def _add_pieces(
@@ -389,12 +291,13 @@ def _backward_detached(
         with space.again():
             out = space.heads_inside(joint.out.shape, joint.out.dtype, joint.out.device)
             lse = space.like(joint.lse)
-            _forward_region(call, engine, region, planned, out, lse, space)
+            with space.again():
+                _merge_pieces(call, engine, region, planned, out, lse, space)
             weight = torch.sub(lse, joint.lse, out=space.like(lse)).exp_().nan_to_num_(nan=0.0)
             weight = space.like(weight, out.dtype).copy_(weight)[..., None]
             grad_out = space.heads_inside(out.shape, out.dtype, out.device)
             alone = _Joint(out, lse, torch.mul(joint.grad_out, weight, out=grad_out), None)
-            _backward_region(call, engine, region, planned, alone, grads, grad_bias, space)
+            _add_pieces(call, engine, region, planned, alone, grads, grad_bias, space)
 
 
 def _with_lse_as_head_dim(call: Call, joint: _Joint, space: Space) -> tuple[Call, _Joint]:
@@ -408,7 +311,7 @@ def _with_lse_as_head_dim(call: Call, joint: _Joint, space: Space) -> tuple[Call
 
 def _padded(x: Tensor, space: Space) -> Tensor:
     """``x`` with columns of zeros."""
-    found = space.take((*x.shape[:3], x.shape[3] + _LSE_COLUMNS), x.dtype, x.device)
+    found = space.take((*x.shape[:3], x.shape[3] + LSE_COLUMNS), x.dtype, x.device)
     found[..., : x.shape[3]] = x
     found[..., x.shape[3] :] = 0
     return found

@@ -12,7 +12,8 @@ from torch.fx import Graph, Node
 from dilcompile.passes.graph.operators import shape_of
 from dilcompile.passes.memory.gradient_rows import Ended, is_sum_of_both, is_zero, linear
 from dilcompile.passes.memory.growing import Growing
-from dilcompile.passes.memory.rows_of import Rows, RowsOf, named
+from dilcompile.passes.memory.rows import Rows
+from dilcompile.passes.memory.rows_of import RowsOf, named
 
 aten = torch.ops.aten
 

@@ -22,7 +22,8 @@ from dilcompile.passes.graph.provenance import module_path
 from dilcompile.passes.graph.sizes import same_size
 from dilcompile.passes.memory.chunk_gradients import Shares, course_of
 from dilcompile.passes.memory.growing import Growing, fake_mode_of, put_in_order
-from dilcompile.passes.memory.rows_of import Rows, RowsOf, view_of
+from dilcompile.passes.memory.rows import Rows
+from dilcompile.passes.memory.rows_of import RowsOf, view_of
 from dilcompile.relation import Problem
 
 aten = torch.ops.aten

@@ -15,18 +15,8 @@ from torch.fx import Node
 from dilcompile.passes.axes.along import argument, dims_along
 from dilcompile.passes.axes.products import parse_product
 from dilcompile.passes.graph.operators import VIEWS, is_tensor, op_name, shape_of
-from dilcompile.passes.memory.rows_of import (
-    COPIES,
-    Rows,
-    RowsOf,
-    broadcast,
-    named,
-    reshaped,
-    run_in,
-    sized,
-    source_dim,
-    triangle_of_rows,
-)
+from dilcompile.passes.memory.rows import Rows, run_in, sized, source_dim, triangle_of_rows
+from dilcompile.passes.memory.rows_of import COPIES, RowsOf, broadcast, named, reshaped
 
 aten = torch.ops.aten
 

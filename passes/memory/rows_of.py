@@ -15,11 +15,11 @@ import torch
 from torch.fx import Node
 
 from dilcompile.passes.axes.along import REDUCES, argument, dims_along, indexed_dims
-from dilcompile.passes.axes.atoms import Atom, Layout, Leaves
 from dilcompile.passes.axes.axis_rules import RULES as LAYOUT_RULES
 from dilcompile.passes.axes.products import parse_product
 from dilcompile.passes.graph.operators import PRODUCTS, VIEWS, full_name, indexed, is_pointwise, is_tensor, op_name, shape_of
 from dilcompile.passes.memory.growing import Growing
+from dilcompile.passes.memory.rows import Rows, run_in, sized, source_dim, triangle_of_rows
 from dilcompile.passes.memory.shared_buffers import unviewed
 from dilcompile.site import Length
 
@@ -31,20 +31,6 @@ _FILLED.update(dict.fromkeys(("zeros", "zeros_like", "new_zeros"), 0))
 _FILLED.update(dict.fromkeys(("ones", "ones_like", "new_ones"), 1))
 _MOVES = frozenset("permute transpose t mT swapaxes swapdims movedim moveaxis unsqueeze squeeze expand select".split())
 _BESIDE = frozenset("softmax _softmax _safe_softmax log_softmax _log_softmax cumsum cumprod logcumsumexp flip roll".split())
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The indices from ``start`` to before ``stop`` along a dim."""
-
-    dim: int
-    start: int
-    stop: int
-
-    @property
-    def size(self) -> int:
-        """How many."""
-        return self.stop - self.start
 
 
 @dataclass
@@ -157,34 +143,6 @@ def _filled(over: RowsOf, node: Node, rows: Rows) -> Node:
     return over.grow.call(aten.full.default, (sized(node, rows), filling), said, node)
 
 
-def sized(node: Node, rows: Rows) -> list[int]:
-    """The node's sizes with so many rows."""
-    return [rows.size if dim == rows.dim else int(size) for dim, size in enumerate(shape_of(node))]
-
-
-class _Dims:
-    """Stands for the axes of one node's operand: each dim is an axis of its own. See ``axis_rules``."""
-
-    def __init__(self, operand: Node) -> None:
-        sizes = shape_of(operand)
-        self.layout: Layout = tuple(() if size == 1 else (Atom(size),) for size in sizes)
-
-    def __getitem__(self, node: Node) -> Layout:
-        return self.layout
-
-    def fresh(self, size: Length, *_: Any, **__: Any) -> Leaves:
-        """An axis that is none of the operand's."""
-        return (Atom(size),)
-
-
-def source_dim(node: Node, dim: int) -> int | None:
-    """The dim of a view's (or a sum's) first operand that is ``dim`` of its result; None: it is none of them."""
-    dims = _Dims(node.args[0])  # type: ignore[arg-type]
-    after = LAYOUT_RULES[op_name(node)](dims, node)  # type: ignore[arg-type]
-    assert after is not None, "these rules have an answer"
-    return dims.layout.index(after[dim]) if after[dim] and after[dim] in dims.layout else None
-
-
 def _moved(over: RowsOf, node: Node, rows: Rows) -> Node | str:
     source, dim = node.args[0], source_dim(node, rows.dim)
     assert isinstance(source, Node)
@@ -204,20 +162,6 @@ def _viewed(over: RowsOf, node: Node, rows: Rows) -> Node | str:
         return f"{named(node)} cuts or joins the rows"
     made = over.of(source, before)
     return made if isinstance(made, str) else reshaped(over.grow, made, sized(node, rows), node)
-
-
-def run_in(node: Node, other: Node, rows: Rows) -> Rows | None:
-    """Where rows of a node lie in another one with the same numbers in other sizes: a run along one dim; None if they don't."""
-    shape, sizes = ([int(size) for size in shape_of(one)] for one in (node, other))
-    outer, inner = prod(shape[: rows.dim]), prod(shape[rows.dim + 1 :])
-    for dim, size in enumerate(sizes):
-        if size == 1 or prod(sizes[:dim]) != outer:
-            continue
-        own = prod(sizes[dim + 1 :])
-        if rows.start * inner % own or rows.stop * inner % own:
-            return None
-        return Rows(dim, rows.start * inner // own, rows.stop * inner // own)
-    return None
 
 
 def reshaped(grow: Growing, node: Node, shape: list[int], like: Node) -> Node:
@@ -373,13 +317,6 @@ def _triangle(over: RowsOf, node: Node, rows: Rows) -> Node | str:
     assert isinstance(source, Node)
     made = over.of(source, rows)
     return made if isinstance(made, str) else over.like(node, (made, triangle_of_rows(node, rows)))
-
-
-def triangle_of_rows(node: Node, rows: Rows) -> int:
-    """The diagonal of a ``tril`` or ``triu`` as some of its rows, or of its columns, see it."""
-    rank = len(shape_of(node))
-    shift = {rank - 2: rows.start, rank - 1: -rows.start}.get(rows.dim, 0)
-    return int(argument(node, "diagonal")) + shift
 
 
 def _bucketize(over: RowsOf, node: Node, rows: Rows) -> Node | str:
